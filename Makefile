@@ -1,0 +1,68 @@
+# Everything works on a bare machine: Python >= 3.11 with venv, make, and a package index. `make` alone lists the targets.
+#
+# Torch: constraints.txt pins `torch==2.13.0`. Where the index (or pip's find-links) offers a CPU build of it, pip takes that one.
+# PyPI's own build for Linux brings several GB of CUDA; on a machine without a GPU avoid it with
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+READY := $(VENV)/.installed
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint fix types test-gpu size lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+venv: $(READY) ## create .venv with the pinned versions and everything that the other targets need
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), marlin-tools needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "installing into $(VENV) (once; a minute or two)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -c constraints.txt hatchling editables
+	@$(INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: $(READY) ## quantise the embedded model, show before and after, write the report (CPU, about a minute)
+	@$(BIN)/marlin-tools run demo --overwrite
+
+test: lint types ## everything that needs no GPU: style, types, layers, tests
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"
+
+lint: $(READY) ## ruff, its formatter, and the direction of imports
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check || { echo "hint: \`make fix\` formats these files" >&2; exit 1; }
+	@$(BIN)/lint-imports --no-cache --no-logo
+
+fix: $(READY) ## what ruff can repair by itself
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+types: $(READY) ## mypy, strict
+	@$(BIN)/mypy
+
+test-gpu: $(READY) ## the tests that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "error: torch finds no CUDA device here" >&2; exit 1; }
+	@$(BIN)/python -m pytest -q -m gpu
+
+size: $(READY) ## files and functions against their budgets
+	@$(BIN)/python scripts/size.py
+
+lock: ## write constraints.txt anew: the newest versions that work together, torch as pinned here
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/python -m pip install --quiet hatchling editables
+	@build/lock/bin/python -m pip install --quiet --no-build-isolation torch==2.13.0 -e '.[dev]'
+	@{ grep '^#' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable --all | \
+		sed -E '/^(pip|wheel)==/d; s/\+[a-z0-9.]+$$//'; } > build/constraints.txt
+	@mv build/constraints.txt constraints.txt
+
+clean: ## remove the virtual environment, caches and builds; results in runs/ stay
+	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

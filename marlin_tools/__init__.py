@@ -1,0 +1,69 @@
+"""Accurate, verified, fast INT4 for Hugging Face causal language models.
+
+The public names are few and load what they need when first used, so that `import marlin_tools` and `marlin-tools --help`
+cost nothing. Read next: `quantized.py`, the one type that everything else makes, stores or multiplies with.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marlin_tools.backends import load
+    from marlin_tools.checkpoint import Checkpoint
+    from marlin_tools.data.tokens import TokenSet
+    from marlin_tools.quantized import QuantizedLinear
+    from marlin_tools.recipe import Recipe
+    from marlin_tools.stages.calibrate import calibrate
+    from marlin_tools.stages.evaluate import EvaluateSettings, evaluate
+    from marlin_tools.stages.export import export
+    from marlin_tools.stages.generate import GenerateSettings, generate
+    from marlin_tools.stages.inspect import inspect
+    from marlin_tools.stages.quantize import QuantizeSettings, quantize
+    from marlin_tools.stages.verify import verify
+
+__version__ = "0.1.0"
+__all__ = [
+    "Checkpoint",
+    "EvaluateSettings",
+    "GenerateSettings",
+    "QuantizeSettings",
+    "QuantizedLinear",
+    "Recipe",
+    "TokenSet",
+    "calibrate",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+    "verify",
+]
+
+_HOME = {
+    "Checkpoint": "marlin_tools.checkpoint",
+    "EvaluateSettings": "marlin_tools.stages.evaluate",
+    "GenerateSettings": "marlin_tools.stages.generate",
+    "QuantizeSettings": "marlin_tools.stages.quantize",
+    "QuantizedLinear": "marlin_tools.quantized",
+    "Recipe": "marlin_tools.recipe",
+    "TokenSet": "marlin_tools.data.tokens",
+    "calibrate": "marlin_tools.stages.calibrate",
+    "evaluate": "marlin_tools.stages.evaluate",
+    "export": "marlin_tools.stages.export",
+    "generate": "marlin_tools.stages.generate",
+    "inspect": "marlin_tools.stages.inspect",
+    "load": "marlin_tools.backends",
+    "quantize": "marlin_tools.stages.quantize",
+    "verify": "marlin_tools.stages.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

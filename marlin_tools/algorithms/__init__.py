@@ -1,0 +1,24 @@
+"""Solvers: (weight, Hessian) -> codes and scales. One file per algorithm, one line in `ALGORITHMS`.
+
+`PRESETS` are the settings that people ask for by name.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from marlin_tools.algorithms.gptq import GPTQ
+from marlin_tools.algorithms.hessian import Gram, Hessian
+from marlin_tools.algorithms.rtn import RTN
+from marlin_tools.algorithms.solved import Solved
+
+Algorithm = Annotated[RTN | GPTQ, Field(discriminator="kind")]
+
+PRESETS: dict[str, RTN | GPTQ] = {
+    "rtn": RTN(),
+    "marlin": GPTQ(damp=0.1, order="natural", scales="conditional", signed=False, polish=0, sequential=False, drift=0),
+    "fast": GPTQ(polish=0, drift=0),
+    "default": GPTQ(),
+}
+
+__all__ = ["GPTQ", "PRESETS", "RTN", "Algorithm", "Gram", "Hessian", "Solved"]

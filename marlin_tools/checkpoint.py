@@ -1,0 +1,273 @@
+"""A model directory, read lazily: headers at once, tensors one at a time, nothing ever unpickled.
+
+`Checkpoint.open` takes what people have: a local directory, a hub id, or an alias such as `llama2-7b` or `demo`. Opening reads
+config.json and the safetensors headers, and checks that every shard is there and as long as its header says.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from marlin_tools.errors import ModelError
+from marlin_tools.resources import demo_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALIASES = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma2-9b": "google/gemma-2-9b",
+}
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+class Checkpoint:
+    """A model on disk. `path` is its directory, `config` its config.json, `origin` what the user called it."""
+
+    def __init__(self, path: Path, origin: str) -> None:
+        self.path = path
+        self.origin = origin
+        self.config = _read_json(path / "config.json")
+        self._tensors = _read_headers(path)
+
+    @classmethod
+    def open(cls, ref: "str | Path | Checkpoint", accept: Callable[[dict[str, Any]], object] | None = None) -> "Checkpoint":
+        """Find the model that `ref` names. `accept` sees config.json before any weights are fetched and may raise."""
+        if isinstance(ref, Checkpoint):
+            return ref
+        path = Path(ref).expanduser()
+        if str(ref) == "demo":
+            path = demo_dir() / "model"
+        elif not path.is_dir():
+            path = _fetch(str(ref), accept)
+        if accept is not None:
+            accept(_read_json(path / "config.json"))
+        return cls(path, str(ref))
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` of config.json, if the weights are stored quantised."""
+        return self.config.get("quantization_config")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit (or other) type that the model was made in."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        dtype = getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(f"`{self.path / 'config.json'}`: unknown dtype `{name}`", hint="use float16, bfloat16 or float32")
+        return dtype
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def stored(self, name: str) -> Stored:
+        """Shape, type and place of a tensor, without reading it."""
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ModelError(
+                f"`{self.path}` has no tensor `{name}`", hint="the checkpoint does not fit its config.json; download it again"
+            ) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self.stored(name).shape
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self.stored(name).file
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"`{file}`: cannot read `{name}`: {error}", hint="download the file again") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config.json and the contents of all weight files."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted({tensor.file for tensor in self._tensors.values()}):
+            digest.update(file.name.encode())
+            digest.update(_content_hash(file).encode())
+        return digest.hexdigest()
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's own tokenizer; never runs code from the checkpoint."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"`{self.path}`: the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+                hint="tokenizer.json or tokenizer.model must lie beside config.json",
+            ) from error
+
+    def companions(self) -> list[Path]:
+        """The files that make it a complete model besides weights and config: tokenizer, generation settings, licence."""
+        skipped = {"config.json", "model.safetensors.index.json", "manifest.json", "recipe.yaml", "report.html", "README.md"}
+        skipped |= {"evaluation.json", "quantize_config.json"}  # other weights, another format
+        return [
+            file
+            for file in sorted(self.path.iterdir())
+            if file.is_file() and not file.name.startswith(".") and file.name not in skipped
+            if file.suffix in {".json", ".model", ".txt", ".jinja"} or file.name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
+        ]
+
+
+def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
+    """Bring a hub model into the hub's own cache; honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE."""
+    repo = ALIASES.get(ref, ref)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        known = ", ".join(["demo", *ALIASES])
+        raise ModelError(f"`{ref}` is no directory, no hub id (owner/name) and no alias", hint=f"known aliases: {known}")
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        config = hf_hub_download(repo, "config.json")
+        if accept is not None:
+            accept(_read_json(Path(config)))
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"`{repo}` is gated",
+            hint=f"accept its licence on huggingface.co/{repo} and set HF_TOKEN, or give a local directory",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"`{repo}` is neither a local directory nor a model on the hub", hint="check the spelling") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"`{repo}` is not in the local cache and cannot be downloaded",
+            hint="check the network and HF_HUB_OFFLINE, or give a local directory",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"`{path.parent}` holds no {path.name}", hint="a Hugging Face model directory has config.json and *.safetensors"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"`{path}` cannot be read as JSON: {error}", hint="download the file again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"`{path}` is not a JSON object", hint="download the file again")
+    return content
+
+
+def _read_headers(path: Path) -> dict[str, Stored]:
+    """Headers of all shards; the index decides which file holds a tensor when there is one."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = {path / name for name in _read_json(index).get("weight_map", {}).values()}
+    else:
+        files = set(path.glob("*.safetensors"))
+        files.discard(path / "reference.safetensors")
+    if not files:
+        pickled = any(any(path.glob(pattern)) for pattern in _PICKLES)
+        hint = (
+            "convert it to safetensors first: pickles can run code and are not read"
+            if pickled
+            else "is this a model directory?"
+        )
+        raise ModelError(f"`{path}` holds no *.safetensors", hint=hint)
+    tensors: dict[str, Stored] = {}
+    for file in sorted(files):
+        for name, stored in _read_header(file).items():
+            if name in tensors:
+                raise ModelError(f"`{file}` repeats tensor `{name}`", hint="remove stale shards, or download the model again")
+            tensors[name] = stored
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    """Parse a safetensors header by hand, so that truncation is found at once and named."""
+    hint = "download the file again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if 8 + length > size:
+                raise ModelError(f"`{file}` is truncated inside its header ({size} bytes)", hint=hint)
+            header = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise ModelError(f"`{file}` is missing, though the index names it", hint=hint) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"`{file}` is not a safetensors file: {error}", hint=hint) from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise ModelError(f"`{file}` is truncated: its header promises {8 + length + end} bytes, it has {size}", hint=hint)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ModelError(f"`{file}`: tensor `{name}` has type {entry['dtype']}", hint=f"readable: {', '.join(_DTYPES)}")
+        first, last = entry["data_offsets"]
+        tensors[name] = Stored(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], last - first)
+    return tensors
+
+
+def _content_hash(file: Path) -> str:
+    """sha256 of a file; the hub's cache already names its blobs by it."""
+    blob = file.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

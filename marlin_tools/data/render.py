@@ -1,0 +1,74 @@
+"""Document -> token ids: the chat template, then the tokenizer, then a check that the ids belong to the model.
+
+One policy for calibration and evaluation. A BOS stands where the tokenizer puts one: before each document that is
+tokenised alone, and once before a running text. A conversation that went through the chat template already has its
+special tokens, so the tokenizer adds none. Nothing is padded or truncated, and no EOS is added.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from marlin_tools.data.rows import Document, Message
+from marlin_tools.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ChatTemplate = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Documents as one model reads them.
+
+    chat_template  "auto": conversations use the tokenizer's template if it has one; "on": everything must; "off": never
+    vocab_size     ids at or above it are an error; None checks nothing
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    chat_template: ChatTemplate = "auto"
+    vocab_size: int | None = None
+
+    def __call__(self, document: Document) -> Tensor:
+        """The ids of one document, int64 [L]."""
+        text = self.render(document)
+        ids = self.tokenizer(text, add_special_tokens=not self._templated(document), verbose=False)["input_ids"]
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
+            message = f"token id {int(tokens.max())} is outside the model's vocabulary of {self.vocab_size}"
+            raise DataError(message, hint="the tokenizer belongs to another model: check the model directory")
+        return tokens
+
+    def render(self, document: Document) -> str:
+        """The text that is tokenised; a conversation without a template is its turns with blank lines between them."""
+        if self._templated(document):
+            return self._through_template(document)
+        return document if isinstance(document, str) else "\n\n".join(turn["content"] for turn in document)
+
+    @property
+    def bos(self) -> bool:
+        """Whether the tokenizer puts a BOS before a text."""
+        first = self.tokenizer("a", verbose=False)["input_ids"][:1]
+        return bool(first == [self.tokenizer.bos_token_id])
+
+    def _templated(self, document: Document) -> bool:
+        if self.chat_template == "on":
+            return True
+        return self.chat_template == "auto" and not isinstance(document, str) and self.tokenizer.chat_template is not None
+
+    def _through_template(self, document: str | list[Message]) -> str:
+        from jinja2 import TemplateError
+
+        if isinstance(document, str):
+            raise DataError("chat template: there are no conversations", hint="use `--chat-template auto`, or `messages` rows")
+        if self.tokenizer.chat_template is None:
+            raise DataError("chat template: the tokenizer has none", hint="use `--chat-template auto` or `off`")
+        try:
+            return str(self.tokenizer.apply_chat_template(document, tokenize=False))
+        except TemplateError as failure:
+            roles = ", ".join(turn["role"] for turn in document)
+            message = f"chat template: refuses a conversation with the roles {roles} ({failure})"
+            raise DataError(message, hint="repair the row, or use `--chat-template off`") from failure

@@ -1,0 +1,119 @@
+"""Files and dataset rows -> documents.
+
+A document is a text, or a conversation: a list of messages `{"role": ..., "content": ...}`. A row of a table becomes one
+by its columns: `text`; else `messages`; else a prompt and a response column, which make a conversation of two turns.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from marlin_tools.errors import DataError
+
+Message = dict[str, str]
+Document = str | list[Message]
+Rows = Iterable[tuple[str, dict[str, Any]]]
+"""Rows with the words that name each of them in an error: `file.jsonl:7`."""
+
+PROMPTS = ("instruction", "prompt", "question")
+RESPONSES = ("response", "output", "completion", "answer")
+TABLES = (".jsonl", ".parquet")
+
+
+def read_text(path: Path) -> str:
+    """The whole file as UTF-8 text, line ends untouched; a byte order mark is no part of it."""
+    try:
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as failure:
+        hint = "convert it to UTF-8, or name a `.txt`, `.jsonl` or `.parquet` file"
+        raise DataError(f"`{path}`: not UTF-8 text, see byte {failure.start}", hint=hint) from failure
+    except OSError as failure:
+        raise DataError(f"`{path}`: cannot be read ({failure.strerror})", hint="check the path") from failure
+    if not text.strip():
+        raise DataError(f"`{path}`: holds no text", hint="name a file with text in it, or use `--calib demo`")
+    return text
+
+
+def paragraphs(text: str) -> list[str]:
+    """The parts of a text between blank lines."""
+    return [part.strip("\r\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a `.jsonl` or `.parquet` file, in order, each with its place."""
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Rows:
+    # Only "\n" ends a line: str.splitlines would also cut at the separators that JSON allows inside strings.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as failure:
+            hint = "a `.jsonl` file has one JSON object per line"
+            raise DataError(f"`{path}:{number}`: broken JSON ({failure.msg}, column {failure.colno})", hint=hint) from failure
+        if not isinstance(row, dict):
+            raise DataError(f"`{path}:{number}`: a {type(row).__name__}, not an object", hint='write rows as {"text": "..."}')
+        yield f"{path}:{number}", row
+
+
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    except (OSError, pa.ArrowException) as failure:
+        raise DataError(f"`{path}`: no parquet file ({failure})", hint="write it again, or use `.jsonl`") from failure
+
+
+def documents(rows: Rows) -> Iterator[Document]:
+    """Each row as a document; rows without text are passed over."""
+    for place, row in rows:
+        document = _document(place, row)
+        if not isinstance(document, str) or document.strip():
+            yield document
+
+
+def texts(rows: Rows) -> list[str]:
+    """The `text` column, empty rows included."""
+    return [_string(place, row, "text") for place, row in rows]
+
+
+def _document(place: str, row: dict[str, Any]) -> Document:
+    if "text" in row:
+        return _string(place, row, "text")
+    if "messages" in row:
+        return _conversation(place, row["messages"])
+    prompt = next((column for column in PROMPTS if column in row), None)
+    response = next((column for column in RESPONSES if column in row), None)
+    if prompt is None or response is None:
+        wanted = f"`text`, `messages`, or a prompt ({', '.join(PROMPTS)}) with a response ({', '.join(RESPONSES)})"
+        raise DataError(f"`{place}`: no text in the columns {', '.join(row) or '(none)'}", hint=f"rename them to {wanted}")
+    question = _string(place, row, prompt)
+    if row.get("input"):
+        question += "\n\n" + _string(place, row, "input")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": _string(place, row, response)}]
+
+
+def _conversation(place: str, messages: Any) -> list[Message]:
+    turns = messages if isinstance(messages, list) else []
+    if not turns or not all(isinstance(t, dict) and isinstance(t.get("role"), str) for t in turns):
+        raise DataError(f"`{place}`: `messages` is not a list of turns", hint='a turn is {"role": "user", "content": "..."}')
+    return [{"role": turn["role"], "content": _string(place, turn, "content")} for turn in turns]
+
+
+def _string(place: str, row: dict[str, Any], column: str) -> str:
+    if column not in row:
+        hint = f"rename the column that holds the text to `{column}`"
+        raise DataError(f"`{place}`: no column `{column}` among {', '.join(row) or '(none)'}", hint=hint)
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"`{place}`: `{column}` is {type(value).__name__}, not a string", hint="remove or repair the row")
+    return value

@@ -1,0 +1,138 @@
+"""Two shapes of samples, and how a seed chooses among them.
+
+packed      One stream of ids cut into windows of `seqlen`, in order, without overlap; the remainder is dropped. A running
+            text is tokenised once (one BOS at its start); other documents are tokenised each and follow one another.
+            Seed 0 takes the first windows in order. Any other seed draws from all windows.
+documents   One document per sequence at its own length, as the Marlin paper does: walk a permutation of the documents,
+            keep those with 1 < tokens <= seqlen. Every seed permutes, 0 too. No packing, padding or truncation.
+
+Draws use NumPy's `RandomState`, whose stream is frozen, so a seed means the same samples for ever. The documents that a
+corpus holds out for evaluation are the first kept ones of the permutation of seed 0; calibration, whatever its shape, seed
+and length, starts behind them.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marlin_tools.data.render import Encoder
+from marlin_tools.data.rows import Document
+from marlin_tools.data.sources import Corpus
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import DataError
+
+LONGEST_DOCUMENT = 4096
+"""The paper's limit; it alone decides which documents are held out, so that all models and settings agree."""
+
+Item = TypeVar("Item")
+
+
+def windows(stream: Iterable[Tensor], seqlen: int) -> Iterator[Tensor]:
+    """Pieces of ids laid end to end and cut every `seqlen`; the remainder is dropped."""
+    rest = torch.empty(0, dtype=torch.int64)
+    for piece in stream:
+        rest = torch.cat((rest, piece))
+        full = len(rest) // seqlen * seqlen
+        yield from rest[:full].view(-1, seqlen).clone().unbind()
+        rest = rest[full:]
+
+
+def permuted(items: Sequence[Item], seed: int) -> list[Item]:
+    """All items in the order that the seed gives."""
+    return [items[index] for index in np.random.RandomState(seed).permutation(len(items))]
+
+
+def kept(documents: Iterable[Document], encode: Encoder, seqlen: int) -> Iterator[Tensor]:
+    """The documents that fit whole into `seqlen` tokens and have at least one token to predict."""
+    return (ids for ids in map(encode, documents) if 1 < len(ids) <= seqlen)
+
+
+def divide(corpus: Corpus, encode: Encoder) -> tuple[list[Tensor], list[Document]]:
+    """(held out as ids, documents left for calibration), both in the order of the permutation of seed 0."""
+    documents = iter(permuted(list(islice(corpus.documents, corpus.pool)), 0))
+    held_out = list(islice(kept(documents, encode, LONGEST_DOCUMENT), corpus.held_out))
+    if len(held_out) < corpus.held_out:
+        message = f"`{corpus.name}`: {len(held_out)} documents of 2 to {LONGEST_DOCUMENT} tokens, {corpus.held_out} to hold out"
+        raise DataError(message, hint="use another source, such as `--calib c4`")
+    return held_out, list(documents)
+
+
+@dataclass
+class _Counted(Iterable[Document]):
+    """Documents, and how many of them have been read."""
+
+    documents: Iterable[Document]
+    read: int = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.read += 1
+            yield document
+
+
+def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, seed: int = 0) -> TokenSet:
+    """`num_samples` windows of a corpus, or all of them."""
+    if corpus.text is not None:
+        source = _Counted([corpus.text])
+    elif corpus.held_out:
+        source = _Counted(divide(corpus, encode)[1])
+    else:
+        source = _Counted(islice(corpus.documents, corpus.pool if seed else None))
+    tokens = 0
+
+    def stream() -> Iterator[Tensor]:
+        nonlocal tokens
+        for ids in map(encode, source):
+            tokens += len(ids)
+            yield ids
+
+    found = list(windows(stream(), seqlen) if seed else islice(windows(stream(), seqlen), num_samples))
+    wanted = num_samples or 1
+    if len(found) < wanted:
+        message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {tokens} tokens, {wanted} asked for"
+        raise DataError(message, hint=_remedy(len(found), "a smaller `--seqlen`, or a longer text"))
+    drawn = seed != 0 or corpus.held_out > 0
+    return TokenSet(
+        sequences=tuple(permuted(found, seed)[:num_samples] if seed else found),
+        source=corpus.name,
+        packed=True,
+        documents=source.read,
+        seed=seed,
+        order="shuffled" if drawn else "first",
+        notes=_notes(corpus, encode, drawn=drawn),
+    )
+
+
+def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed: int = 0) -> TokenSet:
+    """`num_samples` documents of a corpus, each a sequence of its own."""
+    _, left = divide(corpus, encode)
+    source = _Counted(permuted(left, seed) if seed else left)
+    chosen = list(islice(kept(source, encode, seqlen), num_samples))
+    if len(chosen) < num_samples:
+        message = f"`{corpus.name}`: {len(chosen)} of {len(left)} documents have 2 to {seqlen} tokens, {num_samples} asked for"
+        raise DataError(message, hint=_remedy(len(chosen), "a larger `--seqlen`, or `shape: packed`"))
+    return TokenSet(
+        sequences=tuple(chosen),
+        source=corpus.name,
+        packed=False,
+        documents=source.read,
+        seed=seed,
+        order="shuffled",
+        notes=_notes(corpus, encode, drawn=True),
+    )
+
+
+def _remedy(found: int, otherwise: str) -> str:
+    return f"use `--num-samples {found}`, {otherwise}" if found else f"use {otherwise}"
+
+
+def _notes(corpus: Corpus, encode: Encoder, *, drawn: bool) -> tuple[str, ...]:
+    notes = corpus.notes
+    if drawn and corpus.pool is not None:
+        notes += (f"drawn from the first {corpus.pool} documents of `{corpus.name}`",)
+    return notes if encode.bos else (*notes, "no BOS: the tokenizer adds none")

@@ -1,0 +1,176 @@
+"""Where calibration text comes from: a name, a file or a dataset of the Hugging Face Hub -> a corpus.
+
+To add a source, write one function that returns a `Corpus` and one line in `SOURCES`.
+
+Hub datasets are plain data files, streamed: no dataset script runs and nothing is fetched beyond what is read. With
+`HF_HUB_OFFLINE=1` they are read from the hub cache. No revision is pinned, and the notes of every such corpus say so.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from marlin_tools.data.rows import TABLES, Document, Rows, documents, paragraphs, read_rows, read_text, texts
+from marlin_tools.errors import DataError
+from marlin_tools.resources import demo_dir
+
+POOL = 10_000
+"""A draw from a streamed dataset is made among its first so many documents, whatever the number drawn."""
+
+Shape = Literal["packed", "documents"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text that has been found and not yet been tokenised.
+
+    name       for people and manifests
+    documents  in their own order; reading a streamed corpus fetches it
+    text       the whole as one running text, where it is one
+    pool       how many of the documents a draw looks at; None for all
+    shape      the samples that are made of it when nobody says otherwise
+    held_out   documents that belong to evaluation and are never calibrated on
+    """
+
+    name: str
+    documents: Iterable[Document]
+    text: str | None = None
+    pool: int | None = None
+    shape: Shape = "packed"
+    held_out: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on the Hugging Face Hub."""
+
+    owner_name: str
+    config: str | None = None
+    split: str = "train"
+    data_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Everything that was chosen, for people."""
+        return " ".join(filter(None, [self.owner_name, self.config, self.data_file, f"({self.split})"]))
+
+    def rows(self) -> Rows:
+        """Stream the rows; network, permission and naming failures become a `DataError`."""
+        import httpx
+        from datasets import load_dataset
+
+        files: dict[str, Any] = {"data_files": {self.split: self.data_file}} if self.data_file else {}
+        try:
+            dataset = load_dataset(self._location(), self.config, split=self.split, streaming=True, **files)
+            for number, row in enumerate(dataset, start=1):
+                yield f"{self.owner_name}, row {number}", row
+        # What `datasets` raises: OSError for network, access and absence, RuntimeError for a script, ValueError for a wrong
+        # config or split. The rows are not looked at here, so nothing of ours can be meant.
+        except (OSError, httpx.HTTPError, RuntimeError, ValueError) as failure:
+            hint = "use `--calib FILE` or `--calib demo`; a gated dataset needs `HF_TOKEN`, a script dataset cannot be read"
+            raise DataError(f"`{self.name}`: cannot be read from the hub ({_first_line(failure)})", hint=hint) from failure
+
+    def corpus(self, *notes: str) -> Corpus:
+        """Its rows as documents."""
+        unpinned = f"`{self.name}` is read at its newest revision: none is pinned"
+        return Corpus(self.name, documents(self.rows()), pool=POOL, notes=(unpinned, *notes))
+
+    def _location(self) -> str:
+        # Offline, `datasets` looks only at tables it prepared itself; the files in the hub cache are as good.
+        from huggingface_hub import constants, snapshot_download
+
+        if not constants.HF_HUB_OFFLINE:
+            return self.owner_name
+        return snapshot_download(self.owner_name, repo_type="dataset", local_files_only=True)
+
+
+def local_file(path: Path) -> Corpus:
+    """A file: `.jsonl` and `.parquet` are tables, anything else is UTF-8 text with blank lines between documents."""
+    if path.suffix.lower() in TABLES:
+        return Corpus(str(path), documents(read_rows(path)))
+    text = read_text(path)
+    notes = () if path.suffix in (".txt", "") else (f"`{path}` is read as plain UTF-8 text",)
+    return Corpus(str(path), paragraphs(text), text=text, notes=notes)
+
+
+def demo() -> Corpus:
+    """The text that ships with the package; needs no network."""
+    return replace(local_file(demo_dir() / "calibration.txt"), name="demo")
+
+
+def wikitext(split: str) -> Corpus:
+    """WikiText-2, raw: its rows are lines, so they are joined to one text, as every published perplexity does."""
+    dataset = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+    text = "\n\n".join(texts(dataset.rows()))
+    return replace(dataset.corpus(), text=text, documents=paragraphs(text), pool=None)
+
+
+def wikitext2() -> Corpus:
+    """The training split; the test split belongs to evaluation."""
+    return wikitext("train")
+
+
+def c4() -> Corpus:
+    """The first of the 1024 training files of English C4."""
+    return HubDataset("allenai/c4", data_file="en/c4-train.00000-of-01024.json.gz").corpus()
+
+
+def redpajama() -> Corpus:
+    """What the paper calibrates on, as far as it can still be had: one document per sequence, 1024 of them held out."""
+    note = "DKYoon/SlimPajama-6B stands in for RedPajama-Data-1T-Sample, which is a script dataset that no longer loads"
+    return replace(HubDataset("DKYoon/SlimPajama-6B").corpus(note), shape="documents", held_out=1024)
+
+
+def pile() -> Corpus:
+    """Ten thousand documents of The Pile."""
+    return HubDataset("NeelNanda/pile-10k").corpus()
+
+
+def ultrachat() -> Corpus:
+    """Conversations, for chat models."""
+    return HubDataset("HuggingFaceH4/ultrachat_200k", split="train_sft").corpus()
+
+
+SOURCES: dict[str, Callable[[], Corpus]] = {
+    "demo": demo,
+    "wikitext2": wikitext2,
+    "c4": c4,
+    "redpajama": redpajama,
+    "pile": pile,
+    "ultrachat": ultrachat,
+}
+
+
+def find_corpus(source: str) -> Callable[[], Corpus]:
+    """How to open a name in `SOURCES`, `hf:owner/name[:config][@split]`, or a path; a name wins over a file of that name.
+
+    Nothing is read yet, so that a plan can ask whether there is such a thing.
+    """
+    if source in SOURCES:
+        return SOURCES[source]
+    if source.startswith("hf:"):
+        return _parse_hub(source).corpus
+    if Path(source).is_file():
+        return partial(local_file, Path(source))
+    known = ", ".join(SOURCES)
+    close = difflib.get_close_matches(source, SOURCES, n=1)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        close = [f"hf:{source}"]
+    hint = f"did you mean `{close[0]}`? " if close else ""
+    raise DataError(f"`{source}`: no such file or source", hint=f"{hint}known sources: {known}, a file, `hf:owner/name`")
+
+
+def _parse_hub(source: str) -> HubDataset:
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", source)
+    if match is None:
+        raise DataError(f"`{source}`: not a dataset of the hub", hint="write `hf:owner/name`, `hf:owner/name:config@split`")
+    return HubDataset(match[1], match[2], match[3] or "train")
+
+
+def _first_line(failure: Exception) -> str:
+    return next(iter(str(failure).splitlines()), type(failure).__name__)

@@ -1,0 +1,52 @@
+"""Which device computes, and what it really used."""
+
+import resource
+import time
+
+import torch
+
+from marlin_tools.errors import DeviceError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one; anything else must exist."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"unknown device `{name}`", hint="use cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise DeviceError(f"device `{name}` is not supported", hint="use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise DeviceError(f"device `{name}` does not exist: {count} CUDA devices are visible", hint="see `marlin-tools doctor`")
+    return torch.device("cuda", device.index or 0)
+
+
+def describe_device(device: torch.device) -> str:
+    """What to call it in a report."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Highest memory in use since the process began, in GB."""
+    peak = {"host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if device.type == "cuda":
+        peak["gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return peak
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:
+    """Floating-point operations per second of a square product here and now; takes a fraction of a second."""
+    size = size if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

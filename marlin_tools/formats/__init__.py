@@ -1,0 +1,53 @@
+"""Weight formats: how the codes and scales of a linear lie in a checkpoint.
+
+`FORMATS` holds what we write, by the name that users give. `find_format` also knows the other spellings of the same layouts
+that checkpoints have. Every format packs and unpacks exactly, so any can be turned into any other without the base model.
+
+Read next: `format.py`, what a format is; `bits.py`, the two moves they are made of; then one format, say `gptq.py`.
+A new format is one file and one line here. README.md says which format is for which engine.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from marlin_tools.errors import FormatError
+from marlin_tools.formats.compressed_tensors import COMPRESSED_TENSORS
+from marlin_tools.formats.config import check_readable, spelling_of
+from marlin_tools.formats.format import Format
+from marlin_tools.formats.gptq import GPTQ, GPTQ_V2
+from marlin_tools.formats.marlin import MARLIN
+from marlin_tools.formats.marlin_24 import GPTQ_MARLIN_24, MARLIN_24
+
+__all__ = ["FORMATS", "Format", "find_format", "get_format"]
+
+FORMATS: dict[str, Format] = {each.name: each for each in (GPTQ, COMPRESSED_TENSORS, MARLIN, MARLIN_24)}
+_READABLE: tuple[Format, ...] = (*FORMATS.values(), GPTQ_V2, GPTQ_MARLIN_24)
+
+
+def get_format(name: str) -> Format:
+    """The format that a user names."""
+    if name not in FORMATS:
+        raise FormatError(f"unknown format `{name}`", hint=_suggest(name, FORMATS))
+    return FORMATS[name]
+
+
+def find_format(quantization_config: Mapping[str, Any]) -> Format:
+    """The format of a checkpoint with this `quantization_config`; FormatError if it is not one that we can hold exactly."""
+    for candidate in _READABLE:
+        if candidate.recognise(quantization_config):
+            check_readable(quantization_config)
+            return candidate
+    method, layout = spelling_of(quantization_config)
+    known = {spelling for each in _READABLE for spelling in each.spellings}
+    if layouts := sorted(layout for known_method, layout in known if known_method == method):
+        raise FormatError(f"`quantization_config`: unknown layout `{layout}` of `{method}`", hint=_suggest(layout, layouts))
+    methods = sorted({known_method for known_method, _ in known})
+    raise FormatError(f"`quantization_config`: unknown quant_method `{method}`", hint=_suggest(method, methods))
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    listing = "known: " + ", ".join(names)
+    close = get_close_matches(name, names, n=1)
+    return f"did you mean `{close[0]}`? {listing}" if close else listing

@@ -1,0 +1,116 @@
+"""The two dialects of `quantization_config` in config.json: reading them, writing them, refusing what we cannot hold.
+
+flat      one set of keys for all linears (`bits`, `group_size`, `sym`, `desc_act`, `checkpoint_format`): quant_method `gptq`
+          and `marlin`. Read by transformers with gptqmodel, GPTQModel, vLLM and SGLang.
+grouped   `config_groups`, each with targets and a full scheme: quant_method `compressed-tensors`.
+          Read by transformers with compressed-tensors and by vLLM.
+
+A checkpoint says how its tensors lie by a *spelling*, the pair (quant_method, layout). One format can have several spellings.
+`ignore` is in both dialects the full names of the linears that stay unquantized, `lm_head` among them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from marlin_tools import __version__
+from marlin_tools.errors import FormatError
+
+Spelling = tuple[str, str]
+"""(quant_method, layout)."""
+
+BITS = 4
+
+
+def spelling_of(config: Mapping[str, Any]) -> Spelling:
+    """How a checkpoint with this quantization_config says that its weights are laid out."""
+    method = str(config.get("quant_method"))
+    if method == "gptq" and config.get("is_marlin_format"):  # AutoGPTQ up to 0.7.1; later ones use checkpoint_format
+        return method, "marlin"
+    if method == "gptq":
+        return method, str(config.get("checkpoint_format") or config.get("format") or "gptq")
+    if method == "compressed-tensors":
+        return method, str(config.get("format"))
+    return method, method
+
+
+def check_readable(config: Mapping[str, Any]) -> None:
+    """Raise FormatError unless these are symmetric 4-bit weights under plain activations."""
+    if config.get("quant_method") == "compressed-tensors":
+        for key in ("sparsity_config", "transform_config"):
+            if _is_active(config.get(key)):
+                raise FormatError(f"`quantization_config`: `{key}` is not supported", hint="start from the unquantized model")
+        for name, group in (config.get("config_groups") or {}).items():
+            _check_group(f"config_groups.{name}", group)
+        return
+    _check_value("bits", config.get("bits", BITS), expected=BITS)
+    _check_value("sym", config.get("sym", True), expected=True)
+
+
+def flat_config(method: str, layout: str, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+    """The flat dialect. GPTQModel learns of ignored linears by `dynamic`; others see which ones have quantised tensors."""
+    config: dict[str, Any] = {
+        "quant_method": method,
+        "checkpoint_format": layout,
+        "bits": BITS,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": "lm_head" not in ignore,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"marlin-tools:{__version__}"]},
+    }
+    if skipped := [name for name in ignore if name != "lm_head"]:
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+    return config
+
+
+def grouped_config(layout: str, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+    """The grouped dialect with one group that holds every linear but the ignored ones."""
+    per_column = group_size == -1
+    weights = {
+        "num_bits": BITS,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if per_column else "group",
+        "group_size": None if per_column else group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+    }
+
+
+def _is_active(section: Mapping[str, Any] | None) -> bool:
+    """Writers leave empty sections, and sections with the format `dense`, behind; neither changes the weights."""
+    return section is not None and len(section) > 0 and section.get("format") != "dense"
+
+
+def _check_group(where: str, group: object) -> None:
+    if not isinstance(group, Mapping) or not isinstance(weights := group.get("weights"), Mapping):
+        raise FormatError(f"`quantization_config`: `{where}` has no `weights` scheme", hint="start from the unquantized model")
+    _check_value(f"{where}.weights.num_bits", weights.get("num_bits"), expected=BITS)
+    _check_value(f"{where}.weights.type", weights.get("type", "int"), expected="int")
+    _check_value(f"{where}.weights.symmetric", weights.get("symmetric", True), expected=True)
+    for activations in ("input_activations", "output_activations"):
+        _check_value(f"{where}.{activations}", group.get(activations), expected=None)
+    if weights.get("actorder") not in (None, False, "static", "weight"):
+        raise FormatError(
+            f"`quantization_config`: `{where}.weights.actorder` {weights['actorder']!r} permutes the inputs",
+            hint="no format here can hold that; quantize again with `actorder` static or null",
+        )
+
+
+def _check_value(where: str, value: object, *, expected: object) -> None:
+    if value != expected:
+        raise FormatError(
+            f"`quantization_config`: `{where}` is {value!r}, only {expected!r} can be read",
+            hint="we hold symmetric 4-bit integers under 16-bit activations; start from the unquantized model",
+        )

@@ -1,0 +1,63 @@
+"""What a run has finished so far, beside the files it has finished, so that a killed run loses at most the block in work.
+
+`<out>.partial/state/run.json` holds the fingerprint of everything that decides the result: model, tokens, settings, code
+revision. `state/block-00000.json` is written after the block's shard and holds the shard's sha256, so a half-written block
+never counts.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from marlin_tools.errors import OutputError
+from marlin_tools.output import OutputDirectory
+
+
+def fingerprint_of(**facts: Any) -> str:
+    """sha256 of the facts in canonical JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Journal:
+    """The finished blocks of one run."""
+
+    def __init__(self, output: OutputDirectory, fingerprint: str) -> None:
+        self._output = output
+        run = output.work / "state" / "run.json"
+        if run.is_file() and json.loads(run.read_text())["fingerprint"] != fingerprint:
+            raise OutputError(
+                f"`{output.work}` holds an unfinished run with another model, calibration or settings",
+                hint="repeat the command that began it, or start over with `--no-resume`",
+            )
+        if not run.is_file():
+            output.clear()
+            output.write_text("state/run.json", json.dumps({"fingerprint": fingerprint}))
+
+    def finished(self, index: int, shard: Path) -> dict[str, Any] | None:
+        """The entry of block `index` if its shard is on disk exactly as it was written."""
+        entry = self._output.work / self._name(index)
+        if not entry.is_file() or not shard.is_file():
+            return None
+        content: dict[str, Any] = json.loads(entry.read_text())
+        return content if content["sha256"] == _sha256(shard) else None
+
+    def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
+        """Block `index` is done; from here on a resumed run skips it."""
+        complete = {**entry, "sha256": _sha256(shard)}
+        self._output.write_text(self._name(index), json.dumps(complete))
+        return complete
+
+    def close(self) -> None:
+        """The run is complete: the state does not belong into the result."""
+        shutil.rmtree(self._output.work / "state")
+
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"state/block-{index:05d}.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,26 @@
+"""Where the files that ship with the package lie, in a wheel and in a checkout alike."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _shipped(name: str) -> Path:
+    """`kernels/` and `recipes/` are top-level folders of a checkout and `_kernels`, `_recipes` inside the wheel."""
+    installed = _PACKAGE / f"_{name}"
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+def recipes_dir() -> Path:
+    """The bundled recipes."""
+    return _shipped("recipes")
+
+
+def kernels_dir() -> Path:
+    """The CUDA sources."""
+    return _shipped("kernels")
+
+
+def demo_dir() -> Path:
+    """The embedded model with its calibration text and its tasks."""
+    return _PACKAGE / "demo"

@@ -1,0 +1,141 @@
+"""The calibrate stage: what its settings mean, what it says, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from marlin_tools.errors import DataError
+from marlin_tools.events import Event
+from marlin_tools.stages.calibrate import CalibrationSettings, calibrate, preview
+
+Write = Callable[..., Path]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """4160 bytes, so 4161 tokens, in 40 documents of 104 bytes with their blank lines."""
+    path = tmp_path / "mine.utf8"
+    path.write_text("".join(f"{n:024}{LETTERS * 3}\n\n" for n in range(40)))
+    return str(path)
+
+
+def test_a_text_file_is_packed_into_windows_of_the_models_length(checkpoint: Any, text: str) -> None:
+    tokens = calibrate(text, checkpoint, num_samples=65)
+
+    assert (65, 64, True) == (len(tokens.sequences), tokens.longest, tokens.packed)
+    assert Path(text).read_text()[: 65 * 64 - 1] == checkpoint.tokenizer().decode(
+        [token for sequence in tokens.sequences for token in sequence.tolist()], skip_special_tokens=True
+    )
+    with pytest.raises(DataError, match="65 windows of 64 tokens in its 4161 tokens, 66 asked for"):
+        calibrate(text, checkpoint, num_samples=66)
+
+
+def test_seeds_draw_and_repeat(checkpoint: Any, text: str) -> None:
+    prints = [calibrate(text, checkpoint, num_samples=30, seqlen=32, seed=seed).fingerprint for seed in (0, 0, 1, 1, 2)]
+
+    assert prints[0] == prints[1]
+    assert prints[2] == prints[3]
+    assert 3 == len(set(prints))
+
+
+def test_settings_and_options_mean_the_same(checkpoint: Any, text: str) -> None:
+    settings = CalibrationSettings(source=text, num_samples=5, seqlen=16, seed=4)
+
+    assert (
+        calibrate(settings, checkpoint).describe() == calibrate(text, checkpoint, num_samples=5, seqlen=16, seed=4).describe()
+    )
+    with pytest.raises(TypeError, match="options belong into the settings: seed"):
+        calibrate(settings, checkpoint, seed=4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_samples": 0}, {"seqlen": 1}, {"seed": -1}, {"seed": 2**32}, {"shape": "round"}, {"nsamples": 3}]
+)
+def test_settings_refuse_what_makes_no_sense(checkpoint: Any, text: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        calibrate(text, checkpoint, **wrong)
+
+
+def test_defaults_are_128_windows_of_2048_tokens_of_the_bundled_text(checkpoint: Any, tmp_path: Path) -> None:
+    settings = CalibrationSettings()
+    path = tmp_path / "long.txt"
+    path.write_text(LETTERS * 90)
+    checkpoint.config = {"vocab_size": 257, "max_position_embeddings": 8192}
+
+    assert ("demo", 128, 0, "auto", "auto") == (
+        settings.source,
+        settings.num_samples,
+        settings.seed,
+        settings.shape,
+        settings.chat_template,
+    )
+    assert 2048 == calibrate(str(path), checkpoint, num_samples=1).longest
+
+
+def test_documents_are_asked_for_by_shape(checkpoint: Any, text: str, write_jsonl: Write) -> None:
+    rows = str(write_jsonl([{"text": LETTERS[:n]} for n in range(1, 20)]))
+
+    assert calibrate(rows, checkpoint, num_samples=2).packed
+    documents = calibrate(rows, checkpoint, num_samples=10, seqlen=11, shape="documents")
+    assert set(range(2, 12)) == {len(sequence) for sequence in documents.sequences}
+    assert (
+        documents.fingerprint != calibrate(rows, checkpoint, num_samples=10, seqlen=11, shape="documents", seed=1).fingerprint
+    )
+    with pytest.raises(DataError, match="0 of 40 documents have 2 to 64 tokens, 1 asked for"):
+        calibrate(text, checkpoint, num_samples=1, shape="documents")
+
+
+def test_auto_follows_the_source_unless_a_length_is_given(hub: Any, checkpoint: Any) -> None:
+    hub.rows["DKYoon/SlimPajama-6B", "train"] = [{"text": f"{n:05}"} for n in range(2000)]
+
+    assert not calibrate("redpajama", checkpoint, num_samples=3).packed
+    assert calibrate("redpajama", checkpoint, num_samples=3, seqlen=8).packed
+
+
+def test_more_than_the_model_has_positions_is_refused(checkpoint: Any, text: str) -> None:
+    with pytest.raises(DataError, match="sequence length 65 is more than the 64 positions of the model"):
+        calibrate(text, checkpoint, seqlen=65)
+
+
+def test_a_wrong_tokenizer_is_noticed(checkpoint: Any, text: str) -> None:
+    checkpoint.config["vocab_size"] = 20
+
+    with pytest.raises(DataError, match="outside the model's vocabulary of 20"):
+        calibrate(text, checkpoint, num_samples=1)
+
+
+def test_the_stage_says_what_it_does(hub: Any, checkpoint: Any) -> None:
+    hub.rows["NeelNanda/pile-10k", "train"] = [{"text": LETTERS}] * 4
+    events: list[Event] = []
+    tokens = calibrate("pile", checkpoint, num_samples=2, seqlen=8, emit=events.append)
+
+    assert ["stage", "note", "note", "result"] == [event.kind for event in events]
+    assert "calibration text: `pile`" == events[1].text
+    assert "none is pinned" in events[2].text
+    assert tokens.describe() == events[3].data
+
+
+def test_the_hub_is_asked_for_no_more_than_the_windows_need(hub: Any, checkpoint: Any) -> None:
+    hub.rows["NeelNanda/pile-10k", "train"] = [{"text": LETTERS}] * 100
+    tokens = calibrate("pile", checkpoint, num_samples=3, seqlen=27)
+
+    assert 3 == hub.rows_read == tokens.documents
+
+
+def test_preview_shows_the_first_samples_as_the_model_reads_them(
+    make_tokenizer: Any, checkpoint: Any, write_jsonl: Write
+) -> None:
+    checkpoint.model_tokenizer = make_tokenizer(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    rows = str(write_jsonl([{"prompt": f"q{n}", "response": f"a{n}"} for n in range(9)]))
+    settings = CalibrationSettings(source=rows, num_samples=8, seed=3, shape="documents")
+    samples = [checkpoint.tokenizer().decode(sequence.tolist()) for sequence in calibrate(settings, checkpoint).sequences]
+
+    assert samples[:3] == preview(settings, checkpoint)
+    assert samples[:1] == preview(settings, checkpoint, count=1)
+    assert samples[0].startswith("<s>[user]q")

@@ -1,0 +1,67 @@
+"""Special tokens stand exactly once, and the template speaks only when it is asked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from marlin_tools.data.render import Encoder
+from marlin_tools.errors import DataError
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+Make = Callable[..., Any]
+
+
+def test_a_text_is_its_tokens_behind_one_bos(tokenizer: Any) -> None:
+    ids = Encoder(tokenizer)("aä\n").tolist()
+
+    assert [0, *tokenizer.convert_tokens_to_ids(["a", "Ã", "¤", "Ċ"])] == ids
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_template_brings_its_own_bos(make_tokenizer: Make, mode: Any) -> None:
+    encode = Encoder(make_tokenizer(TEMPLATE), mode)
+
+    assert "<s>[user]hi[assistant]ho" == encode.render(CHAT)
+    assert 1 == encode(CHAT).tolist().count(0)
+    assert encode(CHAT).tolist() == Encoder(make_tokenizer())("[user]hi[assistant]ho").tolist()
+
+
+@pytest.mark.parametrize(("template", "mode"), [(None, "auto"), (None, "off"), (TEMPLATE, "off")])
+def test_without_a_template_turns_are_paragraphs(make_tokenizer: Make, template: str | None, mode: Any) -> None:
+    encode = Encoder(make_tokenizer(template), mode)
+
+    assert "hi\n\nho" == encode.render(CHAT)
+    assert encode("hi\n\nho").tolist() == encode(CHAT).tolist()
+    assert 0 == encode(CHAT)[0]
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_plain_text_is_left_alone(make_tokenizer: Make, mode: Any) -> None:
+    assert " as it is\n" == Encoder(make_tokenizer(TEMPLATE), mode).render(" as it is\n")
+
+
+def test_on_insists(make_tokenizer: Make) -> None:
+    with pytest.raises(DataError, match="there are no conversations"):
+        Encoder(make_tokenizer(TEMPLATE), "on")("plain")
+    with pytest.raises(DataError, match="the tokenizer has none"):
+        Encoder(make_tokenizer(None), "on")(CHAT)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(make_tokenizer: Make) -> None:
+    with pytest.raises(DataError, match=r"refuses a conversation with the roles user, assistant \(must alternate\)"):
+        Encoder(make_tokenizer("{{ raise_exception('must alternate') }}"))(CHAT)
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tokenizer: Any) -> None:
+    highest = int(Encoder(tokenizer)("az").max())
+
+    assert highest == Encoder(tokenizer, vocab_size=highest + 1)("az").max()
+    with pytest.raises(DataError, match=f"token id {highest} is outside the model's vocabulary of {highest}"):
+        Encoder(tokenizer, vocab_size=highest)("az")
+
+
+def test_bos_is_told_apart(make_tokenizer: Make) -> None:
+    assert Encoder(make_tokenizer()).bos
+    assert not Encoder(make_tokenizer(bos=False)).bos
