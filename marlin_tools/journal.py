@@ -7,7 +7,6 @@ never counts.
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,22 @@ class Journal:
 
     def __init__(self, output: OutputDirectory, fingerprint: str) -> None:
         self._output = output
-        run = output.work / "state" / "run.json"
-        if run.is_file() and json.loads(run.read_text())["fingerprint"] != fingerprint:
+        run = output.state / "run.json"
+        begun = json.loads(run.read_text())["fingerprint"] if run.is_file() and output.work.exists() else None
+        if begun == fingerprint:
+            return
+        if begun is not None and not output.overwrite:
             raise OutputError(
-                f"`{output.work}` holds an unfinished run with another model, calibration or settings",
+                f"`{output.partial}` holds an unfinished run with another model, calibration or settings",
                 hint="repeat the command that began it, or start over with `--no-resume`",
             )
-        if not run.is_file():
-            output.clear()
-            output.write_text("state/run.json", json.dumps({"fingerprint": fingerprint}))
+        output.clear()
+        output.work.mkdir()
+        output.write_state("run.json", json.dumps({"fingerprint": fingerprint}))
 
     def finished(self, index: int, shard: Path) -> dict[str, Any] | None:
         """The entry of block `index` if its shard is on disk exactly as it was written."""
-        entry = self._output.work / self._name(index)
+        entry = self._output.state / self._name(index)
         if not entry.is_file() or not shard.is_file():
             return None
         content: dict[str, Any] = json.loads(entry.read_text())
@@ -46,16 +48,12 @@ class Journal:
     def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
         """Block `index` is done; from here on a resumed run skips it."""
         complete = {**entry, "sha256": _sha256(shard)}
-        self._output.write_text(self._name(index), json.dumps(complete))
+        self._output.write_state(self._name(index), json.dumps(complete))
         return complete
-
-    def close(self) -> None:
-        """The run is complete: the state does not belong into the result."""
-        shutil.rmtree(self._output.work / "state")
 
     @staticmethod
     def _name(index: int) -> str:
-        return f"state/block-{index:05d}.json"
+        return f"block-{index:05d}.json"
 
 
 def _sha256(path: Path) -> str:

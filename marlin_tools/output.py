@@ -1,8 +1,8 @@
 """A directory that appears whole or not at all.
 
-Everything is written into `<out>.partial`, each file under a temporary name, synced, then renamed; at the end the directory
-itself is renamed to `<out>`. A run that dies leaves `<out>.partial` behind, which a later run may continue; nothing there loads
-as a model because config.json comes last.
+Everything is written into `<out>.partial/model`, each file under a temporary name, synced, then renamed; at the end that folder is
+renamed to `<out>`. A run that dies leaves `<out>.partial` behind, which a later run may continue: what it has finished is noted
+in `<out>.partial/state`. Nothing half-written loads as a model: config.json is written after all weights.
 """
 
 import errno
@@ -20,11 +20,17 @@ from marlin_tools.errors import MarlinToolsError, OutputError
 
 
 class OutputDirectory:
-    """The result directory `out` while it is being made; `work` is where the files go until `publish`."""
+    """The result directory `out` while it is being made.
+
+    work    where its files go until `publish`
+    state   what must survive a crash but does not belong into the result
+    """
 
     def __init__(self, out: Path | str, *, overwrite: bool = False, resume: bool = False) -> None:
         self.out = Path(out).expanduser()
-        self.work = self.out.with_name(self.out.name + ".partial")
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.work = self.partial / "model"
+        self.state = self.partial / "state"
         self.overwrite = overwrite
         self.resume = resume
 
@@ -32,21 +38,23 @@ class OutputDirectory:
         if self.out.exists() and not self.overwrite and not (self.out.is_dir() and not any(self.out.iterdir())):
             raise OutputError(f"`{self.out}` exists and is not empty", hint="use `--overwrite`, or another `-o DIR`")
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.work, os.O_RDONLY)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.partial, os.O_RDONLY)
         except OSError as error:
-            raise self._explain(error, self.work) from error
+            raise self._explain(error, self.partial) from error
         busy = OutputError(f"another run is writing `{self.out}`", hint="wait for it, or choose another `-o DIR`")
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._descriptor)
             raise busy from error
-        if not self.work.exists() or self.work.stat().st_ino != os.fstat(self._descriptor).st_ino:
+        if not self.partial.exists() or self.partial.stat().st_ino != os.fstat(self._descriptor).st_ino:
             os.close(self._descriptor)  # the other run published its result between our two calls
             raise busy
         if not self.resume:
             self.clear()
+        for half_written in self.partial.rglob("*.tmp"):
+            half_written.unlink()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -54,8 +62,9 @@ class OutputDirectory:
 
     def clear(self) -> None:
         """Forget what an earlier run left."""
-        for entry in self.work.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for folder in (self.state, self.work):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file."""
@@ -69,8 +78,15 @@ class OutputDirectory:
         self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write one file: temporary name, sync, rename."""
-        final = self.work / name
+        """Write one file of the result."""
+        self._write(self.work / name, content)
+
+    def write_state(self, name: str, text: str) -> None:
+        """Write one file of the state."""
+        self._write(self.state / name, text.encode("utf-8"))
+
+    def _write(self, final: Path, content: bytes) -> None:
+        """Temporary name, sync, rename."""
         temporary = final.with_name(final.name + ".tmp")
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +115,7 @@ class OutputDirectory:
             self.work.rename(self.out)
             if old.exists():
                 shutil.rmtree(old)
+            shutil.rmtree(self.partial)
         except OSError as error:
             raise self._explain(error, self.out) from error
         return self.out

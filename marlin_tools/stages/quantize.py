@@ -156,8 +156,8 @@ def quantize(
             "linears": [record for entry in entries for record in entry["linears"]],
             "kept": plan.inventory.kept,
         }
+        work.finish()
         write_manifest(output, "quantize", facts, times, work.warnings)
-        work.journal.close()
         output.publish()
     emit(Event("result", f"quantised {len(plan.inventory.targets)} linears into `{out}`", data=times))
     return Checkpoint.open(out)
@@ -206,9 +206,12 @@ class _Work:
         if stream.hidden is not None:
             ids, logits = stream.logits(REFERENCE_TOKENS)
             self.output.write_tensors("verify/reference.safetensors", {"tokens": ids, "logits": logits})
+        return entries
+
+    def finish(self) -> None:
+        """Everything else that makes the shards a model."""
         kept = [*self.inventory.kept, self.inventory.family.head]
         self.writer.finish(self.checkpoint, self.format.quantization_config(self.settings.group_size, kept))
-        return entries
 
     def warn_about(self, entries: list[dict[str, Any]]) -> None:
         """Say what happened that the user did not ask for; resumed blocks included."""

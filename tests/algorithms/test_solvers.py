@@ -1,0 +1,295 @@
+"""The sweep, the scale searches, the polish and the drift correction against the dumbest possible oracles."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlin_tools.algorithms import GPTQ, PRESETS, RTN, Gram, Hessian
+from marlin_tools.algorithms.hessian import Drift, corrected
+from marlin_tools.algorithms.polish import descend, polish, refit, row_losses
+from marlin_tools.algorithms.scales import decode, encode, storable
+from marlin_tools.algorithms.sweep import sweep
+from marlin_tools.errors import NumericalError
+
+N, K, G = 24, 256, 128
+
+
+@pytest.fixture
+def problem() -> tuple[Tensor, Hessian]:
+    """Correlated inputs with a steep spectrum, heavy-tailed weights."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(K, K, generator=generator) * torch.arange(1, K + 1) ** -0.5
+    x = torch.randn(4096, K, generator=generator) @ mix.T
+    gram = Gram(K, torch.device("cpu"))
+    for chunk in x.split(1000):
+        gram.add(chunk.view(1, *chunk.shape))
+    weight = torch.randn(N, K, generator=generator) * 0.02 * (1 + torch.randn(N, K, generator=generator).abs() ** 3)
+    return weight, gram.hessian()
+
+
+def textbook_gptq(weight: Tensor, matrix: Tensor, scales: Tensor, order: list[int], search=None) -> tuple[Tensor, Tensor]:
+    """GPTQ as published, one column at a time in float64: invert, Cholesky of the inverse, push errors to the right."""
+    w, h = weight.double()[:, order].clone(), matrix.double()[order][:, order]
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    codes, scales = torch.zeros_like(w), scales.double().clone()
+    for i in range(w.shape[1]):
+        if search is not None and i % G == 0:
+            scales[:, i // G] = search(w[:, i : i + G], u[i : i + G, i : i + G])
+        s = scales[:, order[i] // G]
+        codes[:, i] = torch.clamp(torch.round(w[:, i] / s) + 8, 0, 15)
+        error = (w[:, i] - (codes[:, i] - 8) * s) / u[i, i]
+        w[:, i:] -= error[:, None] * u[i, i:]
+    unsorted = torch.zeros_like(codes)
+    unsorted[:, order] = codes
+    return unsorted, scales
+
+
+def clip_search(w: Tensor, u: Tensor) -> Tensor:
+    """The paper's group clipping in words: 76 candidates, each judged by ‖δ U⁻¹‖²."""
+    best, best_cost = None, None
+    for step in range(76):
+        s = ((1 - step / 100) * 2 * w.abs().amax(dim=1) / 15).half().double()
+        delta = (torch.clamp(torch.round(w / s[:, None]) + 8, 0, 15) - 8) * s[:, None] - w
+        cost = torch.linalg.solve_triangular(u, delta, upper=True, left=False).square().sum(dim=1)
+        best = s if best is None else torch.where(cost < best_cost, s, best)
+        best_cost = cost if best_cost is None else torch.minimum(cost, best_cost)
+    return best
+
+
+def mismatches(a: Tensor, b: Tensor) -> int:
+    return int((a.double() != b.double()).sum())
+
+
+def test_gram_is_the_mean_of_x_xt() -> None:
+    chunks = [torch.randn(3, 5, 16), torch.randn(1, 7, 16)]
+    gram = Gram(16, torch.device("cpu"))
+    for chunk in chunks:
+        gram.add(chunk)
+    rows = torch.cat([chunk.view(-1, 16) for chunk in chunks]).double()
+
+    assert gram.hessian().tokens == 22
+    torch.testing.assert_close(gram.hessian().matrix.double(), rows.T @ rows / 22, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["natural", "energy"])
+def test_sweep_gives_the_codes_of_textbook_gptq(problem: tuple[Tensor, Hessian], order: str) -> None:
+    weight, hessian = problem
+    solver = GPTQ(order=order, scales="absmax", signed=False, polish=0, drift=0)
+    solved = solver.solve("layer", weight, hessian, G, torch.float16)
+    columns = hessian.energy_order().tolist() if order == "energy" else list(range(K))
+    expected, _ = textbook_gptq(weight, hessian.damped(0.01), solved.linear.scales.double(), columns)
+
+    assert mismatches(solved.linear.codes, expected) <= 2  # float32 against float64: ties only
+
+
+def test_marlin_preset_is_the_published_recipe(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    solved = PRESETS["marlin"].solve("layer", weight, hessian, G, torch.float16)
+    codes, scales = textbook_gptq(weight, hessian.damped(0.1), torch.zeros(N, K // G), list(range(K)), clip_search)
+
+    assert mismatches(solved.linear.scales, scales) <= 1
+    same = (solved.linear.scales.double() == scales).all(dim=1)
+    assert mismatches(solved.linear.codes[same], codes[same]) <= 2
+
+
+def test_factor_predicts_the_loss(problem: tuple[Tensor, Hessian]) -> None:
+    """Σ R_ii² (t_i - q_i)² is tr(E H Eᵀ): what the sweep minimises is the real output error."""
+    weight, hessian = problem
+    factor = hessian.factorise(0.01, "layer")
+    seen: list[Tensor] = []
+
+    class Rule:
+        def enter(self, start: int, weight_nb: Tensor, factor_bb: Tensor) -> None: ...
+
+        def column(self, j: int, target_n: Tensor) -> Tensor:
+            value = decode(encode(target_n, torch.tensor(0.01)), torch.tensor(0.01))
+            seen.append((target_n - value) * factor.upper[j, j])
+            values.append(value)
+            return value
+
+    values: list[Tensor] = []
+    sweep(weight, factor, Rule())
+    real = row_losses(weight, torch.stack(values, dim=1), hessian.damped(0.01))
+    torch.testing.assert_close(torch.stack(seen, dim=1).square().sum(dim=1), real, rtol=1e-3, atol=0)
+
+
+def test_every_step_towards_default_lowers_the_error(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    steps = [
+        RTN(),
+        GPTQ(order="natural", scales="absmax", signed=False, polish=0, drift=0),
+        GPTQ(order="energy", scales="diagonal", signed=False, polish=0, drift=0),
+        GPTQ(order="energy", scales="diagonal", signed=True, polish=0, drift=0),
+        PRESETS["default"],
+    ]
+    errors = [step.solve("layer", weight, hessian, G, torch.float16).output_error for step in steps]
+
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("group_size", [G, K])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_presets_produce_storable_scales(
+    problem: tuple[Tensor, Hessian], preset: str, group_size: int, dtype: torch.dtype
+) -> None:
+    weight, hessian = problem
+    linear = PRESETS[preset].solve("layer", weight, hessian, group_size, dtype).linear
+
+    assert linear.scales.shape == (N, K // group_size)
+    assert bool((linear.scales != 0).all())
+    assert torch.equal(linear.scales.to(dtype).half(), linear.scales)
+
+
+def test_negative_scales_can_be_forbidden(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    free = GPTQ().solve("layer", weight, hessian, G, torch.float16).linear.scales
+    forced = GPTQ(signed=False).solve("layer", weight, hessian, G, torch.float16).linear.scales
+
+    assert bool((free < 0).any())
+    assert bool((forced > 0).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 3e-7, 0.0123, -0.5, 900.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_storable_is_exact_in_both_types(value: float, dtype: torch.dtype) -> None:
+    scale = storable(torch.tensor([value]), dtype)
+
+    assert scale.item() != 0
+    assert torch.equal(scale.half().float(), scale)
+    assert torch.equal(scale.to(dtype).float(), scale)
+    assert math.copysign(1, scale.item()) == math.copysign(1, value)
+
+
+def test_a_weight_beyond_float16_is_refused() -> None:
+    with pytest.raises(NumericalError, match="beyond float16"):
+        RTN().solve("layer", torch.full((1, 128), 1e6), None, 128, torch.float16)
+
+
+def test_groups_of_one_sign_and_of_zeros_keep_their_range() -> None:
+    """The published code halves the range of a group without negative weights; ours does not."""
+    weight = torch.cat([torch.rand(4, 128) + 0.5, torch.zeros(4, 128)])
+    hessian = Hessian(torch.eye(128), 1000)
+    for preset in PRESETS.values():
+        value = preset.solve("layer", weight, hessian, 128, torch.float16).linear.dequantize()
+
+        assert float((value[:4] - weight[:4]).abs().max()) < 0.16
+        assert float(value[4:].abs().max()) == 0
+
+
+def test_dead_channels_do_no_harm(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    matrix = hessian.matrix.clone()
+    matrix[5], matrix[:, 5] = 0, 0
+    solved = GPTQ().solve("layer", weight, Hessian(matrix, 100), G, torch.float16)
+    value = solved.linear.dequantize()
+
+    assert solved.damp == 0.01
+    assert bool(torch.isfinite(value).all())
+    assert float((value[:, 5] - weight[:, 5]).abs().max()) < 0.5 * float(weight.abs().max())
+
+
+def test_a_singular_hessian_is_solved(problem: tuple[Tensor, Hessian]) -> None:
+    weight, _ = problem
+    x = torch.randn(3, K)
+    solved = GPTQ().solve("layer", weight, Hessian(x.T @ x / 3, 3), G, torch.float16)
+
+    assert solved.output_error is not None
+    assert solved.output_error < 1e-2
+
+
+def test_damping_is_raised_until_the_factorisation_succeeds(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    indefinite = hessian.matrix - 0.05 * hessian.diagonal.mean() * torch.eye(K)
+    solved = GPTQ(drift=0, damp=0.01).solve("layer", weight, Hessian(indefinite, 10), G, torch.float16)
+
+    assert solved.damp == pytest.approx(0.1)
+
+
+def test_a_hopeless_hessian_names_the_layer(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    with pytest.raises(NumericalError, match="model.layers.3.mlp.down_proj"):
+        GPTQ().solve("model.layers.3.mlp.down_proj", weight, Hessian(-hessian.matrix, 10), G, torch.float16)
+    broken = hessian.matrix.clone()
+    broken[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match="not finite"):
+        GPTQ().solve("layer", weight, Hessian(broken, 10), G, torch.float16)
+
+
+def test_descent_is_what_brute_force_coordinate_descent_finds() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 8, generator=generator)
+    hessian, weight = x.T @ x / 64, torch.randn(3, 8, generator=generator)
+    scales = torch.full((3, 8), 0.15)
+    codes = encode(weight, scales)
+    expected = codes.clone()
+    for row in range(3):
+        for j in range(8):
+            trials = []
+            for code in range(16):
+                expected[row, j] = code
+                trials.append(float(row_losses(weight, decode(expected, scales), hessian)[row]))
+            expected[row, j] = min(range(16), key=trials.__getitem__)
+
+    assert torch.equal(descend(weight, codes, scales, hessian), expected)
+
+
+def test_polish_never_raises_the_loss_of_a_row(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    linear = GPTQ(polish=0, drift=0).solve("layer", weight, hessian, G, torch.float16).linear
+    codes, scales = linear.codes.float(), linear.scales.float()
+    losses = [row_losses(weight, decode(codes, scales.repeat_interleave(G, dim=1)), hessian.matrix)]
+    for cycles in (1, 2, 4):
+        better = polish(weight, codes, scales, hessian.matrix, torch.float16, cycles)
+        losses.append(row_losses(weight, decode(better[0], better[1].repeat_interleave(G, dim=1)), hessian.matrix))
+    for before, after in zip(losses, losses[1:], strict=False):
+        assert bool((after <= before * (1 + 1e-4)).all())
+    assert float(losses[-1].sum()) < 0.97 * float(losses[0].sum())
+
+
+def test_refit_finds_the_least_squares_scales(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    linear = RTN().solve("layer", weight, None, G, torch.float16).linear
+    codes = linear.codes.float()
+    fitted = refit(weight, codes, linear.scales.float(), hessian.matrix, torch.float16)
+    row = 0
+    root = torch.linalg.cholesky(hessian.damped(1e-6).double(), upper=True)
+    columns = torch.stack([torch.nn.functional.pad(codes[row, :G] - 8, (0, G)), torch.nn.functional.pad(codes[row, G:] - 8, (G, 0))])
+    best = torch.linalg.lstsq(root @ columns.double().T, root @ weight[row].double()).solution
+
+    torch.testing.assert_close(fitted[row].double(), best, rtol=2e-3, atol=0)
+
+
+def test_correction_is_the_least_squares_fit_of_the_original_output() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x0 = torch.randn(500, 12, generator=generator, dtype=torch.float64)
+    x = x0 + 0.2 * torch.randn(500, 12, generator=generator, dtype=torch.float64)
+    h0, h = (torch.randn(500, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    drift = Drift(((x0 - x).T @ x / 500).float(), ((h0 - h).T @ x / 500).float())
+    target = corrected(weight.float(), Hessian((x.T @ x / 500).float(), 500, drift), 1.0, 1e-9)
+    best = torch.linalg.lstsq(x, x0 @ weight.T + h0 - h).solution.T
+
+    torch.testing.assert_close(target.double(), best, rtol=1e-4, atol=1e-4)
+    assert corrected(weight.float(), Hessian((x.T @ x / 500).float(), 500, drift), 0.0, 0.01).equal(weight.float())
+
+
+def test_contradicting_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="natural"):
+        GPTQ(scales="conditional", order="energy", signed=False)
+    with pytest.raises(ValueError, match="sequential"):
+        GPTQ(sequential=False, drift=0.5)
+
+
+def test_stacked_rows_split_into_their_own_results(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    whole = GPTQ().solve("layer", weight, hessian, G, torch.float16)
+    parts = whole.split([8, 16])
+    alone = GPTQ().solve("layer", weight[8:], hessian, G, torch.float16)
+
+    assert torch.equal(parts[1].linear.codes, alone.linear.codes)
+    assert torch.equal(parts[1].linear.scales, alone.linear.scales)
+    assert parts[1].output_error == pytest.approx(alone.output_error, rel=1e-5)

@@ -1,0 +1,234 @@
+"""A run that is killed loses at most the block in work and ends with the same bytes; nothing half-written ever loads."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import MarlinToolsError, ModelError, OutputError
+from marlin_tools.output import OutputDirectory
+from marlin_tools.stages.quantize import QuantizeSettings, _Work, quantize
+
+Run = Callable[..., Checkpoint]
+Digest = Callable[[Path], dict[str, str]]
+
+
+class Killed(BaseException):
+    """Nothing in the program may catch this: it stands for a process that is simply gone."""
+
+
+@pytest.fixture
+def solved_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that were really solved, in order."""
+    seen: list[int] = []
+    solve = _Work._solve
+
+    def spy(self: _Work, block: object) -> object:
+        seen.append(block.index)
+        return solve(self, block)
+
+    monkeypatch.setattr(_Work, "_solve", spy)
+    return seen
+
+
+def count_writes(tiny_llama: Path, run: Run) -> int:
+    writes = 0
+    write = OutputDirectory._write
+
+    def counting(self: OutputDirectory, final: Path, content: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        write(self, final, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "_write", counting)
+        run(tiny_llama, "whole")
+    return writes
+
+
+@pytest.mark.parametrize("half_written", [False, True])
+def test_killed_at_any_write_then_resumed(
+    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, solved_blocks: list[int], half_written: bool
+) -> None:
+    total = count_writes(tiny_llama, run)
+    expected = digest(tmp_path / "whole")
+    write = OutputDirectory._write
+    assert total >= 10
+    for fatal in range(total):
+        done = 0
+
+        def dying(self: OutputDirectory, final: Path, content: bytes) -> None:
+            nonlocal done
+            if done == fatal:
+                if half_written:
+                    final.parent.mkdir(parents=True, exist_ok=True)
+                    final.with_name(final.name + ".tmp").write_bytes(content[: len(content) // 2])
+                raise Killed
+            done += 1
+            write(self, final, content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OutputDirectory, "_write", dying)
+            with pytest.raises(Killed):
+                run(tiny_llama, f"out{fatal}")
+        assert not (tmp_path / f"out{fatal}").exists()
+        solved_blocks.clear()
+        result = run(tiny_llama, f"out{fatal}")
+
+        assert digest(result.path) == expected, f"killed at write {fatal}"
+        finished = min(2, max(0, (fatal - 1) // 2))  # write 0 begins the run, then a shard and an entry for each block
+        assert len(solved_blocks) == 2 - finished
+    assert solved_blocks == []  # killed after the last block: nothing is solved again
+
+
+def test_killed_while_publishing(tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny_llama, "whole")
+
+    def dying(self: OutputDirectory) -> Path:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputDirectory, "publish", dying)
+        with pytest.raises(Killed):
+            run(tiny_llama)
+    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+
+
+def test_a_shard_damaged_after_the_kill_is_made_again(
+    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, solved_blocks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_llama, "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(tiny_llama)
+    shard = tmp_path / "out.partial" / "model" / "model-00001-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    solved_blocks.clear()
+
+    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+    assert solved_blocks == [0]
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.output import OutputDirectory
+from marlin_tools.stages.quantize import QuantizeSettings, quantize
+write, left = OutputDirectory._write, [int(sys.argv[3])]
+def dying(self, final, content):
+    left[0] -= 1
+    if left[0] < 0:
+        final.with_name(final.name + ".tmp").write_bytes(content[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, final, content)
+OutputDirectory._write = dying
+generator = torch.Generator().manual_seed(0)
+tokens = TokenSet(tuple(torch.randint(2, 512, (6, 64), generator=generator)), "random", packed=True, documents=1)
+quantize(sys.argv[1], tokens, QuantizeSettings(preset="fast", device="cpu"), sys.argv[2])
+"""
+
+
+def test_kill_minus_nine(tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path) -> None:
+    """The real thing: another process dies by SIGKILL in the middle of the second block's shard."""
+    command = [sys.executable, "-c", SCRIPT, str(tiny_llama), str(tmp_path / "out"), "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    died = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError):
+        Checkpoint.open(tmp_path / "out.partial" / "model")
+
+    assert digest(run(tiny_llama).path) == digest(run(tiny_llama, "whole").path)
+
+
+def test_another_run_does_not_continue_this_one(tiny_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(tiny_llama)
+    with pytest.raises(OutputError, match="unfinished run with another") as refusal:
+        run(tiny_llama, damp=0.02)
+
+    assert "--no-resume" in (refusal.value.hint or "")
+    run(tiny_llama, damp=0.02, resume=False)
+
+
+def test_two_runs_on_one_output(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing"):
+        run(tiny_llama)
+    run(tiny_llama)  # the lock is gone with its owner
+
+
+def test_an_occupied_output_is_refused_and_overwritten_on_demand(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="not empty") as refusal:
+        run(tiny_llama)
+    assert "--overwrite" in (refusal.value.hint or "")
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+    run(tiny_llama, overwrite=True)
+    assert not (tmp_path / "out" / "thesis.tex").exists()
+    run(tiny_llama, overwrite=True, damp=0.02)
+    assert not list(tmp_path.glob("*.old"))
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "not writable")])
+def test_a_full_or_read_only_disk(
+    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    run(tiny_llama, "whole")
+    opened, path_open = 0, Path.open
+
+    def failing(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        nonlocal opened
+        if mode == "wb":
+            opened += 1
+            if opened > 3:
+                raise OSError(code, os.strerror(code))
+        return path_open(self, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing)
+        with pytest.raises(OutputError, match=message) as failure:
+            run(tiny_llama)
+    assert failure.value.hint
+    assert not (tmp_path / "out").exists()
+    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+
+
+def test_too_little_disk_is_refused_before_the_work(tiny_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="are free"):
+        run(tiny_llama)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    tiny_llama: Path, run: Run, tokens: TokenSet, tmp_path: Path, solved_blocks: list[int]
+) -> None:
+    def interrupt(event: object) -> None:
+        if event.kind == "progress" and event.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_llama, tokens, QuantizeSettings(preset="fast", device="cpu"), tmp_path / "out", emit=interrupt)
+    assert solved_blocks == [0]
+    run(tiny_llama)
+    assert solved_blocks == [0, 1]
+
+
+def test_an_output_that_cannot_be_made(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(MarlinToolsError, match="cannot write|not writable|Not a directory"):
+        run(tiny_llama, "file/out")

@@ -1,0 +1,182 @@
+"""The stream against whole models run by transformers: same logits, same Hessians, whatever the family."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import ModelError
+from marlin_tools.families import FAMILIES, find_family
+from marlin_tools.stream import LayerStream
+
+FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 2, "attention_bias": True}),
+    ("mistral", {"sliding_window": 16}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("gemma", {}),
+    ("gemma2", {"sliding_window": 16}),
+    ("gemma3_text", {"sliding_window": 16}),
+]
+
+
+def token_set(*lengths: int, seed: int = 0) -> TokenSet:
+    generator = torch.Generator().manual_seed(seed)
+    return TokenSet(tuple(torch.randint(2, 512, (n,), generator=generator) for n in lengths), "test", False, len(lengths))
+
+
+def targets_of(checkpoint: Checkpoint) -> frozenset[str]:
+    family = find_family(checkpoint.config)
+    blocks = range(checkpoint.config["num_hidden_layers"])
+    return frozenset(family.block_prefix(i) + name for i in blocks for name in family.linears)
+
+
+def whole_model(path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize(("model_type", "changes"), FAMILY_CASES, ids=lambda value: value if isinstance(value, str) else "")
+@torch.no_grad()
+def test_logits_are_those_of_transformers(tiny_model: Callable[..., Path], model_type: str, changes: dict[str, Any]) -> None:
+    path = tiny_model(model_type, **changes)
+    tokens = token_set(48, 48, 31)
+    stream = LayerStream(Checkpoint.open(path), tokens, frozenset(), torch.device("cpu"))
+    for block in stream:
+        block.skip()
+    ids, logits = stream.logits(48)
+
+    assert torch.equal(ids, tokens.sequences[0])
+    torch.testing.assert_close(logits, whole_model(path)(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), FAMILY_CASES, ids=lambda value: value if isinstance(value, str) else "")
+@torch.no_grad()
+def test_hessians_are_those_of_hooked_linears(
+    tiny_model: Callable[..., Path], model_type: str, changes: dict[str, Any]
+) -> None:
+    """Staged: every group sees what it would read in the model whose earlier linears are already replaced."""
+    path = tiny_model(model_type, **changes)
+    checkpoint, tokens = Checkpoint.open(path), token_set(40, 24)
+    model, replaced = whole_model(path), 0
+    for block in LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu")):
+        for group in block.groups():
+            expected = hooked_gram(model, group.names[0], tokens)
+            assert group.hessian is not None
+            assert group.hessian.tokens == 64
+            torch.testing.assert_close(group.hessian.matrix, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+            for name in group.names:
+                coarse = (group.weight(name) * 16).round() / 16
+                group.replace(name, coarse)
+                model.get_submodule(name).weight.data.copy_(coarse)
+                replaced += 1
+
+    assert replaced == 14
+
+
+def hooked_gram(model: torch.nn.Module, name: str, tokens: TokenSet) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, 1)))
+    for sequence in tokens.sequences:
+        model(sequence[None])
+    handle.remove()
+    rows = torch.cat(seen)
+    return rows.T @ rows / len(rows)
+
+
+@torch.no_grad()
+def test_unstaged_hessians_come_from_the_original_block(tiny_llama: Path) -> None:
+    checkpoint, tokens = Checkpoint.open(tiny_llama), token_set(40)
+    model = whole_model(tiny_llama)
+    stream = LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu"))
+    for block in stream:
+        expected = {group.names[0]: hooked_gram(model, group.names[0], tokens) for group in block.all_groups()}
+        for group in block.groups(staged=False):
+            assert group.hessian is not None
+            torch.testing.assert_close(group.hessian.matrix, expected[group.names[0]], rtol=1e-3, atol=1e-5)
+            for name in group.names:
+                group.replace(name, torch.zeros_like(group.weight(name)))
+                model.get_submodule(name).weight.data.zero_()
+    ids, logits = stream.logits(40)
+    torch.testing.assert_close(logits, model(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_drift_is_the_distance_to_the_original_model(tiny_llama: Path) -> None:
+    checkpoint, tokens = Checkpoint.open(tiny_llama), token_set(40, 40)
+    model, original = whole_model(tiny_llama), whole_model(tiny_llama)
+    stream = LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu"), with_original=True)
+    for block in stream:
+        for group in block.groups():
+            assert group.hessian is not None
+            assert group.hessian.drift is not None
+            now, before = (inputs_of(m, group.names[0], tokens) for m in (model, original))
+            expected = (before - now).T @ now / len(now)
+            torch.testing.assert_close(group.hessian.drift.inputs, expected, rtol=1e-3, atol=1e-5)
+            assert (group.hessian.drift.residual is not None) == group.names[0].endswith(("o_proj", "down_proj"))
+            if group.names[0] == "model.layers.1.self_attn.o_proj":
+                h, h0 = (inputs_of(m, "model.layers.1.input_layernorm", tokens) for m in (model, original))
+                torch.testing.assert_close(group.hessian.drift.residual, (h0 - h).T @ now / len(now), rtol=1e-3, atol=1e-5)
+            for name in group.names:
+                coarse = (group.weight(name) * 32).round() / 32
+                group.replace(name, coarse)
+                model.get_submodule(name).weight.data.copy_(coarse)
+
+
+def inputs_of(model: torch.nn.Module, name: str, tokens: TokenSet) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, 1)))
+    for sequence in tokens.sequences:
+        model(sequence[None])
+    handle.remove()
+    return torch.cat(seen)
+
+
+@torch.no_grad()
+def test_one_block_is_resident_at_a_time(tiny_llama: Path) -> None:
+    stream = LayerStream(Checkpoint.open(tiny_llama), token_set(16), frozenset(), torch.device("cpu"))
+    resident = []
+    for block in stream:
+        block.skip()
+        resident.append([i for i, layer in enumerate(stream.model.model.layers) if not next(layer.parameters()).is_meta])
+
+    assert resident == [[0], [1]]
+    assert all(parameter.is_meta for parameter in stream.model.model.layers.parameters())
+
+
+def test_without_tokens_the_stream_carries_weights_only(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    for block in LayerStream(checkpoint, None, targets_of(checkpoint), torch.device("cpu")):
+        for group in block.groups():
+            assert group.hessian is None
+            for name in group.names:
+                assert torch.equal(group.weight(name), checkpoint.read(f"{name}.weight").float())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "llama", "num_experts": 4}, "mixture of experts"),
+        ({"model_type": "bert"}, "unknown model type `bert`"),
+        ({}, "unknown model type `None`"),
+    ],
+)
+def test_models_that_cannot_be_done_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as refusal:
+        find_family(config)
+    assert refusal.value.hint
+
+
+def test_every_family_file_declares_its_family() -> None:
+    for name in FAMILIES:
+        family = find_family({"model_type": name})
+        assert len(family.linears) == 7
+        assert len(set(family.linears)) == 7
