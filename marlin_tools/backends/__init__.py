@@ -1,0 +1,136 @@
+"""Ways to run a checkpoint: transformers' model with our linears in the place of the quantised ones.
+
+    model = load("runs/demo-int4")          # dense checkpoints too: a baseline takes the same path
+
+A backend is one function that builds the module of one quantised linear; everything else of the model is transformers' own
+code. `BACKENDS` is a table of names, so that choosing one imports no other. Read next: `fill.py`, `reference.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from marlin_tools.backends.fill import fill
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.device import describe_device, pick_device
+from marlin_tools.errors import DeviceError, RecipeError
+from marlin_tools.events import Emit, Event, silent
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Build = Callable[[QuantizedLinear, Tensor | None, torch.device, torch.dtype], nn.Module]
+"""(weight, bias, device, dtype of the activations) -> the module that multiplies with it."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run quantised linears.
+
+    build      "module:function" of a `Build`
+    devices    device types that it runs on
+    bits       memory per quantised weight, 0 for as much as the dtype of the activations takes
+    what       how it works, for people
+    """
+
+    build: str
+    devices: tuple[str, ...]
+    bits: float
+    what: str
+
+    def function(self) -> Build:
+        """Import it."""
+        module, name = self.build.split(":")
+        build: Build = getattr(import_module(module), name)
+        return build
+
+
+# In order of preference: `auto` is the first that runs on the device and fits into its memory.
+BACKENDS = {
+    "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
+    "reference-packed": Backend(
+        "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
+    ),
+}
+
+
+def load(
+    model: str | Path | Checkpoint,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    emit: Emit = silent,
+) -> "PreTrainedModel":
+    """A transformers model, ready to run. `dtype` is float32 on a CPU and the checkpoint's own on a GPU unless it is given."""
+    checkpoint = Checkpoint.open(model)
+    place = pick_device(device)
+    dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
+    shell = skeleton(checkpoint, dtype)
+    linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
+    name, reason = choose_backend(backend, shell, frozenset(linears.names if linears else ()), place)
+    how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": _spell(dtype)}
+    kind = f"backend `{name}` ({reason})" if linears else "no quantised linears"
+    emit(Event("note", f"`{checkpoint.origin}` on {place} in {_spell(dtype)}: {kind}", data=how))
+    try:
+        return fill(shell, checkpoint, linears, BACKENDS[name].function(), place, emit)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"`{checkpoint.origin}` does not fit into the memory of {place}", hint=_SMALLER) from error
+
+
+_SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--device cpu`"
+
+
+def choose_backend(name: str, model: "PreTrainedModel", quantised: frozenset[str], device: torch.device) -> tuple[str, str]:
+    """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
+    if name != "auto" and name not in BACKENDS:
+        near = get_close_matches(name, BACKENDS, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: auto, {', '.join(BACKENDS)}"
+        raise RecipeError(f"unknown backend `{name}`", hint=hint)
+    free = free_memory(device)
+    tried = []
+    candidates = [name] if name != "auto" else list(BACKENDS) if quantised else ["reference"]
+    for candidate in candidates:
+        backend = BACKENDS[candidate]
+        if device.type not in backend.devices:
+            tried.append(f"backend `{candidate}` does not run on {device.type}")
+        elif (need := _bytes(model, quantised, backend)) > free:
+            subject = f"backend `{candidate}`" if quantised else "the model"
+            tried.append(f"{subject} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}")
+        else:
+            chosen = "; ".join([*tried, "the first that has room"]) if tried else "the default"
+            return candidate, f"{backend.what}; {'asked for' if name != 'auto' else chosen}"
+    raise DeviceError("; ".join(tried), hint=_SMALLER)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
+
+
+def _bytes(model: "PreTrainedModel", quantised: frozenset[str], backend: Backend) -> int:
+    """What the weights take on the device."""
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        packed = backend.bits and name.removesuffix(".weight") in quantised
+        total += parameter.numel() * (backend.bits / 8 if packed else parameter.element_size())
+    return int(total)
+
+
+def _spell(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

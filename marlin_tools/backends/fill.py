@@ -1,0 +1,150 @@
+"""Put the weights of a checkpoint into a model without weights: every parameter is found, every stored tensor is accounted for.
+
+All names are compared before the first tensor is read. The tensors then go to the device one at a time, so that the memory
+in use never exceeds the finished model by more than one of them. Buffers that are not stored (rotary frequencies, embedding
+scales) are computed by transformers itself, in the way in which its own loading computes them.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.errors import ModelError
+from marlin_tools.events import Emit, Event
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.skeleton import read_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
+"""Buffers that old checkpoints store and that models compute today."""
+
+_MISMATCH = "config.json and weights do not belong together; download the model again"
+
+
+def fill(
+    model: "PreTrainedModel",
+    checkpoint: Checkpoint,
+    linears: StoredLinears | None,
+    build: Callable[[QuantizedLinear, Tensor | None, torch.device, torch.dtype], nn.Module],
+    device: torch.device,
+    emit: Emit,
+) -> "PreTrainedModel":
+    """Give a model on the meta device its weights, in place; quantised linears become what `build` makes of them."""
+    quantised = linears.names if linears is not None else ()
+    modules = {name: _linear(model, name) for name in quantised}
+    dtype = model.dtype
+    ties = _ties(model, {f"{name}.weight" for name in quantised})
+    _account(model, checkpoint, linears, ties)
+    for names in ties:
+        _fill_tied(model, checkpoint, names, device)
+    for done, (name, linear) in enumerate(modules.items(), start=1):
+        assert linears is not None
+        weight = linears.read(name)
+        if weight.shape != (linear.out_features, linear.in_features):
+            asked = (linear.out_features, linear.in_features)
+            raise ModelError(f"`{name}` is {weight.shape} in the checkpoint, config.json asks for {asked}", hint=_MISMATCH)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, build(weight, linear.bias, device, dtype))
+        emit(Event("progress", "linears", done, len(modules)))
+    _compute_buffers(model, device)
+    _read_generation_settings(model, checkpoint)
+    return model.eval()
+
+
+def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(
+            f"the checkpoint holds a quantised `{name}`, the model of config.json has none", hint=_MISMATCH
+        ) from error
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"`{name}` is quantised, but a {type(module).__name__} in the model", hint=_MISMATCH)
+    return module
+
+
+def _ties(model: "PreTrainedModel", quantised: set[str]) -> list[list[str]]:
+    """The names of all parameters and stored buffers that are not quantised; names of one tensor stand together."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **_stored_buffers(model)}
+    shared: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if name not in quantised:
+            shared[id(tensor)].append(name)
+    return list(shared.values())
+
+
+def _stored_buffers(model: "PreTrainedModel") -> dict[str, Tensor]:
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _account(model: "PreTrainedModel", checkpoint: Checkpoint, linears: StoredLinears | None, ties: list[list[str]]) -> None:
+    """Raise ModelError unless the checkpoint holds what the model needs, and nothing that would be left over."""
+    if missing := [names[0] for names in ties if not any(name in checkpoint for name in names)]:
+        raise ModelError(f"`{checkpoint.origin}` lacks {_some(missing)}", hint=_MISMATCH)
+    used = {name for names in ties for name in names} | (linears.tensors if linears is not None else frozenset())
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
+    left = [
+        name
+        for name in checkpoint.names()
+        if name not in used and not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored)
+        if not _is_zero_bias(checkpoint, name)
+    ]
+    if left:
+        raise ModelError(
+            f"`{checkpoint.origin}` holds {_some(left)}, which the model of config.json has no place for", hint=_MISMATCH
+        )
+
+
+def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Older GPTQ writers store a bias for every linear, zero where the model has none."""
+    return name.endswith(".bias") and checkpoint.quantization is not None and not bool(checkpoint.read(name).any())
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
+
+
+def _fill_tied(model: "PreTrainedModel", checkpoint: Checkpoint, names: Iterable[str], device: torch.device) -> None:
+    """Fill the names of one tensor. A tie holds as long as the checkpoint does not store two different tensors for it."""
+    first: Tensor | None = None
+    stored = sorted(names, key=lambda name: name not in checkpoint)
+    for name in stored:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        if first is None or name in checkpoint:
+            tensor = read_weight(checkpoint, name, old.shape).to(device, old.dtype)
+            if first is None or not torch.equal(tensor, first):
+                first = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        setattr(module, leaf, first)
+
+
+@torch.no_grad()
+def _compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
+    """Let transformers compute the buffers that no checkpoint stores; everything that has a value is marked as done."""
+    for module in model.modules():
+        waiting = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in waiting:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # noqa: SLF001 (transformers' protocol)
+        module._is_hf_initialized = not waiting  # noqa: SLF001
+    model.initialize_weights()
+
+
+def _read_generation_settings(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
+    """End-of-text tokens and the like lie in a file of their own."""
+    from transformers import GenerationConfig
+
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)

@@ -1,0 +1,106 @@
+"""The one packed weight layout that all kernels read, and its exact inverse.
+
+Weights are cut into tiles of 64 outputs x 128 inputs, 4 KB each, tiles of the same outputs side by side:
+`codes` int32 [N/64, K/128, 1024], `scales` float16 [N/64, groups, 64] in natural order. N is padded to 64 with code 8 (zero).
+
+Inside a tile, one 32-bit word holds one lane's A fragment of `mma.m16n8k16`: outputs in the 16 rows, inputs in the 16
+columns. Word order is [jj 0..1][i 0..3][lane 0..31][j 0..3]: fragment i (16 of the 64 outputs), inputs 64 jj + 16 j onwards,
+so a lane reads four k16 steps with one 128-bit access, a warp's accesses are contiguous, and each half of the inputs is one
+piece of 2 KB. With lane = 4 g + t:
+
+    fragment rows g, g + 8      are outputs  8 g + 2 i + h,  h = 0, 1   (a lane's eight outputs are neighbours)
+    fragment columns 2t, 2t + 1 are inputs   64 jj + 16 j + 8 c + 2 t + e,  c = 0, 1 (columns 8 on), e = 0, 1
+    nibble 4 e + 2 c + h of the word holds that code: register 2 c + h of the fragment, element e
+
+The same words serve `wgmma` with A in registers: its four warps are i = 0..3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlin_tools.quantized import ZERO, QuantizedLinear
+
+TILE_N = 64
+"""Outputs per packed tile."""
+
+TILE_K = 128
+"""Inputs per packed tile, and the only group size besides "all of K"."""
+
+_ROWS_AT_ONCE = 1024  # bounds the scratch memory of packing to some bytes per weight of so many outputs
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What the kernels read. `out_features` is the true N; the tensors are padded to a multiple of 64."""
+
+    codes: Tensor
+    scales: Tensor
+    out_features: int
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.codes.shape[1] * TILE_K
+
+    @property
+    def group_size(self) -> int:
+        """128, or K with one scale per output."""
+        return self.in_features // self.scales.shape[1]
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """The same weights on another device."""
+        return PackedWeight(self.codes.to(device), self.scales.to(device), self.out_features)
+
+
+def limits(in_features: int, group_size: int) -> str | None:
+    """Why the kernels cannot hold such a weight, or None."""
+    if in_features % TILE_K:
+        return f"{in_features} inputs are not a multiple of {TILE_K}"
+    if group_size not in {TILE_K, in_features}:
+        return f"group_size {group_size} is neither {TILE_K} nor all of the {in_features} inputs"
+    return None
+
+
+def pack(weight: QuantizedLinear) -> PackedWeight:
+    """Arrange codes and scales for the kernels, on the device where they are."""
+    n, k = weight.shape
+    reason = limits(k, weight.group_size)
+    if reason:
+        raise ValueError(reason)
+    tiles = -(-n // TILE_N)
+    packed = torch.empty((tiles, k // TILE_K, TILE_N * TILE_K // 8), dtype=torch.int32, device=weight.codes.device)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        rows = weight.codes[start : start + _ROWS_AT_ONCE]
+        missing = -rows.shape[0] % TILE_N
+        if missing:
+            rows = torch.cat([rows, rows.new_full((missing, k), ZERO)])
+        packed[start // TILE_N : start // TILE_N + rows.shape[0] // TILE_N] = _words(rows)
+    scales = torch.zeros((tiles * TILE_N, weight.scales.shape[1]), dtype=torch.float16, device=weight.scales.device)
+    scales[:n] = weight.scales
+    return PackedWeight(packed, scales.view(tiles, TILE_N, -1).transpose(1, 2).contiguous(), n)
+
+
+def unpack(packed: PackedWeight) -> QuantizedLinear:
+    """The exact inverse of `pack`."""
+    tiles, groups, _ = packed.codes.shape
+    nibbles = torch.empty((*packed.codes.shape, 4, 2), dtype=torch.uint8, device=packed.codes.device)
+    as_bytes = packed.codes.contiguous().view(torch.uint8).view(tiles, groups, -1, 4)
+    nibbles[..., 0] = as_bytes & 15
+    nibbles[..., 1] = as_bytes >> 4
+    # [tile, group, jj, i, g, t, j, e, c, h] -> [tile, g, i, h, group, jj, j, c, t, e]
+    parts = nibbles.view(tiles, groups, 2, 4, 8, 4, 4, 2, 2, 2)
+    codes = parts.permute(0, 4, 3, 9, 1, 2, 6, 8, 5, 7).reshape(tiles * TILE_N, groups * TILE_K)
+    scales = packed.scales.transpose(1, 2).reshape(tiles * TILE_N, -1)
+    n = packed.out_features
+    return QuantizedLinear(codes[:n].contiguous(), scales[:n].contiguous(), packed.group_size)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """uint8 [rows, K] -> int32 [rows/64, K/128, 1024]."""
+    tiles, groups = codes.shape[0] // TILE_N, codes.shape[1] // TILE_K
+    # [tile, g, i, h, group, jj, j, c, t, e] -> [tile, group, jj, i, g, t, j, e, c, h]
+    parts = codes.view(tiles, 8, 4, 2, groups, 2, 4, 2, 4, 2).permute(0, 4, 5, 2, 1, 8, 6, 9, 7, 3).contiguous()
+    as_bytes = parts[..., 0] | parts[..., 1] << 4
+    return as_bytes.reshape(tiles, groups, -1).view(torch.int32)

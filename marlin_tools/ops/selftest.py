@@ -1,0 +1,81 @@
+"""Every kernel against the reference, on the GPU at hand, in seconds: what `doctor` shows, and what a GPU that nobody has
+measured must pass before its results are used.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from marlin_tools.errors import DeviceError
+from marlin_tools.ops import dispatch, reference, w4a16
+from marlin_tools.ops.layout import PackedWeight, pack
+from marlin_tools.ops.variants import ELEMENTS, TARGETS, TILES, target_of
+from marlin_tools.quantized import QuantizedLinear
+
+_N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One kernel: whether it may be used, and the evidence or the reason."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
+    """Compile, run and compare all kernels on a device; a kernel that fails is a result, not an exception."""
+    if not torch.cuda.is_available():
+        raise DeviceError("torch finds no CUDA device", hint="the kernels need one; `--backend reference` runs on a CPU")
+    device = torch.device("cuda", torch.device(device).index or 0)
+    results = []
+    for dtype in ELEMENTS:
+        for group_size in (128, _K):
+            weight = _weight(group_size, device)
+            packed = pack(weight)
+            for choice in dispatch.choices_on(target_of(device)):
+                name = f"{choice} {str(dtype).removeprefix('torch.')} {'g128' if group_size == 128 else 'column'}"
+                results.append(_check(name, choice, packed, dtype))
+    return results
+
+
+@cache
+def require_trust(device_index: int) -> None:
+    """On a GPU whose target is not tested in advance, run the self-test once and refuse to go on if a kernel fails."""
+    device = torch.device("cuda", device_index)
+    if target_of(device) in TARGETS:
+        return
+    failed = [result for result in self_test(device) if not result.passed]
+    if failed:
+        raise DeviceError(
+            f"the native kernels are wrong on `{torch.cuda.get_device_name(device)}`: {failed[0].name}: {failed[0].detail}",
+            hint="use `--backend reference`, and report this with the output of `marlin-tools doctor --json`",
+        )
+
+
+def _check(name: str, choice: str, packed: PackedWeight, dtype: torch.dtype) -> CheckResult:
+    try:
+        worst = max(_errors(choice, packed, dtype))
+    except DeviceError as error:
+        return CheckResult(name, passed=False, detail=error.message)
+    limit = 1.0 if choice in TILES else 64.0  # cuBLAS multiplies weights that were rounded to 16 bits
+    return CheckResult(name, worst <= limit, f"largest error {worst:.2f} of the bound")
+
+
+def _errors(choice: str, packed: PackedWeight, dtype: torch.dtype) -> Iterator[float]:
+    generator = torch.Generator(packed.codes.device).manual_seed(0)
+    for m in _ROWS:
+        x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
+        y = w4a16.multiply_with(choice, x, packed)
+        error = (y - reference.exact(x, packed)).abs() / reference.error_bound(x, packed)
+        yield float("inf") if error.isnan().any() else error.max().item()
+
+
+def _weight(group_size: int, device: torch.device) -> QuantizedLinear:
+    generator = torch.Generator(device).manual_seed(1)
+    codes = torch.randint(0, 16, (_N, _K), dtype=torch.uint8, device=device, generator=generator)
+    scales = torch.randn((_N, _K // group_size), device=device, generator=generator) * 0.02
+    return QuantizedLinear(codes, scales.to(torch.float16), group_size)

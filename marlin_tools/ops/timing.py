@@ -1,0 +1,77 @@
+"""How kernels are timed: inside CUDA graphs, over weights that do not fit the L2 cache, interleaved with their rivals.
+
+A loop over one weight matrix of a 7B model measures the L2 cache, and a loop of eager calls measures Python. So every
+contestant is a list of calls, one per copy of the operands; its graph holds all of them, several times over. Graphs are
+replayed in turn (A B C, A B C, ...), so that a drift of the clocks meets all alike; a time is the median over the replays.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: the median over the replays, and half the distance between the quartiles."""
+
+    microseconds: float
+    spread: float
+
+
+def copies_past_l2(device: torch.device, weight_bytes: int) -> int:
+    """So many copies of a matrix are at least four times the L2 cache."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, -(-4 * cache // weight_bytes))
+
+
+def time_calls(contestants: Mapping[str, Sequence[Call]], *, replays: int = 12, calls: int = 48) -> dict[str, Timing]:
+    """Time each contestant's calls, at least `calls` of them per graph; three replays warm up."""
+    graphs = {name: _capture(sequence, -(-calls // len(sequence))) for name, sequence in contestants.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for replay in range(replays + 3):
+        for name, (graph, count) in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 3:
+                samples[name].append(begin.elapsed_time(end) * 1e3 / count)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def host_microseconds(call: Call, count: int = 2000) -> float:
+    """What one eager call costs the host: queued behind long-running work, so that the GPU never makes it wait."""
+    call()
+    torch.cuda.synchronize()
+    costs = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count // 5):
+            call()
+        costs.append((time.perf_counter() - begin) / (count // 5))
+    torch.cuda.synchronize()
+    return statistics.median(costs) * 1e6
+
+
+def _capture(calls: Sequence[Call], times: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    for call in calls[:2]:
+        call()  # whatever is compiled or allocated once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            for call in calls:
+                call()
+    return graph, times * len(calls)
+
+
+def _summary(values: list[float]) -> Timing:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return Timing(middle, (high - low) / 2)

@@ -1,0 +1,144 @@
+"""What an evaluation found: one `Score` per task and metric and, beside a baseline, what is left of the original."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+COLUMNS = ("task", "metric", "on", "model", "baseline", "difference", "recovery")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number.
+
+    task               as the user named it, or a part of it
+    metric             perplexity, kl (nats per token), top1 (share of positions), acc, ...
+    value, stderr      and its standard error, None where there is none
+    higher_is_better   None if unknown
+    baseline, ...      the same number for the original model
+    difference         value - baseline, with a standard error from paired items
+    part_of            the group that it is summed up in
+    details            how it was measured: number of items, shots, BOS, window length, version; `on` says it in a few words
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    higher_is_better: bool | None = None
+    baseline: float | None = None
+    baseline_stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    part_of: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def against(self, baseline: float, stderr: float | None, difference_stderr: float | None) -> "Score":
+        """The same score beside the original model's."""
+        return replace(
+            self,
+            baseline=baseline,
+            baseline_stderr=stderr,
+            difference=self.value - baseline,
+            difference_stderr=difference_stderr,
+        )
+
+    @property
+    def recovery(self) -> float | None:
+        """What is left of the original, in percent: value / baseline, or the inverse where lower is better."""
+        if self.baseline is None or self.higher_is_better is None:
+            return None
+        top, bottom = (self.value, self.baseline) if self.higher_is_better else (self.baseline, self.value)
+        return 100 * top / bottom if bottom else None
+
+    @property
+    def increase(self) -> float | None:
+        """How much larger than the baseline, in percent."""
+        return 100 * (self.value / self.baseline - 1) if self.baseline else None
+
+    def describe(self) -> dict[str, Any]:
+        """What a JSON report records; a number that is not finite becomes null."""
+        fields = {**asdict(self), "recovery": self.recovery, "increase": self.increase}
+        return {key: _finite(value) for key, value in fields.items()}
+
+    def row(self) -> list[str]:
+        """One line for people, in the order of `COLUMNS`."""
+        difference = "" if self.difference is None else _spell(self.difference, self.difference_stderr, sign="+")
+        recovery = "" if self.recovery is None else f"{self.recovery:.1f} %"
+        baseline = "" if self.baseline is None else _spell(self.baseline, self.baseline_stderr)
+        on = str(self.details.get("on", ""))
+        return [self.task, self.metric, on, _spell(self.value, self.stderr), baseline, difference, recovery]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All scores of a model, and everything that is needed to get them again.
+
+    model, baseline   origin, fingerprint, format, dtype; backend, device and dtype that it was computed with
+    settings          what was asked for
+    versions          of everything that computed
+    notes             facts and warnings that belong beside the numbers
+    seconds           how long it took; no part of the result
+    """
+
+    scores: tuple[Score, ...]
+    model: Mapping[str, Any]
+    baseline: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def score(self, task: str, metric: str | None = None) -> Score:
+        """The score of a task, its first one unless a metric is named."""
+        for score in self.scores:
+            if score.task == task and metric in (None, score.metric):
+                return score
+        raise KeyError(f"no score of `{task}`" + (f" with metric `{metric}`" if metric else ""))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return {
+            "model": dict(self.model),
+            "baseline": None if self.baseline is None else dict(self.baseline),
+            "scores": [score.describe() for score in self.scores],
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            "notes": list(self.notes),
+            "times": {"seconds": round(self.seconds, 2)},
+        }
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.describe(), indent=1, allow_nan=False) + "\n"
+
+    def table(self, *, parts: bool = False) -> tuple[list[str], list[list[str]]]:
+        """(columns, rows) for people; the parts of a group only if asked for."""
+        shown = [score for score in self.scores if parts or score.part_of is None]
+        rows = [score.row() for score in shown]
+        width = len(COLUMNS) if self.baseline is not None else COLUMNS.index("baseline")
+        return list(COLUMNS[:width]), [row[:width] for row in rows]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; one value has none."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    spread = math.fsum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(spread / (count - 1) / count) if count > 1 else None
+
+
+def exponential(value: float) -> float:
+    """Of `value`; infinity if that is too large for a float: a ruined model has such losses."""
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _spell(value: float, stderr: float | None, sign: str = "") -> str:
+    number = f"{value:{sign}.4f}"
+    return number if stderr is None else f"{number} ± {stderr:.4f}"

@@ -1,0 +1,162 @@
+"""Loading is strict: nothing missing, nothing left over, and every choice is said aloud."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from marlin_tools import backends
+from marlin_tools.backends import BACKENDS, load
+from marlin_tools.errors import DeviceError, ModelError, RecipeError
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_a_missing_tensor_is_named(tiny_llama, edit):
+    edit(tiny_llama, {NORM: None})
+
+    with pytest.raises(ModelError, match=f"lacks `{NORM}`"):
+        load(tiny_llama, device="cpu")
+
+
+def test_leftovers_are_named_and_counted(tiny_llama, edit):
+    edit(tiny_llama, {f"model.vision.{n}": torch.ones(2) for n in range(5)})
+
+    with pytest.raises(ModelError, match=r"holds `model.vision.0`, `model.vision.1`, `model.vision.2` and 2 more, which"):
+        load(tiny_llama, device="cpu")
+
+
+def test_a_wrong_shape_is_named(tiny_llama, edit):
+    edit(tiny_llama, {NORM: torch.ones(255)})
+
+    with pytest.raises(ModelError, match=rf"`{NORM}` is \(255,\) in the checkpoint, config.json asks for \(256,\)"):
+        load(tiny_llama, device="cpu")
+
+
+def test_values_that_are_not_finite_are_refused(tiny_llama, edit):
+    edit(tiny_llama, {NORM: torch.full((256,), float("nan"))})
+
+    with pytest.raises(ModelError, match="NaN"):
+        load(tiny_llama, device="cpu")
+
+
+def test_a_quantised_linear_of_the_wrong_size_is_named(tiny_llama, write_int4, edit):
+    packed, _ = write_int4(tiny_llama, "gptq")
+    edit(packed, {}, intermediate_size=1024)
+
+    with pytest.raises(ModelError, match=r"`model.layers.0.mlp.down_proj` is \(256, 512\) in the checkpoint"):
+        load(packed, device="cpu")
+
+
+def test_a_quantised_linear_that_the_model_lacks_is_named(tiny_llama, write_int4, edit):
+    packed, _ = write_int4(tiny_llama, "gptq")
+    edit(packed, {}, num_hidden_layers=1)
+
+    with pytest.raises(ModelError, match=r"holds a quantised `model.layers.1"):
+        load(packed, device="cpu")
+
+
+def test_frequencies_in_old_checkpoints_are_known(tiny_llama, edit):
+    edit(tiny_llama, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)})
+
+    assert load(tiny_llama, device="cpu").config.num_hidden_layers == 2
+
+
+def test_zero_biases_of_old_gptq_writers_are_known_and_others_are_not(tiny_llama, write_int4, edit):
+    packed, _ = write_int4(tiny_llama, "gptq")
+    edit(packed, {"model.layers.0.self_attn.q_proj.bias": torch.zeros(256)})
+    assert load(packed, device="cpu").config.num_hidden_layers == 2
+
+    edit(packed, {"model.layers.0.self_attn.q_proj.bias": torch.ones(256)})
+    with pytest.raises(ModelError, match=r"q_proj\.bias"):
+        load(packed, device="cpu")
+
+
+def test_a_head_that_is_stored_is_used_even_if_config_ties_it(tiny_qwen2, edit):
+    edit(tiny_qwen2, {"lm_head.weight": torch.full((512, 256), 0.5)})
+    model = load(tiny_qwen2, device="cpu")
+
+    assert 0.5 == model.lm_head.weight.unique().item()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_an_equal_head_stays_tied(tiny_qwen2, edit):
+    embedding = AutoModelForCausalLM.from_pretrained(tiny_qwen2).model.embed_tokens.weight.detach()
+    edit(tiny_qwen2, {"lm_head.weight": embedding.clone()})
+    model = load(tiny_qwen2, device="cpu")
+
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_embedding_can_come_from_its_tied_head(tiny_qwen2, edit):
+    embedding = AutoModelForCausalLM.from_pretrained(tiny_qwen2).model.embed_tokens.weight.detach()
+    edit(tiny_qwen2, {"model.embed_tokens.weight": None, "lm_head.weight": embedding.clone()})
+
+    assert torch.equal(embedding, load(tiny_qwen2, device="cpu").model.embed_tokens.weight.to(embedding.dtype))
+
+
+def test_nothing_is_left_without_a_value_and_nothing_is_trained(tiny_llama, write_int4):
+    model = load(write_int4(tiny_llama, "marlin")[0], device="cpu")
+    tensors = [*model.parameters(), *model.buffers()]
+
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
+    assert not model.training
+
+
+def test_end_of_text_comes_from_generation_config(tiny_llama):
+    (tiny_llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+
+    assert [1, 7] == load(tiny_llama, device="cpu").generation_config.eos_token_id
+
+
+# ---- which backend ---------------------------------------------------------------------------------------------------
+
+
+def notes(events):
+    return [event.text for event in events if event.kind == "note"]
+
+
+def test_auto_says_what_it_took_and_why(tiny_llama, write_int4):
+    events = []
+    load(write_int4(tiny_llama, "marlin")[0], device="cpu", emit=events.append)
+
+    assert notes(events)[0].endswith("on cpu in float32: backend `reference` (torch, dequantised once at load; the default)")
+    assert ("linears", 14, 14) == (events[-1].text, events[-1].done, events[-1].total)
+
+
+def test_auto_takes_less_memory_when_there_is_less(tiny_llama, write_int4, monkeypatch):
+    monkeypatch.setattr(backends, "free_memory", lambda _: 4_000_000)  # 6.3 MB dequantised, 1.7 MB packed
+    events = []
+    load(write_int4(tiny_llama, "marlin")[0], device="cpu", emit=events.append)
+
+    assert "`reference-packed`" in notes(events)[0]
+    assert "backend `reference` needs 0.0 GB, 0.0 GB are free on cpu; the first that has room" in notes(events)[0]
+
+
+def test_no_room_is_an_error_before_loading(tiny_llama, monkeypatch):
+    monkeypatch.setattr(backends, "free_memory", lambda _: 1000)
+
+    with pytest.raises(DeviceError, match=r"the model needs .* GB, 0\.0 GB are free on cpu"):
+        load(tiny_llama, device="cpu")
+
+
+def test_running_out_of_memory_is_a_plain_error(tiny_llama, monkeypatch):
+    def burst(*_args):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(backends, "fill", burst)
+    with pytest.raises(DeviceError, match="does not fit into the memory of cpu"):
+        load(tiny_llama, device="cpu")
+
+
+def test_an_unknown_backend_is_answered_with_the_nearest(tiny_llama):
+    with pytest.raises(RecipeError) as caught:
+        load(tiny_llama, device="cpu", backend="referense")
+
+    assert ("unknown backend `referense`", "did you mean `reference`?") == (caught.value.message, caught.value.hint)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_row_of_the_table_can_be_imported(name):
+    assert callable(BACKENDS[name].function())

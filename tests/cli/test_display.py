@@ -1,0 +1,96 @@
+"""How events, errors and tables look."""
+
+import io
+import sys
+
+import pytest
+
+from marlin_tools import report, ui
+from marlin_tools.errors import RecipeError
+from marlin_tools.events import Event
+
+EVENTS = [
+    Event("stage", "quantize"),
+    Event("note", "`[bold]x[/bold]` is :smile: 12"),
+    *(Event("progress", "blocks", done, 40) for done in range(1, 41)),
+    Event("progress", "model.layers.0.q_proj"),
+    Event("warning", "damping was raised"),
+    Event("hint", "look"),
+    Event("result", "done"),
+]
+LINES = """\
+quantize
+  `[bold]x[/bold]` is :smile: 12
+  blocks 10/40
+  blocks 20/40
+  blocks 30/40
+  blocks 40/40
+warning: damping was raised
+hint: look
+  done
+"""
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def _show(monkeypatch, stream, **environment):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ui.Display() as display:
+        for event in EVENTS:
+            display(event)
+    return stream.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+    assert LINES == _show(monkeypatch, io.StringIO())
+
+
+def test_bars_and_colours_on_a_terminal(monkeypatch):
+    shown = _show(monkeypatch, Terminal())
+
+    assert "\x1b[33mwarning:" in shown
+    assert "━" in shown
+    assert "blocks 10/40" not in shown
+
+
+def test_no_colours_if_not_wanted(monkeypatch):
+    shown = _show(monkeypatch, Terminal(), NO_COLOR="1")
+
+    assert "warning: damping" in shown
+    assert "\x1b[33m" not in shown
+    assert "\x1b[36m" not in shown
+
+
+def test_every_line_of_an_error_is_labelled(capsys):
+    ui.complain(RecipeError("a\nb [red]", hint="c"))
+
+    assert ("", "error: a\nerror: b [red]\nhint: c\n") == tuple(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "expected"),
+    (
+        (
+            ("a", "number"),
+            [("x", "1.5"), ("yyyyy", "+22")],
+            "| a     | number |\n| ----- | -----: |\n| x     |    1.5 |\n| yyyyy |    +22 |",
+        ),
+        (("a", "b"), [("x|y", ""), ("", "z")], "| a    | b   |\n| ---- | --- |\n| x\\|y |     |\n|      | z   |"),
+        (("a", "b"), [], "| a   | b   |\n| --- | --- |"),
+    ),
+)
+def test_table(columns, rows, expected):
+    assert expected == report.table(columns, rows)
+
+
+def test_facts_are_aligned():
+    assert "  a    1\n  bcd  2" == report.facts([("a", "1"), ("bcd", "2")])

@@ -1,0 +1,126 @@
+"""What a user reads when something is wrong: frozen, on stderr, exit code 2, no traceback."""
+
+import pytest
+
+CASES = [
+    (("quant", "demo"), "error: no such command 'quant'\nhint: did you mean 'quantize'?\n"),
+    (("quantize",), "error: missing argument 'MODEL'\nhint: `marlin-tools quantize --help` lists what there is\n"),
+    (("quantize", "demo", "--dampp", "1"), "error: no such option: --dampp\nhint: did you mean --damp?\n"),
+    (
+        ("quantize", "demo", "--seed", "x"),
+        (
+            "error: invalid value for '--seed': Input should be a valid integer, unable to parse string as an integer\n"
+            "hint: `marlin-tools quantize --help` lists what there is\n"
+        ),
+    ),
+    (
+        ("quantize", "demo", "--preset", "defualt", "--num-samples", "0", "--format", "gptqq"),
+        (
+            "error: `--num-samples 0`: must be greater than or equal to 1\n"
+            "error: --preset: unknown preset `defualt`; did you mean `default`? known: rtn, marlin, fast, default\n"
+            "error: --format: unknown format `gptqq`; did you mean `gptq`? known: gptq, compressed-tensors, marlin, marlin-24\n"
+        ),
+    ),
+    (("quantize", "demo", "--format", "gptq,gptq"), "error: command line: format `gptq` would be written twice\n"),
+    (("quantize", "demo", "--damp", "-1"), "error: `--damp -1.0`: must be greater than 0\n"),
+    (
+        ("quantize", "demo", "--calib", "redpyjama"),
+        (
+            "error: `redpyjama`: no such file or source\n"
+            "hint: did you mean `redpajama`? known sources: demo, wikitext2, c4, redpajama, pile, ultrachat, a file, "
+        ),
+    ),
+    (
+        ("quantize", "demo", "--seqlen", "5000"),
+        "error: sequence length 5000 is more than the 1024 positions of the model\nhint: use `--seqlen 1024`\n",
+    ),
+    (
+        ("quantize", "nonsense"),
+        "error: `nonsense` is no directory, no hub id (owner/name) and no alias\nhint: known aliases: demo, llama2-7b, ",
+    ),
+    (
+        ("quantize", "demo", "--preview", "--preset", "rtn"),
+        "error: there is nothing to preview: this preset looks at no data\nhint: choose another `--preset`\n",
+    ),
+    (("quantize", "demo", "--device", "cuda:99"), "error: device `cuda:99` does not exist: "),
+    (("export", "x"), "error: missing option '--format'\nhint: `marlin-tools export --help` lists what there is\n"),
+    (
+        ("eval", "--tasks", "ppl:demo"),
+        "error: there is no model under `runs/`\nhint: name a MODEL, or make one: marlin-tools quantize demo\n",
+    ),
+    (("eval", "demo"), "error: missing option '-t' / '--tasks'\nhint: `marlin-tools eval --help` lists what there is\n"),
+    (
+        ("eval", "demo", "-t", "x", "-b", "x"),
+        "error: `--batch-size x`: must be 'auto', or must be a valid integer, unable to parse",
+    ),
+    (
+        ("run", "dmo"),
+        (
+            "error: `dmo` is no recipe file and no bundled recipe\n"
+            "hint: did you mean `demo`? known: demo, demo-marlin, demo-rtn, llama2-7b-default, llama2-7b-marlin\n"
+        ),
+    ),
+    (
+        ("run", "demo", "--set", "quantize.dampp=1"),
+        "error: --set quantize.dampp=1: unknown key `dampp` in `quantize`; did you mean `damp`? known: ",
+    ),
+    (
+        ("run", "demo", "--set", "damp"),
+        "error: `--set damp`: not of the form `a.b=value`\nhint: for example: --set quantize.damp=0.05\n",
+    ),
+    (
+        ("run", "demo", "--from", "calibrate"),
+        "error: `--from calibrate`: the recipe has no such stage\nhint: its stages: quantize, export, evaluate, verify\n",
+    ),
+    (
+        ("run", "demo", "--from", "evaluate"),
+        "error: `runs/demo-int4-g128/compressed-tensors` holds no finished result to go on from\nhint: run without `--from`\n",
+    ),
+    (("verify", "demo"), "error: `demo` is not quantised\nhint: `marlin-tools inspect demo` describes any model\n"),
+    (("recipes", "sho"), "error: no such command 'sho'\nhint: did you mean 'show'?\n"),
+    (("recipes",), "error: missing command\nhint: `marlin-tools recipes --help` lists what there is\n"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), CASES, ids=lambda case: " ".join(case) if isinstance(case, tuple) else "")
+def test_error_text(cli, arguments, expected):
+    outcome = cli(*arguments)
+
+    assert 2 == outcome.code
+    assert "" == outcome.out
+    assert outcome.err.startswith("error: ") or "\nerror: " in outcome.err
+    assert expected in outcome.err
+
+
+def test_interruption_says_how_to_go_on(cli, monkeypatch):
+    import marlin_tools.run
+
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(marlin_tools.run, "plan", interrupt)
+
+    assert (130, "", "error: interrupted\nhint: run the same command again: finished blocks and stages are kept\n") == cli(
+        "run", "demo"
+    )
+    assert (130, "", "error: interrupted\nhint: run the same command again\n") == cli("generate", "demo", "--prompt", "x")
+
+
+def test_a_defect_shows_its_traceback(monkeypatch, tmp_path):
+    import marlin_tools.run
+    from marlin_tools.cli import main
+
+    def fail(*_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(marlin_tools.run, "plan", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "demo"])
+
+
+def test_no_verb_prints_the_help(cli):
+    outcome = cli()
+
+    assert 2 == outcome.code
+    assert "" == outcome.out
+    assert outcome.err.startswith("Usage: marlin-tools ")

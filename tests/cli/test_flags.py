@@ -1,0 +1,158 @@
+"""Every flag reaches the recipe or the engine: what is asked for with it differs from what is asked for without it."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+from marlin_tools.cli import app
+from marlin_tools.data import SOURCES
+from marlin_tools.formats import FORMATS
+from marlin_tools.stages.quantize import QuantizeSettings
+
+QUANTIZE = [
+    (("-o", "there"), "out", "there"),
+    (("--preset", "marlin"), "stages.0.preset", "marlin"),
+    (("--format", "gptq"), "stages.0.format", "gptq"),
+    (("--format", "gptq,marlin"), "stages.1", {"stage": "export", "formats": ("marlin",)}),
+    (("--calib", "c4"), "calibrate.source", "c4"),
+    (("--dataset", "c4"), "calibrate.source", "c4"),
+    (("--num-samples", "7"), "calibrate.num_samples", 7),
+    (("--num_samples", "7"), "calibrate.num_samples", 7),
+    (("--nsamples", "7"), "calibrate.num_samples", 7),
+    (("--num_calibration_samples", "7"), "calibrate.num_samples", 7),
+    (("--seqlen", "64"), "calibrate.seqlen", 64),
+    (("--max-seq-length", "64"), "calibrate.seqlen", 64),
+    (("--seed", "3"), "calibrate.seed", 3),
+    (("--group-size", "-1"), "stages.0.group_size", -1),
+    (("--group_size", "64"), "stages.0.group_size", 64),
+    (("--damp", "0.05"), "stages.0.damp", 0.05),
+    (("--percdamp", "0.05"), "stages.0.damp", 0.05),
+    (("--dampening_frac", "0.05"), "stages.0.damp", 0.05),
+    (("--ignore", "down", "--ignore", "up"), "stages.0.ignore", ("down", "up")),
+    (("--no-negative-scales",), "stages.0.negative_scales", False),
+    (("--device", "cuda:1"), "stages.0.device", "cuda:1"),
+    (("--overwrite",), "options.overwrite", True),
+    (("--no-resume",), "options.resume", False),
+]
+EVAL = [
+    (("-t", "a,ppl:b"), "stages.0.tasks", ("a", "ppl:b")),
+    (("--baseline", "demo"), "stages.0.baseline", "demo"),
+    (("--backend", "reference"), "stages.0.backend", "reference"),
+    (("-f", "5"), "stages.0.num_fewshot", 5),
+    (("--num_fewshot", "5"), "stages.0.num_fewshot", 5),
+    (("-L", "0.5"), "stages.0.limit", 0.5),
+    (("-b", "8"), "stages.0.batch_size", 8),
+    (("--seqlen", "64"), "stages.0.seqlen", 64),
+    (("--include_path", "mine"), "stages.0.include_path", ["mine"]),
+    (("--device", "cpu"), "stages.0.device", "cpu"),
+]
+RUN = [
+    (("--set", "quantize.damp=0.05"), "stages.0.damp", 0.05),
+    (("--set", "stages.0.ignore=[a, b]"), "stages.0.ignore", ("a", "b")),
+    (("--set", "calibrate.num_samples=2"), "calibrate.num_samples", 2),
+    (("--set", "model=other"), "model", "other"),
+    (("--from", "evaluate"), "options.start", "evaluate"),
+    (("--output", "there"), "out", "there"),
+    (("--overwrite",), "options.overwrite", True),
+    (("--no_resume",), "options.resume", False),
+]
+CASES = [
+    *((("quantize", "model"), *case) for case in QUANTIZE),
+    *((("eval", "model", "--tasks", "x"), *case) for case in EVAL),
+    *((("run", "demo"), *case) for case in RUN),
+    (("generate", "model", "--prompt", "a"), ("--prompt", "b"), "stages.0.prompt", "b"),
+    (("generate", "model", "--prompt", "a"), ("--device", "cpu"), "stages.0.device", "cpu"),
+    (("export", "there", "--format", "gptq", "-o", "x"), ("--format", "marlin,gptq"), "stages.0.formats", ("marlin", "gptq")),
+    (("export", "there", "--format", "gptq", "-o", "x"), ("-o", "y"), "out", "y"),
+    (("export", "there", "--format", "gptq", "-o", "x"), ("--overwrite",), "options.overwrite", True),
+]
+
+
+def _flat(captured: Any) -> dict[str, Any]:
+    dump = captured.recipe.model_dump() | {"out": captured.out, "options": captured.options}
+
+    def walk(value: Any, path: str) -> dict[str, Any]:
+        inside = value.items() if isinstance(value, dict) else ()
+        found = {path: value}
+        for key, each in inside:
+            found |= walk(each, f"{path}.{key}".strip("."))
+        return found
+
+    dump["stages"] = dict(enumerate(dump["stages"]))
+    return walk(dump, "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "place", "value"), CASES, ids=lambda case: " ".join(case) if isinstance(case, tuple) else ""
+)
+def test_flag_arrives(asked, verb, flag, place, value):
+    without, with_ = _flat(asked(*verb)), _flat(asked(*verb, *flag))
+
+    assert without.get(place) != with_[place]
+    found = with_[place]
+    assert value == (str(found) if place == "out" else [str(p) for p in found] if place.endswith("include_path") else found)
+
+
+@pytest.mark.parametrize(
+    "verb", (("quantize", "model"), ("eval", "model", "--tasks", "x"), ("run", "demo")), ids=lambda verb: verb[0]
+)
+def test_strict_fails_on_a_warning(cli, asked, monkeypatch, verb):
+    import marlin_tools.run
+
+    asked(*verb)
+    monkeypatch.setattr(
+        marlin_tools.run, "execute", lambda *_, **__: marlin_tools.run.RunResult(warnings=["damping was raised"])
+    )
+
+    assert 0 == cli(*verb).code
+    assert 1 == cli(*verb, "--strict").code
+
+
+def test_every_option_is_tried():
+    """An option without a case above may do nothing."""
+    tried = {(verb[0], flag[0].replace("_", "-").lstrip("-")) for verb, flag, _, _ in CASES}
+    tried |= {
+        (verb, name)
+        for verb in ("quantize", "eval", "run", "export", "generate", "verify", "inspect", "doctor")
+        for name in ("json",)
+    }
+    tried |= {("quantize", "dry-run"), ("run", "dry-run"), ("quantize", "preview")}  # tests/cli/test_results.py
+    tried |= {(verb, "strict") for verb in ("quantize", "eval", "run")}
+    short = {"o": "output", "t": "tasks", "f": "num-fewshot", "L": "limit", "b": "batch-size", "no-resume": "resume"}
+    tried = {(verb, short.get(name, name)) for verb, name in tried}
+    offered = set()
+    for command in app.registered_commands:
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            if type(parameter.annotation.__metadata__[0]).__name__ == "OptionInfo":
+                offered.add((command.name or command.callback.__name__, name.strip("_").replace("_", "-")))
+
+    assert offered <= tried
+
+
+def test_default_preset_is_that_of_the_settings():
+    quantize = next(command.callback for command in app.registered_commands if command.callback.__name__ == "quantize")
+
+    assert QuantizeSettings().preset == inspect.signature(quantize).parameters["preset"].default
+
+
+def test_help_names_every_source_format_and_preset(cli):
+    from marlin_tools.algorithms import PRESETS
+
+    words = set(re.findall(r"[\w-]+", cli("quantize", "--help").out))
+
+    assert {*SOURCES, *FORMATS, *PRESETS} <= words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    (
+        (("quantize", "llama2-7b"), "llama2-7b-default"),
+        (("quantize", "meta-llama/Llama-2-7b-hf", "--preset", "fast"), "Llama-2-7b-hf-fast"),
+        (("quantize", "demo", "--format", "gptq,marlin"), "demo-default-gptq-marlin"),
+        (("quantize", "a b/c d"), "c-d-default"),
+    ),
+)
+def test_output_is_named_for_model_and_preset(asked, arguments, name):
+    assert name == asked(*arguments).recipe.name

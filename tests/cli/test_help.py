@@ -1,0 +1,46 @@
+"""`--help` of every verb is frozen in `help/`.
+
+After a deliberate change, write the files anew:
+
+.venv/bin/python tests/cli/test_help.py
+"""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from marlin_tools.cli import app, recipes
+
+FOLDER = Path(__file__).parent / "help"
+VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
+PAGES = ["", *VERBS, "recipes", *(f"recipes {command.name}" for command in recipes.registered_commands)]
+
+
+def page(verb: str) -> str:
+    return CliRunner().invoke(app, [*verb.split(), "--help"], prog_name="marlin-tools", env={"COLUMNS": "40"}).output
+
+
+def file(verb: str) -> Path:
+    return FOLDER / f"{verb.replace(' ', '-') or 'marlin-tools'}.txt"
+
+
+@pytest.mark.parametrize("verb", PAGES)
+def test_help_is_as_committed(verb):
+    assert file(verb).read_text(encoding="utf-8") == page(verb)
+
+
+def test_every_page_belongs_to_a_verb():
+    assert {file(verb) for verb in PAGES} == set(FOLDER.iterdir())
+
+
+def test_verbs_are_those_of_this_version():
+    """What is planned for later is absent, not stubbed."""
+    assert ["quantize", "export", "eval", "generate", "run", "verify", "inspect", "doctor"] == VERBS
+
+
+if __name__ == "__main__":
+    for old in FOLDER.glob("*.txt"):
+        old.unlink()
+    for verb in PAGES:
+        file(verb).write_text(page(verb), encoding="utf-8")

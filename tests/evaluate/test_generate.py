@@ -1,0 +1,59 @@
+"""Completions are new text only, the same every time."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from marlin_tools.errors import DataError
+from marlin_tools.stages.generate import GenerateSettings, generate
+
+
+def settings(**options):
+    return GenerateSettings(device="cpu", **({"max_new_tokens": 12} | options))
+
+
+def test_greedy_takes_the_likeliest_token_each_time(model):
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = tokenizer("The boat left")["input_ids"]
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(network(torch.tensor([ids])).logits[0, -1].argmax()))
+
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "The boat left" + generate(model, "The boat left", settings())
+
+
+def test_the_demo_model_answers_with_the_space_that_belongs_there():
+    text = generate("demo", "Question: What colour is the duck? Answer:", settings(max_new_tokens=8))
+
+    assert text.startswith(" ")
+    assert "Question: What colour" not in text
+
+
+def test_an_empty_prompt_starts_from_bos(model):
+    assert generate(model, "", settings()) == generate(model, "<s>", settings())
+
+
+def test_sampling_follows_the_seed_and_leaves_the_generator_alone(int4):
+    state = torch.random.get_rng_state()
+    texts = [generate(int4, "Nine", settings(temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
+
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_generation_ends_where_the_positions_end(tiny_llama):
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tiny_llama / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    events = []
+    tokens = len(AutoTokenizer.from_pretrained(tiny_llama)("The boat")["input_ids"])
+    generate(tiny_llama, "The boat", settings(), emit=events.append)
+
+    assert f"{8 - tokens} tokens are left to the model, 12 asked for" in [event.text for event in events]
+    assert events[-1].data["tokens"] <= 8 - tokens
+
+
+def test_a_prompt_that_fills_all_positions_is_refused(model):
+    with pytest.raises(DataError, match="as many as the model has positions"):
+        generate(model, "The boat. " * 400, settings())

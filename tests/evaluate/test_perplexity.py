@@ -1,0 +1,155 @@
+"""Perplexity, divergence and agreement against their plainest forms."""
+
+import math
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from marlin_tools.backends import load
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import DataError, DeviceError
+from marlin_tools.stages import perplexity
+from marlin_tools.stages.perplexity import trace
+
+
+def windows(model, text, length):
+    ids = AutoTokenizer.from_pretrained(model)(open(text.removeprefix("ppl:")).read())["input_ids"]  # noqa: PTH123, SIM115
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+
+
+@torch.no_grad()
+def predictions(network, ids):
+    """Log-probabilities of the word after each token but the last, in float64."""
+    return network(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def loss(network, ids):
+    return fmean(-row[word].item() for row, word in zip(predictions(network, ids), ids[1:], strict=True))
+
+
+def test_perplexity_is_that_of_the_plain_formula(model, text, run):
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    parts = windows(model, text, 32)
+    losses = [loss(network, ids) for ids in parts]
+    score = run(model, text, seqlen=32).score(text)
+
+    assert len(parts) > 5
+    assert pytest.approx(math.exp(fmean(losses)), rel=1e-6) == score.value
+    assert pytest.approx(score.value * stdev(losses) / math.sqrt(len(losses)), rel=1e-4) == score.stderr
+
+
+def test_the_number_carries_how_it_was_measured(model, text, run):
+    details = run(model, text, seqlen=32).score(text).details
+
+    count = len(windows(model, text, 32))
+    assert (32, 32, count, 32 * count) == tuple(details[key] for key in ("seqlen", "stride", "sequences", "tokens"))
+    assert "none" == details["bos"]  # this tokenizer adds none
+    assert any("no BOS" in note for note in details["notes"])
+
+
+def test_the_window_is_the_models_positions_unless_it_has_more_than_4096(model, text, run):
+    with pytest.raises(DataError, match="windows of 512 tokens"):
+        run(model, text)
+    with pytest.raises(DataError, match="window length 513 is more than the 512 positions"):
+        run(model, text, seqlen=513)
+
+
+def test_divergence_and_agreement_are_those_of_the_plain_formula(model, int4, text, run):
+    original, quantised = (load(folder, device="cpu") for folder in (model, int4))
+    divergences, agreements, losses = [], [], []
+    for ids in windows(model, text, 32):
+        p, q = predictions(original, ids), predictions(quantised, ids)
+        divergences.append(fmean(sum(a.exp() * (a - b)).item() for a, b in zip(p, q, strict=True)))
+        agreements.append(fmean(float(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)))
+        losses.append((loss(quantised, ids), loss(original, ids)))
+    result = run(int4, text, baseline=model, seqlen=32)
+    ppl, kl, top1 = (result.score(text, metric) for metric in ("perplexity", "kl", "top1"))
+
+    assert pytest.approx(fmean(divergences), rel=1e-4) == kl.value
+    assert pytest.approx(stdev(divergences) / math.sqrt(len(divergences)), rel=1e-3) == kl.stderr
+    assert pytest.approx(fmean(agreements)) == top1.value
+    value, base = (math.exp(fmean(column)) for column in zip(*losses, strict=True))
+    assert pytest.approx((value, base, value - base), rel=1e-5) == (ppl.value, ppl.baseline, ppl.difference)
+    assert pytest.approx(100 * (value / base - 1), rel=1e-3) == ppl.increase
+    assert pytest.approx(100 * base / value, rel=1e-5) == ppl.recovery
+    moved = [value * a - base * b for a, b in losses]
+    assert pytest.approx(stdev(moved) / math.sqrt(len(moved)), rel=1e-3) == ppl.difference_stderr
+
+
+def test_a_model_does_not_differ_from_itself(model, text, run):
+    result = run(model, text, baseline=model, seqlen=32)
+
+    assert (0.0, 0.0) == (result.score(text, "kl").value, result.score(text, "kl").stderr)
+    assert 1.0 == result.score(text, "top1").value
+    assert (0.0, 0.0, 100.0) == tuple(getattr(result.score(text), n) for n in ("difference", "difference_stderr", "recovery"))
+
+
+def test_slices_and_batches_do_not_change_the_result(int4, model, monkeypatch):
+    tokens = TokenSet(tuple(torch.randint(0, 512, (5, 40)).unbind()), "random", packed=True, documents=1)
+    models = load(int4, device="cpu"), load(model, device="cpu")
+    whole = trace(*models, tokens, max_tokens=1000, emit=print)
+    monkeypatch.setattr(perplexity, "_SLICE_BYTES", 4 * 512 * 7)
+    sliced = trace(*models, tokens, max_tokens=40, emit=print)
+
+    for name in ("loss", "base_loss", "kl", "top1"):
+        assert pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-7) == getattr(sliced, name)
+
+
+def test_documents_count_alike_whatever_their_length(model):
+    documents = [torch.randint(0, 512, (length,)) for length in (3, 50, 50, 9)]
+    network = load(model, device="cpu")
+    traces = trace(network, None, TokenSet(tuple(documents), "random", packed=False, documents=4), 100, emit=print)
+
+    assert pytest.approx([loss(network, ids.tolist()) for ids in documents], rel=1e-5) == traces.loss
+
+
+def test_limit_takes_the_first_windows(model, text, run):
+    shares = {limit: run(model, text, seqlen=32, limit=limit).score(text).details["sequences"] for limit in (3, 0.25)}
+
+    assert {3: 3, 0.25: math.ceil(len(windows(model, text, 32)) / 4)} == shares
+
+
+class Cramped(torch.nn.Module):
+    """Runs out of memory above two sequences."""
+
+    def __init__(self, model, most=2):
+        super().__init__()
+        self.model, self.most, self.device = model, most, model.device
+        self.batches = []
+
+    def forward(self, input_ids, **options):
+        self.batches.append(len(input_ids))
+        if len(input_ids) > self.most:
+            raise torch.OutOfMemoryError("no")
+        return self.model(input_ids=input_ids, **options)
+
+
+def test_batches_are_halved_until_they_fit(model):
+    tokens = TokenSet(tuple(torch.randint(0, 512, (7, 20)).unbind()), "random", packed=True, documents=1)
+    network, events = load(model, device="cpu"), []
+    cramped = Cramped(network)
+
+    assert trace(network, None, tokens, 20, print).loss == pytest.approx(trace(cramped, None, tokens, 140, events.append).loss)
+    assert [7, 3, 1, 1, 1, 1, 1, 1, 1] == cramped.batches
+    assert [True, True] == ["out of memory" in event.text for event in events if event.kind == "warning"]
+
+
+def test_a_sequence_that_never_fits_is_a_plain_error(model):
+    tokens = TokenSet((torch.zeros(20, dtype=torch.int64),), "zeros", packed=True, documents=1)
+
+    with pytest.raises(DeviceError, match="one sequence of 20 tokens does not fit"):
+        trace(Cramped(load(model, device="cpu"), most=0), None, tokens, 20, print)
+
+
+def test_another_vocabulary_cannot_be_a_baseline(model, text, run, tiny_model):
+    with pytest.raises(DataError, match=r"vocabularies of .* \(512 words\) and .* \(520 words\) differ"):
+        run(model, text, seqlen=32, baseline=tiny_model("llama", vocab_size=520))
+
+
+def test_the_demo_text_is_known_by_name(run):
+    score = run("demo", "ppl:demo", limit=4).score("ppl:demo")
+
+    assert (4, None, "one per document") == tuple(score.details[key] for key in ("sequences", "stride", "bos"))
+    assert 1.2 < score.value < 5

@@ -1,0 +1,229 @@
+"""Compilation without a GPU: gates on every kernel and target, the register table, and the cache on disk."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlin_tools.errors import DeviceError
+from marlin_tools.ops import TARGETS, build, compiler, kernels
+from marlin_tools.ops.compiler import Binary, Resources, Source, compile_kernel, parse_resources
+from marlin_tools.ops.cubin_cache import CubinCache, default_dir
+from marlin_tools.ops.variants import TILES, Variant, capability_of
+from marlin_tools.resources import kernels_dir
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+TABLE = Path(__file__).with_name("registers.json")
+SMALL = Variant("dequantize", torch.float16)
+
+
+@pytest.fixture(scope="session")
+def reports(tmp_path_factory):
+    return build(TARGETS, CubinCache(tmp_path_factory.mktemp("kernels")))
+
+
+def test_every_kernel_compiles_without_spills_or_local_memory(reports):
+    """`compile_kernel` asserts no spill, no stack and no advice C7508 or C7510; here: that it was asked for everything."""
+    assert [r.kernel for r in reports] == [v.name for target in TARGETS for v in kernels(target)]
+    for report in reports:
+        assert 0 < report.resources.registers <= 255
+        assert not report.cached
+
+
+def test_register_table(reports):
+    """Remake it with `MARLIN_TOOLS_REGISTERS=1 pytest tests/ops/test_compiler.py` when a kernel is meant to change."""
+    found = {target: {r.kernel: r.resources.registers for r in reports if r.target == target} for target in TARGETS}
+    if "MARLIN_TOOLS_REGISTERS" in os.environ:
+        TABLE.write_text(json.dumps({"nvrtc": list(compiler.nvrtc_version()), **found}, indent=1) + "\n")
+    expected = json.loads(TABLE.read_text())
+    if tuple(expected.pop("nvrtc")) != compiler.nvrtc_version():
+        pytest.skip("the table is for another version of the compiler")
+    assert found == expected
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_and_registers_fit(target, reports):
+    capability = capability_of(target)
+    block = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
+    for report in reports:
+        if report.target != target:
+            continue
+        assert report.dynamic_shared_bytes + report.resources.static_shared_bytes <= block
+        variant = next(v for v in kernels(target) if v.name == report.kernel)
+        if variant.tile:
+            tile = TILES[variant.tile]
+            assert tile.slots(capability) >= 2
+            warps_per_quarter = tile.resident(capability) * tile.threads // 128
+            assert report.resources.registers * warps_per_quarter * 32 <= 16384
+            if capability >= 90:
+                assert tile.resident(capability) * (report.dynamic_shared_bytes + 1024) <= 228 * 1024
+
+
+def test_ptx_for_gpus_to_come():
+    binary = compile_kernel(Variant("w4a16", torch.float16, "8x64").source("compute_80"), "compute_80")
+
+    text = binary.image.decode(errors="replace")
+    assert ".target sm_80" in text
+    assert binary.symbol in text
+    assert "cp.async.cg.shared.global" in text
+    assert "mma.sync.aligned.m16n8k16" in text
+
+
+def test_hopper_code_uses_hopper():
+    expected = {
+        "8x64": ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "barrier.cluster.arrive", "st.shared::cluster"),
+        "16x256-wg": ("griddepcontrol.wait", "wgmma.mma_async.sync.aligned.m64n16k16", "fence.proxy.async"),
+    }
+    for tile, instructions in expected.items():
+        binary = compile_kernel(Variant("w4a16", torch.float16, tile).source("compute_90a"), "compute_90a")
+        text = binary.image.decode(errors="replace")
+        for instruction in instructions:
+            assert instruction in text
+
+
+def test_no_header_is_included_but_our_own():
+    for variant in kernels():
+        for name, text in variant.source("sm_80").texts().items():
+            assert "#include <" not in text
+            assert (kernels_dir() / name).is_file()
+
+
+def test_serialised_tensor_cores_are_refused(monkeypatch):
+    advice = "ptxas info : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert compiler._FATAL_ADVICE.search(advice)
+    assert compiler._FATAL_ADVICE.search("(C7508) Potential Performance Loss: 'setmaxnreg' ignored")
+    assert not compiler._FATAL_ADVICE.search("ptxas info : Used 128 registers, used 1 barriers, 128 bytes smem")
+
+
+def test_unknown_target():
+    with pytest.raises(DeviceError, match="`sm_12345`") as caught:
+        compile_kernel(SMALL.source("sm_80"), "sm_12345")
+    assert "sm_90a" in caught.value.hint
+    with pytest.raises(DeviceError, match="not a GPU target"):
+        SMALL.source("hopper") and capability_of("hopper")
+
+
+def test_spills_are_refused(monkeypatch):
+    log = "ptxas info : 16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\nUsed 255 registers, 64 bytes smem"
+    assert parse_resources(log) == Resources(255, 16, 20, 64)
+    monkeypatch.setattr(compiler, "parse_resources", lambda _log: Resources(255, 0, 20, 64))
+    with pytest.raises(AssertionError):
+        compile_kernel(SMALL.source("sm_80"), "sm_80")
+
+
+# ---- the key ----------------------------------------------------------------------------------------------------------
+
+
+def test_key_follows_content(monkeypatch, tmp_path):
+    (tmp_path / "a.cu").write_text('#include "b.cuh"\nint a;\n')
+    (tmp_path / "b.cuh").write_text("int b;\n")
+    monkeypatch.setattr(compiler, "kernels_dir", lambda: tmp_path)
+    source = Source("a.cu", "f<1>")
+    first = source.key("sm_80")
+
+    assert source.key("sm_80") == first
+    assert source.key("sm_86") != first
+    assert dataclasses.replace(source, expression="f<2>").key("sm_80") != first
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (99, 1))
+    assert source.key("sm_80") != first
+    monkeypatch.undo()
+    monkeypatch.setattr(compiler, "kernels_dir", lambda: tmp_path)
+    (tmp_path / "b.cuh").write_text("int c;\n")
+    assert source.key("sm_80") != first
+
+
+# ---- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Replaces the compiler; the list grows with each compilation."""
+    done = []
+
+    def fake(source, target):
+        done.append((source, target))
+        return Binary(b"image\nof " + target.encode(), "symbol", Resources(32, 0, 0, 16))
+
+    monkeypatch.setattr("marlin_tools.ops.cubin_cache.compile_kernel", fake)
+    return done
+
+
+def test_second_process_compiles_nothing(tmp_path, compilations):
+    first = CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+    second = CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+
+    assert first == second
+    assert len(compilations) == 1
+    assert CubinCache(tmp_path).has(SMALL.source("sm_80"), "sm_80")
+    assert not CubinCache(tmp_path).has(SMALL.source("sm_86"), "sm_86")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}\n", b"not json\nimage"])
+def test_damaged_entry_is_compiled_again(tmp_path, compilations, damage):
+    CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+    (entry,) = tmp_path.glob("*.kernel")
+    whole = entry.read_bytes()
+    for content in (damage, whole[:-1]):
+        entry.write_bytes(content)
+        assert CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80").image == b"image\nof sm_80"
+        assert entry.read_bytes() == whole
+    assert len(compilations) == 3
+
+
+def test_folder_that_cannot_be_written(tmp_path, compilations):
+    (tmp_path / "file").write_text("")
+    cache = CubinCache(tmp_path / "file" / "kernels")
+
+    for _ in range(3):
+        assert cache.get(SMALL.source("sm_80"), "sm_80").symbol == "symbol"
+    assert len(compilations) == 1
+
+
+def test_interrupted_write_leaves_nothing_to_read(tmp_path, compilations, monkeypatch):
+    def crash(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+
+    assert not list(tmp_path.glob("*.kernel"))
+
+
+def _get_slowly(folder, log):
+    def slow(_source, _target):
+        with Path(log).open("a") as file:
+            file.write("compiled\n")
+        time.sleep(0.3)
+        return Binary(b"image", "symbol", Resources(32, 0, 0, 16))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("marlin_tools.ops.cubin_cache.compile_kernel", slow)
+        assert CubinCache(Path(folder)).get(SMALL.source("sm_80"), "sm_80").image == b"image"
+
+
+def test_eight_processes_compile_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    log = tmp_path / "log"
+    processes = [context.Process(target=_get_slowly, args=(tmp_path / "cache", log)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert log.read_text() == "compiled\n"
+
+
+def test_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("MARLIN_TOOLS_CACHE", str(tmp_path / "mine"))
+    assert default_dir() == tmp_path / "mine"
+    monkeypatch.delenv("MARLIN_TOOLS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_dir() == tmp_path / "marlin-tools" / "kernels"

@@ -1,0 +1,78 @@
+"""Bit-exact models of the two conversions in `kernels/common/element.cuh`, over every code in every nibble."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from marlin_tools.resources import kernels_dir
+
+SOURCE = (kernels_dir() / "common/element.cuh").read_text()
+
+
+def constant(name, text=SOURCE):
+    return int(re.search(rf"{name} = (0x[0-9A-F]+)", text)[1], 16)
+
+
+def halves(word):
+    return np.array([word & 0xFFFF, word >> 16], dtype=np.uint16)
+
+
+def as_half(word):
+    return halves(word).view(np.float16).astype(np.float64)
+
+
+def as_bfloat16(word):
+    return (halves(word).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def word_with(nibble, code):
+    """The code in one nibble, something else in the seven others."""
+    return 0x5AC3_96E1 & ~(15 << 4 * nibble) & 0xFFFFFFFF | code << 4 * nibble
+
+
+@pytest.mark.parametrize("code", range(16))
+@pytest.mark.parametrize("nibble", range(8))
+def test_half_is_exact(nibble, code):
+    text = SOURCE[SOURCE.index("struct Half") : SOURCE.index("struct Bfloat16")]
+    magic, bias, factor, offset = (constant(n, text) for n in ("kMagic", "k1032", "kSixteenth", "kMinus72"))
+    q = word_with(nibble, code) >> (8 if nibble % 4 >= 2 else 0)
+    if nibble % 2 == 0:
+        planted = as_half(q & 0x000F000F | magic)
+        exact = planted - as_half(bias)
+    else:
+        planted = as_half(q & 0x00F000F0 | magic)
+        exact = planted * as_half(factor) + as_half(offset)
+
+    rounded = exact.astype(np.float16)
+
+    assert (rounded.astype(np.float64) == exact).all()  # so the instruction does not round either
+    assert rounded[nibble // 4] == code - 8
+
+
+@pytest.mark.parametrize("code", range(16))
+@pytest.mark.parametrize("nibble", range(8))
+def test_bfloat16_is_exact(nibble, code):
+    text = SOURCE[SOURCE.index("struct Bfloat16") :]
+    magic, one, offset = (constant(n, text) for n in ("kMagic", "kOne", "kMinus136"))
+    q = word_with(nibble, code) >> 4 * (nibble % 4)
+
+    exact = as_bfloat16(q & 0x000F000F | magic) * as_bfloat16(one) + as_bfloat16(offset)
+
+    assert (torch.tensor(exact).to(torch.bfloat16).to(torch.float64).numpy() == exact).all()
+    assert exact[nibble // 4] == code - 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_rounding_for_every_code_and_scale(dtype):
+    """`dequantize_kernel` multiplies in float32, where code times scale is exact, and rounds once."""
+    scales = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    codes = torch.arange(-8, 8)
+    exact = codes.to(torch.float64)[:, None] * scales.to(torch.float64)
+    in_float32 = codes.to(torch.float32)[:, None] * scales.to(torch.float32)
+
+    finite = torch.isfinite(exact)
+    assert torch.equal(in_float32.to(torch.float64)[finite], exact[finite])
+    assert torch.equal(torch.isfinite(in_float32), finite)
+    assert in_float32.to(dtype).shape == exact.shape

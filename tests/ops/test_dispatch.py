@@ -1,0 +1,96 @@
+"""Tables, their nearest rows, and the shapes of tiles."""
+
+import json
+
+import pytest
+
+from marlin_tools.ops import dispatch
+from marlin_tools.ops.dispatch import CUBLAS, Measured
+from marlin_tools.ops.variants import TARGETS, TILES, capability_of, kernels
+from marlin_tools.ops.w4a16 import partition
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path):
+    """A machine without a tuned table."""
+    monkeypatch.setenv("MARLIN_TOOLS_CACHE", str(tmp_path))
+    dispatch.forget()
+    yield tmp_path
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "sm_120"])
+def test_every_shape_has_a_choice(tables, target):
+    for n, k in ((64, 128), (4096, 4096), (57344, 8192), (100, 28672)):
+        for m in (1, 8, 9, 16, 17, 32, 64, 100, 256, 1000, 10**6):
+            choice = dispatch.choose(target, m, n, k)
+            assert choice in dispatch.possible(target, n, k)
+            assert choice in TILES or choice == CUBLAS
+        assert dispatch.choose(target, 10**6, n, k) == CUBLAS
+
+
+def test_tuned_table_wins(tables):
+    dispatch.tuned_path().write_text(
+        dispatch.to_json("sm_80", [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))])
+    )
+    dispatch.forget()
+
+    assert [dispatch.choose("sm_80", m, 128, 128) for m in (1, 4, 5, 99)] == ["8x64", "8x64", "16x64", "16x64"]
+    assert dispatch.choose("sm_80", 1, 8192, 8192) == CUBLAS
+    assert dispatch.possible("sm_80", 100, 100) == ("8x64", "16x64")
+
+
+def test_shipped_table_is_sound():
+    from marlin_tools.resources import kernels_dir
+
+    tables = json.loads((kernels_dir() / "dispatch.json").read_text())
+    assert "sm_90a" in tables
+    for rows in tables.values():
+        for row in rows:
+            Measured(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices"), [((1, 2), ("8x64",)), ((2, 1), ("8x64", "8x64")), ((1,), ("nonsense",)), ((), ())]
+)
+def test_bad_table_is_refused(rows, choices):
+    with pytest.raises(ValueError, match=r"rows|unknown"):
+        Measured(1, 1, rows, choices)
+
+
+def test_names_are_unique_and_say_the_shape():
+    names = [variant.name for variant in kernels()]
+    assert len(names) == len(set(names))
+    for name, tile in TILES.items():
+        assert name.removesuffix("-wg") == f"{tile.tokens}x{tile.outputs}"
+        if tile.kernel != "warpgroup":
+            assert tile.along_n * tile.along_t * tile.along_k == 8
+
+
+def test_warpgroups_are_for_hopper_alone():
+    assert any(v.tile.endswith("-wg") for v in kernels("sm_90a"))
+    for target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
+        assert not any(v.tile.endswith("-wg") for v in kernels(target))
+        assert not any(choice.endswith("-wg") for choice in dispatch.choices_on(target))
+        assert not any(choice.endswith("-wg") for choice in dispatch.possible(target, 4096, 4096))
+
+
+def test_partition_gives_every_block_work():
+    shapes = [(n, k) for n in (64, 200, 4096, 8192, 12288, 22016, 57344) for k in (128, 384, 4096, 28672)]
+    for tile in TILES.values():
+        for n, k in shapes:
+            tiles, groups = -(-n // tile.outputs), k // 128
+            blocks, split, units = partition(tile, tiles, groups, 132, 90)
+            assert 1 <= blocks <= 132
+            if split:
+                assert units == tiles
+                assert blocks % split == 0
+                assert blocks // split <= tiles
+            else:
+                assert units == tiles * groups
+                assert blocks <= units
+
+
+def test_targets_are_parsed():
+    assert capability_of("compute_80") == 80

@@ -1,0 +1,108 @@
+"""`NativeLinear` in the place of `nn.Linear`, on a CPU."""
+
+import pytest
+import torch
+from torch import nn
+
+from marlin_tools.backends.native import NativeLinear, replace
+from marlin_tools.errors import DeviceError, ModelError
+from marlin_tools.quantized import QuantizedLinear
+
+
+def quantised(n=96, k=256, group_size=128):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scales = (torch.randn((n, k // group_size), generator=generator) * 0.02).to(torch.float16)
+    return QuantizedLinear(codes, scales, group_size)
+
+
+def model(bias=True, n=96, k=256):
+    return nn.Sequential(nn.Sequential(nn.Linear(k, n, bias=bias)), nn.ReLU()).to(torch.float16)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 3, 256), (0, 256)])
+def test_same_as_a_linear_with_the_dequantised_weight(bias, shape):
+    network, weight = model(bias), quantised()
+    linear = network[0][0]
+    linear.weight.data = weight.dequantize(torch.float16)
+    x = torch.randn(shape).to(torch.float16)
+    expected = network(x)
+
+    replace(network, {"0.0": weight})
+
+    assert isinstance(network[0][0], NativeLinear)
+    assert network(x).shape == expected.shape
+    assert torch.allclose(network(x), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_says_what_it_is():
+    network = model()
+    replace(network, {"0.0": quantised()})
+    assert "in_features=256, out_features=96, group_size=128, bias=True" in repr(network)
+    assert len(list(network.parameters())) == 0
+
+
+def test_nothing_is_touched_when_one_layer_is_wrong():
+    network = nn.ModuleDict({"good": nn.Linear(256, 96), "bad": nn.Linear(192, 64)})
+    with pytest.raises(ModelError, match=r"`bad`: 192 inputs are not a multiple of 128"):
+        replace(network, {"good": quantised(), "bad": quantised(64, 192, 192)})
+    assert isinstance(network["good"], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "message"),
+    [
+        ("0.7", quantised(), "no layer `0.7`"),
+        ("1", quantised(), "`1` is a ReLU"),
+        ("0.0", quantised(64), "96 x 256 in the model"),
+        ("0.0", quantised(group_size=64), "group_size 64 is neither"),
+    ],
+)
+def test_refuses_by_name(name, weight, message):
+    with pytest.raises(ModelError, match=message):
+        replace(model(), {name: weight})
+
+
+def test_refuses_other_activations():
+    with pytest.raises(DeviceError, match=r"not torch\.float32"):
+        replace(model(), {"0.0": quantised()}, torch.float32)
+
+
+@pytest.mark.gpu
+def test_model_on_the_kernels_gives_the_logits_of_its_dequantised_weights():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=512,
+    )
+    torch.manual_seed(0)
+    network = transformers.LlamaForCausalLM(config).to("cuda", torch.float16).eval()
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    weights = {}
+    for name in names:
+        linear = network.get_submodule(name)
+        weights[name] = quantised(linear.out_features, linear.in_features).to("cuda")
+        linear.weight.data = weights[name].dequantize(torch.float16)
+    tokens = torch.randint(0, 512, (2, 40), device="cuda")
+    with torch.inference_mode():
+        expected = network(tokens).logits.float()
+        replace(network, weights)
+        logits = network(tokens).logits.float()
+        text = network.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+    assert (logits - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert text.shape == (2, 48)
+    static = torch.zeros_like(tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode():
+        network(static)
+        with torch.cuda.graph(graph):
+            captured = network(static, use_cache=False).logits
+        static.copy_(tokens)
+        graph.replay()
+    assert torch.equal(captured.float(), logits)

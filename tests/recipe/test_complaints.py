@@ -1,0 +1,116 @@
+"""A wrong recipe: every mistake at once, each with its place, what is known there, and what was probably meant."""
+
+import pytest
+
+from marlin_tools.errors import RecipeError
+from marlin_tools.recipe import Recipe, load
+
+BAD = """\
+name: my model
+model: demo
+calibrate: {sources: c4, num_samples: 0}
+stages:
+  - stage: quantise
+  - stage: quantize
+    dampp: 0.1
+    damp: -1
+    algorithm: {kind: gptq, pollish: 3}
+    ignore: down_proj
+  - {stage: export, formats: [gptqq]}
+  - tasks: [x]
+  - {stage: evaluate, batch_size: x}
+  - {stage: verify, deep: true}
+stagess: 1
+"""
+EXPECTED = [
+    "1:7: `name: my model`: string should match pattern ",
+    "3:13: unknown key `sources` in `calibrate`; did you mean `source`? known: source, num_samples, seqlen, seed, shape, ",
+    "3:39: `num_samples: 0`: must be greater than or equal to 1",
+    "5:12: unknown stage `quantise`; did you mean `quantize`? known: ",
+    "7:5: unknown key `dampp` in `quantize`; did you mean `damp`? known: ",
+    "8:11: `damp: -1`: must be greater than 0",
+    "9:29: unknown key `pollish` in `gptq`; did you mean `polish`? known: ",
+    "10:13: `ignore: down_proj`: must be a valid list",
+    "11:31: unknown format `gptqq`; did you mean `gptq`? known: gptq, compressed-tensors, marlin, marlin-24",
+    "12:5: `stage` is missing; known: ",
+    "13:5: `tasks` is missing in `evaluate`",
+    "13:35: `batch_size: x`: must be 'auto', or must be a valid integer",
+    "14:21: unknown key `deep` in `verify`; known: stage",
+    "15:1: unknown key `stagess`; did you mean `stages`? known: name, model, description, source, calibrate, stages",
+]
+GOOD = "name: a\nmodel: demo\nstages:\n  - stage: quantize\n    preset: fast\n  - stage: verify\n"
+
+
+@pytest.fixture
+def complaints(tmp_path):
+    def read(text, *overrides):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError) as error:
+            load(file, overrides)
+        return [line.removeprefix(f"{file}:") for line in error.value.message.splitlines()]
+
+    return read
+
+
+def test_all_complaints_at_once(complaints):
+    found = complaints(BAD)
+
+    assert len(EXPECTED) == len(found)
+    for expected, line in zip(EXPECTED, found, strict=True):
+        assert line.startswith(expected)
+
+
+def test_known_keys_are_those_of_the_model(complaints):
+    (line,) = complaints("nam: a\n" + GOOD)
+
+    assert line.endswith(f"known: {', '.join(Recipe.model_fields)}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    (
+        ("a: 1\nb: 2\na: 3\n", "3:1: found duplicate key "),
+        ("a: [1\nb: 2\n", "2:2: expected ',' or ']'"),
+        ("a: b: c\n", "1:5: mapping values are not allowed here"),
+        ("a:\n\tb: 1\n", "2:1: found character "),
+        ("a: !!python/name:os.system x\n", "1:4: could not determine a constructor for the tag "),
+        ("", "1:1: expected `key: value` lines"),
+        ("- a\n", "1:1: expected `key: value` lines"),
+        ("name: a\n", "1:1: `model` is missing"),
+        (GOOD + "  - stage: quantize\n", "1:1: a recipe quantises once"),
+        (
+            GOOD + "  - {stage: export, formats: [compressed-tensors]}\n",
+            "1:1: format `compressed-tensors` would be written twice",
+        ),
+        (GOOD.replace("fast", "fats"), "5:13: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default"),
+        (GOOD.replace("fast", "no"), "5:13: unknown preset `no`; "),  # YAML 1.1 would read False
+    ),
+)
+def test_place(complaints, text, expected):
+    assert complaints(text)[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    (
+        ("quantize.dampp=1", "--set quantize.dampp=1: unknown key `dampp` in `quantize`; did you mean `damp`? known: "),
+        ("quantize.damp=-1", "--set quantize.damp=-1: `damp: -1`: must be greater than 0"),
+        ("stages.0.damp=x", "--set stages.0.damp=x: `damp: x`: must be a valid number"),
+        ("stages.7.damp=1", "--set stages.7.damp=1: there is no `stages.7`"),
+        ("stages.1=x", "--set stages.1=x: "),
+        ("name.x=1", "--set name.x=1: `name` has no parts that could be set"),
+        ("model", "`--set model`: not of the form `a.b=value`"),
+        ("a..b=1", "`--set a..b=1`: not of the form `a.b=value`"),
+        ("model=[", "`[` is no YAML value"),
+        ("export.formats=[gptq]", "--set export.formats=[gptq]: unknown key `export`; known: "),
+    ),
+)
+def test_override(complaints, override, expected):
+    assert complaints(GOOD, override)[0].startswith(expected)
+
+
+def test_unreadable_file(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load(tmp_path / "mine.yaml")
