@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
-demo: $(READY) ## quantise the embedded model, show before and after, write the report (CPU, about a minute)
+demo: $(READY) ## quantise the embedded model, export it, show before and after, verify it (CPU, about a minute)
 	@$(BIN)/marlin-tools run demo --overwrite
 
 test: lint types ## everything that needs no GPU: style, types, layers, tests

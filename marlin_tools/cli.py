@@ -364,6 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     for library in ("TRANSFORMERS", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # they warn of their own defaults, not of the user's model
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a CPU that others use too to a standstill
     try:
         code = app(arguments, prog_name="marlin-tools", standalone_mode=False) or 0
     except typer.Abort:

@@ -1,8 +1,8 @@
 """A directory that appears whole or not at all.
 
-Everything is written into `<out>.partial/model`, each file under a temporary name, synced, then renamed; at the end that folder is
-renamed to `<out>`. A run that dies leaves `<out>.partial` behind, which a later run may continue: what it has finished is noted
-in `<out>.partial/state`. Nothing half-written loads as a model: config.json is written after all weights.
+Everything is written into `<out>.partial/model`, each file under a temporary name, synced, then renamed; at the end that
+folder is renamed to `<out>`. A run that dies leaves `<out>.partial` behind, which a later run may continue: what it has
+finished is noted in `<out>.partial/state`. Nothing half-written loads as a model: config.json is written after all weights.
 """
 
 import errno

@@ -40,12 +40,14 @@ class Backend:
     devices    device types that it runs on
     bits       memory per quantised weight, 0 for as much as the dtype of the activations takes
     what       how it works, for people
+    automatic  whether `auto` may choose it
     """
 
     build: str
     devices: tuple[str, ...]
     bits: float
     what: str
+    automatic: bool = True
 
     def function(self) -> Build:
         """Import it."""
@@ -54,12 +56,13 @@ class Backend:
         return build
 
 
-# In order of preference: `auto` is the first that runs on the device and fits into its memory.
+# In order of preference: `auto` is the first automatic one that runs on the device and fits into its memory.
 BACKENDS = {
     "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
     "reference-packed": Backend(
         "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
     ),
+    "native": Backend("marlin_tools.backends.native:build", ("cuda",), 4.25, "our kernels", automatic=False),
 }
 
 
@@ -98,7 +101,8 @@ def choose_backend(name: str, model: "PreTrainedModel", quantised: frozenset[str
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
     tried = []
-    candidates = [name] if name != "auto" else list(BACKENDS) if quantised else ["reference"]
+    automatic = [each for each, backend in BACKENDS.items() if backend.automatic]
+    candidates = [name] if name != "auto" else automatic if quantised else ["reference"]
     for candidate in candidates:
         backend = BACKENDS[candidate]
         if device.type not in backend.devices:

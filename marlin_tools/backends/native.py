@@ -45,33 +45,36 @@ class NativeLinear(nn.Module):
         return f"{shape}, group_size={self.weight.group_size}, bias={self.bias is not None}"
 
 
-def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: torch.dtype = torch.float16) -> None:
-    """Swap the linears named in `weights` in place, each on the device where it was, and load their kernels.
-
-    All shapes are checked before the first is touched. Activations are expected in `dtype`.
-    """
+def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module that multiplies with `weight` on a GPU, with its kernels loaded. Activations are expected in `dtype`."""
     if dtype not in {torch.float16, torch.bfloat16}:
         raise DeviceError(
             f"the native kernels multiply float16 or bfloat16 activations, not {dtype}",
             hint="load the model in one of these, or use `--backend reference`",
         )
+    _check_limits(f"a linear of {weight.shape[0]} x {weight.shape[1]}", weight)
+    packed = ops.pack(weight.to(device))
+    if device.type == "cuda":
+        ops.prepare(packed, dtype)
+    return NativeLinear(packed, None if bias is None else bias.detach().to(device, dtype))
+
+
+def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: torch.dtype = torch.float16) -> None:
+    """Swap the linears named in `weights` in place, each on the device where it was; shapes are checked before the first."""
     for name, weight in weights.items():
         linear = _linear(model, name)
         if weight.shape != (linear.out_features, linear.in_features):
             raise ModelError(f"`{name}` is {linear.out_features} x {linear.in_features} in the model, {weight.shape} quantised")
-        reason = ops.limits(linear.in_features, weight.group_size)
-        if reason:
-            raise ModelError(f"`{name}`: {reason}", hint="use `--backend reference`")
+        _check_limits(f"`{name}`", weight)
     for name, weight in weights.items():
         linear = _linear(model, name)
-        device = linear.weight.device
-        old: Tensor | None = linear.bias  # torch's annotation knows no None
-        bias = None if old is None else old.detach().to(dtype)
-        packed = ops.pack(weight.to(device))
-        if device.type == "cuda":
-            ops.prepare(packed, dtype)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, NativeLinear(packed, bias))
+        setattr(model.get_submodule(parent), child, build(weight, linear.bias, linear.weight.device, dtype))
+
+
+def _check_limits(what: str, weight: QuantizedLinear) -> None:
+    if reason := ops.limits(weight.shape[1], weight.group_size):
+        raise ModelError(f"{what}: {reason}", hint="use `--backend reference`")
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -1,7 +1,7 @@
 """Which kernel multiplies, for a shape on a GPU: read from tables that were measured, not computed.
 
 `kernels/dispatch.json` holds one table per target: for some weight shapes and some numbers of rows, the fastest choice.
-`marlin-tools bench kernels --tune` makes one for the GPU at hand, which then lies beside the compiled kernels and wins over
+`stages.bench.tune` makes one for the GPU at hand, which then lies beside the compiled kernels and wins over
 the shipped one. A shape takes the row of the nearest measured shape (in log N and log K), and M the nearest measured number
 of rows that is not smaller. A choice is the name of a tile, or `cublas`: dequantise, then call cuBLAS; the table
 names it wherever it is fastest, so nothing falls below it.

@@ -1,4 +1,4 @@
-"""Stage `bench kernels`: how long our kernels take on a model's linears, beside cuBLAS and torch's own INT4 kernel.
+"""How long our kernels take on a model's linears, beside cuBLAS and torch's own INT4 kernel.
 
 The method is that of `ops/timing.py`. Speed-ups depend on the baseline's luck with a shape; so a roofline fraction stands
 beside each: the time that the bytes or the arithmetic need at the rates measured in the same run, over the time taken.
@@ -140,22 +140,6 @@ def write_json(results: Sequence[Measurement], path: Path) -> None:
     """All numbers, with what they were measured on."""
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     path.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n", encoding="utf-8")
-
-
-def plot(results: Sequence[Measurement], path: Path) -> None:
-    """Geometric-mean speed-up against M, one line per kernel."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for kernel in dict.fromkeys(r.kernel for r in results):
-        means = geometric_means(results, kernel)
-        axes.plot(list(means), list(means.values()), marker="o", label=kernel)
-    axes.set(xscale="log", xlabel="M (rows of activations)", ylabel="speed-up over 16-bit cuBLAS, geometric mean")
-    axes.set_xscale("log", base=2)
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
 
 
 def measure_rates(device: torch.device) -> Rates:

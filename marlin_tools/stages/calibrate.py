@@ -66,7 +66,9 @@ def preview(settings: CalibrationSettings, checkpoint: "Checkpoint", count: int 
 
 def expect(settings: CalibrationSettings, checkpoint: "Checkpoint") -> tuple[int, int]:
     """(tokens, longest sequence) at most: what a plan can know before any text is tokenised."""
-    length = _length(settings, checkpoint, WINDOW if _shape(settings, find_corpus(settings.source)()) == "packed" else LONGEST_DOCUMENT)
+    length = _length(
+        settings, checkpoint, WINDOW if _shape(settings, find_corpus(settings.source)()) == "packed" else LONGEST_DOCUMENT
+    )
     return settings.num_samples * length, length
 
 

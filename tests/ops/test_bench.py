@@ -22,12 +22,6 @@ def test_geometric_mean_per_m():
     assert bench.geometric_means(RESULTS, "absent") == {}
 
 
-def test_plot_is_an_image(tmp_path):
-    pytest.importorskip("matplotlib")
-    bench.plot(RESULTS, tmp_path / "speed.svg")
-    assert "<svg" in (tmp_path / "speed.svg").read_text()
-
-
 def test_shapes_are_those_of_the_kernels():
     for shapes in bench.SHAPES.values():
         for k, n in shapes.values():

@@ -93,9 +93,7 @@ def test_a_single_file_and_shards_give_the_same_codes(tiny_llama: Path, run: Run
         ({"group_size": 64}, lambda q: q.group_size == 64),
     ],
 )
-def test_settings_change_the_result(
-    tiny_llama: Path, run: Run, changes: dict[str, Any], effect: Callable[[Any], bool]
-) -> None:
+def test_settings_change_the_result(tiny_llama: Path, run: Run, changes: dict[str, Any], effect: Callable[[Any], bool]) -> None:
     linears = StoredLinears(run(tiny_llama, **changes))
     assert all(effect(linears.read(name)) for name in linears.names)
 
@@ -105,7 +103,7 @@ def test_damping_and_algorithm_override_the_preset() -> None:
     assert QuantizeSettings(algorithm=GPTQ(polish=7)).solver == GPTQ(polish=7)
     with pytest.raises(RecipeError, match="round-to-nearest"):
         _ = QuantizeSettings(preset="rtn", damp=0.05).solver
-    with pytest.raises(RecipeError, match="contradicts|conditional"):
+    with pytest.raises(RecipeError, match=r"contradicts|conditional"):
         _ = QuantizeSettings(preset="marlin", negative_scales=True).solver
     with pytest.raises(ValueError, match="unknown preset"):
         QuantizeSettings(preset="defualt")
