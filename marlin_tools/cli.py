@@ -145,7 +145,7 @@ def evaluate(
     tasks: Annotated[str, _option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.")],
     model: Annotated[str | None, _argument("MODEL", "As for quantize; the newest model under runs/ if left out.")] = None,
     baseline: Annotated[str | None, _option(of="MODEL", text="The original, measured on the same items.")] = None,
-    backend: Annotated[str | None, _option(of="NAME", text="auto or reference.")] = None,
+    backend: Annotated[str | None, _option(of="NAME", text="auto, reference, reference-packed or native.")] = None,
     num_fewshot: Annotated[int | None, _option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
     limit: Annotated[float | None, _option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
     batch_size: Annotated[str | None, _option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,

@@ -38,7 +38,7 @@ class GPTQ(Settings):
     order: Literal["natural", "energy"] = "energy"
     scales: Literal["absmax", "conditional", "diagonal"] = "diagonal"
     signed: bool = True
-    polish: int = Field(2, ge=0, le=100)
+    polish: int = Field(4, ge=0, le=100)
     sequential: bool = True
     drift: float = Field(0.5, ge=0, le=1)
 

@@ -30,7 +30,7 @@ from marlin_tools.model_writer import ModelWriter
 from marlin_tools.output import OutputDirectory
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.settings import Settings
-from marlin_tools.stages.forecast import Forecast, forecast_quantize
+from marlin_tools.stages.forecast import Forecast, forecast_quantize, in_words
 from marlin_tools.stages.inventory import Inventory, check_format, take_inventory
 from marlin_tools.stream import Block, Group, LayerStream
 
@@ -144,7 +144,8 @@ def quantize(
         entries = work.run()
         work.warn_about(entries)
         seconds = time.perf_counter() - begin
-        times = plan.forecast.compare(seconds) | {"blocks_s": [entry["seconds"] for entry in entries]}
+        comparison = plan.forecast.compare(seconds)
+        times = comparison | {"blocks_s": [entry["seconds"] for entry in entries]}
         facts = {
             "fingerprint": run,
             "model": {"origin": plan.checkpoint.origin, "fingerprint": plan.checkpoint.fingerprint},
@@ -159,6 +160,7 @@ def quantize(
         work.finish()
         write_manifest(output, "quantize", facts, times, work.warnings)
         output.publish()
+    emit(Event("note", in_words(comparison)))
     emit(Event("result", f"quantised {len(plan.inventory.targets)} linears into `{out}`", data=times))
     return Checkpoint.open(out)
 
