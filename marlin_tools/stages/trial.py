@@ -79,18 +79,22 @@ def _compare(model: "PreTrainedModel", reference: Reference, made_on: str) -> Ch
 
 
 def _generate(model: "PreTrainedModel", checkpoint: Checkpoint, reference: Reference | None) -> Check:
-    """A few greedy tokens, from the beginning of a text and from the reference."""
+    """A few greedy tokens, from the beginning of a text and from the reference.
+
+    A healthy model may repeat itself after nothing but a beginning mark; a broken one does so after a text as well.
+    """
     bos = checkpoint.config.get("bos_token_id")
     prompts = {"the beginning": torch.tensor([bos if isinstance(bos, int) else 0])}
     if reference is not None:
         prompts["the reference text"] = reference[0]
-    problems = []
+    overflowed, stuck = [], []
     for name, prompt in prompts.items():
         tokens = _continue(model, prompt)
         if len(tokens) < GREEDY_TOKENS:
-            problems.append(f"from {name}: logits are not finite after {len(tokens)} tokens")
+            overflowed.append(f"from {name}: logits are not finite after {len(tokens)} tokens")
         elif len(set(tokens)) == 1:
-            problems.append(f"from {name}: nothing but token {tokens[0]}")
+            stuck.append(f"from {name}: nothing but token {tokens[0]}")
+    problems = overflowed + (stuck if len(stuck) == len(prompts) else [])
     return judge("generation", problems, f"{GREEDY_TOKENS} greedy tokens from {' and from '.join(prompts)}")
 
 

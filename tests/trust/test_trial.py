@@ -67,6 +67,15 @@ def test_a_model_that_says_one_word(damaged, edit, failures):
     assert "from the beginning: nothing but token 0; from the reference text: nothing but token 0" == found
 
 
+def test_one_word_after_nothing_is_no_fault(monkeypatch):
+    """Only a model that is stuck after every prompt is broken."""
+    monkeypatch.setattr(trial, "_continue", lambda model, prompt: [1] * 16 if len(prompt) == 1 else list(range(16)))
+    checkpoint = SimpleNamespace(config={"bos_token_id": 1})
+
+    assert trial._generate(None, checkpoint, (torch.arange(8), torch.zeros(8, 4))).ok
+    assert not trial._generate(None, checkpoint, None).ok
+
+
 def test_weights_that_are_not_finite(damaged, edit, failures):
     with edit(damaged, "model.norm.weight") as tensors:
         tensors["model.norm.weight"][3] = float("inf")

@@ -1,0 +1,146 @@
+"""Models that cannot be quantised: one clear error that names the thing, and nothing left that loads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, RecipeError
+
+Run = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def victim(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama to be damaged."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "victim"))
+
+
+@pytest.fixture
+def refused(run: Run, tmp_path: Path) -> Callable[..., MarlinToolsError]:
+    """Run, expect this error with a hint, and check that no result exists."""
+
+    def call(model: Path | str, kind: type[MarlinToolsError], message: str, **settings: object) -> MarlinToolsError:
+        with pytest.raises(kind, match=message) as refusal:
+            run(model, **settings)
+        assert refusal.value.hint
+        assert "\n" not in refusal.value.message
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(ModelError):
+            Checkpoint.open(tmp_path / "out.partial" / "model")
+        return refusal.value
+
+    return call
+
+
+def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(model: Path, **values: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_missing_model(refused: Callable[..., MarlinToolsError], tmp_path: Path) -> None:
+    refused("nowhere", ModelError, "`nowhere` is no directory, no hub id")
+    refused("someone/not-in-the-cache", ModelError, "neither a local directory|not in the local cache")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", ModelError, "holds no config.json")
+
+
+def test_pickles_are_not_read(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    (victim / "model.safetensors").rename(victim / "pytorch_model.bin")
+    error = refused(victim, ModelError, r"holds no \*\.safetensors")
+    assert "pickles can run code" in (error.hint or "")
+
+
+def test_truncated_weights(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    whole = (victim / "model.safetensors").read_bytes()
+    (victim / "model.safetensors").write_bytes(whole[:-10])
+    refused(victim, ModelError, "is truncated: its header promises")
+    (victim / "model.safetensors").write_bytes(whole[:100])
+    refused(victim, ModelError, "is truncated inside its header")
+    (victim / "model.safetensors").write_bytes(b"")
+    refused(victim, ModelError, "truncated")
+
+
+def test_missing_and_broken_shards(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    weight_map = dict.fromkeys(load_file(victim / "model.safetensors"), "model.safetensors")
+    index = victim / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {"lm_head.weight": "model-00002.safetensors"}}))
+    refused(victim, ModelError, "model-00002.safetensors` is missing, though the index names it")
+    (victim / "model-00002.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0this is no JSON!")
+    refused(victim, ModelError, "is not a safetensors file")
+    index.write_text("{")
+    refused(victim, ModelError, "cannot be read as JSON")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(victim: Path, refused: Callable[..., MarlinToolsError], value: float) -> None:
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+    change_weights(victim, poison)
+    refused(victim, ModelError, r"model\.layers\.1\.mlp\.up_proj\.weight` holds NaN or infinite")
+
+
+def test_a_missing_tensor(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    change_weights(victim, lambda tensors: tensors.__delitem__("model.layers.0.self_attn.o_proj.weight"))
+    refused(victim, ModelError, r"has no tensor `model\.layers\.0\.self_attn\.o_proj\.weight`")
+
+
+def test_config_and_weights_of_different_models(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    change_config(victim, intermediate_size=768)
+    refused(victim, ModelError, "config.json asks for")
+
+
+def test_dead_channels_and_zero_rows_are_quantised(victim: Path, run: Run) -> None:
+    def kill(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"][7] = 0
+        tensors["model.layers.0.mlp.gate_proj.weight"][11] = 0
+
+    change_weights(victim, kill)
+    run(victim, preset="default")
+
+
+def test_mixture_of_experts_and_unknown_types(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    change_config(victim, num_local_experts=8)
+    refused(victim, ModelError, "mixture of experts")
+    change_config(victim, num_local_experts=0, model_type="mamba")
+    refused(victim, ModelError, "unknown model type `mamba`")
+
+
+def test_shapes_that_do_not_fit_name_the_layers(
+    tiny_model: Callable[..., Path], refused: Callable[..., MarlinToolsError]
+) -> None:
+    narrow = tiny_model("llama", intermediate_size=448)
+    error = refused(narrow, FormatError, r"model\.layers\.0\.mlp\.down_proj`: 448 inputs are not a multiple of group_size 128")
+    assert "--group-size -1" in (error.hint or "")
+    refused(narrow, FormatError, "mlp.gate_proj", format="marlin")
+    refused(narrow, RecipeError, "unknown format `marlim`", format="marlim")
+
+
+def test_a_quantised_model_is_not_quantised_again(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+    first = run(tiny_llama, "first")
+    with pytest.raises(ModelError, match="already quantised"):
+        run(first.path, "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_nothing_left_to_quantise(tiny_llama: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    refused(tiny_llama, ModelError, "no linear is left", ignore=(".*",))
+    refused(tiny_llama, RecipeError, "no regular expression", ignore=("(",))
+
+
+def test_a_tokenizer_that_cannot_be_loaded(victim: Path) -> None:
+    (victim / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+        Checkpoint.open(victim).tokenizer()
