@@ -1,0 +1,73 @@
+"""Models of the hub, by alias, from a cache as `huggingface_hub` leaves it; never the network."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marlin_tools.checkpoint import ALIASES, Checkpoint
+from marlin_tools.errors import ModelError
+from marlin_tools.formats.stored import StoredLinears
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Path]:
+    """Put a model directory into a hub cache of this test's own, under the name of a repository."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def put(model: Path, repository: str) -> Path:
+        entry = cache / f"models--{repository.replace('/', '--')}"
+        (entry / "refs").mkdir(parents=True)
+        (entry / "refs" / "main").write_text(COMMIT)
+        return Path(shutil.copytree(model, entry / "snapshots" / COMMIT))
+
+    return put
+
+
+def test_an_alias_is_quantised_from_the_cache(
+    tiny_llama: Path, cached: Callable[[Path, str], Path], run: Callable[..., Checkpoint]
+) -> None:
+    snapshot = cached(tiny_llama, "meta-llama/Llama-2-7b-hf")
+    checkpoint = Checkpoint.open("llama2-7b")
+
+    assert checkpoint.path == snapshot
+    assert checkpoint.origin == "llama2-7b"
+    assert len(StoredLinears(run("llama2-7b")).names) == 14
+
+
+def test_a_model_that_cannot_be_done_is_refused_by_its_config(tiny_llama: Path, cached: Callable[[Path, str], Path]) -> None:
+    """config.json is judged before any weights are looked for: here there are none."""
+    snapshot = cached(tiny_llama, "someone/mixture")
+    (snapshot / "model.safetensors").unlink()
+
+    def refuse(config: dict[str, Any]) -> None:
+        raise ModelError(f"no {config['model_type']}", hint="another")
+
+    with pytest.raises(ModelError, match="no llama"):
+        Checkpoint.open("someone/mixture", accept=refuse)
+    with pytest.raises(ModelError, match="holds no"):
+        Checkpoint.open("someone/mixture")
+
+
+def test_aliases_name_repositories() -> None:
+    assert all(repository.count("/") == 1 for repository in ALIASES.values())
+    assert "demo" not in ALIASES
+    assert Checkpoint.open("demo").config["model_type"] == "llama"
+
+
+def test_the_hub_cache_names_files_by_their_hash(tmp_path: Path, tiny_llama: Path) -> None:
+    """A blob's name is its sha256, so that large files need not be read to be recognised."""
+    import hashlib
+
+    linked = tmp_path / "linked"
+    shutil.copytree(tiny_llama, linked)
+    blob = tmp_path / hashlib.sha256((linked / "model.safetensors").read_bytes()).hexdigest()
+    (linked / "model.safetensors").rename(blob)
+    (linked / "model.safetensors").symlink_to(blob)
+
+    assert Checkpoint.open(linked).fingerprint == Checkpoint.open(tiny_llama).fingerprint
