@@ -57,7 +57,7 @@ class Forecast:
         if self.gpu_gb is not None:
             rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak"))
         rows += [
-            ("disk", f"{self.disk_gb:.2f} GB"),
+            ("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"),
             ("time", f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.minutes:.1f} min"),
         ]
         return rows
