@@ -2,14 +2,27 @@
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from marlin_tools.cli import app
 from marlin_tools.data import SOURCES
 from marlin_tools.formats import FORMATS
 from marlin_tools.stages.quantize import QuantizeSettings
+
+
+def _leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _leaves(command, f"{before}{name} ")
+        else:
+            yield before + name, command
+
+
+VERBS = dict(_leaves(get_command(app)))
 
 QUANTIZE = [
     (("-o", "there"), "out", "there"),
@@ -123,18 +136,16 @@ def test_every_option_is_tried():
     short = {"o": "output", "t": "tasks", "f": "num-fewshot", "L": "limit", "b": "batch-size", "no-resume": "resume"}
     tried = {(verb, short.get(name, name)) for verb, name in tried}
     offered = set()
-    for command in app.registered_commands:
+    for verb, command in VERBS.items():
         for name, parameter in inspect.signature(command.callback).parameters.items():
             if type(parameter.annotation.__metadata__[0]).__name__ == "OptionInfo":
-                offered.add((command.name or command.callback.__name__, name.strip("_").replace("_", "-")))
+                offered.add((verb, name.strip("_").replace("_", "-")))
 
     assert offered <= tried
 
 
 def test_default_preset_is_that_of_the_settings():
-    quantize = next(command.callback for command in app.registered_commands if command.callback.__name__ == "quantize")
-
-    assert QuantizeSettings().preset == inspect.signature(quantize).parameters["preset"].default
+    assert QuantizeSettings().preset == inspect.signature(VERBS["quantize"].callback).parameters["preset"].default
 
 
 def test_help_names_every_source_format_and_preset(cli):

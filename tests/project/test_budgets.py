@@ -48,7 +48,7 @@ def large_functions(name: str, text: str) -> Iterator[str]:
     for found in size.functions(text):
         if found.lines > size.FUNCTION_LINES:
             yield f"{name}:{found.line}: `{found.name}` has {found.lines} lines, at most {size.FUNCTION_LINES}"
-        if found.parameters > size.PARAMETERS and name != "marlin_tools/cli.py":
+        if found.parameters > size.PARAMETERS and not name.startswith("marlin_tools/cli/"):
             yield f"{name}:{found.line}: `{found.name}` has {found.parameters} parameters, at most {size.PARAMETERS}"
 
 
@@ -151,7 +151,7 @@ GOOD = [
     (too_long, "marlin_tools/x.py", "x = 1\n" * 400),
     (large_functions, "marlin_tools/x.py", "def f():\n" + "    x = 1\n" * 69),
     (large_functions, "marlin_tools/x.py", "class C:\n    def f(self, a, b, c, d, e, f, g): pass\n"),
-    (large_functions, "marlin_tools/cli.py", "def f(a, b, c, d, e, f, g, h): pass\n"),
+    (large_functions, "marlin_tools/cli/make.py", "def f(a, b, c, d, e, f, g, h): pass\n"),
     (broad_excepts, "marlin_tools/x.py", "try: f()\nexcept (ValueError, OSError): pass\n"),
     (vague_names, "kernels/common/barrier.cuh", ""),
     (vague_names, "marlin_tools/database.py", ""),

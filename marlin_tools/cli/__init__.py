@@ -1,0 +1,76 @@
+"""The command line: every verb turns its flags into a recipe, has the engine run it, and prints the result.
+
+stdout carries the result, stderr everything else. Exit codes: 0 done, 1 ran but a check failed, 2 could not run, 130
+interrupted. Defaults live in the settings classes: a flag that is not given is not in the recipe. Whatever `--help` does not
+need is imported by the function that needs it. This package is the only importer of typer. A family of verbs is a file.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from marlin_tools import __version__
+from marlin_tools.cli import look, make, measure, recipes
+from marlin_tools.cli.options import PLAIN, SETTINGS, flag
+from marlin_tools.errors import MarlinToolsError
+
+_UsageError: Any = typer.BadParameter.__mro__[2]
+"""Typer's own complaints about arguments: click's class, or that of the copy that newer versions carry."""
+
+app = typer.Typer(context_settings=SETTINGS, invoke_without_command=True, **PLAIN)
+for family in (make, measure, recipes, look):
+    app.add_typer(family.app)
+app.add_typer(recipes.recipes, name="recipes")
+
+Version = Annotated[bool, flag("--version", "Print the version and exit.")]
+
+
+@app.callback()
+def _marlin_tools(context: typer.Context, version: Version = False) -> int:
+    """Accurate, verified, fast INT4 for Hugging Face causal language models."""
+    if version:
+        typer.echo(f"marlin-tools {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        return 2
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script: run a verb, turn every known failure into one line and a hint, and exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for library in ("TRANSFORMERS", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # they warn of their own defaults, not of the user's model
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a CPU that others use too to a standstill
+    try:
+        code = app(arguments, prog_name="marlin-tools", standalone_mode=False) or 0
+    except typer.Abort:
+        code = 130
+    except MarlinToolsError as error:
+        code = _complain(error)
+    except _UsageError as error:
+        code = _complain(_usage(error))
+    if code == 130:
+        kept = ": finished blocks and stages are kept" if arguments[0] in {"quantize", "run"} else ""
+        _complain(MarlinToolsError("interrupted", hint=f"run the same command again{kept}"))
+    sys.exit(code)
+
+
+def _complain(error: MarlinToolsError) -> int:
+    from marlin_tools import ui
+
+    ui.complain(error)
+    return 2
+
+
+def _usage(error: Any) -> MarlinToolsError:
+    """Typer's complaint in our form."""
+    message, _, rest = re.sub(r"\.? (Did you mean |\(Possible options: )", "\n", error.format_message()).partition("\n")
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context else "marlin-tools"
+    hint = f"did you mean {rest.rstrip('?)')}?" if rest else f"`{verb} --help` lists what there is"
+    return MarlinToolsError(message[:1].lower() + message[1:].rstrip("."), hint=hint)

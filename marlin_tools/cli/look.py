@@ -1,0 +1,42 @@
+"""The verbs that look at what is there: `verify`, `inspect` and `doctor`."""
+
+from dataclasses import asdict
+
+import typer
+
+from marlin_tools.cli.options import PLAIN, Directory, Json, Model
+from marlin_tools.cli.perform import perform, recipe_of, short_name
+
+app = typer.Typer(**PLAIN)
+
+
+@app.command()
+def verify(directory: Directory, json: Json = False) -> int:
+    """Check a quantised model, and say which engines load it.
+
+    Exits with 1 if a check fails.
+    """
+    return perform(recipe_of(short_name(str(directory)), str(directory), [{"stage": "verify"}]), as_json=json)
+
+
+@app.command()
+def inspect(model: Model, json: Json = False) -> int:
+    """Say what a model directory holds."""
+    from marlin_tools import report, ui
+    from marlin_tools.stages.inspect import inspect as look
+    from marlin_tools.stages.inspect import rows
+
+    document = look(model)
+    ui.write_json(document) if json else ui.write(report.facts(rows(document)))
+    return 0
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Say what this machine and this installation can do, and why."""
+    from marlin_tools import report, ui
+    from marlin_tools.stages.doctor import diagnose
+
+    document = [asdict(fact) for fact in diagnose()]
+    ui.write_json(document) if json else ui.write(report.diagnosis(document))
+    return 0

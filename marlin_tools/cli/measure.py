@@ -1,0 +1,54 @@
+"""The verbs that run a model: `eval` and `generate`."""
+
+from typing import Annotated
+
+import typer
+
+from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, option
+from marlin_tools.cli.perform import given, perform, recipe_of, short_name
+
+app = typer.Typer(**PLAIN)
+
+
+@app.command(name="eval")
+def evaluate(
+    tasks: Annotated[str, option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.")],
+    model: Annotated[str | None, argument("MODEL", "As for quantize; the newest model under runs/ if left out.")] = None,
+    baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.")] = None,
+    backend: Annotated[str | None, option(of="NAME", text="auto, reference, reference-packed or native.")] = None,
+    num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
+    limit: Annotated[float | None, option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
+    batch_size: Annotated[str | None, option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,
+    seqlen: Annotated[int | None, option(of="L", text="Window of a perplexity.")] = None,
+    include_path: Annotated[list[str] | None, option(of="DIR", text="Where more tasks are defined; repeatable.")] = None,
+    device: Device = None,
+    strict: Strict = False,
+    json: Json = False,
+) -> int:
+    """Measure a model, beside the original if it is named."""
+    how = given(backend=backend, batch_size=batch_size, device=device, baseline=baseline)
+    what = given(num_fewshot=num_fewshot, limit=limit, seqlen=seqlen, include_path=include_path)
+    stage = {"stage": "evaluate", "tasks": tasks.split(","), **how, **what}
+    model = model or _newest()
+    return perform(recipe_of(short_name(model), model, [stage]), overwrite=True, strict=strict, as_json=json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, option(of="TEXT", text="The text to continue.")],
+    device: Device = None,
+    json: Json = False,
+) -> int:
+    """Continue a text."""
+    stage = given(stage="generate", prompt=prompt, device=device)
+    return perform(recipe_of(short_name(model), model, [stage]), as_json=json)
+
+
+def _newest() -> str:
+    from marlin_tools import ui
+    from marlin_tools.run import newest_run
+
+    newest = newest_run()
+    ui.note(f"evaluating `{newest}`, the newest model under runs/")
+    return str(newest)

@@ -1,0 +1,56 @@
+"""What the options of all verbs have in common: how they are spelt, described and shared."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_SPELLINGS = {
+    "nsamples": "num-samples",
+    "num-calibration-samples": "num-samples",
+    "max-seq-length": "seqlen",
+    "percdamp": "damp",
+    "dampening-frac": "damp",
+    "dataset": "calib",
+    "output-dir": "output",
+}
+"""What other tools call our options."""
+
+
+def spelling(name: str) -> str:
+    """The name under which an option is known here."""
+    name = name.replace("_", "-")
+    return _SPELLINGS.get(name, name)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """What stands without a name."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+def option(*names: str, of: str, text: str) -> Any:
+    """What takes a value; without names, typer makes one from the parameter's."""
+    return typer.Option(*names, metavar=of, help=text, show_default=False)
+
+
+def flag(names: str, text: str) -> Any:
+    """What is there or is not."""
+    return typer.Option(names, help=text, show_default=False)
+
+
+SETTINGS = {"token_normalize_func": spelling, "help_option_names": ["-h", "--help"], "terminal_width": 100}
+PLAIN: Any = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
+"""How every command group is made."""
+
+Model = Annotated[str, argument("MODEL", "Directory, hub id, or alias: demo, llama2-7b, ...")]
+Directory = Annotated[Path, argument("DIR", "Directory of a quantised model.")]
+Output = Annotated[Path | None, option("-o", "--output", of="DIR", text="Where the result goes: runs/<name>-<scheme>.")]
+Device = Annotated[str | None, option(of="NAME", text="cpu, cuda or cuda:N; the first GPU if there is one.")]
+Calib = Annotated[str | None, option(of="SOURCE", text="demo, c4, redpajama, wikitext2, pile, ultrachat, FILE, hf:OWNER/NAME.")]
+FORMATS = "compressed-tensors, gptq, marlin, marlin-24; several go to DIR/<format>/."
+DryRun = Annotated[bool, flag("--dry-run", "Print what would be done, and what it would take.")]
+Resume = Annotated[bool, flag("--resume/--no-resume", "Continue an interrupted run (which is the default), or start over.")]
+Overwrite = Annotated[bool, flag("--overwrite", "Replace what is in the way.")]
+Strict = Annotated[bool, flag("--strict", "Exit with 1 if there was any warning.")]
+Version = Annotated[bool, flag("--version", "Print the version and exit.")]
+Json = Annotated[bool, flag("--json", "Print one JSON document.")]

@@ -1,0 +1,57 @@
+"""From the options of a verb to its result: build the recipe, have the engine run it, print."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marlin_tools.recipe import Recipe
+
+_FLAGS = {"source": "--calib", "formats": "--format", "negative_scales": "--no-negative-scales", "model": "MODEL"}
+"""Settings whose option has another name than theirs."""
+
+
+def short_name(model: str) -> str:
+    """A model's name without its owner or its parent directories."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model"
+
+
+def recipe_of(name: str, model: str, stages: list[dict[str, Any]], calibrate: dict[str, Any] | None = None) -> "Recipe":
+    """The recipe that these options describe; a complaint about a value begins with its option."""
+    from marlin_tools.recipe import build
+
+    origins: dict[tuple[str | int, ...], str] = {(): "command line"}
+    for place, section in [*((("stages", i), stage) for i, stage in enumerate(stages)), (("calibrate",), calibrate or {})]:
+        origins |= {(*place, key): _FLAGS.get(key, f"--{key.replace('_', '-')}") for key in section}
+    return build(given(name=name, model=model, calibrate=calibrate or None, stages=stages), origins)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the others keep the defaults of the settings."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def perform(
+    recipe: "Recipe",
+    output: Path | None = None,
+    *,
+    dry_run: bool = False,
+    strict: bool = False,
+    as_json: bool = False,
+    **again: Any,
+) -> int:
+    """Plan and, unless it is a dry run, execute; then print."""
+    from marlin_tools import report, ui
+    from marlin_tools.run import execute, plan
+
+    with ui.Display() as display:
+        planned = plan(recipe, output)
+        result = None if dry_run else execute(planned, display, **again)
+    if result is None:
+        steps = planned.describe()
+        ui.write_json({"steps": steps, "notes": planned.notes}) if as_json else ui.write(report.plan(steps, planned.notes))
+        return 0
+    parts = result.outputs, result.evaluation, result.verifications, result.text
+    ui.write_json(result.describe()) if as_json else ui.write(report.summary(*parts))
+    return int(not result.ok or (strict and bool(result.warnings)))
