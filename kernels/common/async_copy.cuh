@@ -47,3 +47,10 @@ __device__ __forceinline__ u32 arrive(u32* counter) {
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
+
+// What a counter holds; acquires like `arrive`.
+__device__ __forceinline__ u32 peek(const u32* counter) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}

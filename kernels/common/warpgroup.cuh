@@ -18,6 +18,17 @@ __device__ __forceinline__ void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Two warpgroups meet at one of the block's barriers (1 to 15): one goes on at once, the other when both were there.
+__device__ __forceinline__ void warpgroups_wait(int barrier) {
+    asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void warpgroups_arrive_if(bool wanted, int barrier) {
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted bar.arrive %1, 256;\n}\n" ::"r"(static_cast<int>(wanted)),
+                 "r"(barrier)
+                 : "memory");
+}
+
 // Keeps uses of the sums below the wait before it.
 template <int kFragments>
 __device__ __forceinline__ void sums_are_ready(float (&sums)[kFragments][4]) {
@@ -27,15 +38,10 @@ __device__ __forceinline__ void sums_are_ready(float (&sums)[kFragments][4]) {
         for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(sums[f][e])::"memory");
 }
 
-// Orders this thread's ordinary writes to shared memory (cp.async counts) before reads by the tensor cores.
-__device__ __forceinline__ void fence_for_tensor_cores() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Operand B without swizzle: units of 8 rows x 16 bytes, 128 contiguous bytes each. `row_step` leads from 8 rows to the next
-// 8, `input_step` from 8 inputs to the next 8.
-__device__ __forceinline__ u64 matrix_descriptor(u32 shared, u32 input_step, u32 row_step) {
-    return static_cast<u64>(shared >> 4) | static_cast<u64>(input_step >> 4) << 16 | static_cast<u64>(row_step >> 4) << 32;
+// Operand B with the 128-byte swizzle: rows of 64 inputs, eight rows make a unit of 1 KB in which the 16-byte pieces of row r lie
+// at piece ^ r, as the copy engine writes them. `shared` is 1 KB aligned. Plus 2 (32 bytes / 16) per 16 inputs further on.
+__device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
+    return static_cast<u64>(shared >> 4) | 1ull << 16 | static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
 }
 
 template <class E, int kTokens>
@@ -45,6 +51,7 @@ struct Warpgroup;
 #define OPERANDS8(f) OPERANDS4(f), OPERANDS4(f + 1)
 #define OPERANDS16(f) OPERANDS8(f), OPERANDS8(f + 2)
 #define OPERANDS32(f) OPERANDS16(f), OPERANDS16(f + 4)
+#define OPERANDS64(f) OPERANDS32(f), OPERANDS32(f + 8)
 
 // Adds to the sums, or replaces them when `add` is false. ACCUMULATORS spells %0 to %(count - 1); A0 to P are the next numbers.
 #define WARPGROUP_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                              \
@@ -59,24 +66,35 @@ struct Warpgroup;
         }                                                                                                                   \
     };
 
+#define ACCUMULATORS4 "%0, %1, %2, %3"
 #define ACCUMULATORS8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ACCUMULATORS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ACCUMULATORS32                                                        \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ACCUMULATORS64                                                                                         \
+    ACCUMULATORS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+WARPGROUP_PRODUCT(Half, "f16", 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")
 WARPGROUP_PRODUCT(Half, "f16", 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")
 WARPGROUP_PRODUCT(Half, "f16", 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21")
 WARPGROUP_PRODUCT(Half, "f16", 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37")
+WARPGROUP_PRODUCT(Half, "f16", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
+WARPGROUP_PRODUCT(Bfloat16, "bf16", 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")
 WARPGROUP_PRODUCT(Bfloat16, "bf16", 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")
 WARPGROUP_PRODUCT(Bfloat16, "bf16", 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21")
 WARPGROUP_PRODUCT(Bfloat16, "bf16", 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37")
+WARPGROUP_PRODUCT(Bfloat16, "bf16", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 #undef WARPGROUP_PRODUCT
 #undef OPERANDS4
 #undef OPERANDS8
 #undef OPERANDS16
 #undef OPERANDS32
+#undef OPERANDS64
+#undef ACCUMULATORS4
 #undef ACCUMULATORS8
 #undef ACCUMULATORS16
 #undef ACCUMULATORS32
+#undef ACCUMULATORS64

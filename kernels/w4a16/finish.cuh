@@ -14,11 +14,11 @@ __device__ __forceinline__ void add(float (&to)[4], const float4& v) {
 
 __device__ __forceinline__ float4 as_vector(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// Adds the sums of the blocks that share a tile; piece `piece` of `pieces` of it, in fragment order, which only this function
+// Adds the sums of the blocks that share a tile, of which this is number `me`; piece `piece` of `pieces` of it, in fragment order, which only this function
 // has to understand. True for the warp that arrives last: it then holds the complete sums, added in the order of the blocks,
 // whoever was last. No block ever waits for another, so none can deadlock; the counter returns to zero for the next call.
-template <int kFragments>
-__device__ __forceinline__ bool sum_over_blocks(const Problem& p, const Segment& at, int piece, int pieces, int lane,
+template <class P, class S, int kFragments>
+__device__ __forceinline__ bool sum_over_blocks(const P& p, const S& at, u32 me, int piece, int pieces, int lane,
                                                 float (&sums)[kFragments][4]) {
     const u32 start = at.tile * p.groups;
     const u32 first = p.schedule.block_of(start), last = p.schedule.block_of(start + p.groups - 1);
@@ -26,18 +26,30 @@ __device__ __forceinline__ bool sum_over_blocks(const Problem& p, const Segment&
     const auto place = [&](u32 block, bool begins) {
         return p.partials + ((static_cast<u64>(block) * 2 + begins) * pieces + piece) * (kFragments * 32) + lane;
     };
-    float4* const mine = place(blockIdx.x, at.begin == 0);
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) mine[f * 32] = as_vector(sums[f]);
-    __syncwarp();
     u32* const counter = p.arrivals + first * pieces + piece;
+    const u32 others = last - first;
     u32 before = 0;
-    if (lane == 0) before = arrive(counter);  // releases the stores of the whole warp, which __syncwarp ordered before it
+    if (lane == 0 && others == 1) before = peek(counter);
     before = __shfl_sync(0xFFFFFFFF, before, 0);
-    if (before != last - first) return false;
+    if (others > 1 || before == 0) {  // else the other one of two is done, and needs nothing from this one
+        float4* const mine = place(me, at.begin == 0);
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) mine[f * 32] = as_vector(sums[f]);
+        __syncwarp();
+        if (lane == 0) before = arrive(counter);  // releases the stores of the whole warp, which __syncwarp ordered before it
+        before = __shfl_sync(0xFFFFFFFF, before, 0);
+        if (before != others) return false;
+    }
+    __syncwarp();
     if (lane == 0) *counter = 0;
+    if (others == 1) {  // a sum of two does not depend on their order
+        const float4* const theirs = me == first ? place(last, false) : place(first, true);
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) add(sums[f], load_published(theirs + f * 32));
+        return true;
+    }
     clear(sums);
-#pragma unroll 2
+#pragma unroll 1
     for (u32 block = first; block <= last; ++block) {
         const float4* const theirs = place(block, block == first);
 #pragma unroll

@@ -138,7 +138,7 @@ struct Warp {
                 sum_over_cluster(finished);
                 finished = finished && blockIdx.x % p.split == 0;
             } else if (finished && !at.whole(p)) {
-                finished = sum_over_blocks(p, at, warp_n, T::kWarpsN, lane, sums);
+                finished = sum_over_blocks(p, at, blockIdx.x, warp_n, T::kWarpsN, lane, sums);
             }
             if (finished) store<E, kGrouped, T::kBlocks>(p, at.tile_n + warp_n, at.token_tile * T::kTokens, lane, sums);
             if (at.left == 0) break;

@@ -222,7 +222,7 @@ struct Block {
     }
 
     __device__ __forceinline__ void finish(const Segment& segment) {
-        if (segment.whole(p) || sum_over_blocks(p, segment, warp, T::kFinishers, lane, sums))
+        if (segment.whole(p) || sum_over_blocks(p, segment, blockIdx.x, warp, T::kFinishers, lane, sums))
             store<E, kGrouped, T::kBlocks>(p, segment.tile_n + warp_n,
                                            segment.token_tile * T::kTokens + warp_t * T::kBlocks * 8, lane, sums);
     }

@@ -5,13 +5,17 @@
 the shipped one. A shape takes the row of the nearest measured shape (in log N and log K), and M the nearest measured number
 of rows that is not smaller. A choice is the name of a tile, or `cublas`: dequantise, then call cuBLAS; the table
 names it wherever it is fastest, so nothing falls below it.
+
+The functions of this module are about the dense kernels; `sparse_dispatch.py` has the same for the sparse ones.
 """
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 from marlin_tools.ops.cubin_cache import default_dir
 from marlin_tools.ops.variants import TILES, capability_of
@@ -19,13 +23,6 @@ from marlin_tools.resources import kernels_dir
 
 CUBLAS = "cublas"
 """The choice that is not a kernel of ours: dequantise and multiply with cuBLAS."""
-
-CHOICES = (*TILES, CUBLAS)
-
-
-def choices_on(target: str) -> tuple[str, ...]:
-    """Everything that can run on a target."""
-    return (*(name for name, tile in TILES.items() if tile.runs_on(capability_of(target))), CUBLAS)
 
 
 @dataclass(frozen=True)
@@ -40,54 +37,86 @@ class Measured:
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.choices) or not self.rows or list(self.rows) != sorted(set(self.rows)):
             raise ValueError(f"rows {self.rows} and choices {self.choices} do not match")
-        unknown = set(self.choices) - set(CHOICES)
+
+
+class Tile(Protocol):
+    """What the tables ask of a tile."""
+
+    def runs_on(self, capability: int) -> bool:
+        """Whether a GPU has its instructions."""
+
+
+class Tables:
+    """The tables of one family of kernels. `by_design` serves GPUs that nobody has measured: what the tiles are made for."""
+
+    def __init__(self, file: str, tiles: Mapping[str, Tile], by_design: Measured) -> None:
+        self._file, self._tiles, self._by_design = file, tiles, by_design
+        self.table = lru_cache(maxsize=None)(self._table)
+        self.choose = lru_cache(maxsize=4096)(self._choose)
+
+    def choices_on(self, target: str) -> tuple[str, ...]:
+        """Everything that can run on a target."""
+        return (*(name for name, tile in self._tiles.items() if tile.runs_on(capability_of(target))), CUBLAS)
+
+    def tuned_path(self) -> Path:
+        """Where the table measured on this machine lies."""
+        return default_dir() / self._file
+
+    def check(self, rows: Sequence[Measured]) -> None:
+        """Raise ValueError if a table names what does not exist."""
+        unknown = {choice for row in rows for choice in row.choices} - set(self._tiles) - {CUBLAS}
         if unknown:
             raise ValueError(f"unknown choices {sorted(unknown)}")
 
+    def _table(self, target: str) -> tuple[Measured, ...]:
+        """The table for a target: tuned here, shipped, or by design."""
+        for path in (self.tuned_path(), kernels_dir() / self._file):
+            if path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8")).get(target)
+                if found:
+                    rows = tuple(Measured(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in found)
+                    self.check(rows)
+                    return rows
+        return (self._by_design,)
 
-# For GPUs that nobody has measured: what the tiles are made for.
-_BY_DESIGN = (Measured(4096, 4096, (8, 16, 32, 256, 257), ("8x64", "16x64", "32x128", "64x128", CUBLAS)),)
+    def _choose(self, target: str, m: int, n: int, k: int) -> str:
+        """The name of a tile, or `CUBLAS`."""
+        nearest = self._nearest(target, n, k)
+        for rows, choice in zip(nearest.rows, nearest.choices, strict=True):
+            if m <= rows:
+                return choice
+        return nearest.choices[-1]
 
+    def possible(self, target: str, n: int, k: int) -> tuple[str, ...]:
+        """Everything that `choose` may return for a weight, over all M."""
+        return tuple(dict.fromkeys(self._nearest(target, n, k).choices))
 
-def tuned_path() -> Path:
-    """Where the table measured on this machine lies."""
-    return default_dir() / "dispatch.json"
+    def _nearest(self, target: str, n: int, k: int) -> Measured:
+        return min(self.table(target), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
 
-
-@cache
-def table(target: str) -> tuple[Measured, ...]:
-    """The table for a target: tuned here, shipped, or by design."""
-    for path in (tuned_path(), kernels_dir() / "dispatch.json"):
-        if path.is_file():
-            rows = json.loads(path.read_text(encoding="utf-8")).get(target)
-            if rows:
-                return tuple(Measured(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in rows)
-    return _BY_DESIGN
+    def forget(self) -> None:
+        """Read the tables anew: a new one was written."""
+        self.table.cache_clear()
+        self.choose.cache_clear()
 
 
 def to_json(target: str, measured: list[Measured]) -> str:
-    """A table file with one target, as `table` reads it."""
+    """A table file with one target, as `Tables` read it."""
     rows = [{"n": m.n, "k": m.k, "rows": m.rows, "choices": m.choices} for m in measured]
     return json.dumps({target: rows}, indent=1) + "\n"
 
 
-@lru_cache(maxsize=4096)
-def choose(target: str, m: int, n: int, k: int) -> str:
-    """The name of a tile, or `CUBLAS`."""
-    nearest = min(table(target), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
-    for rows, choice in zip(nearest.rows, nearest.choices, strict=True):
-        if m <= rows:
-            return choice
-    return nearest.choices[-1]
+DENSE = Tables(
+    "dispatch.json",
+    TILES,
+    Measured(4096, 4096, (8, 16, 32, 256, 257), ("8x64", "16x64", "32x128", "64x128", CUBLAS)),
+)
 
-
-def forget() -> None:
-    """Read the tables anew: a new one was written."""
-    table.cache_clear()
-    choose.cache_clear()
-
-
-def possible(target: str, n: int, k: int) -> tuple[str, ...]:
-    """Everything that `choose` may return for a weight, over all M."""
-    nearest = min(table(target), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
-    return tuple(dict.fromkeys(nearest.choices))
+choices_on, tuned_path, table, choose, possible, forget = (
+    DENSE.choices_on,
+    DENSE.tuned_path,
+    DENSE.table,
+    DENSE.choose,
+    DENSE.possible,
+    DENSE.forget,
+)

@@ -9,15 +9,16 @@ import ctypes
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops.compiler import Binary
+from marlin_tools.ops.compiler import Binary, Source
 from marlin_tools.ops.cubin_cache import CubinCache
-from marlin_tools.ops.variants import OVERLAP_CAPABILITY, Variant, capability_of, target_of
+from marlin_tools.ops.variants import OVERLAP_CAPABILITY, capability_of, target_of
 
+_ALIGNMENT = 64  # of a kernel's argument: what a tensor map needs
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 
 
@@ -40,12 +41,34 @@ class _Config(ctypes.Structure):
     )
 
 
+class Kernel(Protocol):
+    """One kernel as it can be compiled and launched; hashable, so that it is loaded once."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it may start before the kernel before it has ended: it waits by itself, or reads nothing of it."""
+
+    def source(self, target: str) -> Source:
+        """The instantiation to compile for a target."""
+
+    def dynamic_shared_bytes(self, target: str) -> int:
+        """What the launch must ask for."""
+
+
 @dataclass(frozen=True)
 class Function:
     """A kernel loaded on one device."""
 
     handle: int
-    variant: Variant
+    variant: Kernel
     target: str
     device: torch.device
     module: object  # keeps the code loaded
@@ -54,9 +77,9 @@ class Function:
 class Launch:
     """One kernel with a fixed grid and argument layout. Not thread-safe: its buffers are rewritten by every call."""
 
-    def __init__(self, function: Function, layout: struct.Struct, blocks: int, cluster: int = 1) -> None:
+    def __init__(self, function: Function, layout: struct.Struct, blocks: int, cluster: int = 1, lead: int = 0) -> None:
         attributes = []
-        if function.variant.kind == "w4a16" and capability_of(function.target) >= OVERLAP_CAPABILITY:
+        if function.variant.overlaps and capability_of(function.target) >= OVERLAP_CAPABILITY:
             attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)))
         if cluster > 1:
             attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(cluster, 1, 1)))
@@ -68,16 +91,19 @@ class Launch:
             attributes=ctypes.cast(self._attributes, ctypes.POINTER(_Attribute)),
             attribute_count=len(attributes),
         )
-        self._argument = ctypes.create_string_buffer(layout.size)
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._argument))
+        self._memory = ctypes.create_string_buffer(lead + layout.size + _ALIGNMENT)
+        self.argument = -(-ctypes.addressof(self._memory) // _ALIGNMENT) * _ALIGNMENT
+        """Where the argument lies: `lead` bytes that belong to somebody else, then the fields."""
+        self._fields = self.argument - ctypes.addressof(self._memory) + lead
+        self._arguments = (ctypes.c_void_p * 1)(self.argument)
         self._function = function
         self._pack = layout.pack_into
         self._launch = _launch_function()
         self._fixed = (ctypes.byref(self._config), ctypes.c_void_p(function.handle), self._arguments, None)
 
-    def __call__(self, stream: int, *values: int) -> None:
+    def __call__(self, stream: int, *values: float) -> None:
         """Launch on `stream` with the fields of the kernel's argument."""
-        self._pack(self._argument, 0, *values)
+        self._pack(self._memory, self._fields, *values)
         self._config.stream = stream
         status = self._launch(*self._fixed)
         if status:
@@ -89,10 +115,10 @@ def _launch_function() -> Any:
     return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
 
 
-_functions: dict[tuple[int, Variant, str], Function] = {}
+_functions: dict[tuple[int, Kernel, str], Function] = {}
 
 
-def loaded(variant: Variant, device: torch.device, target: str | None = None) -> Function:
+def loaded(variant: Kernel, device: torch.device, target: str | None = None) -> Function:
     """The kernel on this device, compiled and loaded on first use, but never while a CUDA graph is being captured."""
     target = target_of(device) if target is None else target
     key = (device.index, variant, target)
@@ -108,6 +134,24 @@ def loaded(variant: Variant, device: torch.device, target: str | None = None) ->
             handle, module = _load(binary, variant.dynamic_shared_bytes(target))
         function = _functions[key] = Function(handle, variant, target, device, module)
     return function
+
+
+@cache
+def resident_clusters(function: Function, size: int) -> int:
+    """How many clusters of so many blocks the device holds at once: not every multiprocessor finds partners."""
+    attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(size, 1, 1))
+    config = _Config(
+        grid=(size, 1, 1),
+        block=(function.variant.threads, 1, 1),
+        shared_bytes=function.variant.dynamic_shared_bytes(function.target),
+        attributes=ctypes.pointer(attribute),
+        attribute_count=1,
+    )
+    count = ctypes.c_int(0)
+    query = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters
+    with torch.cuda.device(function.device):
+        status = query(ctypes.byref(count), ctypes.c_void_p(function.handle), ctypes.byref(config))
+    return 0 if status else count.value
 
 
 def _load(binary: Binary, shared_bytes: int) -> tuple[int, object]:

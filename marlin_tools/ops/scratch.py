@@ -25,10 +25,17 @@ def scratch_for(device_index: int, stream: int, partial_bytes: int) -> int:
         capture = driver.capture_id(stream)
         known, captured = _by_capture.get(place, (None, None))
         if captured is None or known != capture or captured.numel() < need:
-            captured = torch.zeros(need, dtype=torch.uint8, device=torch.device("cuda", device_index))
+            captured = _make(need, device_index)
             _by_capture[place] = (capture, captured)
         return captured.data_ptr()
     scratch = _by_stream.get(place)
     if scratch is None or scratch.numel() < need:
-        scratch = _by_stream[place] = torch.zeros(need, dtype=torch.uint8, device=torch.device("cuda", device_index))
+        scratch = _by_stream[place] = _make(need, device_index)
     return scratch.data_ptr()
+
+
+def _make(size: int, device_index: int) -> Tensor:
+    """Only the counters are cleared: partial sums are written before they are read."""
+    scratch = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device_index))
+    scratch[:COUNTER_BYTES].zero_()
+    return scratch

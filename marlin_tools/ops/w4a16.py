@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops import dispatch, driver, reference
+from marlin_tools.ops.hopper import HopperPlan
 from marlin_tools.ops.layout import TILE_K, TILE_N, PackedWeight
 from marlin_tools.ops.scratch import COUNTER_BYTES, scratch_for
 from marlin_tools.ops.variants import ELEMENTS, OVERLAP_CAPABILITY, TILES, TileShape, Variant, capability_of, target_of
@@ -24,6 +25,9 @@ _WEIGHTS = struct.Struct("3Q3i4x")  # `struct Weights` in dequantize.cu
 # Weights that are dequantised and multiplied at once on the cuBLAS path: a bound on the scratch memory. (Chunks small enough to
 # stay in the L2 cache were measured, and are slower: cuBLAS then has too few tiles to fill the GPU.)
 _CUBLAS_CHUNK_BYTES = 512 << 20
+
+# Plans that a thread keeps, a kilobyte or two each: prompts come in many lengths, each with a plan per shape of weight.
+_MOST_PLANS = 4096
 
 # Share of the multiprocessors' time that a partition into whole tiles must use to be preferred.
 _LEAST_BUSY = 0.96
@@ -55,7 +59,7 @@ def multiply_with(
         return _through_cublas(x, weight.codes, weight.scales, bias, weight.out_features)
     if x.shape[0] == 0:
         return x.new_empty((0, weight.out_features))
-    plan = _Plan(choice, x, weight.codes, weight.scales, weight.out_features, target or _target(x.device.index))
+    plan = _plan_for(choice, x, weight.codes, weight.scales, weight.out_features, target or _target(x.device.index))
     return plan(x, weight.codes, weight.scales, bias)
 
 
@@ -129,12 +133,12 @@ def _on_cuda(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_
         plan = _make_plan(x, codes, scales, out_features)
         if plan is None:
             return _through_cublas(x, codes, scales, bias, out_features)
-        _thread.plans[key] = plan
+        _thread.keep(key, plan)
     return plan(x, codes, scales, bias)
 
 
-def _make_plan(x: Tensor, codes: Tensor, scales: Tensor, out_features: int) -> "_Plan | None":
-    """How to multiply, or None for cuBLAS, which is for so many numbers of rows that plans would pile up."""
+def _make_plan(x: Tensor, codes: Tensor, scales: Tensor, out_features: int) -> "_Plan | HopperPlan | None":
+    """How to multiply, or None for cuBLAS."""
     from marlin_tools.ops.selftest import require_trust  # it tests this module
 
     require_trust(x.device.index)
@@ -142,7 +146,15 @@ def _make_plan(x: Tensor, codes: Tensor, scales: Tensor, out_features: int) -> "
     choice = dispatch.choose(target, x.shape[0], out_features, x.shape[1])
     if choice == dispatch.CUBLAS:
         return None
-    return _Plan(choice, x, codes, scales, out_features, target)
+    return _plan_for(choice, x, codes, scales, out_features, target)
+
+
+def _plan_for(choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> "_Plan | HopperPlan":
+    tile = TILES[choice]
+    if tile.kernel != "hopper":
+        return _Plan(choice, x, codes, scales, out_features, target)
+    function = driver.loaded(_variant(choice, x.dtype, grouped=scales.shape[1] > 1), x.device, target)
+    return HopperPlan(tile, function, x, codes, out_features)
 
 
 class _Plan:
@@ -242,7 +254,13 @@ class _ThreadPlans(threading.local):
     """Plans by shape; their launch buffers must not be shared between threads."""
 
     def __init__(self) -> None:
-        self.plans: dict[tuple[object, ...], _Plan] = {}
+        self.plans: dict[tuple[object, ...], _Plan | HopperPlan] = {}
+
+    def keep(self, key: tuple[object, ...], plan: "_Plan | HopperPlan") -> None:
+        """Add one; the oldest leaves when there are too many."""
+        if len(self.plans) >= _MOST_PLANS:
+            del self.plans[next(iter(self.plans))]
+        self.plans[key] = plan
 
 
 _thread = _ThreadPlans()

@@ -4,14 +4,18 @@ The method is that of `ops/timing.py`. Speed-ups depend on the baseline's luck w
 beside each: the time that the bytes or the arithmetic need at the rates measured in the same run, over the time taken.
 
     bytes = K N (4 + 16/128) / 8 + 2 M K + 2 M N        flop = 2 M N K
+
+and for 2:4-sparse weights 3 bits instead of 4, and half of the arithmetic.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import exp, log
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -19,8 +23,11 @@ from torch import Tensor
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.ops import dispatch, reference, timing, w4a16
+from marlin_tools.ops import dispatch, reference, sparse_dispatch, sparse_reference, timing, w4a16, w24a16
+from marlin_tools.ops.cubin_cache import default_dir
 from marlin_tools.ops.layout import TILE_K, TILE_N, PackedWeight
+from marlin_tools.ops.sparse_layout import PackedSparse, random_sparse
+from marlin_tools.ops.sparse_variants import SPARSE_TILES
 from marlin_tools.ops.variants import TILES, target_of
 from marlin_tools.settings import Settings
 
@@ -42,15 +49,19 @@ PAPER_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 """The layer lists of the original benchmark, with its rounding of the MLP widths, so that its figures can be remade."""
 
 BASELINE = "torch"
+DENSE = "ours"
+SPARSE = "ours 2:4"
 DEQUANTIZED = "dequantize + cuBLAS"
 TINYGEMM = "torch int4"
 
 
 class BenchSettings(Settings):
-    """What to measure: `models` are names of `SHAPES` or `PAPER_SHAPES`, or `peak`, the paper's 72k x 18k scaled to the GPU."""
+    """What to measure: `models` are names of `SHAPES` or `PAPER_SHAPES`, sizes such as `4096x12288` (K x N), or `peak`, the
+    paper's 72k x 18k scaled to the GPU.
+    """
 
     models: tuple[str, ...] = ("llama2-7b", "llama2-70b")
-    rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+    rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     dtype: str = Field(default="float16", pattern="^(float16|bfloat16)$")
     group_size: int = Field(default=128, description="128, or -1 for one scale per output")
     peers: bool = True
@@ -109,22 +120,24 @@ def bench_kernels(settings: BenchSettings, emit: Emit = silent) -> list[Measurem
 
 
 def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
-    """Measure every tile on every shape and write the table that `ops.dispatch` reads on this machine."""
+    """Measure every tile on every shape and write the tables that `ops.dispatch` reads on this machine; the folder."""
     device = _device(settings.device)
     target = target_of(device)
     shapes = list({(s.k, s.n): s for s in _shapes(settings.models, device)}.values())
-    table = []
+    tables: dict[str, list[dispatch.Measured]] = {kind.name: [] for kind in _KINDS}
     for index, shape in enumerate(shapes):
         problem = _Problem.make(shape, settings, device)
-        winners = [problem.fastest(m) for m in settings.rows]
-        table.append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
+        for kind in _KINDS:
+            winners = [problem.fastest(kind, m) for m in settings.rows]
+            tables[kind.name].append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
         emit(Event("progress", "tuning", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
-    path = dispatch.tuned_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dispatch.to_json(target, table), encoding="utf-8")
-    dispatch.forget()
+    default_dir().mkdir(parents=True, exist_ok=True)
+    for kind in _KINDS:
+        kind.tables.tuned_path().write_text(dispatch.to_json(target, tables[kind.name]), encoding="utf-8")
+        kind.tables.forget()
     w4a16.forget_plans()
-    return path
+    w24a16.forget_plans()
+    return default_dir()
 
 
 def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, float]:
@@ -150,6 +163,12 @@ def measure_rates(device: torch.device) -> Rates:
     return Rates(big.numel() * 4 / times["read"].microseconds * 1e6, 2 * 8192**3 / times["product"].microseconds * 1e6)
 
 
+def ideal_microseconds(m: int, k: int, n: int, bits: float, rates: Rates, *, density: float = 1.0) -> float:
+    """The least a product can take: its bytes at `bits` per weight, or its arithmetic, of which a sparse one has a part."""
+    moved = k * n * bits / 8 + 2 * m * (k + n)
+    return max(moved / rates.bandwidth, 2 * m * n * k * density / rates.flops) * 1e6
+
+
 def _device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError("kernels are timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
@@ -166,86 +185,117 @@ def _shapes(models: Sequence[str], device: torch.device) -> list[Shape]:
             found += [Shape(model, f"{k}x{n}", k, n) for k, n in PAPER_SHAPES[model]]
         elif model in SHAPES:
             found += [Shape(model, layer, k, n) for layer, (k, n) in SHAPES[model].items()]
+        elif size := re.fullmatch(r"(\d+)x(\d+)", model):
+            found.append(_one_shape(model, *map(int, size.groups())))
         else:
             known = ", ".join([*SHAPES, *PAPER_SHAPES, "peak"])
-            raise DeviceError(f"no shapes are known for `{model}`", hint=f"known: {known}")
+            raise DeviceError(
+                f"no shapes are known for `{model}`", hint=f"known: {known}, or a size such as 4096x12288 (K x N)"
+            )
     return found
+
+
+def _one_shape(name: str, k: int, n: int) -> Shape:
+    if not k or not n or k % TILE_K or n % TILE_N:
+        raise DeviceError(f"`{name}` is no shape of the kernels", hint=f"K x N, K a multiple of {TILE_K} and N of {TILE_N}")
+    return Shape(name, "", k, n)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of weight that our kernels multiply with. `bits` are those of a weight without its scale."""
+
+    name: str
+    bits: float
+    density: float
+    tables: dispatch.Tables
+    tokens: Mapping[str, int]
+    random: Callable[[Shape, int, torch.device], Any]
+    linear: Callable[[Tensor, Any], Tensor]
+    multiply_with: Callable[[str, Tensor, Any], Tensor]
+    exact: Callable[[Tensor, Any], Tensor]
+
+    def sensible(self, target: str, m: int) -> list[str]:
+        """What could be fastest for so many rows."""
+        tiles = [name for name in self.tables.choices_on(target) if name in self.tokens]
+        most = max(self.tokens[name] for name in tiles)
+        fit = [t for t in tiles if self.tokens[t] < 4 * max(8, m) and (m <= 16 * self.tokens[t] or self.tokens[t] == most)]
+        return [*fit, dispatch.CUBLAS] if m >= 64 else fit
+
+    def check(self, x: Tensor, packed: Any, choice: str, shape: Shape) -> None:
+        """Some outputs of the choice that will be timed, against float64."""
+        tiles = min(8, packed.codes.shape[0])
+        part = replace(packed, codes=packed.codes[:tiles], scales=packed.scales[:tiles], out_features=tiles * TILE_N)
+        exact = self.exact(x, part)
+        error = (self.linear(x, packed)[:, : tiles * TILE_N] - exact).norm() / exact.norm()
+        if not error < 4 * torch.finfo(x.dtype).eps:
+            raise DeviceError(f"`{choice}` is wrong on {shape} with {x.shape[0]} rows: relative error {error:.2g}")
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One linear with as many copies of its weight as pass the L2 cache."""
+    """One linear with as many copies of its weight as pass the L2 cache; ours by the name of their kind."""
 
     shape: Shape
-    packed: list[PackedWeight]
+    ours: dict[str, list[Any]]
     dense: list[Tensor]
     peer: list[tuple[Tensor, Tensor]]
+    scales: int  # per output
 
     @staticmethod
     def make(shape: Shape, settings: BenchSettings, device: torch.device) -> "_Problem":
         dtype = getattr(torch, settings.dtype)
-        copies = timing.copies_past_l2(device, shape.k * shape.n // 2)
-        packed = [_random_weight(shape, settings.group_size, device) for _ in range(copies)]
-        peer = [_tinygemm_weight(shape, device) for _ in packed] if settings.peers else []
-        return _Problem(shape, packed, [w4a16.dequantize(p, dtype) for p in packed], peer)
+        copies = range(timing.copies_past_l2(device, shape.k * shape.n * 3 // 8))
+        ours = {kind.name: [kind.random(shape, settings.group_size, device) for _ in copies] for kind in _KINDS}
+        peer = [_tinygemm_weight(shape, device) for _ in copies] if settings.peers else []
+        scales = shape.k // TILE_K if settings.group_size == TILE_K else 1
+        return _Problem(shape, ours, [w4a16.dequantize(p, dtype) for p in ours[DENSE]], peer, scales)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Distinct activations for every copy."""
         like = self.dense[0]
-        return [torch.randn((m, self.shape.k), dtype=like.dtype, device=like.device) for _ in self.packed]
+        return [torch.randn((m, self.shape.k), dtype=like.dtype, device=like.device) for _ in self.dense]
 
     def measure(self, m: int, rates: Rates, *, peers: bool) -> Iterator[Measurement]:
         """The baseline, ours, and the rivals, in turn."""
         xs = self.inputs(m)
-        choice = dispatch.choose(target_of(xs[0].device), m, self.shape.n, self.shape.k)
-        self._check(xs[0], choice)
+        choices: dict[str, str] = {}
         contestants: dict[str, list[Callable[[], object]]] = {
             BASELINE: [partial(_multiply, x, w) for x, w in zip(xs, self.dense, strict=True)],
-            "ours": [partial(w4a16.linear, x, p) for x, p in zip(xs, self.packed, strict=True)],
         }
+        for kind in _KINDS:
+            weights = self.ours[kind.name]
+            choices[kind.name] = kind.tables.choose(target_of(xs[0].device), m, self.shape.n, self.shape.k)
+            kind.check(xs[0], weights[0], choices[kind.name], self.shape)
+            contestants[kind.name] = [partial(kind.linear, x, p) for x, p in zip(xs, weights, strict=True)]
         if m >= 64:
-            contestants[DEQUANTIZED] = self._calls(dispatch.CUBLAS, xs)
+            contestants[DEQUANTIZED] = self._calls(_KINDS[0], dispatch.CUBLAS, xs)
         if peers and m <= 256:
             halves = [x.to(torch.bfloat16) for x in xs]
             multiply = torch.ops.aten._weight_int4pack_mm  # noqa: SLF001
             contestants[TINYGEMM] = [partial(multiply, x, w, TILE_K, s) for x, (w, s) in zip(halves, self.peer, strict=True)]
         times = timing.time_calls(contestants, calls=48 if m <= 512 else 8)
         for kernel, taken in times.items():
-            yield self._result(m, kernel, choice if kernel == "ours" else "", taken, times[BASELINE], rates)
+            yield self._result(m, kernel, choices.get(kernel, ""), taken, times[BASELINE], rates)
 
-    def fastest(self, m: int) -> str:
+    def fastest(self, kind: _Kind, m: int) -> str:
         """The best choice for so many rows."""
         xs = self.inputs(m)
-        sensible = [
-            name
-            for name in dispatch.choices_on(target_of(xs[0].device))
-            if name in TILES and TILES[name].tokens < 4 * max(8, m) and m <= 16 * TILES[name].tokens
-        ]
-        if m >= 64:
-            sensible.append(dispatch.CUBLAS)
-        times = timing.time_calls({choice: self._calls(choice, xs) for choice in sensible}, calls=48 if m <= 512 else 8)
+        sensible = kind.sensible(target_of(xs[0].device), m)
+        times = timing.time_calls({c: self._calls(kind, c, xs) for c in sensible}, calls=48 if m <= 512 else 8)
         return min(times, key=lambda choice: times[choice].microseconds)
 
-    def _calls(self, choice: str, xs: list[Tensor]) -> list[Callable[[], object]]:
-        return [partial(w4a16.multiply_with, choice, x, p) for x, p in zip(xs, self.packed, strict=True)]
-
-    def _check(self, x: Tensor, choice: str) -> None:
-        """Some outputs of the choice that will be timed, against float64."""
-        packed, tiles = self.packed[0], min(8, self.packed[0].codes.shape[0])
-        part = PackedWeight(packed.codes[:tiles], packed.scales[:tiles], tiles * TILE_N)
-        exact = reference.exact(x, part)
-        error = (w4a16.linear(x, packed)[:, : tiles * TILE_N] - exact).norm() / exact.norm()
-        if not error < 4 * torch.finfo(x.dtype).eps:
-            raise DeviceError(f"`{choice}` is wrong on {self.shape} with {x.shape[0]} rows: relative error {error:.2g}")
+    def _calls(self, kind: _Kind, choice: str, xs: list[Tensor]) -> list[Callable[[], object]]:
+        return [partial(kind.multiply_with, choice, x, p) for x, p in zip(xs, self.ours[kind.name], strict=True)]
 
     def _result(
         self, m: int, kernel: str, choice: str, taken: timing.Timing, baseline: timing.Timing, rates: Rates
     ) -> Measurement:
         k, n = self.shape.k, self.shape.n
-        scales = self.packed[0].scales.shape[1]
-        weight = 2 * k * n if kernel == BASELINE else k * n // 2 + 2 * scales * n
-        moved = weight + 2 * m * (k + n)
-        floor = max(moved / rates.bandwidth, 2 * m * n * k / rates.flops) * 1e6
+        kind = next((kind for kind in _KINDS if kind.name == kernel), _KINDS[0])
+        bits = 16.0 if kernel == BASELINE else kind.bits + 16 * self.scales / k
+        moved = k * n * bits / 8 + 2 * m * (k + n)
+        floor = ideal_microseconds(m, k, n, bits, rates, density=kind.density)
         t = taken.microseconds
         speedup = baseline.microseconds / t
         return Measurement(
@@ -265,9 +315,39 @@ def _random_weight(shape: Shape, group_size: int, device: torch.device) -> Packe
     return PackedWeight(codes, scales.to(torch.float16), shape.n)
 
 
+def _random_sparse(shape: Shape, group_size: int, device: torch.device) -> PackedSparse:
+    return random_sparse(shape.n, shape.k, device, per_column=group_size != TILE_K)
+
+
 def _tinygemm_weight(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random codes in the layout of torch's INT4 kernel (bfloat16 only), with scales and zero points per group."""
     codes = torch.randint(0, 255, (shape.n, shape.k // 2), dtype=torch.uint8, device=device)
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)  # noqa: SLF001
     scales = torch.randn((shape.k // TILE_K, shape.n, 2), dtype=torch.bfloat16, device=device) * 0.002
     return packed, scales
+
+
+_KINDS = (
+    _Kind(
+        DENSE,
+        4.0,
+        1.0,
+        dispatch.DENSE,
+        {name: tile.tokens for name, tile in TILES.items()},
+        _random_weight,
+        w4a16.linear,
+        w4a16.multiply_with,
+        reference.exact,
+    ),
+    _Kind(
+        SPARSE,
+        3.0,
+        0.5,
+        sparse_dispatch.SPARSE,
+        {name: tile.tokens for name, tile in SPARSE_TILES.items()},
+        _random_sparse,
+        w24a16.sparse_linear,
+        w24a16.multiply_with,
+        sparse_reference.exact,
+    ),
+)

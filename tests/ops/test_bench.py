@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
+from marlin_tools.backends.native import NativeLinear, NativeSparseLinear
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import self_test
+from marlin_tools.ops import dispatch, self_test
 from marlin_tools.stages import bench
-from marlin_tools.stages.bench import BenchSettings, Measurement
+from marlin_tools.stages.bench import BenchSettings, Measurement, Rates, ideal_microseconds
+from marlin_tools.stages.bench_model import SCHEMES, random_model
 
 
 def measurement(kernel, m, speedup):
@@ -31,6 +35,35 @@ def test_shapes_are_those_of_the_kernels():
         assert all(k % 128 == 0 and n % 64 == 0 for k, n in shapes)
 
 
+def test_shapes_by_model_by_size_and_by_paper():
+    cpu = torch.device("cpu")
+
+    assert [(s.layer, s.k, s.n) for s in bench._shapes(["llama3-8b"], cpu)] == [
+        ("qkv", 4096, 6144),
+        ("o", 4096, 4096),
+        ("gate_up", 4096, 28672),
+        ("down", 14336, 4096),
+    ]
+    (size,) = bench._shapes(["256x1088"], cpu)
+    assert (size.model, size.k, size.n) == ("256x1088", 256, 1088)
+    assert len(bench._shapes(["paper-falcon180b", "llama2-7b"], cpu)) == 6
+
+
+@pytest.mark.parametrize("name", ["100x4096", "128x65", "0x64", "128x0"])
+def test_sizes_that_no_kernel_takes(name):
+    with pytest.raises(DeviceError, match=f"`{name}` is no shape"):
+        bench._shapes([name], torch.device("cpu"))
+
+
+def test_ideal_time_is_that_of_bytes_or_of_arithmetic():
+    rates = Rates(bandwidth=3e12, flops=800e12)
+
+    assert ideal_microseconds(1, 4096, 4096, 16, rates) == pytest.approx((4096 * 4096 * 2 + 2 * 8192) / 3e6)
+    assert ideal_microseconds(1, 4096, 4096, 4.125, rates) == pytest.approx((4096 * 4096 * 4.125 / 8 + 2 * 8192) / 3e6)
+    assert ideal_microseconds(4096, 4096, 4096, 4.125, rates) == pytest.approx(2 * 4096**3 / 800e6)
+    assert ideal_microseconds(4096, 4096, 4096, 3.125, rates, density=0.5) == pytest.approx(4096**3 / 800e6)
+
+
 @pytest.mark.parametrize("run", [bench.bench_kernels, bench.tune])
 def test_says_that_there_is_no_gpu(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -52,3 +85,36 @@ def test_small_run(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == len(results)
     with pytest.raises(DeviceError, match="`llama9`"):
         bench.bench_kernels(BenchSettings(models=("llama9",)))
+
+
+@pytest.mark.parametrize(("m", "expected"), [(1, False), (63, False), (64, True), (4096, True)])
+@pytest.mark.parametrize("kind", bench._KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_tuning_tries_what_can_be_fastest(kind, target, m, expected):
+    sensible = kind.sensible(target, m)
+
+    assert (dispatch.CUBLAS in sensible) is expected
+    assert set(sensible) <= set(kind.tables.choices_on(target))
+    assert all(kind.tokens[name] < 4 * max(8, m) for name in sensible if name != dispatch.CUBLAS)
+    assert len(sensible) > 1 or m > 1000
+
+
+CARD = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("fp16", nn.Linear), ("int4", NativeLinear), ("int4-2:4", NativeSparseLinear)])
+def test_random_models_have_linears_of_their_scheme(scheme, kind):
+    model = random_model(CARD, scheme, torch.device("cpu"))
+
+    assert scheme in SCHEMES
+    assert {type(module) for name, module in model.named_modules() if name.endswith("_proj")} == {kind}
+    assert type(model.lm_head) is nn.Linear
+    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()

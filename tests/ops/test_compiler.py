@@ -14,6 +14,7 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, build, compiler, kernels
 from marlin_tools.ops.compiler import Binary, Resources, Source, compile_kernel, parse_resources
 from marlin_tools.ops.cubin_cache import CubinCache, default_dir
+from marlin_tools.ops.sparse_variants import SPARSE_TILES, SparseVariant
 from marlin_tools.ops.variants import TILES, Variant, capability_of
 from marlin_tools.resources import kernels_dir
 
@@ -25,12 +26,12 @@ SMALL = Variant("dequantize", torch.float16)
 
 @pytest.fixture(scope="session")
 def reports(tmp_path_factory):
-    return build(TARGETS, CubinCache(tmp_path_factory.mktemp("kernels")))
+    return list(build(TARGETS, CubinCache(tmp_path_factory.mktemp("kernels"))))
 
 
 def test_every_kernel_compiles_without_spills_or_local_memory(reports):
     """`compile_kernel` asserts no spill, no stack and no advice C7508 or C7510; here: that it was asked for everything."""
-    assert [r.kernel for r in reports] == [v.name for target in TARGETS for v in kernels(target)]
+    assert [r.kernel for r in reports] == [v.name for target in TARGETS for _, v in kernels(target)]
     for report in reports:
         assert 0 < report.resources.registers <= 255
         assert not report.cached
@@ -55,9 +56,9 @@ def test_shared_memory_and_registers_fit(target, reports):
         if report.target != target:
             continue
         assert report.dynamic_shared_bytes + report.resources.static_shared_bytes <= block
-        variant = next(v for v in kernels(target) if v.name == report.kernel)
-        if variant.tile:
-            tile = TILES[variant.tile]
+        variant = next(v for _, v in kernels(target) if v.name == report.kernel)
+        if isinstance(variant, Variant | SparseVariant) and variant.tile:
+            tile = TILES[variant.tile] if isinstance(variant, Variant) else SPARSE_TILES[variant.tile]
             assert tile.slots(capability) >= 2
             warps_per_quarter = tile.resident(capability) * tile.threads // 128
             assert report.resources.registers * warps_per_quarter * 32 <= 16384
@@ -78,7 +79,13 @@ def test_ptx_for_gpus_to_come():
 def test_hopper_code_uses_hopper():
     expected = {
         "8x64": ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "barrier.cluster.arrive", "st.shared::cluster"),
-        "16x256-wg": ("griddepcontrol.wait", "wgmma.mma_async.sync.aligned.m64n16k16", "fence.proxy.async"),
+        "16x256-tma": (
+            "griddepcontrol.wait",
+            "wgmma.mma_async.sync.aligned.m64n16k16",
+            "cp.async.bulk.tensor.2d",
+            "setmaxnreg.dec",
+            "st.async.weak.shared::cluster.mbarrier",
+        ),
     }
     for tile, instructions in expected.items():
         binary = compile_kernel(Variant("w4a16", torch.float16, tile).source("compute_90a"), "compute_90a")
@@ -88,7 +95,7 @@ def test_hopper_code_uses_hopper():
 
 
 def test_no_header_is_included_but_our_own():
-    for variant in kernels():
+    for _, variant in kernels():
         for name, text in variant.source("sm_80").texts().items():
             assert "#include <" not in text
             assert (kernels_dir() / name).is_file()

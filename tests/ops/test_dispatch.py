@@ -5,8 +5,8 @@ import json
 import pytest
 
 from marlin_tools.ops import dispatch
-from marlin_tools.ops.dispatch import CUBLAS, Measured
-from marlin_tools.ops.variants import TARGETS, TILES, capability_of, kernels
+from marlin_tools.ops.dispatch import CUBLAS, DENSE, Measured
+from marlin_tools.ops.variants import TARGETS, TILES, capability_of, dense_kernels
 from marlin_tools.ops.w4a16 import partition
 
 
@@ -27,7 +27,6 @@ def test_every_shape_has_a_choice(tables, target):
             choice = dispatch.choose(target, m, n, k)
             assert choice in dispatch.possible(target, n, k)
             assert choice in TILES or choice == CUBLAS
-        assert dispatch.choose(target, 10**6, n, k) == CUBLAS
 
 
 def test_tuned_table_wins(tables):
@@ -47,8 +46,20 @@ def test_shipped_table_is_sound():
     tables = json.loads((kernels_dir() / "dispatch.json").read_text())
     assert "sm_90a" in tables
     for rows in tables.values():
+        DENSE.check([Measured(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"])) for row in rows])
+
+
+def test_shipped_choices_do_not_multiply_mostly_padding():
+    """Also between the measured numbers of rows, which take the choice of the next larger one."""
+    from marlin_tools.resources import kernels_dir
+
+    for target, rows in json.loads((kernels_dir() / "dispatch.json").read_text()).items():
         for row in rows:
-            Measured(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"]))
+            for m in (*range(9, 600), 1000, 1025, 3000):
+                choice = dispatch.choose(target, m, row["n"], row["k"])
+                if choice != CUBLAS:
+                    tokens = TILES[choice].tokens
+                    assert -(-m // tokens) * tokens < 2 * m, (row, m, choice)
 
 
 @pytest.mark.parametrize(
@@ -56,24 +67,24 @@ def test_shipped_table_is_sound():
 )
 def test_bad_table_is_refused(rows, choices):
     with pytest.raises(ValueError, match=r"rows|unknown"):
-        Measured(1, 1, rows, choices)
+        DENSE.check([Measured(1, 1, rows, choices)])
 
 
 def test_names_are_unique_and_say_the_shape():
-    names = [variant.name for variant in kernels()]
+    names = [variant.name for variant in dense_kernels()]
     assert len(names) == len(set(names))
     for name, tile in TILES.items():
-        assert name.removesuffix("-wg") == f"{tile.tokens}x{tile.outputs}"
-        if tile.kernel != "warpgroup":
+        assert name.removesuffix("-tma") == f"{tile.tokens}x{tile.outputs}"
+        if tile.kernel != "hopper":
             assert tile.along_n * tile.along_t * tile.along_k == 8
 
 
-def test_warpgroups_are_for_hopper_alone():
-    assert any(v.tile.endswith("-wg") for v in kernels("sm_90a"))
+def test_copy_engine_and_warpgroups_are_for_hopper_alone():
+    assert any(v.tile.endswith("-tma") for v in dense_kernels("sm_90a"))
     for target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
-        assert not any(v.tile.endswith("-wg") for v in kernels(target))
-        assert not any(choice.endswith("-wg") for choice in dispatch.choices_on(target))
-        assert not any(choice.endswith("-wg") for choice in dispatch.possible(target, 4096, 4096))
+        assert not any(v.tile.endswith("-tma") for v in dense_kernels(target))
+        assert not any(choice.endswith("-tma") for choice in dispatch.choices_on(target))
+        assert not any(choice.endswith("-tma") for choice in dispatch.possible(target, 4096, 4096))
 
 
 def test_partition_gives_every_block_work():

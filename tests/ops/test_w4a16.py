@@ -82,3 +82,13 @@ def test_fake_knows_the_shape():
     y = torch.ops.marlin_tools.w4a16_linear(x.to("meta"), packed.codes.to("meta"), packed.scales.to("meta"), None, 72)
     assert y.shape == (3, 72)
     assert y.dtype == torch.float16
+
+
+def test_a_thread_keeps_a_bounded_number_of_plans(monkeypatch):
+    """Prompts come in many lengths, and each has a plan of its own."""
+    monkeypatch.setattr(w4a16, "_MOST_PLANS", 3)
+    plans = w4a16._ThreadPlans()
+    for rows in range(5):
+        plans.keep((rows,), rows)
+
+    assert plans.plans == {(2,): 2, (3,): 3, (4,): 4}

@@ -1,11 +1,13 @@
 """The kernels on a real GPU against float64: every tile, every M, odd shapes, hostile scales, streams, graphs, compilation."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import dispatch, driver, layout, reference, w4a16
+from marlin_tools.ops import dispatch, driver, layout, reference, timing, w4a16
 from marlin_tools.ops.variants import TILES as SHAPES
 from marlin_tools.ops.variants import target_of
 from marlin_tools.quantized import QuantizedLinear
@@ -111,10 +113,22 @@ def test_model_shapes(n, k):
         rows = torch.randperm(n // 64, device=device())[:24]  # some tiles of outputs: float64 of all would take minutes
         part = layout.PackedWeight(packed.codes[rows], packed.scales[rows], 24 * 64)
         some = y.view(m, -1, 64)[:, rows].reshape(m, -1)
-        if m > 256:  # cuBLAS sees weights rounded to 16 bits
+        if dispatch.choose(here(), m, n, k) == dispatch.CUBLAS:  # which sees weights rounded to 16 bits
             assert ((some - reference.exact(x, part)).abs().mean() / reference.exact(x, part).abs().mean()) < 1e-3
         else:
             assert_close(some, x, part)
+
+
+@pytest.mark.parametrize("m", [24, 48, 100, 200, 300, 700, 1500])
+def test_nothing_falls_below_dequantising_and_cublas(m):
+    """Between the measured numbers of rows, and on a shape that no table has: the dispatched kernel against the fallback."""
+    n, k = 6144, 4096
+    packed = ops.pack(random_weight(n, k))
+    xs = [random_x(m, k, seed=seed) for seed in range(8)]
+    ours = [partial(ops.linear, x, packed) for x in xs]
+    fallback = [partial(w4a16.multiply_with, dispatch.CUBLAS, x, packed) for x in xs]
+    times = timing.time_calls({"ours": ours, "fallback": fallback}, calls=16)
+    assert times["ours"].microseconds < 1.05 * times["fallback"].microseconds
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,115 @@
+"""How the Hopper kernel's work is dealt out: `Stretch` of `stretch.cuh`, compiled for the host, must do every step once."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from marlin_tools.ops.deal import Costs, best, deals, estimate
+from marlin_tools.resources import kernels_dir
+
+CLUSTERS = {2: 66, 3: 40, 4: 32, 5: 24, 6: 20, 7: 16, 8: 16}
+CASES = [
+    (tiles, groups, places)
+    for tiles in (1, 2, 16, 43, 96, 131, 132, 133, 265, 700)
+    for groups in (1, 2, 7, 32)
+    for places in (1, 66, 132)
+]
+
+# What the header takes from CUDA and from the headers that it includes.
+STUBS = {
+    "common/bulk_copy.cuh": """
+        #pragma once
+        #define __device__
+        #define __forceinline__ inline
+        using u8 = unsigned char; using u16 = unsigned short; using u32 = unsigned; using u64 = unsigned long long;
+        struct TensorMap { u64 opaque[16]; }; struct float4 { float x, y, z, w; };
+    """,
+    "w4a16/problem.cuh": f'#define SCHEDULE_INLINE\n#include "{kernels_dir()}/w4a16/schedule.cuh"\n',
+}
+PROGRAM = """
+#include <cstdio>
+#include "w4a16/stretch.cuh"
+int main() {
+    HopperProblem p = {};
+    unsigned units, steps;
+    while (std::scanf("%u %d %d %d %d", &units, &p.split, &p.tiles, &p.shared_tiles, &p.groups) == 5) {
+        p.token_tiles = 1;
+        steps = p.shared_tiles * p.groups;
+        p.schedule = Schedule{steps / units, steps % units};
+        for (unsigned unit = 0; unit < units; ++unit)
+            for (Stretch s = Stretch::first(p, unit, units);; s.next(p, units)) {
+                std::printf("%u %u %d %d\\n", unit, s.tile, s.begin, s.end);
+                if (!s.more(p)) break;
+            }
+        std::printf("end\\n");
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no host compiler")
+    folder = tmp_path_factory.mktemp("stretch")
+    for name, text in STUBS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "main.cpp").write_text(PROGRAM)
+    includes = [f"-I{folder}", f"-I{kernels_dir()}"]
+    subprocess.run(["g++", "-std=c++17", *includes, "-o", folder / "main", folder / "main.cpp"], check=True)
+    return folder / "main"
+
+
+def test_every_step_once(program):
+    asked = [(d, groups) for tiles, groups, places in CASES for d in deals(tiles, groups, places, CLUSTERS)]
+    lines = "".join(f"{d.units} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
+    out = subprocess.run([program], input=lines, check=True, capture_output=True, text=True).stdout
+    answers = out.split("end\n")[:-1]
+    assert len(answers) == len(asked)
+    for (d, groups), answer in zip(asked, answers, strict=True):
+        done: dict[tuple[int, int], int] = {}
+        parts: dict[int, list[tuple[int, int]]] = {}
+        for line in answer.splitlines():
+            unit, tile, begin, end = map(int, line.split())
+            assert 0 <= begin < end <= groups, (d, line)
+            for group in range(begin, end):
+                assert (tile, group) not in done
+                done[tile, group] = unit
+            if end - begin < groups:
+                parts.setdefault(tile, []).append((unit, begin))
+        assert set(done) == {(tile, group) for tile in range(d.tiles) for group in range(groups)}
+        if d.split == 1:
+            assert all(tile < d.shared_tiles for tile in parts)  # where partial sums are looked for
+        else:
+            assert all({unit // d.split for unit, _ in found} == {tile} for tile, found in parts.items())  # one cluster
+
+
+def test_a_unit_leaves_at_most_two_partial_sums(program):
+    for tiles, groups, places in CASES:
+        d = deals(tiles, groups, places, {})[-1]
+        asked = f"{d.units} 1 {d.tiles} {d.shared_tiles} {groups}\n"
+        out = subprocess.run([program], input=asked, check=True, capture_output=True, text=True)
+        kinds = [
+            (unit, begin == "0")
+            for unit, _, begin, end in (line.split() for line in out.stdout.splitlines()[:-1])
+            if int(end) - int(begin) < groups
+        ]
+        assert len(kinds) == len(set(kinds))
+
+
+def cheapest(tiles, clusters, costs):
+    return best(deals(tiles, 32, 132, clusters), 32, costs)
+
+
+def test_the_cheapest_deal_is_taken():
+    free, dear = Costs(shared=0, split=0), Costs(shared=1000, split=1000)
+
+    assert cheapest(96, {}, free).shared_tiles == 96
+    assert cheapest(96, {}, dear).shared_tiles == 0
+    assert cheapest(32, {4: 32}, Costs(shared=9, split=1)).split == 4
+    assert cheapest(32, {2: 66, 4: 32}, Costs(shared=99, split=0, split_each=5)).split == 2  # 16 + 10 against 8 + 20
+    assert cheapest(264, {}, free).shared_tiles == 0  # two rounds that nobody idles in
+    assert cheapest(300, {}, free).shared_tiles == 168  # one whole round, the rest shared
+    assert estimate(cheapest(264, {}, free), 32, dear) == 64
