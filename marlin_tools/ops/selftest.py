@@ -2,17 +2,20 @@
 measured must pass before its results are used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import dispatch, reference, w4a16
-from marlin_tools.ops.layout import PackedWeight, pack
-from marlin_tools.ops.variants import ELEMENTS, TARGETS, TILES, target_of
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.ops import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
+from marlin_tools.ops.layout import pack
+from marlin_tools.ops.sparse_layout import pack_sparse
+from marlin_tools.ops.variants import ELEMENTS, TARGETS, target_of
+from marlin_tools.quantized import ZERO, QuantizedLinear
 
 _N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
 
@@ -26,19 +29,45 @@ class CheckResult:
     detail: str
 
 
+@dataclass(frozen=True)
+class _Family:
+    """Kernels for one kind of weight, and what they are compared with."""
+
+    mark: str
+    tables: dispatch.Tables
+    pack: Callable[[QuantizedLinear], Any]
+    multiply_with: Callable[[str, Tensor, Any], Tensor]
+    exact: Callable[[Tensor, Any], Tensor]
+    error_bound: Callable[[Tensor, Any], Tensor]
+
+
+_FAMILIES = (
+    _Family("", dispatch.DENSE, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
+    _Family(
+        "2:4 ",
+        sparse_dispatch.SPARSE,
+        pack_sparse,
+        w24a16.multiply_with,
+        sparse_reference.exact,
+        sparse_reference.error_bound,
+    ),
+)
+
+
 def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
     """Compile, run and compare all kernels on a device; a kernel that fails is a result, not an exception."""
     if not torch.cuda.is_available():
         raise DeviceError("torch finds no CUDA device", hint="the kernels need one; `--backend reference` runs on a CPU")
     device = torch.device("cuda", torch.device(device).index or 0)
     results = []
-    for dtype in ELEMENTS:
-        for group_size in (128, _K):
-            weight = _weight(group_size, device)
-            packed = pack(weight)
-            for choice in dispatch.choices_on(target_of(device)):
-                name = f"{choice} {str(dtype).removeprefix('torch.')} {'g128' if group_size == 128 else 'column'}"
-                results.append(_check(name, choice, packed, dtype))
+    for family in _FAMILIES:
+        for dtype in ELEMENTS:
+            for group_size in (128, _K):
+                packed = family.pack(_weight(group_size, device))
+                for choice in family.tables.choices_on(target_of(device)):
+                    scales = "g128" if group_size == 128 else "column"
+                    name = f"{family.mark}{choice} {str(dtype).removeprefix('torch.')} {scales}"
+                    results.append(_check(name, family, choice, packed, dtype))
     return results
 
 
@@ -56,26 +85,29 @@ def require_trust(device_index: int) -> None:
         )
 
 
-def _check(name: str, choice: str, packed: PackedWeight, dtype: torch.dtype) -> CheckResult:
+def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> CheckResult:
     try:
-        worst = max(_errors(choice, packed, dtype))
+        worst = max(_errors(family, choice, packed, dtype))
     except DeviceError as error:
         return CheckResult(name, passed=False, detail=error.message)
-    limit = 1.0 if choice in TILES else 64.0  # cuBLAS multiplies weights that were rounded to 16 bits
+    limit = 64.0 if choice == dispatch.CUBLAS else 1.0  # cuBLAS multiplies weights that were rounded to 16 bits
     return CheckResult(name, worst <= limit, f"largest error {worst:.2f} of the bound")
 
 
-def _errors(choice: str, packed: PackedWeight, dtype: torch.dtype) -> Iterator[float]:
+def _errors(family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> Iterator[float]:
     generator = torch.Generator(packed.codes.device).manual_seed(0)
     for m in _ROWS:
         x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
-        y = w4a16.multiply_with(choice, x, packed)
-        error = (y - reference.exact(x, packed)).abs() / reference.error_bound(x, packed)
+        y = family.multiply_with(choice, x, packed)
+        error = (y - family.exact(x, packed)).abs() / family.error_bound(x, packed)
         yield float("inf") if error.isnan().any() else error.max().item()
 
 
 def _weight(group_size: int, device: torch.device) -> QuantizedLinear:
+    """2:4 sparse, so that all kernels can read it."""
     generator = torch.Generator(device).manual_seed(1)
-    codes = torch.randint(0, 16, (_N, _K), dtype=torch.uint8, device=device, generator=generator)
+    codes = torch.randint(0, 16, (_N, _K // 4, 4), dtype=torch.uint8, device=device, generator=generator)
+    dropped = torch.rand(codes.shape, device=device, generator=generator).argsort(dim=2)[..., :2]
+    codes.scatter_(2, dropped, ZERO)
     scales = torch.randn((_N, _K // group_size), device=device, generator=generator) * 0.02
-    return QuantizedLinear(codes, scales.to(torch.float16), group_size)
+    return QuantizedLinear(codes.view(_N, _K), scales.to(torch.float16), group_size)

@@ -1,0 +1,31 @@
+"""The 2:4-sparse operation in plain torch: the oracle of the kernels, and what runs on a CPU."""
+
+import torch
+from torch import Tensor
+
+from marlin_tools.ops import layout, reference
+from marlin_tools.ops.sparse_layout import PackedSparse, unpack_sparse
+
+
+def w24a16_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """Compute x [M, K] times the packed weight, transposed, plus bias: float32 inside, one rounding at the end."""
+    weight = unpack_sparse(PackedSparse(codes, scales, out_features)).dequantize(torch.float32)
+    y = x.to(torch.float32) @ weight.T
+    if bias is not None:
+        y += bias.to(torch.float32)
+    return y.to(x.dtype)
+
+
+def exact(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:
+    """The same in float64 without the last rounding."""
+    return reference.exact(x, as_dense(packed), bias)
+
+
+def error_bound(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:
+    """What `|y - exact|` may not exceed, per element; see `reference.error_bound`."""
+    return reference.error_bound(x, as_dense(packed), bias)
+
+
+def as_dense(packed: PackedSparse) -> layout.PackedWeight:
+    """The same weight as the dense kernels read it."""
+    return layout.pack(unpack_sparse(packed))

@@ -1,0 +1,50 @@
+"""The self-test judges kernels of both families; here the reference takes their place, right or slightly wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from marlin_tools import ops
+from marlin_tools.errors import DeviceError
+from marlin_tools.ops import selftest
+
+LINEAR = {"": ops.linear, "2:4 ": ops.sparse_linear}
+
+
+@pytest.fixture(params=selftest._FAMILIES, ids=lambda family: family.mark.strip() or "dense")
+def family(request):
+    return request.param
+
+
+def check(family, multiply, choice="8x64", dtype=torch.float16):
+    packed = family.pack(selftest._weight(128, torch.device("cpu")))
+    return selftest._check("name", dataclasses.replace(family, multiply_with=multiply), choice, packed, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_right_results_pass(family, dtype):
+    result = check(family, lambda _choice, x, packed: LINEAR[family.mark](x, packed), dtype=dtype)
+    assert result.passed
+    assert "of the bound" in result.detail
+
+
+@pytest.mark.parametrize("wrong", [1.01, float("nan")])
+def test_wrong_results_do_not(family, wrong):
+    def multiply(_choice, x, packed):
+        y = LINEAR[family.mark](x, packed)
+        y[-1, -1] *= wrong
+        return y
+
+    assert not check(family, multiply).passed
+
+
+def test_what_cannot_run_is_a_result(family):
+    def multiply(*_):
+        raise DeviceError("refused")
+
+    assert check(family, multiply) == selftest.CheckResult("name", passed=False, detail="refused")
+
+
+def test_names_tell_the_families_apart():
+    assert {family.mark for family in selftest._FAMILIES} == set(LINEAR)
