@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,29 +40,44 @@ class Backend:
     devices    device types that it runs on
     bits       memory per quantised weight, 0 for as much as the dtype of the activations takes
     what       how it works, for people
-    automatic  whether `auto` may choose it
+    obstacle   "module:function" that says why it cannot run a model: (model, its quantised linears, device) -> str | None
     """
 
     build: str
     devices: tuple[str, ...]
     bits: float
     what: str
-    automatic: bool = True
+    obstacle: str = ""
 
     def function(self) -> Build:
         """Import it."""
-        module, name = self.build.split(":")
-        build: Build = getattr(import_module(module), name)
+        build: Build = _imported(self.build)
         return build
 
+    def refuses(self, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> str | None:
+        """Why it cannot run this model here, or None."""
+        if device.type not in self.devices:
+            return f"does not run on {device.type}"
+        if self.obstacle and linears is not None:
+            reason: str | None = _imported(self.obstacle)(model, linears, device)
+            return reason
+        return None
 
-# In order of preference: `auto` is the first automatic one that runs on the device and fits into its memory.
+
+def _imported(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+# In order of preference: `auto` is the first that runs the model on the device and fits into its memory.
 BACKENDS = {
+    "native": Backend(
+        "marlin_tools.backends.native:build", ("cuda",), 4.25, "our kernels", "marlin_tools.backends.native:obstacle"
+    ),
     "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
     "reference-packed": Backend(
         "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
     ),
-    "native": Backend("marlin_tools.backends.native:build", ("cuda",), 4.25, "our kernels", automatic=False),
 }
 
 
@@ -80,7 +95,7 @@ def load(
     dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
     shell = skeleton(checkpoint, dtype)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
-    name, reason = choose_backend(backend, shell, frozenset(linears.names if linears else ()), place)
+    name, reason = choose_backend(backend, shell, linears, place)
     how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": _spell(dtype)}
     kind = f"backend `{name}` ({reason})" if linears else "no quantised linears"
     emit(Event("note", f"`{checkpoint.origin}` on {place} in {_spell(dtype)}: {kind}", data=how))
@@ -93,7 +108,7 @@ def load(
 _SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--device cpu`"
 
 
-def choose_backend(name: str, model: "PreTrainedModel", quantised: frozenset[str], device: torch.device) -> tuple[str, str]:
+def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
     """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
     if name != "auto" and name not in BACKENDS:
         near = get_close_matches(name, BACKENDS, n=1)
@@ -101,17 +116,18 @@ def choose_backend(name: str, model: "PreTrainedModel", quantised: frozenset[str
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
     tried = []
-    automatic = [each for each, backend in BACKENDS.items() if backend.automatic]
-    candidates = [name] if name != "auto" else automatic if quantised else ["reference"]
+    quantised = frozenset(linears.names if linears else ())
+    candidates = [name] if name != "auto" else list(BACKENDS) if quantised else ["reference"]
     for candidate in candidates:
         backend = BACKENDS[candidate]
-        if device.type not in backend.devices:
-            tried.append(f"backend `{candidate}` does not run on {device.type}")
+        if (reason := backend.refuses(model, linears, device)) is not None:
+            if name != "auto" or device.type in backend.devices:
+                tried.append(f"backend `{candidate}` {reason}")
         elif (need := _bytes(model, quantised, backend)) > free:
             subject = f"backend `{candidate}`" if quantised else "the model"
             tried.append(f"{subject} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}")
         else:
-            chosen = "; ".join([*tried, "the first that has room"]) if tried else "the default"
+            chosen = "; ".join([*tried, "the first that can"]) if tried else "the default"
             return candidate, f"{backend.what}; {'asked for' if name != 'auto' else chosen}"
     raise DeviceError("; ".join(tried), hint=_SMALLER)
 

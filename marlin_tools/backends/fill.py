@@ -54,7 +54,7 @@ def fill(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, build(weight, linear.bias, device, dtype))
         emit(Event("progress", "linears", done, len(modules)))
-    _compute_buffers(model, device)
+    compute_buffers(model, device)
     _read_generation_settings(model, checkpoint)
     return model.eval()
 
@@ -130,7 +130,7 @@ def _fill_tied(model: "PreTrainedModel", checkpoint: Checkpoint, names: Iterable
 
 
 @torch.no_grad()
-def _compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
+def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     """Let transformers compute the buffers that no checkpoint stores; everything that has a value is marked as done."""
     for module in model.modules():
         waiting = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]

@@ -1,17 +1,25 @@
 """A transformers model whose quantised linears run on our kernels.
 
-The model is built by transformers as always; then every linear that has codes and scales becomes a `NativeLinear`. Nothing
-else of the model changes, so generation, static caches, CUDA graphs and `torch.compile` work as they do for the original.
+The model is built by transformers as always; then every linear that has codes and scales becomes a `NativeLinear`, or a
+`NativeSparseLinear` if its codes are 2:4 sparse, whatever format they were stored in. Nothing else of the model changes, so
+generation, static caches, CUDA graphs and `torch.compile` work as they do for the original.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError, ModelError
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.ops.layout import TILE_N
 from marlin_tools.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class NativeLinear(nn.Module):
@@ -21,7 +29,7 @@ class NativeLinear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: ops.PackedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: ops.PackedWeight | ops.PackedSparse, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.register_buffer("codes", weight.codes)
@@ -29,20 +37,53 @@ class NativeLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     @property
-    def weight(self) -> ops.PackedWeight:
+    def weight(self) -> ops.PackedWeight | ops.PackedSparse:
         """What the kernels read."""
         return ops.PackedWeight(self.codes, self.scales, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """One operator, whatever the leading dimensions."""
-        rows = x.reshape(-1, self.in_features)
+        return self._multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
         y: Tensor = torch.ops.marlin_tools.w4a16_linear(rows, self.codes, self.scales, self.bias, self.out_features)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
     def extra_repr(self) -> str:
         """As in `nn.Linear`, for `print(model)`."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, group_size={self.weight.group_size}, bias={self.bias is not None}"
+
+
+class NativeSparseLinear(NativeLinear):
+    """The same with a 2:4-sparse weight: 3 bits each, and half of the arithmetic."""
+
+    @property
+    def weight(self) -> ops.PackedSparse:
+        """What the sparse kernels read."""
+        return ops.PackedSparse(self.codes, self.scales, self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        y: Tensor = torch.ops.marlin_tools.w24a16_linear(rows, self.codes, self.scales, self.bias, self.out_features)
+        return y
+
+
+def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.device) -> str | None:
+    """Why our kernels cannot run this model on this GPU, or None."""
+    if model.dtype not in {torch.float16, torch.bfloat16}:
+        return f"multiplies float16 or bfloat16 activations, not {model.dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return (
+            f"needs compute capability 8.0 (Ampere), {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+        )
+    first = linears.read(linears.names[0])
+    per_column = first.group_size == first.shape[1]
+    for name in linears.names:
+        inputs = _linear(model, name).in_features
+        if reason := ops.limits(inputs, inputs if per_column else first.group_size):
+            return f"cannot hold `{name}`: {reason}"
+    return None
 
 
 def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -53,10 +94,17 @@ def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dt
             hint="load the model in one of these, or use `--backend reference`",
         )
     _check_limits(f"a linear of {weight.shape[0]} x {weight.shape[1]}", weight)
-    packed = ops.pack(weight.to(device))
+    weight = weight.to(device)
+    bias = None if bias is None else bias.detach().to(device, dtype)
+    if weight.is_2_4():
+        sparse = ops.pack_sparse(weight)
+        if device.type == "cuda":
+            ops.prepare_sparse(sparse, dtype)
+        return NativeSparseLinear(sparse, bias)
+    packed = ops.pack(weight)
     if device.type == "cuda":
         ops.prepare(packed, dtype)
-    return NativeLinear(packed, None if bias is None else bias.detach().to(device, dtype))
+    return NativeLinear(packed, bias)
 
 
 def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: torch.dtype = torch.float16) -> None:
@@ -70,6 +118,26 @@ def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: tor
         linear = _linear(model, name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, build(weight, linear.bias, linear.weight.device, dtype))
+
+
+def join(linears: Sequence[NativeLinear]) -> NativeLinear | None:
+    """One linear that computes the outputs of several side by side, or None if they are too different.
+
+    The linears go on as views of its weights, so nothing is held twice.
+    """
+    tensors = [dict(linear.named_buffers()) for linear in linears]
+    alike = {tuple((name, buffer.shape[1:], buffer.dtype) for name, buffer in each.items()) for each in tensors}
+    outputs = [linear.out_features for linear in linears]
+    if len({type(linear) for linear in linears}) > 1 or len(alike) > 1 or any(n % TILE_N for n in outputs):
+        return None
+    whole = copy.deepcopy(linears[0]).to("meta")
+    whole.out_features = sum(outputs)
+    for name in tensors[0]:
+        joined = torch.cat([each[name] for each in tensors])
+        setattr(whole, name, joined)
+        for linear, piece in zip(linears, joined.split([len(each[name]) for each in tensors]), strict=True):
+            setattr(linear, name, piece)
+    return whole
 
 
 def _check_limits(what: str, weight: QuantizedLinear) -> None:

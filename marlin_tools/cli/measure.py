@@ -9,13 +9,15 @@ from marlin_tools.cli.perform import given, perform, recipe_of, short_name
 
 app = typer.Typer(**PLAIN)
 
+Backend = Annotated[str | None, option(of="NAME", text="auto, native, reference or reference-packed.")]
+
 
 @app.command(name="eval")
 def evaluate(
     tasks: Annotated[str, option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.")],
     model: Annotated[str | None, argument("MODEL", "As for quantize; the newest model under runs/ if left out.")] = None,
     baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.")] = None,
-    backend: Annotated[str | None, option(of="NAME", text="auto, reference, reference-packed or native.")] = None,
+    backend: Backend = None,
     num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
     limit: Annotated[float | None, option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
     batch_size: Annotated[str | None, option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,
@@ -37,11 +39,16 @@ def evaluate(
 def generate(
     model: Model,
     prompt: Annotated[str, option(of="TEXT", text="The text to continue.")],
+    max_new_tokens: Annotated[int | None, option(of="N", text="At most; the end of the text comes earlier.")] = None,
+    temperature: Annotated[float | None, option(of="T", text="0, the default, takes the likeliest token each time.")] = None,
+    seed: Annotated[int | None, option(of="N", text="Of the draws, above temperature 0.")] = None,
+    backend: Backend = None,
     device: Device = None,
     json: Json = False,
 ) -> int:
     """Continue a text."""
-    stage = given(stage="generate", prompt=prompt, device=device)
+    how = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, backend=backend, device=device)
+    stage = {"stage": "generate", "prompt": prompt, **how}
     return perform(recipe_of(short_name(model), model, [stage]), as_json=json)
 
 

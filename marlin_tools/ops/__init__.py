@@ -3,27 +3,38 @@
     packed = pack(quantized_linear)          # once, at load
     y = linear(x, packed, bias)              # on any GPU since Ampere, or slowly on a CPU
 
+and the same for 2:4-sparse weights, which are smaller and faster: `pack_sparse`, `sparse_linear`.
+
 Read `layout.py` first, then `w4a16.py`, then `kernels/w4a16/narrow.cu`.
 """
 
+from marlin_tools.ops.catalogue import BuildReport, build, kernels
 from marlin_tools.ops.layout import PackedWeight, limits, pack, unpack
 from marlin_tools.ops.selftest import CheckResult, self_test
-from marlin_tools.ops.variants import TARGETS, BuildReport, Variant, build, kernels
+from marlin_tools.ops.sparse_layout import PackedSparse, pack_sparse, unpack_sparse
+from marlin_tools.ops.variants import TARGETS, Variant
 from marlin_tools.ops.w4a16 import dequantize, linear, prepare
+from marlin_tools.ops.w24a16 import dequantize_sparse, prepare_sparse, sparse_linear
 
 __all__ = [
     "TARGETS",
     "BuildReport",
     "CheckResult",
+    "PackedSparse",
     "PackedWeight",
     "Variant",
     "build",
     "dequantize",
+    "dequantize_sparse",
     "kernels",
     "limits",
     "linear",
     "pack",
+    "pack_sparse",
     "prepare",
+    "prepare_sparse",
     "self_test",
+    "sparse_linear",
     "unpack",
+    "unpack_sparse",
 ]

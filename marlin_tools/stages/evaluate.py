@@ -9,7 +9,7 @@ are checked before any model is loaded. Read next: `scores.py` for what comes ou
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -118,6 +118,24 @@ def evaluate(
     )
     emit(Event("result", f"{len(result.scores)} scores", data=result.describe()))
     return result
+
+
+def unavailable(model: str | Path | Checkpoint, settings: EvaluateSettings, emit: Emit = silent) -> dict[str, str]:
+    """The tasks whose data cannot be had here, and why; looks at one after the other only if they do not all work together."""
+    checkpoint = Checkpoint.open(model)
+    try:
+        _Run(settings, checkpoint, None, emit)
+    except DataError:
+        return dict(_missing_data(checkpoint, settings, emit))
+    return {}
+
+
+def _missing_data(checkpoint: Checkpoint, settings: EvaluateSettings, emit: Emit) -> Iterator[tuple[str, str]]:
+    for task in dict.fromkeys(settings.tasks):
+        try:
+            _Run(settings.model_copy(update={"tasks": (task,)}), checkpoint, None, emit)
+        except DataError as error:
+            yield task, error.message
 
 
 @dataclass

@@ -7,8 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlin_tools import backends
-from marlin_tools.backends import BACKENDS, load
+from marlin_tools.backends import BACKENDS, choose_backend, load
+from marlin_tools.checkpoint import Checkpoint
 from marlin_tools.errors import DeviceError, ModelError, RecipeError
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.skeleton import skeleton
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -125,13 +128,34 @@ def test_auto_says_what_it_took_and_why(tiny_llama, write_int4):
     assert ("linears", 14, 14) == (events[-1].text, events[-1].done, events[-1].total)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "capability", "expected"),
+    (
+        (torch.float16, 128, (9, 0), ("native", "our kernels; the default")),
+        (torch.bfloat16, -1, (8, 0), ("native", "our kernels; the default")),
+        (torch.float32, 128, (9, 0), ("reference", "`native` multiplies float16 or bfloat16 activations, not torch.float32; ")),
+        (torch.float16, 64, (9, 0), ("reference", "`native` cannot hold `model.layers.0.")),
+        (torch.float16, 128, (7, 5), ("reference", "`native` needs compute capability 8.0 (Ampere), Some GPU has 7.5; ")),
+    ),
+)
+def test_a_gpu_runs_our_kernels_if_it_can(tiny_llama, write_int4, monkeypatch, dtype, group_size, capability, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(backends, "free_memory", lambda _: 1 << 30)
+    checkpoint = Checkpoint.open(write_int4(tiny_llama, "compressed-tensors", group_size)[0])
+
+    chosen, why = choose_backend("auto", skeleton(checkpoint, dtype), StoredLinears(checkpoint), torch.device("cuda"))
+
+    assert (expected[0], True) == (chosen, expected[1] in why)
+
+
 def test_auto_takes_less_memory_when_there_is_less(tiny_llama, write_int4, monkeypatch):
     monkeypatch.setattr(backends, "free_memory", lambda _: 4_000_000)  # 6.3 MB dequantised, 1.7 MB packed
     events = []
     load(write_int4(tiny_llama, "marlin")[0], device="cpu", emit=events.append)
 
     assert "`reference-packed`" in notes(events)[0]
-    assert "backend `reference` needs 0.0 GB, 0.0 GB are free on cpu; the first that has room" in notes(events)[0]
+    assert "backend `reference` needs 0.0 GB, 0.0 GB are free on cpu; the first that can" in notes(events)[0]
 
 
 def test_no_room_is_an_error_before_loading(tiny_llama, monkeypatch):

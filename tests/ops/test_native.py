@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from marlin_tools.backends.native import NativeLinear, replace
+from marlin_tools import ops
+from marlin_tools.backends.native import NativeLinear, NativeSparseLinear, build, join, replace
 from marlin_tools.errors import DeviceError, ModelError
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear
 
 
 def quantised(n=96, k=256, group_size=128):
@@ -34,6 +35,38 @@ def test_same_as_a_linear_with_the_dequantised_weight(bias, shape):
     assert isinstance(network[0][0], NativeLinear)
     assert network(x).shape == expected.shape
     assert torch.allclose(network(x), expected, atol=2e-3, rtol=2e-3)
+
+
+def pruned(n=128, k=256, seed=0):
+    """2:4 sparse."""
+    weight = quantised(n, k)
+    quads = weight.codes.view(n, k // 4, 4).clone()
+    quads.scatter_(2, torch.rand(quads.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=2)[..., :2], ZERO)
+    return QuantizedLinear(quads.view(n, k), weight.scales, 128)
+
+
+def test_sparse_weights_run_on_the_sparse_operator():
+    network, weight, x = model(n=128), pruned(), torch.randn((3, 256)).to(torch.float16)
+    replace(network, {"0.0": weight})
+
+    assert type(network[0][0]) is NativeSparseLinear
+    assert torch.equal(ops.unpack_sparse(network[0][0].weight).codes, weight.codes)
+    exact = x.double() @ weight.dequantize(torch.float64).T + network[0][0].bias
+    assert torch.allclose(network[0](x).double(), exact, atol=2e-3, rtol=2e-3)
+    assert sum(buffer.nbytes for buffer in network.buffers()) == 128 * 256 * 3 // 8 + 128 * 2 * 2 + 128 * 2
+
+
+def test_sparse_linears_are_joined_among_themselves():
+    sparse = [build(pruned(64 * n, seed=n), None, torch.device("cpu"), torch.float16) for n in (1, 2, 3)]
+    x = torch.randn((5, 256)).to(torch.float16)
+    expected = torch.cat([linear(x) for linear in sparse], dim=1)
+
+    whole = join(sparse)
+
+    assert type(whole) is NativeSparseLinear
+    assert torch.equal(whole(x), expected)
+    assert torch.equal(torch.cat([linear(x) for linear in sparse], dim=1), expected)
+    assert join([sparse[0], build(quantised(64), None, torch.device("cpu"), torch.float16)]) is None
 
 
 def test_says_what_it_is():

@@ -1,0 +1,136 @@
+"""How fast it is: `bench kernels`, `bench model`, `bench quantize`, on random weights of true shapes; nothing is downloaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from marlin_tools.cli.options import PLAIN, Device, Json, flag, option
+from marlin_tools.cli.perform import given
+from marlin_tools.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Checked = TypeVar("Checked", bound="BaseModel")
+
+bench = typer.Typer(help="Time kernels, models and quantisation on this machine, with random weights.", **PLAIN)
+
+Batches = Annotated[str | None, option("--batch", of="M,...", text="Batch sizes, such as 1,2,4,8,16,32,64,128.")]
+
+
+@bench.command(name="kernels")
+def bench_kernels(
+    shapes: Annotated[
+        str | None, option("--shapes", of="S,...", text="llama2-7b, paper-llama7b, peak, 4096x12288, ...")
+    ] = None,
+    batch: Batches = None,
+    dtype: Annotated[str | None, option(of="NAME", text="float16 or bfloat16.")] = None,
+    group_size: Annotated[int | None, option(of="128|-1", text="Inputs that share a scale; -1 for one per output.")] = None,
+    peers: Annotated[bool | None, flag("--peers/--no-peers", "Time torch's own INT4 kernel too.")] = None,
+    figure: Annotated[str | None, option(of="NAME", text="Remake the paper's peak, models, roofline or sustained.")] = None,
+    tune: Annotated[
+        bool, flag("--tune", "Measure every kernel; the choice between them on this machine follows from it.")
+    ] = False,
+    output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers, and the figure, here.")] = None,
+    json: Json = False,
+) -> int:
+    """Time our kernels beside cuBLAS, past the L2 cache, results checked."""
+    from marlin_tools import ui
+    from marlin_tools.report import bench as show
+    from marlin_tools.stages import bench as stage
+    from marlin_tools.stages.bench_figures import FIGURES, measure
+
+    if figure is not None and figure not in FIGURES:
+        raise RecipeError(f"--figure: `{figure}` is none of the figures", hint=f"there are: {', '.join(FIGURES)}")
+    if tune and (figure or output or json):
+        raise RecipeError("--tune writes a table for this machine, no figure and no numbers", hint="run it on its own")
+    asked = given(models=_words(shapes), rows=_numbers("--batch", batch), dtype=dtype, group_size=group_size, peers=peers)
+    settings = _settings(stage.BenchSettings, FIGURES[figure].settings(asked) if figure else asked)
+    with ui.Display() as display:
+        if tune:
+            written = stage.tune(settings, display)
+            ui.write(f"kernels on this machine are now chosen by `{written}`")
+            return 0
+        measured = measure(figure, settings, display)
+    if output is not None:
+        for path in show.write(measured, output):
+            ui.note(f"wrote `{path}`")
+    ui.write_json(show.document(measured)) if json else ui.write(show.kernel_table(measured))
+    return 0
+
+
+@bench.command(name="model")
+def bench_model(
+    shape: Annotated[str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...")] = None,
+    tokens_in: Annotated[int | None, option("--in", of="N", text="Tokens of the prompt.")] = None,
+    tokens_out: Annotated[int | None, option("--out", of="N", text="Tokens that follow, one at a time.")] = None,
+    batch: Batches = None,
+    schemes: Annotated[str | None, option("--schemes", of="S,...", text="fp16, int4, int4-2:4.")] = None,
+    output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers and a figure here.")] = None,
+    json: Json = False,
+) -> int:
+    """Time every token of a model with random weights, under CUDA graphs."""
+    from marlin_tools import ui
+    from marlin_tools.report import bench as show
+    from marlin_tools.stages import bench_model as stage
+
+    asked = given(shape=shape, tokens_in=tokens_in, tokens_out=tokens_out)
+    asked |= given(batches=_numbers("--batch", batch), schemes=_words(schemes))
+    settings = _settings(stage.BenchModelSettings, asked)
+    with ui.Display() as display:
+        measured = stage.bench_model(settings, display)
+    if output is not None:
+        for path in show.write_model(measured, output):
+            ui.note(f"wrote `{path}`")
+    ui.write_json(show.model_document(measured)) if json else ui.write(show.model_table(measured))
+    return 0
+
+
+@bench.command(name="quantize")
+def bench_quantize(
+    shape: Annotated[str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...")] = None,
+    layers: Annotated[int | None, option(of="N", text="Blocks of it; all, if not said.")] = None,
+    preset: Annotated[str | None, option(of="NAME", text="default, fast, marlin, rtn.")] = None,
+    samples: Annotated[int | None, option("--num-samples", of="N", text="Calibration windows of random tokens.")] = None,
+    seqlen: Annotated[int | None, option(of="N", text="Tokens of a window.")] = None,
+    device: Device = None,
+    output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers here.")] = None,
+    json: Json = False,
+) -> int:
+    """Quantise random weights of true shapes, and time every part beside its floor."""
+    from marlin_tools import ui
+    from marlin_tools.report import bench_quantize as show
+    from marlin_tools.stages import bench_quantize as stage
+
+    asked = given(shape=shape, layers=layers, preset=preset, samples=samples, seqlen=seqlen, device=device)
+    settings = _settings(stage.BenchQuantizeSettings, asked)
+    with ui.Display() as display:
+        measured = stage.bench_quantize(settings, display)
+    if output is not None:
+        ui.note(f"wrote `{show.write(measured, output)}`")
+    ui.write_json(measured.as_dict()) if json else ui.write(show.quantize_table(measured))
+    return 0
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    """What stands between commas."""
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    words = _words(text)
+    if words is not None and not (words and all(word.isdecimal() and int(word) > 0 for word in words)):
+        raise RecipeError(f"{name}: `{text}` is not a list of positive numbers", hint=f"for example: {name} 1,8,64")
+    return None if words is None else tuple(map(int, words))
+
+
+def _settings(kind: type[Checked], asked: dict[str, Any]) -> Checked:
+    """Checked settings; a complaint about a value begins with its option."""
+    from marlin_tools import recipe_yaml
+
+    names = {"models": "--shapes", "rows": "--batch", "batches": "--batch", "tokens_in": "--in", "tokens_out": "--out"}
+    names["samples"] = "--num-samples"
+    origins: dict[tuple[str | int, ...], str] = {(): "command line"}
+    origins |= {(key,): names.get(key, f"--{key.replace('_', '-')}") for key in asked}
+    return recipe_yaml.validate(kind, recipe_yaml.Document(asked, origins))
