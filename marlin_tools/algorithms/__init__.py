@@ -9,6 +9,7 @@ from pydantic import Field
 
 from marlin_tools.algorithms.gptq import GPTQ
 from marlin_tools.algorithms.hessian import Gram, Hessian
+from marlin_tools.algorithms.pruning import PRUNERS, Placing, Pruner
 from marlin_tools.algorithms.rtn import RTN
 from marlin_tools.algorithms.solved import Solved
 
@@ -21,4 +22,7 @@ PRESETS: dict[str, RTN | GPTQ] = {
     "default": GPTQ(),
 }
 
-__all__ = ["GPTQ", "PRESETS", "RTN", "Algorithm", "Gram", "Hessian", "Solved"]
+PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default"}
+"""Which of `PRUNERS` finds the mask when a preset is to make a dense model 2:4 on the way."""
+
+__all__ = ["GPTQ", "PRESETS", "PRUNERS", "PRUNER_OF", "RTN", "Algorithm", "Gram", "Hessian", "Placing", "Pruner", "Solved"]

@@ -6,18 +6,26 @@ walks the columns by falling energy ("static act-order"): the columns that matte
 many columns left to pay for them, and the stored order of columns does not change.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from marlin_tools.algorithms.hessian import Hessian, corrected
+from marlin_tools.algorithms.hessian import Factor, Hessian, corrected
 from marlin_tools.algorithms.polish import polish
-from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode
+from marlin_tools.algorithms.pruning import Placing
+from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
 from marlin_tools.algorithms.solved import Solved, as_solved
-from marlin_tools.algorithms.sweep import BLOCK, sweep
+from marlin_tools.algorithms.sweep import sweep
+from marlin_tools.ops.solver import BLOCK, Grid
+from marlin_tools.quantized import ZERO
 from marlin_tools.settings import Settings
+from marlin_tools.stopwatch import span
+
+SLAB = 1 << 27
+"""Weights that a GPU works on at a time."""
 
 
 class GPTQ(Settings):
@@ -60,63 +68,121 @@ class GPTQ(Settings):
         """Whether later groups of a block see the quantised outputs of earlier ones."""
         return self.sequential
 
-    def solve(self, name: str, weight: Tensor, hessian: Hessian | None, group_size: int, dtype: torch.dtype) -> Solved:
-        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type."""
+    def solve(
+        self,
+        name: str,
+        weight: Tensor,
+        hessian: Hessian | None,
+        group_size: int,
+        dtype: torch.dtype,
+        placing: Placing | None = None,
+    ) -> Solved:
+        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 on the way."""
         if hessian is None:
             raise ValueError("GPTQ needs a Hessian")
-        original, weight = weight.float(), corrected(weight.float(), hessian, self.drift, self.damp)
-        rule, order = self._rule(weight, hessian, group_size, dtype)
-        factor = hessian.permuted(order).factorise(self.damp, name)
-        sweep(weight[:, order], factor, rule)
-        codes, scales = torch.empty_like(rule.codes), rule.scales
-        codes[:, order] = rule.codes
-        if self.polish:
-            codes, scales = polish(weight, codes, scales, hessian.damped(factor.damp), dtype, self.polish)
-        return as_solved(original, weight, codes, scales, hessian, factor.damp)
-
-    def _rule(self, weight: Tensor, hessian: Hessian, group_size: int, dtype: torch.dtype) -> tuple["_FixedGrid", Tensor]:
-        """The rule for the sweep, and the order in which it meets the columns."""
         n, k = weight.shape
-        natural = torch.arange(k, device=weight.device)
+        order = hessian.energy_order() if self.order == "energy" else torch.arange(k, device=weight.device)
+        with span("factor"):
+            factor = hessian.factorise(self.damp, name, order)
+        problem = _Problem(hessian, order, factor, group_size, dtype, placing)
+        damped = hessian.damped(factor.damp) if self.polish else None
+        step = max(1, SLAB // k) if weight.is_cuda else n
+        slabs = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+        return Solved.join([self._solve_rows(weight[rows].float(), rows, problem, damped) for rows in slabs])
+
+    def _solve_rows(self, original: Tensor, rows: slice, problem: "_Problem", damped: Tensor | None) -> Solved:
+        """Rows never talk to each other: any of them can be solved alone."""
+        hessian, order, factor = problem.hessian, problem.order, problem.factor
+        weight = original
+        if hessian.drift is not None and self.drift:
+            with span("correct"):
+                weight = corrected(original, hessian.drift.owed(original, rows), factor, order, self.drift)
+        aim, mask = weight, None
+        if problem.placing is not None:
+            placed = problem.placing.place(weight, rows)
+            aim, mask = placed.value, placed.mask
+        with span("scales"):
+            rule = self._rule(aim, problem, mask)
+        with span("sweep"):
+            sweep(aim[:, order], factor, rule)
+            codes, scales = torch.empty_like(rule.codes), rule.scales
+            codes[:, order] = rule.codes
+        if damped is not None:
+            with span("polish"):
+                codes, scales = polish(weight, codes, scales, damped, problem.dtype, self.polish, mask)
+        if not bool(torch.isfinite(scales).all()):
+            raise too_large(weight)
+        with span("judge"):
+            return as_solved(original, weight, codes, scales, hessian, factor.damp)
+
+    def _rule(self, weight: Tensor, problem: "_Problem", mask: Tensor | None) -> "_FixedGrid":
+        """The rule for the sweep; `mask` as in the stored order of columns."""
+        n, k = weight.shape
+        group_size, order, dtype = problem.group_size, problem.order, problem.dtype
         groups = weight.view(n, k // group_size, group_size)
+        kept = None if mask is None else mask[:, order].contiguous()
         if self.scales == "conditional" and group_size != k:
-            return _GridAsItGoes(torch.empty(n, k // group_size, device=weight.device), group_size, natural, dtype), natural
+            return _GridAsItGoes(torch.empty(n, k // group_size, device=weight.device), problem, kept)
         if self.scales == "diagonal":
-            energy = hessian.damped(self.damp).diagonal().view(-1, group_size)
-            scales = diagonal(groups, energy, dtype, signed=self.signed)
+            energy = problem.hessian.diagonal + problem.hessian.ridge(self.damp)
+            scales = diagonal(groups, energy.view(-1, group_size), dtype, signed=self.signed)
         else:
             scales = absmax(groups, dtype)
-        order = hessian.energy_order() if self.order == "energy" else natural
-        return _FixedGrid(scales, group_size, order), order
+        return _FixedGrid(scales, problem, kept)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all rows share: `order[j]` is the stored position of the sweep's column j, `factor` that of H in this order."""
+
+    hessian: Hessian
+    order: Tensor
+    factor: Factor
+    group_size: int
+    dtype: torch.dtype
+    placing: Placing | None
 
 
 class _FixedGrid:
-    """The rule for scales that are known before the sweep. `order[j]` is the stored position of the sweep's column j."""
+    """The rule for scales known before the sweep. `mask` [N, K], in its order of columns, is False where zero is forced."""
 
-    def __init__(self, scales_ng: Tensor, group_size: int, order: Tensor) -> None:
+    looks = False
+    chooses = False
+
+    def __init__(self, scales_ng: Tensor, problem: _Problem, mask: Tensor | None) -> None:
         self.scales = scales_ng
-        self.group_size = group_size
-        self.group_of = (order // group_size).tolist()
-        self.codes = torch.empty(scales_ng.shape[0], len(self.group_of), device=scales_ng.device)
+        self.mask = mask
+        group_of = problem.order // problem.group_size
+        self.grid: Grid | None = Grid(scales_ng, group_of.to(torch.int32), mask)
+        self.group_of = [] if scales_ng.is_cuda else group_of.tolist()
+        self.codes = torch.empty(scales_ng.shape[0], 0 if scales_ng.is_cuda else len(group_of), device=scales_ng.device)
 
     def enter(self, start: int, weight_nb: Tensor, factor_bb: Tensor) -> None:
         """Nothing to decide: the grid is fixed."""
 
+    def quad(self, first: int, held_n4: Tensor) -> None:
+        """Nothing to choose: the mask is given."""
+
     def column(self, j: int, target_n: Tensor) -> Tensor:
         """The nearest level of the column's own grid."""
         scale = self.scales[:, self.group_of[j]]
-        self.codes[:, j] = encode(target_n, scale)
+        code = encode(target_n, scale)
+        self.codes[:, j] = code if self.mask is None else torch.where(self.mask[:, j], code, ZERO)
         return decode(self.codes[:, j], scale)
 
 
 class _GridAsItGoes(_FixedGrid):
     """The rule that chooses a group's scale when the sweep reaches it."""
 
-    def __init__(self, scales_ng: Tensor, group_size: int, order: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(scales_ng, group_size, order)
-        self.dtype = dtype
-        assert group_size == BLOCK, (group_size, BLOCK)
+    looks = True
+
+    def __init__(self, scales_ng: Tensor, problem: _Problem, mask: Tensor | None) -> None:
+        super().__init__(scales_ng, problem, mask)
+        self.dtype = problem.dtype
+        assert problem.group_size == BLOCK, (problem.group_size, BLOCK)
 
     def enter(self, start: int, weight_nb: Tensor, factor_bb: Tensor) -> None:
         """Search the scale on the corrected weights, judged by the error that later columns cannot repair."""
-        self.scales[:, start // self.group_size] = conditional(weight_nb, factor_bb, self.dtype)
+        if self.mask is not None:
+            weight_nb = weight_nb * self.mask[:, start : start + BLOCK]
+        self.scales[:, start // BLOCK] = conditional(weight_nb, factor_bb, self.dtype)

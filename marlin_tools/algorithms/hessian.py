@@ -9,14 +9,17 @@ of the work and without ever inverting anything.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import NumericalError
+from marlin_tools.ops.products import Parts, cross, gram, mirror, product
 
 _ESCALATION = 10.0
 _MAX_DAMP = 10.0
+_FACTOR_BLOCK = 1024
 
 
 class Gram:
@@ -28,27 +31,54 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """`x` is [..., K]; all leading dimensions are tokens."""
-        x = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        self.total.addmm_(x.T, x)
+        x = x.reshape(-1, x.shape[-1])
+        gram(self.total, x)
         self.tokens += x.shape[0]
 
-    def hessian(self, drift: "Drift | None" = None) -> "Hessian":
+    def hessian(self) -> "Hessian":
         """The mean over all tokens seen."""
         if self.tokens == 0:
             raise ValueError("no activations were added")
-        return Hessian(self.total / self.tokens, self.tokens, drift)
+        mirror(self.total)
+        return Hessian(self.total / self.tokens, self.tokens)
+
+
+class Cross:
+    """Accumulates Σ left rightᵀ over pairs of activations of the same tokens."""
+
+    def __init__(self, n: int, k: int, device: torch.device) -> None:
+        self.total = torch.zeros(n, k, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """[..., N] and [..., K]."""
+        left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+        cross(self.total, left, right)
+        self.tokens += left.shape[0]
+
+    def mean(self) -> Tensor:
+        """The mean over all tokens seen."""
+        return self.total / self.tokens
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the activations have moved away from the original model's, as seen by one group.
+    """How far the activations have moved away from the original model's, as seen by one group: one of two matrices.
 
-    inputs    [K, K] mean of (x_original - x) xᵀ
-    residual  [N, K] mean of (h_original - h) xᵀ for a linear whose output is added to the residual stream h, else None
+    inputs    [K, K] mean of (x_original - x) xᵀ, for linears of which only the inputs are compared
+    outputs   [N, K] mean of (y_original - y) xᵀ, y what the weights as they are make of the input, plus the residual stream
+              that it is added to
     """
 
-    inputs: Tensor
-    residual: Tensor | None
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def owed(self, weight_nk: Tensor, rows: slice) -> Tensor:
+        """What these rows of the outputs lack, [N, K] against the inputs."""
+        if self.outputs is not None:
+            return self.outputs[rows]
+        assert self.inputs is not None, "drift of nothing"
+        return product(weight_nk, self.inputs)
 
 
 @dataclass(frozen=True)
@@ -68,20 +98,27 @@ class Hessian:
         """Columns by falling energy; equal energies keep their order. Columns early in the sweep get the least error."""
         return torch.argsort(self.diagonal, descending=True, stable=True)
 
-    def permuted(self, order: Tensor) -> "Hessian":
-        """The same Hessian with its columns renamed."""
-        return Hessian(self.matrix[order][:, order], self.tokens)
+    @cached_property
+    def _mean(self) -> float:
+        """Mean energy of all channels; asking for it waits for the device, so it is asked once."""
+        return float(self.diagonal.mean())
+
+    def ridge(self, damp: float) -> Tensor:
+        """What damping adds to the diagonal [K]: `damp` times its mean; a channel that never fired gets the mean besides."""
+        diagonal = self.diagonal
+        return torch.where(diagonal <= 0, self._mean if self._mean > 0 else 1.0, 0.0) + damp * self._mean
 
     def damped(self, damp: float) -> Tensor:
-        """H with `damp` times its mean energy on the diagonal; a channel that never fired gets the mean energy."""
-        diagonal = self.diagonal
-        mean = float(diagonal.mean())
+        """H with `ridge` added."""
         matrix = self.matrix.clone()
-        matrix.diagonal().add_(torch.where(diagonal <= 0, mean if mean > 0 else 1.0, 0.0) + damp * mean)
+        matrix.diagonal().add_(self.ridge(damp))
         return matrix
 
-    def factorise(self, damp: float, name: str) -> "Factor":
-        """R with R Rᵀ = damped H. Raises the damping tenfold until the factorisation succeeds, then gives up by name."""
+    def factorise(self, damp: float, name: str, order: Tensor | None = None) -> "Factor":
+        """R with R Rᵀ = damped H, its columns in this order.
+
+        Raises the damping tenfold until the factorisation succeeds, then gives up by name.
+        """
         if not bool(torch.isfinite(self.matrix).all()):
             raise NumericalError(
                 f"`{name}`: the calibration activations are not finite",
@@ -89,9 +126,13 @@ class Hessian:
             )
         used = damp
         while used <= _MAX_DAMP:
-            reversed_lower, info = torch.linalg.cholesky_ex(self.damped(used).double().flip(0, 1))
+            ridge = self.ridge(used)
+            matrix = (self.matrix if order is None else self.matrix[order][:, order]).double()
+            matrix.diagonal().add_(ridge if order is None else ridge[order])
+            upper, info = reversed_cholesky(matrix)
+            del matrix
             if int(info) == 0:
-                return Factor(reversed_lower.flip(0, 1).float().contiguous(), used)
+                return Factor(upper.float().contiguous(), used)
             used = max(used * _ESCALATION, 1e-4)
         raise NumericalError(
             f"`{name}`: the Hessian cannot be factorised, even with damping {used / _ESCALATION:g}",
@@ -106,21 +147,76 @@ class Factor:
     upper: Tensor
     damp: float
 
-    def feedback(self) -> Tensor:
-        """M = R / diag(R), unit upper triangular: M[j, i] is how much of column j's error column i has to pay."""
-        return self.upper / self.upper.diagonal()
+    def feedback(self, first: int = 0, last: int | None = None) -> Tensor:
+        """M = R / diag(R), unit upper triangular: M[j, i] is how much of column j's error column i has to pay.
+
+        Only the columns from `first` to `last`, without the rows below the diagonal block, where it is zero.
+        """
+        return self.upper[:last, first:last] / self.upper.diagonal()[first:last]
+
+    @cached_property
+    def _corner_inverses(self) -> list[Tensor]:
+        """The inverse of every diagonal block."""
+        return [_inverse(self.upper[block, block].double()).float() for block in _blocks(len(self.upper))]
+
+    def divide(self, right_nk: Tensor) -> Tensor:
+        """X with X · R Rᵀ = right, block by block: first Z Rᵀ = right from the last column back, then X R = Z forward."""
+        upper, k = self.upper, self.upper.shape[0]
+        result = right_nk.clone()
+        done = Parts.like(result)
+        blocks, inverses = _blocks(k), self._corner_inverses
+        for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
+            rest = slice(block.stop, k)
+            owed = result[:, block] - product(done[rest], upper[block, rest].T)
+            result[:, block] = product(owed, inverse.T)
+            done.put(block, result[:, block])
+        for block, inverse in zip(blocks, inverses, strict=True):
+            past = slice(0, block.start)
+            owed = result[:, block] - product(done[past], upper[past, block])
+            result[:, block] = product(owed, inverse)
+            done.put(block, result[:, block])
+        return result
 
 
-def corrected(weight_nk: Tensor, hessian: Hessian, share: float, damp: float) -> Tensor:
+def reversed_cholesky(matrix_kk: Tensor) -> tuple[Tensor, Tensor]:
+    """R upper with R Rᵀ = matrix, and 0 if there is one. On a GPU in place and block by block from the last column back.
+
+    The plain way is the Cholesky factor of the matrix with its indices reversed; a GPU would need three more copies for it.
+    """
+    if not matrix_kk.is_cuda:
+        lower, info = torch.linalg.cholesky_ex(matrix_kk.flip(0, 1))
+        return lower.flip(0, 1), info
+    k = matrix_kk.shape[0]
+    failed = torch.zeros((), dtype=torch.int32, device=matrix_kk.device)
+    for block in reversed(_blocks(k)):
+        start, before = block.start, slice(0, block.start)
+        lower, info = torch.linalg.cholesky_ex(matrix_kk[block, block].flip(0, 1))
+        failed |= info
+        corner = lower.flip(0, 1)
+        matrix_kk[block, block] = corner
+        panel = matrix_kk[before, block] @ _inverse(corner).T
+        matrix_kk[before, block] = panel
+        for left in range(0, start, 4 * _FACTOR_BLOCK):  # only what lies on or above the diagonal
+            part = slice(left, min(left + 4 * _FACTOR_BLOCK, start))
+            matrix_kk[: part.stop, part].addmm_(panel[: part.stop], panel[part].T, alpha=-1)
+    return matrix_kk.triu_(), failed
+
+
+def _blocks(k: int) -> list[slice]:
+    return [slice(start, min(start + _FACTOR_BLOCK, k)) for start in range(0, k, _FACTOR_BLOCK)]
+
+
+def _inverse(upper_bb: Tensor) -> Tensor:
+    unit = torch.eye(len(upper_bb), dtype=upper_bb.dtype, device=upper_bb.device)
+    return torch.linalg.solve_triangular(upper_bb, unit, upper=True)
+
+
+def corrected(weight_nk: Tensor, owed_nk: Tensor, factor: Factor, order: Tensor, share: float) -> Tensor:
     """The weight to aim at so that the output moves back by `share` of its drift from the original model's output.
 
-    The best linear correction solves T (H + damping) = W (H + damping) + share · (W · drift_x + drift_h): a least-squares fit
-    of what the original model would have put out here, on the inputs that really arrive.
+    The best linear correction solves T (H + damping) = W (H + damping) + share · owed: a least-squares fit of what the original
+    model would have put out here, on the inputs that really arrive. `factor` is that of H with its columns in `order`.
     """
-    if hessian.drift is None or share == 0:
-        return weight_nk
-    owed_nk = weight_nk @ hessian.drift.inputs
-    if hessian.drift.residual is not None:
-        owed_nk += hessian.drift.residual
-    lower = torch.linalg.cholesky(hessian.damped(damp).double())
-    return weight_nk + share * torch.cholesky_solve(owed_nk.T.double(), lower).T.float()
+    change_nk = torch.empty_like(weight_nk)
+    change_nk[:, order] = factor.divide(owed_nk[:, order])
+    return weight_nk + share * change_nk

@@ -1,16 +1,20 @@
-"""After the sweep: exact coordinate descent on the codes, and exact least squares on the scales, by turns.
+"""After the sweep: exact coordinate descent, block by block, on the scales and then on the codes.
 
 The sweep never looks back: a column that was rounded early is not told what happened later. With E = W - Q and the gradient
 E·H, the best value of one column given all others is q_j + (E H)_j / H_jj; rounding that to the grid can only lower the row's
-loss. The best scales for given codes solve one small linear system per row, [groups x groups]. Each step is accepted only where
-it lowers the loss of its row, so the loss falls monotonically.
+loss. The best scale of a group given everything else is found the same way: moving it by δ changes the loss by
+δ² (c H c) - 2 δ (c · E H), where c are the group's codes as signed numbers. A scale is moved only where that is negative once
+the new scale is rounded as it will be stored, so the loss falls monotonically.
 """
 
 import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.scales import decode, encode, storable
-from marlin_tools.algorithms.sweep import BLOCK
+from marlin_tools.algorithms.sweep import WIDE
+from marlin_tools.ops import solver
+from marlin_tools.ops.products import Parts, product
+from marlin_tools.ops.solver import BLOCK
 from marlin_tools.quantized import ZERO
 
 
@@ -20,55 +24,98 @@ def row_losses(weight_nk: Tensor, value_nk: Tensor, hessian_kk: Tensor) -> Tenso
     return ((error @ hessian_kk) * error).sum(dim=1)
 
 
-def descend(weight_nk: Tensor, codes_nk: Tensor, scales_nk: Tensor, hessian_kk: Tensor) -> Tensor:
-    """One pass of coordinate descent over all columns; returns the new codes. `scales_nk` holds each column's scale."""
-    codes_nk = codes_nk.clone()
-    error_nk = weight_nk - decode(codes_nk, scales_nk)
-    gradient_nk = error_nk @ hessian_kk
-    for start in range(0, weight_nk.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight_nk.shape[1])
-        local_bb = hessian_kk[start:stop, start:stop]
-        local_nb = gradient_nk[:, start:stop].clone()
-        change_nb = torch.zeros_like(local_nb)
-        for j in range(start, stop):
-            i = j - start
-            scale_n, old_n = scales_nk[:, j], codes_nk[:, j].clone()
-            target_n = decode(old_n, scale_n) + local_nb[:, i] / local_bb[i, i]
-            codes_nk[:, j] = encode(target_n, scale_n)
-            change_nb[:, i] = (old_n - codes_nk[:, j]) * scale_n
-            local_nb.addr_(change_nb[:, i], local_bb[i])
-        gradient_nk.addmm_(change_nb, hessian_kk[start:stop])
-    return codes_nk
+def descend(state: solver.Polished, gradient_nb: Tensor, hessian_bb: Tensor, start: int) -> None:
+    """One pass of coordinate descent over the codes of the block at `start`, in place."""
+    size = state.weight.shape[1] // state.scales.shape[1]
+    for i in range(gradient_nb.shape[1]):
+        j = start + i
+        scale_n, old_n = state.scales[:, j // size], state.codes[:, j].clone()
+        new_n = encode(decode(old_n, scale_n) + gradient_nb[:, i] / hessian_bb[i, i], scale_n)
+        state.codes[:, j] = new_n if state.mask is None else torch.where(state.mask[:, j], new_n, old_n)
+        state.errors[:, j] = state.weight[:, j] - decode(state.codes[:, j], scale_n)
+        gradient_nb.addr_((old_n - state.codes[:, j]) * scale_n, hessian_bb[i])
 
 
-def refit(weight_nk: Tensor, codes_nk: Tensor, scales_ng: Tensor, hessian_kk: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least-squares scales for these codes, kept only in rows where they still lower the loss once rounded."""
-    n, groups = scales_ng.shape
-    size = weight_nk.shape[1] // groups
-    signed_ngb = (codes_nk - ZERO).view(n, groups, size)
-    goal_ngb = (weight_nk @ hessian_kk).view(n, groups, size)
-    right_ng = (signed_ngb * goal_ngb).sum(dim=-1)
-    left_ngg = torch.empty(n, groups, groups, dtype=weight_nk.dtype, device=weight_nk.device)
-    for g in range(groups):
-        response = signed_ngb[:, g] @ hessian_kk[g * size : (g + 1) * size]
-        left_ngg[:, g] = (response.view(n, groups, size) * signed_ngb).sum(dim=-1)
-    trace = left_ngg.diagonal(dim1=1, dim2=2).mean(dim=1)
-    left_ngg.diagonal(dim1=1, dim2=2).add_((1e-6 * trace).clamp(min=1e-30)[:, None])
-    fitted, info = torch.linalg.solve_ex(left_ngg, right_ng)
-    usable = (info == 0)[:, None] & torch.isfinite(fitted) & (fitted.abs() < 2 * scales_ng.abs()) & (fitted * scales_ng > 0)
-    fitted = storable(torch.where(usable, fitted, scales_ng), dtype)
-    before = row_losses(weight_nk, decode(codes_nk, scales_ng.repeat_interleave(size, dim=1)), hessian_kk)
-    after = row_losses(weight_nk, decode(codes_nk, fitted.repeat_interleave(size, dim=1)), hessian_kk)
-    return torch.where((after < before)[:, None], fitted, scales_ng)
+def refit(scale_n: Tensor, codes_nb: Tensor, gradient_nb: Tensor, hessian_bb: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least-squares scale of one group for its codes, everything else as it is; the old one where that is no gain."""
+    signed_nb = codes_nb - ZERO
+    slope_n = (signed_nb * gradient_nb).sum(dim=1)
+    curvature_n = (signed_nb * (signed_nb @ hessian_bb)).sum(dim=1)
+    fitted_n = storable(scale_n + slope_n / curvature_n.clamp(min=1e-30), dtype)
+    step_n = fitted_n - scale_n
+    better = (
+        (step_n * step_n * curvature_n < 2 * step_n * slope_n) & (fitted_n * scale_n > 0) & (fitted_n.abs() < 2 * scale_n.abs())
+    )
+    return torch.where(better, fitted_n, scale_n)
 
 
 def polish(
-    weight_nk: Tensor, codes_nk: Tensor, scales_ng: Tensor, hessian_kk: Tensor, dtype: torch.dtype, cycles: int
+    weight_nk: Tensor,
+    codes_nk: Tensor,
+    scales_ng: Tensor,
+    hessian_kk: Tensor,
+    dtype: torch.dtype,
+    rounds: int,
+    mask_nk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`cycles` rounds of refit and descent; the last word is the descent's, so codes are optimal for the stored scales."""
+    """`rounds` walks over all blocks. The last word on a block is the descent's, so its codes fit the scales that are stored.
+
+    Codes change only where `mask` is True.
+    """
     size = weight_nk.shape[1] // scales_ng.shape[1]
-    codes_nk = descend(weight_nk, codes_nk, scales_ng.repeat_interleave(size, dim=1), hessian_kk)
-    for _ in range(cycles - 1):
-        scales_ng = refit(weight_nk, codes_nk, scales_ng, hessian_kk, dtype)
-        codes_nk = descend(weight_nk, codes_nk, scales_ng.repeat_interleave(size, dim=1), hessian_kk)
-    return codes_nk, scales_ng
+    fused = solver.runs_on(weight_nk) and (size in solver.GROUP_SIZES or size % BLOCK == 0)
+    codes_nk = codes_nk.float()
+    errors_nk = weight_nk - decode(codes_nk, scales_ng.repeat_interleave(size, dim=1))
+    state = solver.Polished(
+        weight_nk.contiguous(),
+        codes_nk.to(torch.uint8) if fused else codes_nk.clone(),
+        scales_ng.clone(memory_format=torch.contiguous_format),
+        errors_nk,
+        mask_nk,
+    )
+    if fused:
+        _fused_rounds(state, hessian_kk, dtype, rounds)
+    else:
+        for _ in range(rounds):
+            _round(state, hessian_kk, dtype)
+    return state.codes, state.scales
+
+
+def _round(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype) -> None:
+    k = state.weight.shape[1]
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
+        _refit_groups(state, hessian_kk, dtype, start, stop)
+        descend(state, state.errors @ hessian_kk[:, start:stop], hessian_kk[start:stop, start:stop], start)
+
+
+def _refit_groups(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype, start: int, stop: int) -> None:
+    """Refit the scales of the groups that begin between two columns."""
+    size = state.weight.shape[1] // state.scales.shape[1]
+    for group in range(-(-start // size), -(-stop // size)):
+        columns = slice(group * size, (group + 1) * size)
+        codes_nb = state.codes[:, columns].float()
+        gradient_nb = product(state.errors, hessian_kk[:, columns])
+        scale_n = refit(state.scales[:, group], codes_nb, gradient_nb, hessian_kk[columns, columns], dtype)
+        state.scales[:, group] = scale_n
+        state.errors[:, columns] = state.weight[:, columns] - decode(codes_nb, scale_n[:, None])
+
+
+def _fused_rounds(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype, rounds: int) -> None:
+    """The same by kernels: gradients come from one large product for many columns, corrected by a small one for each block."""
+    k = state.weight.shape[1]
+    size = k // state.scales.shape[1]
+    wide = WIDE if size <= BLOCK else min(size, WIDE)  # a group that spans blocks is refitted before gradients are taken
+    errors = Parts.of(state.errors)
+    for first in list(range(0, k, wide)) * rounds:
+        last = min(first + wide, k)
+        if size > BLOCK:
+            _refit_groups(state, hessian_kk, dtype, first, last)
+            errors = Parts.of(state.errors)
+        gradient_nw = product(errors, hessian_kk[:, first:last])
+        change_nw = torch.empty_like(gradient_nw)
+        for start in range(first, last, BLOCK):
+            done, block = slice(0, start - first), slice(start - first, min(start + BLOCK, last) - first)
+            gradient_nb = torch.addmm(gradient_nw[:, block], change_nw[:, done], hessian_kk[first:start, first:last][:, block])
+            change_nw[:, block] = solver.descend_block(state, gradient_nb, hessian_kk, start, dtype)
+        errors.put(slice(first, last), state.errors[:, first:last])

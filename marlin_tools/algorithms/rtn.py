@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, encode
 from marlin_tools.algorithms.solved import Solved, as_solved
 from marlin_tools.settings import Settings
@@ -31,11 +32,19 @@ class RTN(Settings):
         """Whether later groups of a block see the quantised outputs of earlier ones."""
         return True
 
-    def solve(self, name: str, weight: Tensor, hessian: Hessian | None, group_size: int, dtype: torch.dtype) -> Solved:
-        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type."""
+    def solve(
+        self,
+        name: str,
+        weight: Tensor,
+        hessian: Hessian | None,
+        group_size: int,
+        dtype: torch.dtype,
+        placing: Placing | None = None,
+    ) -> Solved:
+        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 first."""
         n, k = weight.shape
         weight = weight.float()
-        groups = weight.view(n, k // group_size, group_size)
+        groups = (weight if placing is None else placing.place(weight).value).view(n, k // group_size, group_size)
         scales = absmax(groups, dtype)
         codes = encode(groups, scales[..., None]).view(n, k)
         return as_solved(weight, weight, codes, scales, hessian, damp=None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.errors import NumericalError
+from marlin_tools.ops import solver
 from marlin_tools.quantized import ZERO
 
 _SMALLEST = 2.0**-24
@@ -39,11 +40,16 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bfloat16:  # below 2^-14 float16 is coarser than bfloat16: keep only values that both can hold
         rounded = rounded.to(torch.bfloat16).to(torch.float16).to(torch.float32)
     if bool((rounded > _LARGEST).any()):
-        raise NumericalError(
-            f"a weight of magnitude {float(scale.abs().max()) * 7.5:g} needs a scale beyond float16",
-            hint="check the checkpoint for corrupt weights, or leave the layer out with `--ignore`",
-        )
+        raise too_large(scale)
     return torch.where(scale < 0, -rounded, rounded)
+
+
+def too_large(scale: Tensor) -> NumericalError:
+    """What to raise when float16 cannot hold one of these scales."""
+    return NumericalError(
+        f"a weight of magnitude {float(scale.abs().max()) * 7.5:g} needs a scale beyond float16",
+        hint="check the checkpoint for corrupt weights, or leave the layer out with `--ignore`",
+    )
 
 
 def absmax(weight_ngb: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,6 +59,8 @@ def absmax(weight_ngb: Tensor, dtype: torch.dtype) -> Tensor:
 
 def conditional(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Tensor:
     """[N] for one group: clip to 1.00, 0.99 … 0.25 of the largest weight and keep what costs the least output error."""
+    if solver.runs_on(weight_nb):
+        return solver.clip_scales(weight_nb, factor_bb, dtype)
     widest = weight_nb.abs().amax(dim=1) * (2 / 15)
     best_cost = torch.full_like(widest, torch.inf)
     best = storable(widest, dtype)
@@ -67,6 +75,8 @@ def conditional(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Ten
 
 def diagonal(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
     """[N, groups]: coarse-to-fine search over |scale|, in both signs if `signed`, weighing each column by its energy."""
+    if solver.runs_on(weight_ngb) and weight_ngb.shape[2] in solver.GROUP_SIZES:
+        return solver.search_scales(weight_ngb, energy_gb, dtype, signed=signed)
     widest = weight_ngb.abs().amax(dim=-1) / 8
     best_cost = torch.full_like(widest, torch.inf)
     best = storable(widest, dtype)
@@ -88,4 +98,4 @@ def diagonal(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, signe
     centre, side = best_ratio.clone(), torch.where(best < 0, -1.0, 1.0)
     for offset in torch.linspace(-0.018, 0.018, 9).tolist():
         consider((centre + offset) * side, 1.0)
-    return best
+    return best.contiguous()

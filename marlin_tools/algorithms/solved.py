@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.ops.products import rough_product
 from marlin_tools.quantized import QuantizedLinear
 
 
@@ -38,6 +39,24 @@ class Solved:
         """Squared weight error relative to the squared weight."""
         return _ratio(self.weight_lost, self.weight_energy)
 
+    @classmethod
+    def join(cls, parts: Sequence["Solved"]) -> "Solved":
+        """The results for some rows each, put under each other."""
+        if len(parts) == 1:
+            return parts[0]
+        linears = [part.linear for part in parts]
+        codes, scales = torch.cat([q.codes for q in linears]), torch.cat([q.scales for q in linears])
+        lost = [part.lost for part in parts if part.lost is not None]
+        energy = [part.energy for part in parts if part.energy is not None]
+        return cls(
+            QuantizedLinear(codes, scales, linears[0].group_size),
+            torch.cat(lost) if lost else None,
+            torch.cat(energy) if energy else None,
+            torch.cat([part.weight_lost for part in parts]),
+            torch.cat([part.weight_energy for part in parts]),
+            parts[0].damp,
+        )
+
     def split(self, rows: Sequence[int]) -> list["Solved"]:
         """Take a solve of stacked weights apart again."""
         results, start = [], 0
@@ -50,20 +69,52 @@ class Solved:
         return results
 
 
+@dataclass(frozen=True)
+class Errors:
+    """What a new weight loses, row by row [N]; see `Solved`."""
+
+    lost: Tensor | None
+    energy: Tensor | None
+    weight_lost: Tensor
+    weight_energy: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence["Errors"]) -> "Errors":
+        """Those of some rows each, put under each other."""
+        lost = [part.lost for part in parts if part.lost is not None]
+        energy = [part.energy for part in parts if part.energy is not None]
+        return cls(
+            torch.cat(lost) if lost else None,
+            torch.cat(energy) if energy else None,
+            torch.cat([part.weight_lost for part in parts]),
+            torch.cat([part.weight_energy for part in parts]),
+        )
+
+    def of(self, rows: slice) -> tuple[float | None, float]:
+        """(squared output error relative to the squared output, the same of the weights) of some rows."""
+        output = None if self.lost is None or self.energy is None else _ratio(self.lost[rows], self.energy[rows])
+        return output, _ratio(self.weight_lost[rows], self.weight_energy[rows])
+
+
+def errors_of(weight_nk: Tensor, target_nk: Tensor, value_nk: Tensor, hessian: Hessian | None) -> Errors:
+    """What is lost between `value` and the weight that the solver aimed at, relative to the original weight."""
+    lost = energy = None
+    if hessian is not None:
+        error_nk = target_nk - value_nk
+        lost = (rough_product(error_nk, hessian.matrix) * error_nk).sum(dim=1, dtype=torch.float64)
+        energy = (rough_product(weight_nk, hessian.matrix) * weight_nk).sum(dim=1, dtype=torch.float64)
+    weight_lost = (weight_nk - value_nk).square().sum(dim=1, dtype=torch.float64)
+    return Errors(lost, energy, weight_lost, weight_nk.square().sum(dim=1, dtype=torch.float64))
+
+
 def as_solved(
     weight_nk: Tensor, target_nk: Tensor, codes_nk: Tensor, scales_ng: Tensor, hessian: Hessian | None, damp: float | None
 ) -> Solved:
     """Wrap float codes and scales into the neutral type; outputs are measured against the weight that the solver aimed at."""
     group_size = weight_nk.shape[1] // scales_ng.shape[1]
     linear = QuantizedLinear(codes_nk.to(torch.uint8), scales_ng.to(torch.float16), group_size)
-    value_nk = linear.dequantize()
-    lost = energy = None
-    if hessian is not None:
-        error_nk = target_nk - value_nk
-        lost = ((error_nk @ hessian.matrix) * error_nk).sum(dim=1, dtype=torch.float64)
-        energy = ((weight_nk @ hessian.matrix) * weight_nk).sum(dim=1, dtype=torch.float64)
-    weight_lost = (weight_nk - value_nk).square().sum(dim=1, dtype=torch.float64)
-    return Solved(linear, lost, energy, weight_lost, weight_nk.square().sum(dim=1, dtype=torch.float64), damp)
+    errors = errors_of(weight_nk, target_nk, linear.dequantize(), hessian)
+    return Solved(linear, errors.lost, errors.energy, errors.weight_lost, errors.weight_energy, damp)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

@@ -17,15 +17,33 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Factor
+from marlin_tools.ops import solver
+from marlin_tools.ops.products import Parts, product
+from marlin_tools.ops.solver import BLOCK, Grid
 
-BLOCK = 128
+WIDE = 512
+"""Columns whose debts to all columns before them are computed in one product on a GPU."""
 
 
 class Rule(Protocol):
-    """What distinguishes one algorithm from another."""
+    """What distinguishes one algorithm from another.
+
+    grid    all there is to the rule, where it rounds every column to scales that are known once its block is entered: then
+            kernels can follow it, and leave the codes in `codes`
+    looks   whether `enter` wants to see the weights
+    chooses whether `quad` is to be called at the first of every four columns
+    """
+
+    grid: Grid | None
+    looks: bool
+    chooses: bool
+    codes: Tensor
 
     def enter(self, start: int, weight_nb: Tensor, factor_bb: Tensor) -> None:
         """Columns from `start` on come next. `weight_nb` is what they hold once all earlier errors are paid in the best way."""
+
+    def quad(self, first: int, held_n4: Tensor) -> None:
+        """Columns `first` to `first + 3` come next; this is what they hold once all errors so far are paid in the best way."""
 
     def column(self, j: int, target_n: Tensor) -> Tensor:
         """The value [N] that column `j` gets, given the value that it should have."""
@@ -33,6 +51,9 @@ class Rule(Protocol):
 
 def sweep(weight_nk: Tensor, factor: Factor, rule: Rule) -> None:
     """Walk the columns left to right; `rule` decides each one and keeps what it decided."""
+    if solver.runs_on(weight_nk) and rule.grid is not None:
+        rule.codes = _fused_sweep(weight_nk, factor, rule, rule.grid)
+        return
     upper, feedback = factor.upper, factor.feedback()
     errors_nk = torch.zeros_like(weight_nk)
     for start in range(0, weight_nk.shape[1], BLOCK):
@@ -44,8 +65,34 @@ def sweep(weight_nk: Tensor, factor: Factor, rule: Rule) -> None:
         )
         for j in range(start, stop):
             i = j - start
+            if rule.chooses and j % 4 == 0:
+                quad_nb, square = slice(i, i + 4), slice(j, j + 4)
+                due_n4 = target_nb[:, quad_nb] - weight_nk[:, square]
+                rule.quad(j, weight_nk[:, square] + _spread(due_n4, feedback[square, square]))
             errors_nk[:, j] = weight_nk[:, j] - rule.column(j, target_nb[:, i])
             target_nb[:, i + 1 :].addr_(errors_nk[:, j], feedback[j, j + 1 : stop])
+
+
+def _fused_sweep(weight_nk: Tensor, factor: Factor, rule: Rule, grid: Grid) -> Tensor:
+    """The same by kernels: one large product for what many columns owe to all before them, a small one for each block."""
+    n, k = weight_nk.shape
+    codes_nk = torch.empty(n, k, dtype=torch.uint8, device=weight_nk.device)
+    errors_nk = torch.empty_like(weight_nk)
+    past = Parts.like(errors_nk)
+    for first in range(0, k, WIDE):
+        last = min(first + WIDE, k)
+        feedback_kw = factor.feedback(first, last)
+        owed_nw = product(past[:first], feedback_kw[:first])
+        for start in range(first, last, BLOCK):
+            block = slice(start - first, min(start + BLOCK, last) - first)
+            owed_nb = torch.addmm(owed_nw[:, block], errors_nk[:, first:start], feedback_kw[first:start, block])
+            square = slice(start, first + block.stop)
+            if rule.looks:
+                seen_nb = weight_nk[:, square] + _spread(owed_nb, feedback_kw[square, block])
+                rule.enter(start, seen_nb, factor.upper[square, square])
+            solver.sweep_block(weight_nk, owed_nb, feedback_kw[square, block], grid, codes_nk, errors_nk, start)
+        past.put(slice(first, last), errors_nk[:, first:last])
+    return codes_nk
 
 
 def _spread(owed_nb: Tensor, feedback_bb: Tensor) -> Tensor:

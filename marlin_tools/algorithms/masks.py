@@ -1,0 +1,60 @@
+"""2:4 masks: of every four neighbouring inputs of an output (a quad), at most two are kept.
+
+A mask is bool [N, K], True where the weight is kept. Two ways to choose one before any weight has been changed; SparseGPT, in
+`pruning.py`, chooses while it changes them.
+
+    magnitude   the two largest weights
+    wanda       the two largest |w| · ‖x‖, the norm taken over the calibration tokens
+"""
+
+import torch
+from torch import Tensor
+
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+"""The six ways to keep two of four."""
+
+
+def quads(matrix_nk: Tensor) -> Tensor:
+    """[N, K] as [N, K/4, 4], a view."""
+    n, k = matrix_nk.shape
+    return matrix_nk.view(n, k // 4, 4)
+
+
+def is_2_4(weight_nk: Tensor) -> bool:
+    """At most two nonzeros in every quad."""
+    return weight_nk.shape[1] % 4 == 0 and bool(((quads(weight_nk) != 0).sum(dim=2) <= 2).all())
+
+
+def two_largest(score_nk: Tensor) -> Tensor:
+    """The mask that keeps the two best of every quad; equal scores keep the earlier column."""
+    ranked = torch.argsort(quads(score_nk), dim=2, descending=True, stable=True)
+    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, ranked[:, :, :2], value=True)
+    return kept.view(score_nk.shape)
+
+
+def magnitude(weight_nk: Tensor) -> Tensor:
+    """Keep the largest weights."""
+    return two_largest(weight_nk.abs())
+
+
+def wanda(weight_nk: Tensor, energy_k: Tensor) -> Tensor:
+    """Keep the largest weights, each times the norm of its input."""
+    return two_largest(weight_nk.square() * energy_k)
+
+
+def of_pair(pair: Tensor) -> Tensor:
+    """Indices into `PAIRS` [...] -> the kept positions, bool [..., 4]."""
+    return _table(pair.device)[pair]
+
+
+def pair_of(mask_nk: Tensor) -> Tensor:
+    """[N, K/4]: the index into `PAIRS` of each quad of a mask that keeps exactly two."""
+    return (quads(mask_nk)[:, :, None] == _table(mask_nk.device)).all(dim=3).int().argmax(dim=2)
+
+
+def _table(device: torch.device) -> Tensor:
+    """What each of `PAIRS` keeps, bool [6, 4]."""
+    kept = torch.zeros(len(PAIRS), 4, dtype=torch.bool)
+    for index, pair in enumerate(PAIRS):
+        kept[index, list(pair)] = True
+    return kept.to(device)

@@ -1,0 +1,235 @@
+"""The training loop: steps, learning rate, held-out KL, saving and going on.
+
+Everything that a step needs follows from its number: which sequences it reads, its learning rate, nothing drawn at random on
+the way. So a run that is continued from a saved state takes the very steps that it would have taken.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from marlin_tools.errors import NumericalError
+from marlin_tools.events import Emit, Event
+from marlin_tools.settings import Settings
+from marlin_tools.training.losses import Head, head_losses, square_head
+from marlin_tools.training.parallel import Team, fill_share, whole
+from marlin_tools.training.student import Reader, Student
+
+_SPEAK_EVERY = 10
+"""Steps between two looks at the loss; each look waits for the device."""
+
+
+class TrainingSettings(Settings):
+    """How to train.
+
+    tokens         tokens to train on in all; the text is repeated, each time in another order, until they are reached
+    rate           highest learning rate of AdamW
+    warmup         share of the steps in which the rate rises to it; afterwards it falls to a tenth along a cosine
+    batch          sequences per step
+    micro          sequences per forward; gradients of a step are added up
+    kl, ce         weights of the KL to the teacher and of the cross entropy
+    square_head    weight of SquareHead on the hidden states
+    every          which hidden states: those of every so many blocks, and the last
+    clip           longest gradient
+    seed           of the order of sequences
+    held_out       sequences that are not trained on but measured
+    evaluations    how often they are measured
+    saves          how often the state is saved
+    recompute      forget activations within blocks and compute them again for the gradient: slower, in less memory
+    """
+
+    tokens: int = Field(20_000_000, ge=1)
+    rate: float = Field(1e-4, gt=0, le=1)
+    warmup: float = Field(0.03, ge=0, le=1)
+    batch: int = Field(32, ge=1)
+    micro: int = Field(8, ge=1)
+    kl: float = Field(1.0, ge=0)
+    ce: float = Field(0.0, ge=0)
+    square_head: float = Field(1.0, ge=0)
+    every: int = Field(4, ge=1)
+    clip: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0, lt=2**32)
+    held_out: int = Field(8, ge=1)
+    evaluations: int = Field(10, ge=1)
+    saves: int = Field(10, ge=1)
+    recompute: bool = False
+
+
+def rate_at(step: int, steps: int, settings: TrainingSettings) -> float:
+    """The learning rate of a step."""
+    rising = max(1, round(settings.warmup * steps))
+    if step < rising:
+        return settings.rate * (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return settings.rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which sequences each step reads: permutation after permutation of all of them, cut into batches."""
+
+    sequences: int
+    batch: int
+    seed: int
+
+    def of(self, step: int) -> list[int]:
+        """The sequences of one step."""
+        first = step * self.batch
+        rounds = range(first // self.sequences, (first + self.batch - 1) // self.sequences + 1)
+        order = np.concatenate([np.random.RandomState((self.seed, part)).permutation(self.sequences) for part in rounds])
+        start = first - rounds[0] * self.sequences
+        return [int(index) for index in order[start : start + self.batch]]
+
+
+class Trainer:
+    """One training in progress. `step` counts the finished steps."""
+
+    def __init__(
+        self, student: Student, teacher: Reader, texts: tuple[Tensor, Tensor], settings: TrainingSettings, team: Team
+    ) -> None:
+        self.student, self.teacher, self.settings, self.team = student, teacher, settings, team
+        self._train, self._held_out = texts
+        self._course = Course(len(self._train), settings.batch, settings.seed)
+        self.steps = max(1, round(settings.tokens / (settings.batch * self._train.shape[1])))
+        self.step = 0
+        self._trained = student.trained()
+        fused = team.device.type == "cuda"
+        self._adam = torch.optim.AdamW(self._trained.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        self._narrow = torch.bfloat16 if team.device.type == "cuda" else torch.float32
+        self.measured: list[tuple[int, float]] = []
+        self._said = ""
+
+    def run(self, emit: Emit, save: Callable[[], None]) -> None:
+        """Take all steps that are left."""
+        heads = (self.student.head(self._narrow), self.teacher.head(self.teacher.model.dtype))
+        measure_at, save_at = _marks(self.steps, self.settings.evaluations), _marks(self.steps, self.settings.saves)
+        if not self.measured:
+            self._measure(heads, emit)
+        pace = _Pace(self.settings.batch * self._train.shape[1], self.step)
+        losses = torch.zeros(3, device=self.team.device)
+        since = 0
+        while self.step < self.steps:
+            losses += self._take(heads)
+            self.step, since = self.step + 1, since + 1
+            if since == _SPEAK_EVERY or self.step in save_at | measure_at:
+                self._speak(losses / since, pace, emit)
+                losses, since = torch.zeros_like(losses), 0
+            if self.step in measure_at:
+                self._measure(heads, emit)
+            if self.step in save_at:
+                save()
+
+    def _take(self, heads: tuple[Head, Head]) -> Tensor:
+        """One step; returns its KL, CE and SquareHead."""
+        settings, team = self.settings, self.team
+        chosen = self._train[self._course.of(self.step)]
+        parts = list(chosen.split(settings.micro))[team.rank :: team.size]
+        total = torch.zeros(3, device=team.device)
+        for index, ids in enumerate(parts):
+            if team.size > 1:
+                self.student.decoder.set_requires_gradient_sync(index + 1 == len(parts))
+            total += self._compare(ids.to(team.device), heads, 1 / len(parts)) / len(parts)
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip)
+        self._adam.param_groups[0]["lr"] = rate_at(self.step, self.steps, settings)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return total
+
+    def _compare(self, ids: Tensor, heads: tuple[Head, Head], share: float) -> Tensor:
+        """Add `share` of the gradient of one micro-batch; returns its losses."""
+        settings = self.settings
+        with torch.no_grad():
+            goal = self.teacher.read(ids)
+        with self._autocast():
+            seen = self.student.read(ids)
+        found = head_losses(seen.last.detach(), goal.last, ids, heads, kl=settings.kl, ce=settings.ce)
+        roots, gradients = [seen.last], [found.gradient * share]
+        square = torch.zeros((), device=ids.device)
+        if settings.square_head:
+            square = square_head(seen.chosen, goal.chosen)
+            roots.append(square)
+            gradients.append(torch.full_like(square, settings.square_head * share))
+        torch.autograd.backward(roots, gradients)
+        return torch.stack((found.kl.float(), found.ce.float(), square.detach()))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda")
+
+    @torch.no_grad()
+    def _measure(self, heads: tuple[Head, Head], emit: Emit) -> None:
+        """The KL on what is not trained on."""
+        total = torch.zeros((), dtype=torch.float64, device=self.team.device)
+        for part in self._held_out.split(self.settings.micro):
+            ids = part.to(self.team.device)
+            with self._autocast():
+                seen = self.student.read(ids)
+            total += head_losses(seen.last, self.teacher.read(ids).last, ids, heads).kl * len(part)
+        kl = float(total) / len(self._held_out)
+        self.measured.append((self.step, kl))
+        said = f"step {self.step} of {self.steps}: held-out KL {kl:.4f}{self._said}"
+        emit(Event("note", said, data={"step": self.step, "held_out_kl": kl}))
+
+    def _speak(self, losses: Tensor, pace: "_Pace", emit: Emit) -> None:
+        """Say how it goes; a loss that is no number ends the run, with the last saved state intact."""
+        kl, ce, square = self.team.mean(losses).tolist()
+        if not all(map(math.isfinite, (kl, ce, square))):
+            raise NumericalError(
+                f"the loss is not finite at step {self.step} of {self.steps}",
+                hint="repeat with a lower `--rate`; what was saved before is kept until then",
+            )
+        seconds, speed = pace.of(self.step, self.steps)
+        data = {"kl": kl, "ce": ce, "square_head": square, "tokens_per_s": speed, "eta_s": seconds}
+        emit(Event("progress", "steps", self.step, self.steps, data))
+        told = f"KL {kl:.4f}, {speed:.0f} tokens/s"
+        emit(Event("progress", told))
+        self._said = f"; {told}, {seconds:.0f} s left" if self.step < self.steps else f"; {told}"
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a saved state holds, whole. Where several processes train, all of them have to ask."""
+        for name, parameter in self._trained.items():
+            yield f"{name}|value", whole(parameter.detach()).cpu()
+            moments = self._adam.state[parameter]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                yield f"{name}|{moment}", whole(moments[moment]).cpu()
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of a saved state."""
+        return {"step": self.step, "measured": self.measured}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.step, self.measured = facts["step"], [(step, kl) for step, kl in facts["measured"]]
+        for name, parameter in self._trained.items():
+            fill_share(parameter, tensors[f"{name}|value"])
+            moments: dict[str, Tensor] = {
+                "step": torch.tensor(float(self.step), device=parameter.device if self._adam.defaults["fused"] else "cpu")
+            }
+            for moment in ("exp_avg", "exp_avg_sq"):
+                moments[moment] = torch.zeros_like(parameter)
+                fill_share(moments[moment], tensors[f"{name}|{moment}"])
+            self._adam.state[parameter] = moments
+
+
+class _Pace:
+    """How fast it goes, from the steps of this process."""
+
+    def __init__(self, tokens_per_step: int, step: int) -> None:
+        self._tokens, self._begin, self._first = tokens_per_step, time.perf_counter(), step
+
+    def of(self, step: int, steps: int) -> tuple[float, float]:
+        """(seconds left, tokens per second)."""
+        rate = (step - self._first) / max(time.perf_counter() - self._begin, 1e-9)
+        return (steps - step) / rate, rate * self._tokens
+
+
+def _marks(steps: int, count: int) -> frozenset[int]:
+    """`count` steps at equal distances, the last among them."""
+    return frozenset(math.ceil(steps * (index + 1) / count) for index in range(count))

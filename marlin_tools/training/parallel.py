@@ -1,0 +1,99 @@
+"""One process or many: `torchrun` starts them, FSDP2 gives each its share of the weights, gradients and optimiser state.
+
+The same loop runs in both cases. A step is made of so many micro-batches; process r of n takes every n-th of them, starting at
+r, and gradients are averaged. The first process alone writes and speaks.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from marlin_tools.device import processes
+from marlin_tools.errors import DeviceError
+
+_PATIENCE = timedelta(hours=12)
+"""For how long a process waits for the others; the first one may have much text to write."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train together; `device` is this one's own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def shard(self, decoder: nn.Module, blocks: nn.ModuleList) -> None:
+        """Give every process its share of each block, and of the rest."""
+        if self.size == 1:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(decoder, mesh=mesh)
+
+
+@contextmanager
+def team(device: torch.device) -> Iterator[Team]:
+    """The processes that `torchrun` started, or this one alone; `device` says whether each computes on a CPU or a GPU."""
+    size = processes()
+    if size == 1:
+        yield Team(0, 1, device)
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise DeviceError(
+                f"process {local} has no GPU of its own: {torch.cuda.device_count()} are visible",
+                hint="start `torchrun` with as many processes as there are GPUs",
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Team(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a share; then all processes have to ask for it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill_share(target: Tensor, full: Tensor) -> None:
+    """Put a whole tensor into one of which this process may hold a share only."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        full = distribute_tensor(full, target.device_mesh, target.placements)
+    target.copy_(full)

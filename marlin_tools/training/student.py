@@ -1,0 +1,101 @@
+"""A model that learns: its 2:4 linears hold their kept values only, its embeddings and its head stay as they are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_tools.families import Family
+from marlin_tools.training.compressed import CompressedLinear, expand
+from marlin_tools.training.losses import Head
+from marlin_tools.training.parallel import whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The last hidden states, normalised, and those of some blocks [B, L, H]."""
+
+    last: Tensor
+    chosen: list[Tensor]
+
+
+class Reader:
+    """A model whose hidden states are wanted: the teacher, or the student."""
+
+    def __init__(self, model: "PreTrainedModel", family: Family, every: int) -> None:
+        self.model, self.family = model, family
+        self._every = every
+        self._seen: list[Tensor] = []
+        self._reads = False
+        for block in list(self.blocks)[every - 1 : -1 : every] if every else ():
+            block.register_forward_hook(self._see)
+
+    def _see(self, _block: nn.Module, _inputs: Any, output: Any) -> None:
+        """What a block puts out; not when it is computed again for a gradient."""
+        if self._reads:
+            self._seen.append(output[0] if isinstance(output, tuple) else output)
+
+    def read(self, ids_bl: Tensor) -> Hidden:
+        """Hidden states of every `every`-th block, and the last; only the last if `every` is 0."""
+        self._reads = True
+        last = self.decoder(input_ids=ids_bl, use_cache=False).last_hidden_state
+        self._reads = False
+        chosen, self._seen = self._seen, []
+        return Hidden(last, [*chosen, last] if self._every else [])
+
+    @property
+    def decoder(self) -> Any:
+        """The model without its head."""
+        return self.model.get_submodule(self.family.decoder)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        blocks: nn.ModuleList = getattr(self.decoder, self.family.blocks)
+        return blocks
+
+    def head(self, dtype: torch.dtype) -> Head:
+        """What turns the last hidden states into logits."""
+        weight = whole(self.model.get_submodule(self.family.head).weight.detach())
+        return Head(weight.to(dtype), getattr(self.model.config, "final_logit_softcapping", None))
+
+
+class Student(Reader):
+    """The model that is trained. Linears in `sparse` keep their zeros, whatever happens."""
+
+    def __init__(self, model: "PreTrainedModel", family: Family, every: int, sparse: frozenset[str]) -> None:
+        super().__init__(model, family, every)
+        self.sparse = sparse
+        for name in sorted(sparse):
+            linear: Any = model.get_submodule(name)
+            model.set_submodule(name, CompressedLinear.of(linear.weight.data, linear.weight.data != 0, linear.bias))
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)  # noqa: FBT003 (torch's own signature)
+        for part in (f"{family.decoder}.{family.embedding}", family.head):
+            for parameter in model.get_submodule(part).parameters():
+                parameter.requires_grad_(False)  # noqa: FBT003
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimiser moves, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """What has been trained under a prefix, whole and with its zeros, float32 on the CPU, by its name in a checkpoint.
+
+        Where several processes train, all of them have to ask.
+        """
+        for name, parameter in self.trained().items():
+            if not name.startswith(prefix):
+                continue
+            tensor = whole(parameter.detach()).float()
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "values" and owner in self.sparse:
+                module: Any = self.model.get_submodule(owner)
+                yield f"{owner}.weight", expand(tensor, module.positions).cpu()
+            else:
+                yield name, tensor.cpu()

@@ -1,0 +1,183 @@
+"""Stage `finetune`: the student comes closer to its teacher, its zeros stay, a killed run ends in the same bytes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import DataError, ModelError, NumericalError, OutputError, RecipeError
+from marlin_tools.events import Event
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.stages.quantize import QuantizeSettings, quantize
+
+Run = Callable[..., Checkpoint]
+
+
+def zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {name: checkpoint.read(name) == 0 for name in checkpoint.names() if "proj" in name}
+
+
+def same_files(left: Path, right: Path) -> bool:
+    names = sorted(file.name for file in left.glob("*.safetensors"))
+    return names == sorted(file.name for file in right.glob("*.safetensors")) and all(
+        (left / name).read_bytes() == (right / name).read_bytes() for name in names
+    )
+
+
+class StopError(Exception):
+    """In place of a kill."""
+
+
+def stop_at(step: int) -> Callable[[Event], None]:
+    """An emitter that ends the run when this step is told."""
+
+    def emit(event: Event) -> None:
+        if event.kind == "progress" and event.text == "steps" and event.done >= step:
+            raise StopError
+
+    return emit
+
+
+def test_the_student_learns_and_keeps_its_zeros(run: Run, pruned: Path, teacher: Path) -> None:
+    events: list[Event] = []
+    out = run(how={"emit": events.append}, rate=1e-3, tokens=30 * 4 * 32)
+    manifest = json.loads((out.path / "manifest.json").read_text())
+    (_, before), *_, (steps, after) = manifest["held_out_kl"]
+    assert steps == manifest["steps"] == 30
+    assert after < 0.97 * before
+    old = Checkpoint.open(pruned)
+    assert all(torch.equal(zeros(out)[name], mask) for name, mask in zeros(old).items())
+    assert all(out.dtype == old.dtype for name in old.names())
+    for frozen in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(out.read(frozen), Checkpoint.open(teacher).read(frozen))
+    for moved in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        assert not torch.equal(out.read(moved), old.read(moved))
+    told = [event.data for event in events if event.text == "steps"]
+    assert {"kl", "ce", "square_head", "tokens_per_s", "eta_s"} <= set(told[-1])
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_a_killed_run_ends_in_the_same_bytes(run: Run, stop: int) -> None:
+    whole = run("whole")
+    with pytest.raises(StopError):
+        run("killed", how={"emit": stop_at(stop)})
+    notes: list[str] = []
+    again = run("killed", how={"emit": lambda event: notes.append(event.text)})
+    assert any(note.startswith("continuing at step") for note in notes)
+    assert same_files(whole.path, again.path)
+    assert (
+        json.loads((whole.path / "manifest.json").read_text())["held_out_kl"]
+        == (json.loads((again.path / "manifest.json").read_text())["held_out_kl"])
+    )
+
+
+def test_changed_settings_do_not_continue_another_run(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(how={"emit": stop_at(3)})
+    with pytest.raises(OutputError, match="another model, calibration or settings"):
+        run(rate=1e-3)
+    assert (tmp_path / "out.partial" / "state" / "training.safetensors").is_file()  # nothing is lost
+    assert run(rate=1e-3, how={"resume": False}).path.is_dir()
+
+
+def test_a_finished_run_is_not_repeated(run: Run) -> None:
+    run()
+    notes: list[str] = []
+    run(how={"emit": lambda event: notes.append(event.text)})
+    assert any("nothing to do" in note for note in notes)
+    with pytest.raises(OutputError, match="not empty"):
+        run(rate=1e-4)
+
+
+def test_accumulated_gradients_are_those_of_the_batch(run: Run) -> None:
+    """Two micro-batches or one: the same up to the order of sums."""
+    one, two = run("one", micro=4, rate=1e-4), run("two", micro=2, rate=1e-4)
+    for name in one.names():
+        torch.testing.assert_close(one.read(name).float(), two.read(name).float(), rtol=0, atol=3e-4)
+
+
+def test_recomputing_changes_nothing(run: Run) -> None:
+    assert same_files(run("kept").path, run("recomputed", recompute=True).path)
+
+
+def test_the_teacher_can_write_the_text(run: Run, tmp_path: Path) -> None:
+    out = run(text=None, sampled=15, seqlen=32)
+    assert json.loads((out.path / "manifest.json").read_text())["calibration"]["source"].startswith("written by")
+    assert same_files(out.path, run("again", text=None, sampled=15, seqlen=32).path)
+    assert not same_files(out.path, run("other", text=None, sampled=15, seqlen=32, seed=1).path)
+
+
+def test_what_is_trained_can_be_quantised_with_its_zeros(run: Run, tokens: TokenSet, tmp_path: Path) -> None:
+    tuned = run()
+    settings = QuantizeSettings(preset="fast", sparsity="keep", format="marlin-24", device="cpu")
+    stored = StoredLinears(quantize(tuned, tokens, settings, tmp_path / "int4"))
+    for name in stored.names:
+        assert bool((stored.read(name).codes[tuned.read(f"{name}.weight") == 0] == 8).all()), name
+
+
+def test_a_dense_model_has_nothing_to_keep(run: Run, teacher: Path) -> None:
+    with pytest.raises(ModelError, match="no 2:4 sparse linear"):
+        run(model=teacher)
+
+
+def test_a_teacher_with_another_vocabulary(run: Run, tiny_model: Callable[..., Path], teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="vocabulary of 640 tokens"):
+        run(teacher=str(tiny_model("llama", vocab_size=640)))
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="number their tokens differently"):
+        run(teacher=str(other))
+
+
+def test_a_teacher_of_another_shape_needs_no_hidden_states(run: Run, tiny_model: Callable[..., Path]) -> None:
+    other = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        run(teacher=str(other))
+    assert run(teacher=str(other), square_head=0).path.is_dir()
+
+
+def test_a_loss_that_is_no_number_keeps_what_was_saved(
+    run: Run, tiny_model: Callable[..., Path], tmp_path: Path, pruned: Path
+) -> None:
+    """A norm whose weights overflow: 3e38 is a number in bfloat16, its products are none."""
+    broken = Path(shutil.copytree(pruned, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (broken / "config.json").write_text(json.dumps(config))
+    for shard in broken.glob("*.safetensors"):
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(shard).items()}
+        if "model.layers.1.post_attention_layernorm.weight" in tensors:
+            tensors["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)
+        save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match="not finite at step"):
+        run(model=broken)
+    assert (tmp_path / "out.partial").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"kl": 0, "ce": 0, "square_head": 0}, RecipeError, "are all 0"),
+        ({"micro": 3}, RecipeError, "not a multiple"),
+        ({"held_out": 15}, DataError, "of which 15 are held out"),
+        ({"sampled": 4, "seqlen": 16}, DataError, "windows of 32 tokens, the teacher would write 16"),
+    ],
+)
+def test_settings_that_cannot_work(run: Run, settings: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run(**settings)
+
+
+def test_documents_of_different_lengths_are_refused(run: Run) -> None:
+    ragged = TokenSet((torch.arange(2, 9), torch.arange(2, 30)), "ragged", packed=False, documents=2)
+    with pytest.raises(DataError, match="windows of one length"):
+        run(text=ragged)

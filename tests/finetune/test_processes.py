@@ -1,0 +1,45 @@
+"""Two processes that share weights, gradients and optimiser state give what one gives."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.errors import DeviceError, RecipeError
+from marlin_tools.stages.finetune import FinetuneSettings, _check_sizes
+from marlin_tools.training.parallel import Team, team
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_two_processes_give_what_one_gives(start: Start, teacher: Path, pruned: Path, tmp_path: Path) -> None:
+    done = start(1, teacher, pruned, tmp_path / "one", 0)
+    assert done.returncode == 0, done.stderr
+    assert start(2, teacher, pruned, tmp_path / "two", 5).returncode != 0  # killed on its way
+    assert (tmp_path / "two.partial" / "state" / "training.safetensors").is_file()
+    done = start(2, teacher, pruned, tmp_path / "two", 0)
+    assert done.returncode == 0, done.stderr
+    one, two, before = (Checkpoint.open(path) for path in (tmp_path / "one", tmp_path / "two", pruned))
+    for name in one.names():
+        torch.testing.assert_close(two.read(name).float(), one.read(name).float(), rtol=0, atol=2e-4)
+        if "proj" in name:
+            assert torch.equal(two.read(name) == 0, before.read(name) == 0)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DeviceError, match="process 1 has no GPU of its own"), team(torch.device("cuda", 0)):
+        pass
+
+
+def test_batches_must_divide_among_processes() -> None:
+    """Every process takes every n-th micro-batch of a step; none may be left without."""
+    settings = FinetuneSettings(teacher="demo", batch=4, micro=2, sampled=20)
+    _check_sizes(None, settings, Team(0, 2, torch.device("cpu")))
+    with pytest.raises(RecipeError, match="2 times 4 processes"):
+        _check_sizes(None, settings, Team(0, 4, torch.device("cpu")))

@@ -1,0 +1,36 @@
+"""Pruning on a GPU finds what it finds on a CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlin_tools.algorithms import PRUNERS, Hessian
+from marlin_tools.algorithms.masks import is_2_4
+from marlin_tools.algorithms.polish import row_losses
+from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.stages.prune import PruneSettings, prune
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("preset", PRUNERS)
+def test_one_weight(preset: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(512, 512, generator=generator) * torch.arange(1, 513) ** -0.5
+    x = torch.randn(4096, 512, generator=generator) @ mix.T
+    weight, matrix = torch.randn(96, 512, generator=generator) * 0.02, x.T @ x / len(x)
+    here = PRUNERS[preset].prune("layer", weight, Hessian(matrix, 4096)).placed
+    there = PRUNERS[preset].prune("layer", weight.cuda(), Hessian(matrix.cuda(), 4096)).placed
+    assert float((here.mask != there.mask.cpu()).float().mean()) < 0.01  # where two choices are as good as each other
+    lost = [float(row_losses(weight, value.cpu(), matrix).sum()) for value in (here.value, there.value)]
+    assert lost[1] == pytest.approx(lost[0], rel=1e-3)
+
+
+def test_a_model_with_training_by_block(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    text = torch.randint(2, 512, (6, 64), generator=torch.Generator().manual_seed(0))
+    tokens = TokenSet(tuple(text), "random", packed=True, documents=1)
+    out: Checkpoint = prune(tiny_model("llama"), tokens, PruneSettings(device="cuda", reconstruct=4), tmp_path / "out")
+    assert all(is_2_4(out.read(name)) for name in out.names() if "proj" in name)
