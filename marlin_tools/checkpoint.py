@@ -1,7 +1,8 @@
 """A model directory, read lazily: headers at once, tensors one at a time, nothing ever unpickled.
 
-`Checkpoint.open` takes what people have: a local directory, a hub id, or an alias such as `llama2-7b` or `demo`. Opening reads
-config.json and the safetensors headers, and checks that every shard is there and as long as its header says.
+`Checkpoint.open` takes what people have: a local directory, a hub id, or an alias such as `llama2-7b` or `demo`.
+A revision may be named, `owner/name@commit`. Opening reads config.json and the safetensors headers, and checks that every shard
+is there and as long as its header says.
 """
 
 import hashlib
@@ -9,8 +10,10 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +58,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies."""
+    """Where one tensor lies: so many bytes of a file, from `offset` on."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
+    offset: int = 0
 
 
 class Checkpoint:
@@ -131,6 +135,18 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"`{file}`: cannot read `{name}`: {error}", hint="download the file again") from error
 
+    def read_pinned(self, name: str) -> Tensor:
+        """One tensor in pinned memory, from which a GPU fetches it without help."""
+        stored = self.stored(name)
+        content = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=True)
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.offset)
+                _read_all(file, content.numpy().data)
+        except OSError as error:
+            raise ModelError(f"`{stored.file}`: cannot read `{name}`: {error}", hint="download the file again") from error
+        return content.view(stored.dtype).view(stored.shape)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -140,9 +156,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over config.json and the contents of all weight files."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted({tensor.file for tensor in self._tensors.values()}):
-            digest.update(file.name.encode())
-            digest.update(_content_hash(file).encode())
+        files = sorted({tensor.file for tensor in self._tensors.values()})
+        with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+            for file, content in zip(files, threads.map(_content_hash, files), strict=True):
+                digest.update(file.name.encode())
+                digest.update(content.encode())
         return digest.hexdigest()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -169,20 +187,29 @@ class Checkpoint:
         ]
 
 
+def hub_name(ref: str) -> tuple[str, str | None]:
+    """The repository behind a hub id or an alias, and the revision that is named after an `@`."""
+    name, _, revision = ref.partition("@")
+    return ALIASES.get(name, name), revision or None
+
+
 def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
     """Bring a hub model into the hub's own cache; honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE."""
-    repo = ALIASES.get(ref, ref)
+    repo, revision = hub_name(ref)
+    if ref.startswith("runs/"):  # where our own results go by default: nobody means the hub
+        raise ModelError(f"there is no directory `{ref}`", hint="is the run that makes it finished?")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         known = ", ".join(["demo", *ALIASES])
         raise ModelError(f"`{ref}` is no directory, no hub id (owner/name) and no alias", hint=f"known aliases: {known}")
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        config = hf_hub_download(repo, "config.json")
+        config = hf_hub_download(repo, "config.json", revision=revision)
         if accept is not None:
             accept(_read_json(Path(config)))
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        offline = constants.HF_HUB_OFFLINE  # said, because a commit is looked up on the hub even if it is in the cache
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline))
     except GatedRepoError as error:
         raise ModelError(
             f"`{repo}` is gated",
@@ -191,8 +218,9 @@ def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelError(f"`{repo}` is neither a local directory nor a model on the hub", hint="check the spelling") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        wanted = f"`{repo}`" + (f" at revision `{revision}`" if revision else "")
         raise ModelError(
-            f"`{repo}` is not in the local cache and cannot be downloaded",
+            f"{wanted} is not in the local cache and cannot be downloaded",
             hint="check the network and HF_HUB_OFFLINE, or give a local directory",
         ) from error
 
@@ -260,8 +288,18 @@ def _read_header(file: Path) -> dict[str, Stored]:
         if entry["dtype"] not in _DTYPES:
             raise ModelError(f"`{file}`: tensor `{name}` has type {entry['dtype']}", hint=f"readable: {', '.join(_DTYPES)}")
         first, last = entry["data_offsets"]
-        tensors[name] = Stored(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], last - first)
+        tensors[name] = Stored(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], last - first, 8 + length + first)
     return tensors
+
+
+def _read_all(file: FileIO, into: memoryview) -> None:
+    """Fill the whole buffer; one read may stop short."""
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done:])
+        if not count:
+            raise OSError(f"ends {len(into) - done} bytes early")
+        done += count
 
 
 def _content_hash(file: Path) -> str:

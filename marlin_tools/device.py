@@ -1,5 +1,6 @@
 """Which device computes, and what it really used."""
 
+import os
 import resource
 import time
 
@@ -26,6 +27,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def processes() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Whether this process is alone, or the first of those that `torchrun` has started: the one that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def describe_device(device: torch.device) -> str:
     """What to call it in a report."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
@@ -41,7 +52,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:
     """Floating-point operations per second of a square product here and now; takes a fraction of a second."""
-    size = size if device.type == "cpu" else 4096
+    size = size if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):

@@ -7,16 +7,33 @@ finished is noted in `<out>.partial/state`. Nothing half-written loads as a mode
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from marlin_tools.errors import MarlinToolsError, OutputError
+
+_TYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them, in the order in which its own writer puts them into a file: every tensor is aligned."""
 
 
 class OutputDirectory:
@@ -41,7 +58,7 @@ class OutputDirectory:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.partial, os.O_RDONLY)
         except OSError as error:
-            raise self._explain(error, self.partial) from error
+            raise explained(error, self.partial) from error
         busy = OutputError(f"another run is writing `{self.out}`", hint="wait for it, or choose another `-o DIR`")
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,10 +85,7 @@ class OutputDirectory:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file."""
-        from safetensors.torch import save
-
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        self.write_bytes(name, save(contiguous, metadata={"format": "pt", **(metadata or {})}))
+        self._write(self.work / name, _safetensors(tensors, metadata or {}))
 
     def write_text(self, name: str, text: str) -> None:
         """Write one UTF-8 file."""
@@ -79,25 +93,30 @@ class OutputDirectory:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write one file of the result."""
-        self._write(self.work / name, content)
+        self._write(self.work / name, [content])
 
     def write_state(self, name: str, text: str) -> None:
         """Write one file of the state."""
-        self._write(self.state / name, text.encode("utf-8"))
+        self._write(self.state / name, [text.encode("utf-8")])
 
-    def _write(self, final: Path, content: bytes) -> None:
+    def write_state_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one safetensors file of the state."""
+        self._write(self.state / name, _safetensors(tensors, {}))
+
+    def _write(self, final: Path, parts: Sequence[bytes | memoryview]) -> None:
         """Temporary name, sync, rename."""
         temporary = final.with_name(final.name + ".tmp")
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as stream:
-                stream.write(content)
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(final)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise self._explain(error, final) from error
+            raise explained(error, final) from error
 
     def copy(self, source: Path) -> None:
         """Take a file over unchanged."""
@@ -117,17 +136,48 @@ class OutputDirectory:
                 shutil.rmtree(old)
             shutil.rmtree(self.partial)
         except OSError as error:
-            raise self._explain(error, self.out) from error
+            raise explained(error, self.out) from error
         return self.out
 
-    def _explain(self, error: OSError, path: Path) -> MarlinToolsError:
-        """An operating system error as something to act on."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
-            return OutputError(
-                f"no space left for `{path}` ({free / 1e9:.1f} GB free)",
-                hint="free some disk and run the same command again; finished blocks are kept",
-            )
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return OutputError(f"`{path}` is not writable: {error.strerror}", hint="choose another `-o DIR`")
-        return OutputError(f"cannot write `{path}`: {error.strerror}", hint="choose another `-o DIR`")
+
+def put(path: Path, text: str) -> None:
+    """Write one small file, whole or not at all, in a directory that is made if need be."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise explained(error, path) from error
+
+
+def explained(error: OSError, path: Path) -> MarlinToolsError:
+    """An operating system error as something to act on."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
+        return OutputError(
+            f"no space left for `{path}` ({free / 1e9:.1f} GB free)",
+            hint="free some disk and run the same command again; finished blocks are kept",
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return OutputError(f"`{path}` is not writable: {error.strerror}", hint="choose another `-o DIR`")
+    return OutputError(f"cannot write `{path}`: {error.strerror}", hint="choose another `-o DIR`")
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """The content of a safetensors file: its header, then the memory of the tensors itself.
+
+    The library would copy everything twice and hold the interpreter meanwhile, which the thread that feeds the GPU has to wait
+    for. It also leaves the order of the metadata to chance.
+    """
+    order = sorted(tensors, key=lambda name: (list(_TYPES).index(tensors[name].dtype), name))
+    on_host = [tensors[name].detach().cpu().contiguous() for name in order]
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    offset = 0
+    for name, tensor in zip(order, on_host, strict=True):
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *(tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in on_host)]

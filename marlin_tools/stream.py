@@ -12,18 +12,23 @@ nothing of it is rebuilt here, so every family that transformers can run comes o
 """
 
 import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.algorithms.hessian import Drift, Gram, Hessian
+from marlin_tools.activations import Activations, Room
+from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.branch_walk import BranchWalk, Flow
 from marlin_tools.checkpoint import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.families import Branch, Family, find_family
-from marlin_tools.skeleton import read_weight, skeleton
+from marlin_tools.read_ahead import ReadAhead, read_weights
+from marlin_tools.shortcuts import shorten_norms
+from marlin_tools.skeleton import skeleton
+from marlin_tools.stopwatch import span
 
 CHUNK_TOKENS = 8192
 """Tokens per forward chunk; chunks never cut a sequence."""
@@ -31,10 +36,15 @@ CHUNK_TOKENS = 8192
 
 def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Give a meta module its weights from the checkpoint, in place."""
-    module.to_empty(device=device)
-    for name, parameter in module.named_parameters():
-        parameter.data.copy_(read_weight(checkpoint, prefix + name, parameter.shape).to(dtype))
-        parameter.requires_grad_(False)  # noqa: FBT003 (torch's own signature)
+    shapes = {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
+    fill(module, read_weights(checkpoint, shapes, device, dtype))
+
+
+def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Make these tensors the weights of a module; they come in the order of its parameters."""
+    for (name, _), weight in zip(list(module.named_parameters()), weights.values(), strict=True):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
 
 
 @dataclass
@@ -64,124 +74,76 @@ class Block:
     def __init__(self, stream: "LayerStream", index: int, module: nn.Module) -> None:
         self.index = index
         self.prefix = stream.family.block_prefix(index)
-        self._stream = stream
-        self._module = module
+        self.stream, self.module = stream, module
         self._original = copy.deepcopy(module) if stream.original is not None else None
 
     def all_groups(self) -> Iterator[Group]:
         """The groups without Hessians; the activations stay where they are."""
-        for branch in self._stream.family.branches:
-            yield self._group(branch, branch.entry, None)
-            yield self._group(branch, (branch.exit,), None)
+        for branch in self.stream.family.branches:
+            yield self._group(branch, branch.entry)
+            yield self._group(branch, (branch.exit,))
 
     def groups(self, *, staged: bool = True) -> Iterator[Group]:
         """The groups in solving order. Unstaged, all Hessians come from the block's original weights (two forwards)."""
-        if self._stream.hidden is None:
+        if self.stream.hidden is None:
             yield from self.all_groups()
         elif staged:
-            yield from self._walk(self._stream.hidden)
+            yield from self._walk(self.stream.hidden)
         else:
-            yield from list(self._walk([hidden.clone() for hidden in self._stream.hidden]))
+            yield from list(self._walk(self.stream.hidden.copy()))
             self.skip()
 
     def skip(self) -> None:
         """Move the activations past the block as it is now."""
-        if self._stream.hidden is not None:
-            for _ in self._walk(self._stream.hidden, observe=False):
+        if self.stream.hidden is not None:
+            for _ in self._walk(self.stream.hidden, observe=False):
                 pass
 
-    def _walk(self, hidden: list[Tensor], *, observe: bool = True) -> Iterator[Group]:
-        """Advance `hidden` in place through every branch, stopping where a group's input is ready.
+    def rerun(self, entering: Activations) -> None:
+        """Move the activations past the block once more, from `entering`, with its weights as they are now.
 
-        The original model's activations, if they flow alongside, go through the original weights in step.
+        The original model's activations stay where they are.
         """
-        original = self._stream.original
-        for branch in self._stream.family.branches:
-            contexts = self._stream.contexts(self.index)
-            now = _Path(self._module, branch, hidden, contexts)
-            before = _Path(self._original, branch, original, contexts) if self._original and original else None
-            if observe:
-                yield self._group(branch, branch.entry, _observe(now.entering(), before.entering() if before else None))
-            now.advance()
-            if before:
-                before.advance()
-            if observe:
-                residual = (hidden, original) if original and branch.post is None else None
-                yield self._group(branch, (branch.exit,), _observe(now.inner, before.inner if before else None, residual))
-            now.close()
-            if before:
-                before.close()
+        assert self.stream.hidden is not None, "the stream carries no activations"
+        for i in range(len(entering)):
+            self.stream.hidden[i] = entering[i]
+        original, self._original = self._original, None
+        self.skip()
+        self._original = original
 
-    def _group(self, branch: Branch, names: tuple[str, ...], observation: Iterator[Hessian] | None) -> Group:
-        """The targets among `names`; nothing is observed when there are none."""
-        body = self._module.get_submodule(branch.body)
+    def _walk(self, hidden: Activations, *, observe: bool = True) -> Iterator[Group]:
+        """Advance `hidden` through every branch, stopping where a group's input is ready.
+
+        The original model's activations, if they flow alongside, go through the original weights in step. They wait for nobody:
+        what they are inside a branch is seen once, chunk by chunk, and never kept.
+        """
+        flow = Flow(self.stream.original, self.stream.contexts(self.index), self.stream.room)
+        for branch in self.stream.family.branches:
+            walk = BranchWalk(branch, self.module, self._original, hidden, flow)
+            entry, exit_ = self._group(branch, branch.entry), self._group(branch, (branch.exit,))
+            with span("forward"):
+                hessian = walk.enter(observed=observe and bool(entry.names))
+            if observe:
+                yield replace(entry, hessian=hessian)
+            del hessian
+            with span("forward"):
+                hessian = walk.advance(observed=observe and bool(exit_.names))
+            if observe:
+                yield replace(exit_, hessian=hessian)
+            del hessian
+            with span("forward"):
+                walk.close()
+
+    def _group(self, branch: Branch, names: tuple[str, ...]) -> Group:
+        """The targets among `names`, unobserved."""
+        body = self.module.get_submodule(branch.body)
         full_names = {f"{self.prefix}{branch.body}.{name}": name for name in names}
         modules: dict[str, nn.Linear] = {
             full: body.get_submodule(name)  # type: ignore[misc]
             for full, name in full_names.items()
-            if full in self._stream.targets
+            if full in self.stream.targets
         }
-        return Group(tuple(modules), next(observation) if modules and observation else None, modules)
-
-
-class _Path:
-    """The activations of one model on their way through one branch."""
-
-    def __init__(self, block: nn.Module, branch: Branch, hidden: list[Tensor], contexts: list[dict[str, Any]]) -> None:
-        self._pre = block.get_submodule(branch.pre)
-        self._post = block.get_submodule(branch.post) if branch.post else nn.Identity()
-        self._body, self._branch, self._contexts = block.get_submodule(branch.body), branch, contexts
-        self.hidden = hidden
-        self.inner: list[Tensor] = []
-
-    def entering(self) -> Iterator[Tensor]:
-        """What the entry linears read, chunk by chunk."""
-        return (self._pre(h) for h in self.hidden)
-
-    def advance(self) -> None:
-        """Compute what the closing linear reads: the body with its closing linear bypassed."""
-        closing = self._body.get_submodule(self._branch.exit)
-        setattr(self._body, self._branch.exit, nn.Identity())
-        if self._branch.attends:
-            outputs = (
-                self._body(hidden_states=x, **context)[0] for x, context in zip(self.entering(), self._contexts, strict=True)
-            )
-        else:
-            outputs = (self._body(x) for x in self.entering())
-        self.inner = list(outputs)
-        setattr(self._body, self._branch.exit, closing)
-
-    def close(self) -> None:
-        """Add the branch's output to the residual stream, in place."""
-        closing = self._body.get_submodule(self._branch.exit)
-        for h, x in zip(self.hidden, self.inner, strict=True):
-            h.add_(self._post(closing(x)))
-
-
-def _observe(
-    inputs: Iterable[Tensor], originals: Iterable[Tensor] | None, residual: tuple[list[Tensor], list[Tensor]] | None = None
-) -> Iterator[Hessian]:
-    """One Hessian over all chunks, with the drift from the original activations where they are known. Runs when asked."""
-    gram: Gram | None = None
-    drift_x: Tensor | None = None
-    drift_h: Tensor | None = None
-    before = iter(originals) if originals is not None else None
-    for index, x in enumerate(inputs):
-        gram = gram or Gram(x.shape[-1], x.device)
-        gram.add(x)
-        if before is not None:
-            drift_x = _add(drift_x, next(before) - x, x)
-        if residual is not None:
-            drift_h = _add(drift_h, residual[1][index] - residual[0][index], x)
-    assert gram is not None, "no activations"
-    drift = None if drift_x is None else Drift(drift_x / gram.tokens, None if drift_h is None else drift_h / gram.tokens)
-    yield gram.hessian(drift)
-
-
-def _add(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """The sum so far plus leftᵀ right over all tokens, in float32."""
-    product = left.flatten(0, -2).float().T @ right.flatten(0, -2).float()
-    return product if total is None else total.add_(product)
+        return Group(tuple(modules), None, modules)
 
 
 class _Recorder(nn.Module):
@@ -211,6 +173,7 @@ class LayerStream:
         device: torch.device,
         *,
         with_original: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self.checkpoint = checkpoint
         self.targets = targets
@@ -218,28 +181,49 @@ class LayerStream:
         self.dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
         self.family: Family = find_family(checkpoint.config)
         self.model = skeleton(checkpoint, self.dtype)
-        self.hidden: list[Tensor] | None = None
+        shorten_norms(self.model, device, self.dtype)
+        self.hidden: Activations | None = None
+        self.room = Room()
         self._contexts: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._decoder = self.model.get_submodule(self.family.decoder)
         self._blocks: nn.ModuleList = getattr(self._decoder, self.family.blocks)
         if tokens is not None:
-            self.hidden = self._embed(tokens.chunks(CHUNK_TOKENS))
-        self.original = [h.clone() for h in self.hidden] if self.hidden is not None and with_original else None
+            self.room = self._room_for(tokens.tokens * (2 if with_original else 1))
+            self.hidden = self._embed(tokens.chunks(chunk_tokens))
+        self.original = self.hidden.copy() if self.hidden is not None and with_original else None
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
-        for index in range(len(self._blocks)):
-            module = self._blocks[index]
-            materialise(module, self.family.block_prefix(index), self.checkpoint, self.device, self.dtype)
-            yield Block(self, index, module)
-            module.to("meta")
+        with ReadAhead(self._wanted(), self.checkpoint, self.device, self.dtype) as weights:
+            for index, module in enumerate(self._blocks):
+                fill(module, next(weights))
+                yield Block(self, index, module)
+                module.to("meta")
+
+    def _wanted(self) -> Iterator[dict[str, torch.Size]]:
+        """The weights of block after block: full names and shapes."""
+        for index, module in enumerate(self._blocks):
+            prefix = self.family.block_prefix(index)
+            yield {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
 
     def contexts(self, index: int) -> list[dict[str, Any]]:
         """What block `index` is called with, chunk by chunk."""
-        return [self._contexts[tuple(h.shape[:2])][index] for h in self.hidden or ()]
+        assert self.hidden is not None, "the stream carries no activations"
+        return [self._contexts[shape[:2]][index] for shape in self.hidden.shapes()]
+
+    def _room_for(self, tokens: int) -> Room:
+        """What can stay on the device, from what is free of it, for the residual stream of so many tokens."""
+        if self.device.type == "cpu":
+            return Room()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return Room.for_sizes(free, tokens * self._width * self.dtype.itemsize)
+
+    @property
+    def _width(self) -> int:
+        return int(self.checkpoint.config["hidden_size"])
 
     @torch.no_grad()
     def logits(self, count: int) -> tuple[Tensor, Tensor]:
@@ -259,7 +243,7 @@ class LayerStream:
         return f"{self.family.decoder}.{self.family.embedding}.weight"
 
     @torch.no_grad()
-    def _embed(self, chunks: list[Tensor]) -> list[Tensor]:
+    def _embed(self, chunks: list[Tensor]) -> Activations:
         """Run the model's own forward with recorders for blocks: gives the first hidden states and every block's context."""
         embedding = getattr(self._decoder, self.family.embedding)
         scale = getattr(embedding, "embed_scale", None)
@@ -273,7 +257,7 @@ class LayerStream:
         setattr(self._decoder, self.family.blocks, nn.ModuleList(recorders))
         setattr(self._decoder, self.family.norm, nn.Identity())
         self.first_tokens = chunks[0][0]
-        hidden = []
+        hidden = Activations(self.device, on_device=self.room.residual)
         for chunk in chunks:
             output = self._decoder(input_ids=chunk.to(self.device), use_cache=False)
             hidden.append(output.last_hidden_state)

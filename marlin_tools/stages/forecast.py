@@ -1,40 +1,65 @@
 """What a run will take, from shapes alone, and how far off that was.
 
-Work is counted in floating-point operations and divided by the rate that this machine shows for a matrix product at this
-moment; the solver's column loop, which is bound by launches or by memory rather than by arithmetic, has one measured constant
-per device type.
+Time is the floor of each part (`floor.py`), taken at the rate that this machine shows for a matrix product at this moment,
+times what the part was measured to take of its floor; what is not arithmetic, the walk along the columns and the search for
+scales, has constants of its own. Memory is that of the moment at which most is alive.
 """
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from marlin_tools.algorithms import GPTQ, RTN
+from marlin_tools.activations import Room
+from marlin_tools.algorithms import GPTQ, RTN, Pruner
+from marlin_tools.algorithms.gptq import SLAB
 from marlin_tools.checkpoint import Checkpoint
 from marlin_tools.device import matmul_rate, peak_memory
 from marlin_tools.errors import DeviceError, OutputError
+from marlin_tools.stages.floor import Work, least_seconds
 from marlin_tools.stages.inventory import Inventory, Target
 from marlin_tools.stream import CHUNK_TOKENS
 
-_PROCESS_GB = {"cpu": 0.75, "cuda": 2.5}
-"""Host memory of the process with its libraries loaded."""
-_SEARCH_NS = {"cpu": 0.55, "cuda": 0.004}
+_TAKES = {
+    "cuda": {
+        "forward": 1.35,
+        "hessian": 1.45,
+        "drift": 1.45,
+        "factor": 3.6,
+        "correct": 2.6,
+        "sweep": 2,
+        "polish": 1.8,
+        "judge": 3,
+    },
+    "cpu": {"forward": 1.8, "hessian": 3.6, "drift": 1.8, "factor": 2, "correct": 4, "sweep": 2, "polish": 4, "judge": 2},
+}
+"""Seconds of each part over those of its floor: on an H100 with the shapes of Llama-2-7B and 70B, and on a CPU."""
+_SEARCH_NS = {"cpu": 0.55, "cuda": 0.001}
 """Nanoseconds per weight and scale candidate."""
-_COLUMN_US = {"cpu": 25.0, "cuda": 70.0}
+_COLUMN_US = {"cpu": 25.0, "cuda": 0.7}
 """Microseconds per column of the sweep and of each pass of coordinate descent, on top of the arithmetic."""
-_ALLOCATOR = 1.2
-"""What the allocator keeps beyond what is asked for; measured on a CPU run of 4.1 GB that took 4.8."""
-_STREAM_SHARE = 0.55
-"""Share of the matrix rate that forwards and Gram matrices reach."""
+_CORNER_US = {"cpu": 0.0, "cuda": 1.8}
+"""Microseconds per column of the factorisation, whose diagonal blocks fill no GPU."""
+_FIT_PRODUCTS = 40
+"""Matrix products of a least-squares fit, in half products: about ten steps of two."""
+_START = {"cpu": 1.0, "cuda": 2.5}
+"""Seconds until the first block and after the last one, whatever the model."""
+_HASHED = {"cpu": 1e9, "cuda": 4e9}
+"""Bytes of a checkpoint that are read and hashed in a second; machines with a GPU have more cores for it."""
+_PROCESS_GB = {"cpu": 0.75, "cuda": 3.6}
+"""Host memory of the process with its libraries loaded."""
+_PINNED = 1.8
+"""Host memory of a GPU run, in bytes of a block: the next one on its way in, the last one on its way out."""
+_ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
+"""What the allocator keeps beyond what is asked for."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Peak memory, disk and time of a run, and what was assumed."""
+    """Peak memory, disk and time of a run, and what was assumed; `done` is what happens to the linears."""
 
     device: torch.device
     host_gb: float
@@ -43,6 +68,7 @@ class Forecast:
     seconds: float
     linears: int
     kept: int
+    done: str
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -52,13 +78,13 @@ class Forecast:
 
     def lines(self) -> list[tuple[str, str]]:
         """What and how much, for people."""
-        rows = [("linears", f"{self.linears} quantised, {self.kept} kept as they are"), ("device", str(self.device))]
+        rows = [("linears", f"{self.linears} {self.done}, {self.kept} kept as they are"), ("device", str(self.device))]
         rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak"))
         if self.gpu_gb is not None:
             rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak"))
         rows += [
             ("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"),
-            ("time", f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.minutes:.1f} min"),
+            ("time", _spell(self.seconds)),
         ]
         return rows
 
@@ -101,57 +127,112 @@ def forecast_quantize(
     checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
 ) -> Forecast:
     """Count the work of one block and multiply. `tokens` is 0 when no data is needed."""
-    groups = inventory.reads_same_input()
-    element = 4 if device.type == "cpu" else 2
-    hidden = int(checkpoint.config["hidden_size"])
-    widest = max((group[0].k for group in groups if group), default=hidden)
-    weights = sum(t.n * t.k for group in groups for t in group)
-    rate = matmul_rate(device, torch.float32 if device.type == "cpu" else torch.float16)
-    activations = tokens * (hidden + widest) * element * (2 if solver.drift or not solver.staged else 1)
-    solving = max((_solver_bytes(group) for group in groups), default=0)
-    chunk = min(max(CHUNK_TOKENS, longest), tokens) * (4 * widest + 4 * hidden) * element
-    working = _ALLOCATOR * (activations + solving + chunk + weights * element) / 1e9
-    per_block = _forward_seconds(groups, hidden, tokens, longest, solver, rate)
-    per_block += sum(_solve_seconds(group, solver, rate, device) for group in groups)
-    stored = sum(t.n * t.k for t in inventory.targets)
-    disk = (checkpoint.nbytes - 2 * stored + stored * 0.52) / 1e9
-    process = _PROCESS_GB[device.type]
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 0.52, "quantised"), device)
+
+
+def forecast_prune(
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    solver: Pruner,
+    tokens: int,
+    longest: int,
+    device: torch.device,
+    passes: int = 0,
+) -> Forecast:
+    """The same for pruning; `passes` is how often each block is trained on all tokens."""
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", passes), device)
+
+
+def _spell(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What goes through a run: tokens, training passes over them, what comes out per weight, and what that is called."""
+
+    tokens: int
+    longest: int
+    bytes_per_weight: float
+    done: str
+    passes: int = 0
+
+
+def _forecast(
+    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device
+) -> Forecast:
     on_gpu = device.type == "cuda"
+    groups = inventory.reads_same_input()
+    work = Work(groups, int(checkpoint.config["hidden_size"]), load.tokens, load.longest)
+    rate = matmul_rate(device, torch.float16 if on_gpu else torch.float32)
+    takes = _TAKES[device.type]
+    per_block = sum(takes[part] * seconds for part, seconds in least_seconds(work, solver, rate, device).items())
+    per_block += sum(_beside_products(group, solver, device, rate) for group in groups if group)
+    per_block += (3 * load.passes + 3 * bool(load.passes)) * takes["forward"] * 2 * work.weights * load.tokens / rate
+    stored = sum(t.n * t.k for t in inventory.targets)
+    working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, trained=load.passes > 0) / 1e9
+    process = _PROCESS_GB[device.type]
     return Forecast(
         device=device,
-        host_gb=process + (2 * weights * 2 / 1e9 if on_gpu else working),
+        host_gb=process + (_PINNED * 2 * work.weights / 1e9 if on_gpu else working),
         gpu_gb=working if on_gpu else None,
-        disk_gb=disk,
-        seconds=1.0 + per_block * inventory.blocks + checkpoint.nbytes / 1e9,
+        disk_gb=(checkpoint.nbytes - 2 * stored + stored * load.bytes_per_weight) / 1e9,
+        seconds=_START[device.type] + per_block * inventory.blocks + checkpoint.nbytes / _HASHED[device.type],
         linears=len(inventory.targets),
         kept=len(inventory.kept),
+        done=load.done,
     )
 
 
-def _solver_bytes(group: list[Target]) -> int:
-    """Float32 copies of weights, errors, gradients and targets, and a few K x K matrices, one of them in float64."""
-    n, k = sum(t.n for t in group), group[0].k if group else 0
-    return 4 * (8 * n * k + 6 * k * k)
+def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device, *, trained: bool) -> float:
+    """The most that is alive at once: what flows, what stays of it inside a branch, the block, and one group's solution."""
+    on_gpu = device.type == "cuda"
+    element = 2 if on_gpu else 4
+    weights = work.weights * element * (1 + on_gpu + bool(solver.drift))
+    if isinstance(solver, RTN) or not work.tokens:
+        return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
+    flowing = work.tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + trained)
+    room = Room.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else Room()
+    residual = flowing if room.residual else 0
+    chunk = min(max(CHUNK_TOKENS, work.longest), work.tokens) * element
+    most = 0
+    for group in work.groups:
+        k = group[0].k if group else 0
+        inner = min(room.inner, work.tokens * k * element)
+        kept = inner if len(group) == 1 else residual if room.inputs else 0
+        most = max(
+            most, residual + kept + (_solver_bytes(group, on_gpu=on_gpu) if group else 0), residual + kept + 6 * chunk * k
+        )
+    return weights + most
 
 
-def _forward_seconds(
-    groups: list[list[Target]], hidden: int, tokens: int, longest: int, solver: RTN | GPTQ, rate: float
-) -> float:
-    """Forwards of one block and its Gram matrices; the original model runs alongside when drift is corrected."""
-    weights = sum(target.n * target.k for group in groups for target in group)
-    forward = 2 * weights * tokens + 4 * tokens * longest * hidden
-    grams = sum(2 * group[0].k ** 2 * tokens for group in groups if group)
-    forwards = 2 if solver.drift or not solver.staged else 1
-    return (forward * forwards + grams * (2 if solver.drift else 1)) / (_STREAM_SHARE * rate)
-
-
-def _solve_seconds(group: list[Target], solver: RTN | GPTQ, rate: float, device: torch.device) -> float:
-    if not group or isinstance(solver, RTN):
-        return 0.0
+def _solver_bytes(group: Sequence[Target], *, on_gpu: bool) -> int:
+    """H, the same in another order and in float64; then about ten float32 matrices of as many rows as are solved at a time."""
     n, k = sum(t.n for t in group), group[0].k
-    passes = 1 + solver.polish
+    rows = min(n, max(1, SLAB // k)) if on_gpu else n
+    return 2 * n * k + max(16 * k * k, 12 * k * k + 40 * rows * k)
+
+
+def _beside_products(group: Sequence[Target], solver: RTN | GPTQ | Pruner, device: torch.device, rate: float) -> float:
+    """Seconds of the walks along the columns, of the search for scales, and of what only pruning does."""
+    n, k = sum(t.n for t in group), group[0].k
+    column = _COLUMN_US[device.type] * 1e-6
+    moved = 0.0 if device.type == "cuda" else n * 128 * 4 / 20e9  # the block of columns behind each
+    if isinstance(solver, RTN):
+        return 0.0
+    if isinstance(solver, Pruner):
+        rounds, sweeps = solver.fit + solver.reselect, (solver.mask == "sparsegpt") + solver.reselect
+        by_torch = _COLUMN_US["cpu"] * 1e-6 * 3 * k * sweeps
+        return n * k * k * (sweeps + _FIT_PRODUCTS * rounds) / (0.5 * rate) + by_torch + moved * k * sweeps
     candidates = {"absmax": 1, "conditional": 76 * (1 + 128 / 8), "diagonal": 71}[solver.scales]
-    arithmetic = (n * k * k * (1 + 4 * solver.polish) + 2 * k**3) / (0.5 * rate)
-    search = n * k * candidates * _SEARCH_NS[device.type] * 1e-9
-    columns = k * passes * (_COLUMN_US[device.type] * 1e-6 + n * 128 * 4 / 20e9)
-    return arithmetic + search + columns
+    walks = _slabs(n, k, device) * (1 + solver.polish)
+    corners = k * _CORNER_US[device.type] * 1e-6
+    return n * k * candidates * _SEARCH_NS[device.type] * 1e-9 + k * walks * (column + moved) + corners
+
+
+def _slabs(n: int, k: int, device: torch.device) -> int:
+    """How often a group of this size is walked through, a slab of rows at a time."""
+    return -(-n // max(1, SLAB // k)) if device.type == "cuda" else 1

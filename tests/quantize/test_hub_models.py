@@ -40,6 +40,16 @@ def test_an_alias_is_quantised_from_the_cache(
     assert len(StoredLinears(run("llama2-7b")).names) == 14
 
 
+def test_a_revision_is_the_one_that_is_named(tiny_llama: Path, cached: Callable[[Path, str], Path]) -> None:
+    snapshot = cached(tiny_llama, "meta-llama/Llama-2-7b-hf")
+
+    for ref in (f"llama2-7b@{COMMIT}", f"meta-llama/Llama-2-7b-hf@{COMMIT}", "llama2-7b@main"):
+        assert Checkpoint.open(ref).path == snapshot
+        assert Checkpoint.open(ref).origin == ref
+    with pytest.raises(ModelError, match=f"`meta-llama/Llama-2-7b-hf` at revision `{'f' * 40}` is not in the local cache"):
+        Checkpoint.open(f"llama2-7b@{'f' * 40}")
+
+
 def test_a_model_that_cannot_be_done_is_refused_by_its_config(tiny_llama: Path, cached: Callable[[Path, str], Path]) -> None:
     """config.json is judged before any weights are looked for: here there are none."""
     snapshot = cached(tiny_llama, "someone/mixture")
@@ -71,3 +81,8 @@ def test_the_hub_cache_names_files_by_their_hash(tmp_path: Path, tiny_llama: Pat
     (linked / "model.safetensors").symlink_to(blob)
 
     assert Checkpoint.open(linked).fingerprint == Checkpoint.open(tiny_llama).fingerprint
+
+
+def test_a_result_that_is_not_there_is_not_looked_for_on_the_hub() -> None:
+    with pytest.raises(ModelError, match="there is no directory `runs/nothing`"):
+        Checkpoint.open("runs/nothing")

@@ -42,10 +42,10 @@ def count_writes(tiny_llama: Path, run: Run) -> int:
     writes = 0
     write = OutputDirectory._write
 
-    def counting(self: OutputDirectory, final: Path, content: bytes) -> None:
+    def counting(self: OutputDirectory, final: Path, parts: list[bytes]) -> None:
         nonlocal writes
         writes += 1
-        write(self, final, content)
+        write(self, final, parts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputDirectory, "_write", counting)
@@ -53,19 +53,20 @@ def count_writes(tiny_llama: Path, run: Run) -> int:
     return writes
 
 
-def dies_at(fatal: int, *, half_written: bool) -> Callable[[OutputDirectory, Path, bytes], None]:
+def dies_at(fatal: int, *, half_written: bool) -> Callable[[OutputDirectory, Path, list[bytes]], None]:
     """A write that kills the process at the `fatal`-th call, before it writes anything or in the middle of it."""
     write, done = OutputDirectory._write, 0
 
-    def dying(self: OutputDirectory, final: Path, content: bytes) -> None:
+    def dying(self: OutputDirectory, final: Path, parts: list[bytes]) -> None:
         nonlocal done
         if done == fatal:
             if half_written:
                 final.parent.mkdir(parents=True, exist_ok=True)
+                content = b"".join(parts)
                 final.with_name(final.name + ".tmp").write_bytes(content[: len(content) // 2])
             raise Killed
         done += 1
-        write(self, final, content)
+        write(self, final, parts)
 
     return dying
 
@@ -134,7 +135,7 @@ write, left = OutputDirectory._write, [int(sys.argv[3])]
 def dying(self, final, content):
     left[0] -= 1
     if left[0] < 0:
-        final.with_name(final.name + ".tmp").write_bytes(content[:100])
+        final.with_name(final.name + ".tmp").write_bytes(b"".join(content)[:100])
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, final, content)
 OutputDirectory._write = dying

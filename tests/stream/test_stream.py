@@ -12,7 +12,7 @@ from marlin_tools.checkpoint import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import ModelError
 from marlin_tools.families import FAMILIES, find_family
-from marlin_tools.stream import LayerStream
+from marlin_tools.stream import Group, LayerStream
 
 FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -118,16 +118,28 @@ def test_drift_is_the_distance_to_the_original_model(tiny_llama: Path) -> None:
             assert group.hessian is not None
             assert group.hessian.drift is not None
             now, before = (inputs_of(m, group.names[0], tokens) for m in (model, original))
-            expected = (before - now).T @ now / len(now)
-            torch.testing.assert_close(group.hessian.drift.inputs, expected, rtol=1e-3, atol=1e-5)
-            assert (group.hessian.drift.residual is not None) == group.names[0].endswith(("o_proj", "down_proj"))
-            if group.names[0] == "model.layers.1.self_attn.o_proj":
-                h, h0 = (inputs_of(m, "model.layers.1.input_layernorm", tokens) for m in (model, original))
-                torch.testing.assert_close(group.hessian.drift.residual, (h0 - h).T @ now / len(now), rtol=1e-3, atol=1e-5)
-            for name in group.names:
-                coarse = (group.weight(name) * 32).round() / 32
-                group.replace(name, coarse)
-                model.get_submodule(name).weight.data.copy_(coarse)
+            closes = group.names[0].endswith(("o_proj", "down_proj"))
+            assert (group.hessian.drift.inputs is None) == closes
+            assert (group.hessian.drift.outputs is not None) == closes
+            if not closes:
+                expected = (before - now).T @ now / len(now)
+                torch.testing.assert_close(group.hessian.drift.inputs, expected, rtol=1e-3, atol=1e-5)
+                continue_with(group, model)
+                continue
+            norm = "input_layernorm" if "self_attn" in group.names[0] else "post_attention_layernorm"
+            layer = group.names[0].rsplit(".", 2)[0]
+            h, h0 = (inputs_of(m, f"{layer}.{norm}", tokens) for m in (model, original))
+            weight = original.get_submodule(group.names[0]).weight
+            expected = (h0 + before @ weight.T - h - now @ weight.T).T @ now / len(now)
+            torch.testing.assert_close(group.hessian.drift.outputs, expected, rtol=1e-3, atol=1e-5)
+            continue_with(group, model)
+
+
+def continue_with(group: Group, model: torch.nn.Module) -> None:
+    for name in group.names:
+        coarse = (group.weight(name) * 32).round() / 32
+        group.replace(name, coarse)
+        model.get_submodule(name).weight.data.copy_(coarse)
 
 
 def inputs_of(model: torch.nn.Module, name: str, tokens: TokenSet) -> Tensor:

@@ -1,0 +1,72 @@
+"""The forecast, against what was measured on one H100 with 128 x 2048 tokens and the preset `default`; no GPU is asked."""
+
+import pytest
+import torch
+
+from marlin_tools.algorithms import PRESETS
+from marlin_tools.cards import CARDS, Card
+from marlin_tools.stages import forecast
+from marlin_tools.stages.floor import Work, least_seconds
+from marlin_tools.stages.forecast import Forecast, forecast_quantize
+from marlin_tools.stages.inventory import take_inventory
+
+H100 = torch.device("cuda", 0)
+RATE = 7.4e14
+"""Operations per second of a large product while these were measured."""
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "matmul_rate", lambda *_: RATE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(80.3e9), int(85e9)))
+
+
+def expected(name: str, layers: int, preset: str = "default", tokens: int = 128 * 2048) -> Forecast:
+    card = Card(CARDS[name] | {"num_hidden_layers": layers}, name)
+    inventory = take_inventory(card, (), 128, "compressed-tensors")
+    return forecast_quantize(card, inventory, PRESETS[preset], tokens, 2048, H100)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "seconds", "host_gb"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 32, 37.8, 4.2),
+        ("meta-llama/Llama-2-70b-hf", 3, 20.9, 6.8),
+    ],
+)
+def test_as_measured(name: str, layers: int, seconds: float, host_gb: float) -> None:
+    found = expected(name, layers)
+    assert found.seconds == pytest.approx(seconds, rel=0.1)
+    assert found.host_gb == pytest.approx(host_gb, rel=0.1)
+
+
+def test_gpu_memory() -> None:
+    assert expected("meta-llama/Llama-2-7b-hf", 32).gpu_gb == pytest.approx(15.0, rel=0.1)
+    assert (expected("meta-llama/Llama-2-70b-hf", 80).gpu_gb or 0) < 40
+    few = expected("meta-llama/Llama-2-7b-hf", 32, tokens=16 * 2048).gpu_gb or 0
+    assert few < 8
+    assert (expected("meta-llama/Llama-2-7b-hf", 32, "rtn").gpu_gb or 0) < few
+
+
+def test_what_costs_more_is_said_to() -> None:
+    by_preset = [expected("meta-llama/Llama-2-7b-hf", 32, preset).seconds for preset in ("rtn", "fast", "default")]
+    assert by_preset == sorted(by_preset)
+    assert expected("meta-llama/Llama-2-7b-hf", 32, tokens=2 * 128 * 2048).seconds > 1.4 * by_preset[-1]
+
+
+def test_floor_of_one_linear_by_hand() -> None:
+    """One linear alone: 2 N K operations a token and path, K² for its Gram matrix, of which half is needed."""
+    card = Card(CARDS["meta-llama/Llama-2-7b-hf"] | {"num_hidden_layers": 1}, "7b")
+    target = next(t for t in take_inventory(card, (), 128, "compressed-tensors").targets if t.name.endswith("o_proj"))
+    work = Work([[target]], target.k, 1000, 100)
+    n, k = target.n, target.k
+    parts = least_seconds(work, PRESETS["default"], 1e12, H100)
+    assert parts["forward"] == pytest.approx(2 * (2 * n * k * 1000 + 2 * 1000 * 100 * k) / 1e12)
+    assert parts["hessian"] == pytest.approx(k * k * 1000 / 1e12)
+    assert parts["drift"] == pytest.approx(2 * n * k * 1000 / 1e12)
+    assert parts["polish"] == pytest.approx(6 * 2 * n * k * k * 4 / 1e12)
+    assert least_seconds(work, PRESETS["default"], 1e12, torch.device("cpu"))["polish"] == pytest.approx(
+        2 * n * k * k * 4 / 1e12
+    )
+    assert "drift" not in least_seconds(work, PRESETS["fast"], 1e12, H100)
+    assert least_seconds(work, PRESETS["rtn"], 1e12, H100) == {}
