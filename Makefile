@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint fix types test-gpu size lock clean
+.PHONY: help venv demo reproduce test lint fix types test-gpu size lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -29,8 +29,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
-demo: $(READY) ## quantise the embedded model, export it, show before and after, verify it (CPU, about a minute)
+demo: $(READY) ## quantise the embedded model, export it, write its report, verify it; the same with 2:4 (CPU, about two minutes)
 	@$(BIN)/marlin-tools run demo --overwrite
+	@$(BIN)/marlin-tools run demo-sparse --overwrite
+
+reproduce: $(READY) ## the recipes of the embedded model against the numbers in them (CPU, about three minutes)
+	@$(BIN)/marlin-tools reproduce demo demo-presets demo-sparse
 
 test: lint types ## everything that needs no GPU: style, types, layers, tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"

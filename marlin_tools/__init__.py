@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from marlin_tools.stages.calibrate import calibrate
     from marlin_tools.stages.evaluate import EvaluateSettings, evaluate
     from marlin_tools.stages.export import export
+    from marlin_tools.stages.finetune import FinetuneSettings, finetune
     from marlin_tools.stages.generate import GenerateSettings, generate
     from marlin_tools.stages.inspect import inspect
+    from marlin_tools.stages.prune import PruneSettings, prune
     from marlin_tools.stages.quantize import QuantizeSettings, quantize
     from marlin_tools.stages.verify import verify
 
@@ -25,7 +27,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "EvaluateSettings",
+    "FinetuneSettings",
     "GenerateSettings",
+    "PruneSettings",
     "QuantizeSettings",
     "QuantizedLinear",
     "Recipe",
@@ -33,9 +37,11 @@ __all__ = [
     "calibrate",
     "evaluate",
     "export",
+    "finetune",
     "generate",
     "inspect",
     "load",
+    "prune",
     "quantize",
     "verify",
 ]
@@ -43,7 +49,9 @@ __all__ = [
 _HOME = {
     "Checkpoint": "marlin_tools.checkpoint",
     "EvaluateSettings": "marlin_tools.stages.evaluate",
+    "FinetuneSettings": "marlin_tools.stages.finetune",
     "GenerateSettings": "marlin_tools.stages.generate",
+    "PruneSettings": "marlin_tools.stages.prune",
     "QuantizeSettings": "marlin_tools.stages.quantize",
     "QuantizedLinear": "marlin_tools.quantized",
     "Recipe": "marlin_tools.recipe",
@@ -51,9 +59,11 @@ _HOME = {
     "calibrate": "marlin_tools.stages.calibrate",
     "evaluate": "marlin_tools.stages.evaluate",
     "export": "marlin_tools.stages.export",
+    "finetune": "marlin_tools.stages.finetune",
     "generate": "marlin_tools.stages.generate",
     "inspect": "marlin_tools.stages.inspect",
     "load": "marlin_tools.backends",
+    "prune": "marlin_tools.stages.prune",
     "quantize": "marlin_tools.stages.quantize",
     "verify": "marlin_tools.stages.verify",
 }

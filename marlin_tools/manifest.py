@@ -1,4 +1,8 @@
-"""manifest.json: how a result came to be. Everything outside `times` is the same for the same inputs on the same machine."""
+"""manifest.json: how a result came to be. Everything outside `times` is the same for the same inputs on the same machine.
+
+`times` is also the only part that is written to again: `times.stages` says of each stage that the result has been through how
+long it took and how much memory the process had used by its end.
+"""
 
 import hashlib
 import json
@@ -9,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools import __version__
-from marlin_tools.output import OutputDirectory
+from marlin_tools.output import OutputDirectory, put
 
 NAME = "manifest.json"
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "datasets", "lm-eval", "numpy")
@@ -50,6 +54,24 @@ def write_manifest(
         "times": times,
     }
     output.write_text(NAME, json.dumps(content, indent=1) + "\n")
+
+
+def history(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """`history` for the manifest of what is made from this model: our stages that it has been through, first to last."""
+    content = read_manifest(directory)
+    if content is None:
+        return {}
+    here = {key: content[key] for key in ("stage", "model", "settings") if key in content}
+    return {"history": [*content.get("history", []), here]}
+
+
+def record_stage(directory: Path, stage: str, cost: Mapping[str, float]) -> None:
+    """Note in `times` what a stage of a finished result has cost; does nothing where there is no manifest."""
+    content = read_manifest(directory)
+    if content is None:
+        return
+    content["times"].setdefault("stages", {})[stage] = {key: round(value, 2) for key, value in cost.items()}
+    put(directory / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -10,24 +10,23 @@ made it, so there is a single way in which anything is run. A stage is the setti
       - {stage: quantize, preset: default}
       - {stage: evaluate, tasks: [demo_qa], baseline: demo}
 
-Read next: `run.py`, which plans and executes it; `recipe_yaml.py`, which says what is wrong and where.
+Read next: `recipe_files.py`, which finds and reads them; `run.py`, which plans and executes them.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from marlin_tools import recipe_yaml
-from marlin_tools.errors import RecipeError
 from marlin_tools.formats import FORMATS
-from marlin_tools.recipe_yaml import Document, near
-from marlin_tools.resources import recipes_dir
+from marlin_tools.recipe_yaml import Document
 from marlin_tools.settings import Settings
 from marlin_tools.stages.calibrate import CalibrationSettings
 from marlin_tools.stages.evaluate import EvaluateSettings
+from marlin_tools.stages.finetune import FinetuneSettings, LearningSettings
 from marlin_tools.stages.generate import GenerateSettings
+from marlin_tools.stages.prune import PruneSettings
 from marlin_tools.stages.quantize import QuantizeSettings
 
 PAPER_DOCUMENTS = 256
@@ -37,10 +36,51 @@ DEMO_WINDOWS = 64
 """How many windows of 1024 tokens the embedded text surely has."""
 
 
+TRAINING_WINDOWS, TRAINING_LENGTH = 8192, 1024
+"""How much text is trained on when nobody says how much."""
+
+DENSE = {"prune": "pruned", "finetune": "finetuned"}
+"""Stages that make a model in 16 bits, and what their directory is called beside others."""
+
+
 def _known_format(name: str) -> str:
     if name not in FORMATS:
         raise ValueError(f"unknown format `{name}`; known: {', '.join(FORMATS)}")
     return name
+
+
+class PruneStage(PruneSettings):
+    """Make the model 2:4 sparse; calibration is a section of its own."""
+
+    stage: Literal["prune"]
+
+    @property
+    def settings(self) -> PruneSettings:
+        """What the stage function takes."""
+        return PruneSettings.model_validate(self.model_dump(exclude={"stage"}))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
+
+
+class FinetuneStage(LearningSettings):
+    """Let the sparse model learn from `teacher`, by default the recipe's model, on `text`, by default the calibration text."""
+
+    stage: Literal["finetune"]
+    teacher: str | None = None
+    text: CalibrationSettings | None = None
+
+    def settings_for(self, model: str) -> FinetuneSettings:
+        """What the stage function takes in a recipe of this model."""
+        chosen = self.model_dump(exclude={"stage", "teacher", "text"})
+        return FinetuneSettings.model_validate(chosen | {"teacher": self.teacher or model})
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text: not if it has a text of its own, or the teacher writes one."""
+        return self.text is None and not self.sampled
 
 
 class QuantizeStage(QuantizeSettings):
@@ -54,6 +94,11 @@ class QuantizeStage(QuantizeSettings):
     def settings(self) -> QuantizeSettings:
         """What the stage function takes."""
         return QuantizeSettings.model_validate(self.model_dump(exclude={"stage"}))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
 
 
 class ExportStage(Settings):
@@ -93,7 +138,26 @@ class GenerateStage(GenerateSettings):
         return GenerateSettings.model_validate(self.model_dump(exclude={"stage", "prompt"}))
 
 
-Stage = QuantizeStage | ExportStage | EvaluateStage | VerifyStage | GenerateStage
+Making = PruneStage | FinetuneStage | QuantizeStage
+"""Stages that make another model, in the only order that makes sense."""
+
+Stage = Making | ExportStage | EvaluateStage | VerifyStage | GenerateStage
+
+
+class Expectation(Settings):
+    """A number that was published, and how far from it a measured one may lie.
+
+    task, metric   which score; the first of the task if no metric is named
+    value          as a score is written: accuracy as a share of 1
+    tolerance      left out: shown beside the measured one, never judged
+    note           why it cannot be judged, or what the tolerance rests on
+    """
+
+    task: str
+    metric: str | None = None
+    value: float = Field(allow_inf_nan=False)
+    tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    note: str = ""
 
 
 class Recipe(Settings):
@@ -102,25 +166,36 @@ class Recipe(Settings):
     name         names the output: `runs/<name>-<scheme>`
     model        a directory, a hub id or an alias
     description  one line for `recipes list`
-    source       where the settings come from, and in what they deviate from it
+    source       where the settings and the expected numbers come from
+    deviations   in what it differs from its source
     calibrate    by default what suits the model and the preset, see `settle`
     stages       in the order in which they run
+    expect       what `reproduce` compares the scores with
+    control      the recipe, usually of the unquantised model, that has to hold before this one means anything
     """
 
     name: str = Field(pattern=r"^[\w][\w.+-]*$")
     model: str
     description: str = ""
     source: str = ""
+    deviations: tuple[str, ...] = ()
     calibrate: CalibrationSettings | None = None
     stages: tuple[Annotated[Stage, Field(discriminator="stage")], ...] = Field(min_length=1)
+    expect: tuple[Expectation, ...] = ()
+    control: str | None = None
 
     @model_validator(mode="after")
     def _one_model_each(self) -> Self:
-        if sum(isinstance(stage, QuantizeStage) for stage in self.stages) > 1:
-            raise ValueError("a recipe quantises once: `quantize` may stand in `stages` once")
+        _check_order(self.making)
+        if sum(isinstance(stage, EvaluateStage) for stage in self.stages) > 1:
+            raise ValueError("a recipe evaluates once, all tasks together: `evaluate` may stand in `stages` once")
         for name in self.formats:
             if self.formats.count(name) > 1:
                 raise ValueError(f"format `{name}` would be written twice")
+        for expected in self.expect:
+            if expected.task not in self.tasks:
+                measured = ", ".join(self.tasks) or "nothing"
+                raise ValueError(f"`expect` names task `{expected.task}`, which no stage measures; measured: {measured}")
         return self
 
     @property
@@ -129,23 +204,53 @@ class Recipe(Settings):
         return next((stage for stage in self.stages if isinstance(stage, QuantizeStage)), None)
 
     @property
+    def making(self) -> tuple[Making, ...]:
+        """The stages that make another model, in their order."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Making))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Everything that the recipe measures."""
+        return tuple(task for stage in self.stages if isinstance(stage, EvaluateStage) for task in stage.tasks)
+
+    @property
     def formats(self) -> tuple[str, ...]:
-        """What the run writes, in this order; each is a model directory of its own."""
+        """How the quantised models that the run writes are stored, in this order."""
         made = (self.quantize.format,) if self.quantize else ()
         return made + tuple(name for stage in self.stages if isinstance(stage, ExportStage) for name in stage.formats)
 
     @property
+    def made(self) -> tuple[str, ...]:
+        """What the run writes, in this order; each is a model directory of its own."""
+        return tuple(DENSE[stage.stage] for stage in self.making if stage.stage in DENSE) + self.formats
+
+    @property
     def scheme(self) -> str:
-        """How the weights are stored: bits and what shares a scale."""
+        """How the weights are stored: bits and what shares a scale, and whether half of them are zero."""
         if self.quantize is None:
-            return "-".join(self.formats)
-        return "int4-channel" if self.quantize.group_size == -1 else f"int4-g{self.quantize.group_size}"
+            return "-".join(self.formats) or next((f"2of4-{name}" for name in reversed(self.made)), "")
+        bits = "int4-channel" if self.quantize.group_size == -1 else f"int4-g{self.quantize.group_size}"
+        return bits if self.quantize.sparsity is None else f"2of4-{bits}"
 
     def dump(self) -> str:
         """As YAML, with every setting written out."""
         content = self.model_dump(mode="json", exclude_none=True)
         content["stages"] = [{"stage": stage["stage"], **stage} for stage in content["stages"]]
-        return recipe_yaml.dump({key: value for key, value in content.items() if value != ""})
+        return recipe_yaml.dump({key: value for key, value in content.items() if value not in ("", [])})
+
+
+def _check_order(making: tuple[Making, ...]) -> None:
+    """Each at most once, each after what it builds on, and nothing undone by what follows."""
+    names = [stage.stage for stage in making]
+    order = {"prune": "prunes", "finetune": "finetunes", "quantize": "quantises"}
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"a recipe {order[name]} once: `{name}` may stand in `stages` once")
+    if names != sorted(names, key=list(order).index):
+        raise ValueError(f"`stages` has {', then '.join(names)}: the order is {', '.join(order)}")
+    last = making[-1] if making else None
+    if isinstance(last, QuantizeStage) and len(making) > 1 and last.sparsity is None:
+        raise ValueError(f"`quantize` after `{names[-2]}` would lose the zeros: give it `sparsity: keep`")
 
 
 def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -154,38 +259,28 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     The embedded model gets the embedded text, the paper's preset what the paper took, everything else C4.
     """
     stage = recipe.quantize
-    if stage is None or not stage.solver.needs_data:
-        unused = recipe.calibrate is not None and stage is not None
-        notes = [f"preset `{stage.preset}` looks at no data: calibration settings have no effect"] if stage and unused else []
+    if not any(each.needs_data for each in recipe.making):
+        unused = recipe.calibrate is not None and recipe.making
+        names = [f"`{each.stage}`" if isinstance(each, FinetuneStage) else f"preset `{each.preset}`" for each in recipe.making]
+        notes = [f"{' and '.join(names)} looks at no data: calibration settings have no effect"] if unused else []
         return recipe.model_copy(update={"calibrate": None}), notes
     given = recipe.calibrate.model_dump(exclude_unset=True) if recipe.calibrate else {}
     if "source" in given:
         chosen: dict[str, Any] = {}
     elif recipe.model == "demo":
         chosen = {"source": "demo"}
-    elif stage.preset == "marlin":
+    elif stage and stage.preset == "marlin":
         chosen = {"source": "redpajama", "num_samples": PAPER_DOCUMENTS}
     else:
         chosen = {"source": "c4"}
     if "num_samples" not in given and {**chosen, **given}["source"] == "demo":
         chosen["num_samples"] = DEMO_WINDOWS
+    elif "num_samples" not in given and all(isinstance(each, FinetuneStage) for each in recipe.making):
+        chosen |= {"num_samples": TRAINING_WINDOWS, "seqlen": given.get("seqlen", TRAINING_LENGTH)}
     settings = CalibrationSettings.model_validate({**chosen, **given})
     shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
     notes = [f"calibrating on `{settings.source}`, {shape}; choose with `--calib` and `--num-samples`"] if chosen else []
     return recipe.model_copy(update={"calibrate": settings}), notes
-
-
-def load(ref: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a file, or a bundled one by its name, with `a.b=value` overrides; reports all that is wrong at once."""
-    path = find(ref)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"`{path}` cannot be read: {error}") from error
-    document = recipe_yaml.parse(text, str(path))
-    for override in overrides:
-        _override(document, override)
-    return recipe_yaml.validate(Recipe, document)
 
 
 def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str]) -> Recipe:
@@ -193,37 +288,6 @@ def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str])
     return recipe_yaml.validate(Recipe, Document(dict(data), dict(origins)))
 
 
-def bundled() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    return {path.stem: path for path in sorted(recipes_dir().glob("*.yaml"), key=lambda path: path.stem)}
-
-
-def find(ref: str | Path) -> Path:
-    """The file of a recipe: a path, or the name of a bundled one."""
-    path = Path(ref)
-    if path.is_file():
-        return path
-    known = bundled()
-    if str(ref) not in known:
-        raise RecipeError(f"`{ref}` is no recipe file and no bundled recipe", hint=near(str(ref), list(known)))
-    return known[str(ref)]
-
-
 def schema() -> dict[str, Any]:
     """JSON Schema of recipe files, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-
-
-def _override(document: Document, text: str) -> None:
-    """`quantize.damp=0.05`: a path of keys and indices; the name of a stage stands for its place in `stages`."""
-    name, separator, value = text.partition("=")
-    origin = f"--set {text}"
-    if not separator or not all(name.split(".")):
-        raise RecipeError(f"`{origin}`: not of the form `a.b=value`", hint="for example: --set quantize.damp=0.05")
-    path: tuple[str | int, ...] = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-    stages = document.data.get("stages")
-    if isinstance(stages, list) and path[0] not in Recipe.model_fields:
-        places = [index for index, stage in enumerate(stages) if isinstance(stage, dict) and stage.get("stage") == path[0]]
-        if places:
-            path = ("stages", places[0], *path[1:])
-    document.put(path, recipe_yaml.parse_value(value), origin)

@@ -106,7 +106,7 @@ def validate(model: type[Model], document: Document) -> Model:
                 continue  # only says that what lies inside is wrong
             place, rule = _complaint(dict(each), document, schema)
             problems[place] = f"{problems[place]}, or {rule}" if place in problems else rule
-        lines = sorted((f"{place}{rule}" for place, rule in problems.items()), key=_position)
+        lines = sorted((f"{place}{rule}" for place, rule in problems.items()), key=position)
         raise RecipeError("\n".join(lines)) from error
 
 
@@ -145,7 +145,7 @@ def _place(file: str, node: Node) -> str:
     return f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
-def _position(complaint: str) -> tuple[int, ...]:
+def position(complaint: str) -> tuple[int, ...]:
     """Line and column; complaints about overrides and options come first, as they were found."""
     found = re.search(r":(\d+):(\d+):", complaint)
     return tuple(map(int, found.groups())) if found else (0, 0)
@@ -169,6 +169,9 @@ def _complaint(error: dict[str, Any], document: Document, schema: dict[str, Any]
     if kind == "value_error":
         rule, separator, names = rule.partition("; known: ")
         return f"{document.origin(path)}: ", f"{rule}; {near(str(error['input']), names.split(', '))}" if separator else rule
+    if kind == "too_short":
+        least = error["ctx"]["min_length"]
+        rule = f"must have at least {least} item{'s' if least > 1 else ''}"
     rule = rule.replace("Input should", "must").replace("tuple", "list")
     origin = document.origin(path)
     is_option = origin.startswith("--") and " " not in origin

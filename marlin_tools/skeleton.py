@@ -35,12 +35,22 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
 
 def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tensor:
     """One stored tensor as it is; an error if its shape is not the one that config.json asks for, or if it is not finite."""
-    stored = checkpoint.read(name)
-    if tuple(stored.shape) != tuple(shape):
+    stored = read_shaped(checkpoint, name, shape)
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise damaged(name)
+    return stored
+
+
+def read_shaped(checkpoint: Checkpoint, name: str, shape: Sequence[int], *, pinned: bool = False) -> Tensor:
+    """One stored tensor as it is, if it has this shape; in pinned memory for a copy to a GPU."""
+    if checkpoint.shape(name) != tuple(shape):
         raise ModelError(
-            f"`{name}` is {tuple(stored.shape)} in the checkpoint, config.json asks for {tuple(shape)}",
+            f"`{name}` is {checkpoint.shape(name)} in the checkpoint, config.json asks for {tuple(shape)}",
             hint="config.json and weights do not belong together; download the model again",
         )
-    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-        raise ModelError(f"`{name}` holds NaN or infinite values", hint="the checkpoint is damaged; download it again")
-    return stored
+    return checkpoint.read_pinned(name) if pinned else checkpoint.read(name)
+
+
+def damaged(name: str) -> ModelError:
+    """What to raise for a weight that is not finite."""
+    return ModelError(f"`{name}` holds NaN or infinite values", hint="the checkpoint is damaged; download it again")

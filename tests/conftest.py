@@ -113,13 +113,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     The directory is shared by the whole session: read it, or copy it first.
     """
-    made: dict[tuple[Any, ...], Path] = {}
+    made: dict[str, Path] = {}
 
     def make(model_type: str, **changes: Any) -> Path:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        key = (model_type, *sorted(changes.items()))
+        key = f"{model_type} {sorted(changes.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp(f"tiny-{model_type}-")
             config = AutoConfig.for_model(model_type, **(SHAPE | changes))

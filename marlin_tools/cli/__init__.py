@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from marlin_tools import __version__
-from marlin_tools.cli import look, make, measure, recipes
+from marlin_tools.cli import bench, kernels, look, make, measure, recipes
 from marlin_tools.cli.options import PLAIN, SETTINGS, flag
 from marlin_tools.errors import MarlinToolsError
 
@@ -24,7 +24,8 @@ _UsageError: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(context_settings=SETTINGS, invoke_without_command=True, **PLAIN)
 for family in (make, measure, recipes, look):
     app.add_typer(family.app)
-app.add_typer(recipes.recipes, name="recipes")
+for name, group in (("recipes", recipes.recipes), ("bench", bench.bench), ("kernels", kernels.kernels)):
+    app.add_typer(group, name=name)
 
 Version = Annotated[bool, flag("--version", "Print the version and exit.")]
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _UsageError as error:
         code = _complain(_usage(error))
     if code == 130:
-        kept = ": finished blocks and stages are kept" if arguments[0] in {"quantize", "run"} else ""
+        kept = ": finished blocks and stages are kept" if arguments[0] in {"quantize", "run", "reproduce"} else ""
         _complain(MarlinToolsError("interrupted", hint=f"run the same command again{kept}"))
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""The verbs that make a model: `quantize` and `export`."""
+"""The verbs that make a model: `quantize`, `prune`, `finetune` and `export`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,14 +9,19 @@ from marlin_tools.cli.options import (
     FORMATS,
     PLAIN,
     Calib,
+    Damp,
     Device,
     Directory,
     DryRun,
+    Ignore,
     Json,
     Model,
+    NumSamples,
     Output,
     Overwrite,
     Resume,
+    Seed,
+    SeqLen,
     Strict,
     flag,
     option,
@@ -37,12 +42,15 @@ def quantize(
     preset: Annotated[str, option(of="NAME", text="default, fast, marlin (the paper's recipe) or rtn.")] = "default",
     format: Annotated[str | None, option(of="F,...", text=FORMATS)] = None,
     calib: Calib = None,
-    num_samples: Annotated[int | None, option(of="N", text="Windows or documents to calibrate on.")] = None,
-    seqlen: Annotated[int | None, option(of="L", text="Tokens per window; if given, text is packed.")] = None,
+    num_samples: NumSamples = None,
+    seqlen: SeqLen = None,
+    sparsity: Annotated[
+        str | None, option(of="2:4|keep", text="2:4 prunes what is dense; keep insists on the zeros there.")
+    ] = None,
     group_size: Annotated[int | None, option(of="128|-1", text="Inputs that share a scale; -1 for one per output.")] = None,
-    damp: Annotated[float | None, option(of="F", text="Added to the Hessian's diagonal, relative to its mean.")] = None,
-    seed: Annotated[int | None, option(of="N", text="Which samples are drawn.")] = None,
-    ignore: Annotated[list[str] | None, option(of="REGEX", text="Linears to leave as they are; repeatable.")] = None,
+    damp: Damp = None,
+    seed: Seed = None,
+    ignore: Ignore = None,
     no_negative_scales: Annotated[bool, flag("--no-negative-scales", "For engines that expect positive scales.")] = False,
     device: Device = None,
     dry_run: DryRun = False,
@@ -55,13 +63,84 @@ def quantize(
     """Quantise a model to INT4."""
     first, *others = format.split(",") if format else (None,)
     signed = False if no_negative_scales else None
-    solver = given(preset=preset, damp=damp, negative_scales=signed, group_size=group_size)
+    solver = given(preset=preset, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))
     recipe = recipe_of(name, model, stages, given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed))
     if preview:
         return _preview(recipe, as_json=json)
+    return perform(recipe, output, dry_run=dry_run, resume=resume, overwrite=overwrite, strict=strict, as_json=json)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output = None,
+    preset: Annotated[str, option(of="NAME", text="default, sparsegpt (as published), wanda or magnitude.")] = "default",
+    reconstruct: Annotated[
+        int | None, option(of="N", text="Passes of training each block towards its original outputs.")
+    ] = None,
+    calib: Calib = None,
+    num_samples: NumSamples = None,
+    seqlen: SeqLen = None,
+    damp: Damp = None,
+    seed: Seed = None,
+    ignore: Ignore = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> int:
+    """Make a model 2:4 sparse.
+
+    The result has the original's type, with two of every four weights zero.
+    """
+    stage = given(stage="prune", preset=preset, reconstruct=reconstruct, damp=damp, ignore=ignore, device=device)
+    text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
+    recipe = recipe_of(f"{short_name(model)}-{preset}", model, [stage], text)
+    return perform(recipe, output, dry_run=dry_run, resume=resume, overwrite=overwrite, strict=strict, as_json=json)
+
+
+@app.command()
+def finetune(
+    model: Model,
+    teacher: Annotated[str, option(of="MODEL", text="The original: what the model is to do again.")],
+    output: Output = None,
+    calib: Calib = None,
+    num_samples: NumSamples = None,
+    seqlen: SeqLen = None,
+    sampled: Annotated[int | None, option(of="N", text="Windows that the teacher writes itself, besides or instead.")] = None,
+    tokens: Annotated[int | None, option(of="N", text="Tokens to train on in all; text is repeated.")] = None,
+    rate: Annotated[float | None, option(of="F", text="Highest learning rate.")] = None,
+    batch: Annotated[int | None, option(of="N", text="Windows per step.")] = None,
+    micro: Annotated[int | None, option(of="N", text="Windows per forward; gradients are added up.")] = None,
+    kl: Annotated[float | None, option(of="F", text="Weight of the KL to the teacher.")] = None,
+    ce: Annotated[float | None, option(of="F", text="Weight of the cross entropy.")] = None,
+    square_head: Annotated[float | None, option(of="F", text="Weight of the distance of hidden states.")] = None,
+    recompute: Annotated[bool, flag("--recompute", "Compute activations twice: slower, in less memory.")] = False,
+    seed: Seed = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> int:
+    """Let a 2:4 sparse model learn from the original.
+
+    Its zeros stay where they are. Started by `torchrun`, it trains on many GPUs.
+    """
+    stage = given(
+        stage="finetune", teacher=teacher, tokens=tokens, rate=rate, batch=batch, micro=micro, seed=seed, device=device
+    )
+    stage |= given(kl=kl, ce=ce, square_head=square_head, sampled=sampled, recompute=recompute or None)
+    text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
+    if sampled:
+        stage |= given(seqlen=seqlen, text=text if calib else None)
+    recipe = recipe_of(short_name(model), model, [stage], {} if sampled else text)
     return perform(recipe, output, dry_run=dry_run, resume=resume, overwrite=overwrite, strict=strict, as_json=json)
 
 

@@ -43,11 +43,16 @@ def perform(
 ) -> int:
     """Plan and, unless it is a dry run, execute; then print."""
     from marlin_tools import report, ui
-    from marlin_tools.run import execute, plan
+    from marlin_tools.device import leads
+    from marlin_tools.events import silent
+    from marlin_tools.planning import plan
+    from marlin_tools.run import execute
 
     with ui.Display() as display:
-        planned = plan(recipe, output)
-        result = None if dry_run else execute(planned, display, **again)
+        planned = plan(recipe, output, dry=dry_run)
+        result = None if dry_run else execute(planned, display if leads() else silent, **again)
+    if not leads():
+        return 0
     if result is None:
         steps = planned.describe()
         ui.write_json({"steps": steps, "notes": planned.notes}) if as_json else ui.write(report.plan(steps, planned.notes))

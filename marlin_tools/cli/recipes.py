@@ -1,11 +1,11 @@
-"""Recipes: `run` one; list, show, copy and check them."""
+"""Recipes: `run` one, `reproduce` what several expect; list, show, copy and check them."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from marlin_tools.cli.options import PLAIN, DryRun, Json, Output, Overwrite, Resume, Strict, argument, option
+from marlin_tools.cli.options import PLAIN, DryRun, Json, Output, Overwrite, Resume, Strict, argument, flag, option
 from marlin_tools.cli.perform import perform
 from marlin_tools.errors import OutputError, RecipeError
 
@@ -30,6 +30,40 @@ def run(
 
     again = {"resume": resume, "overwrite": overwrite, "start": from_}
     return perform(load(recipe, set_ or ()), output, dry_run=dry_run, strict=strict, as_json=json, **again)
+
+
+@app.command()
+def reproduce(
+    refs: Annotated[list[str], argument("RECIPE...", "Recipes, rows of tables, or whole tables; names or YAML files.")],
+    set_: Annotated[
+        list[str] | None, option("--set", of="A.B=C", text="Override a setting of all of them; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None, option("-o", "--output", of="DIR", text="Where the report goes: runs/reproduce/<name>.")
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> int:
+    """Run recipes and hold what they measure against what they expect.
+
+    Exits with 1 if a number is outside its tolerance, with 2 if something could not be run.
+    """
+    from marlin_tools import report, ui
+    from marlin_tools.planning import plan
+    from marlin_tools.reproduce import collect
+    from marlin_tools.reproduce import reproduce as compare
+
+    if dry_run:
+        planned = [plan(recipe, dry=True) for recipe in collect(refs, set_ or ())]
+        steps = {each.recipe.name: each.describe() for each in planned}
+        texts = [f"{each.recipe.name}\n{report.plan(each.describe(), each.notes)}" for each in planned]
+        ui.write_json(steps) if json else ui.write("\n\n".join(texts))
+        return 0
+    with ui.Display() as display:
+        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite)
+    ui.write_json(comparison.describe()) if json else ui.write(report.as_text(comparison))
+    return comparison.code
 
 
 Name = Annotated[str, argument("NAME", "A bundled recipe.")]
@@ -57,12 +91,13 @@ def recipes_show(name: Name) -> int:
 def recipes_copy(name: Name, to: Annotated[Path, argument("FILE", "Where to; a directory keeps the name.")] = Path()) -> int:
     """Copy a recipe, to be changed."""
     from marlin_tools import recipe_files, ui
+    from marlin_tools.output import put
 
     text = recipe_files.show(name)
     target = to / f"{name}.yaml" if to.is_dir() else to
     if target.exists():
         raise OutputError(f"`{target}` exists", hint="choose another name: marlin-tools recipes copy NAME FILE")
-    target.write_text(text, encoding="utf-8")
+    put(target, text)
     ui.write(str(target))
     return 0
 
@@ -72,22 +107,23 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
     """Check recipes and report all that is wrong with them."""
     from marlin_tools import recipe_files, ui
 
-    problems = []
+    problems, fine = [], []
     for file in files:
         try:
-            recipe_files.check(file)
+            count = recipe_files.check(file)
+            fine.append(f"{file}: ok" + (f", {count} recipes" if count > 1 else ""))
         except RecipeError as error:
             problems.append(error.message)
     if problems:
         raise RecipeError("\n".join(problems), hint="`marlin-tools recipes schema` describes every key")
-    ui.write("\n".join(f"{file}: ok" for file in files))
+    ui.write("\n".join(fine))
     return 0
 
 
 @recipes.command(name="schema")
-def recipes_schema() -> int:
+def recipes_schema(table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False) -> int:
     """Print the JSON Schema of recipes, for editors."""
-    from marlin_tools import recipe, ui
+    from marlin_tools import recipe, recipe_table, ui
 
-    ui.write_json(recipe.schema())
+    ui.write_json(recipe_table.schema() if table else recipe.schema())
     return 0

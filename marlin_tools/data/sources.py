@@ -3,7 +3,8 @@
 To add a source, write one function that returns a `Corpus` and one line in `SOURCES`.
 
 Hub datasets are plain data files, streamed: no dataset script runs and nothing is fetched beyond what is read. With
-`HF_HUB_OFFLINE=1` they are read from the hub cache. No revision is pinned, and the notes of every such corpus say so.
+`HF_HUB_OFFLINE=1` they are read from the hub cache. The sources named here are pinned to a commit of their repository; a
+dataset that the user names is read as it is, and the notes of its corpus say so.
 """
 
 import difflib
@@ -53,20 +54,25 @@ class HubDataset:
     config: str | None = None
     split: str = "train"
     data_file: str | None = None
+    revision: str | None = None
 
     @property
     def name(self) -> str:
         """Everything that was chosen, for people."""
-        return " ".join(filter(None, [self.owner_name, self.config, self.data_file, f"({self.split})"]))
+        repository = self.owner_name + (f"@{self.revision}" if self.revision else "")
+        return " ".join(filter(None, [repository, self.config, self.data_file, f"({self.split})"]))
 
     def rows(self) -> Rows:
         """Stream the rows; network, permission and naming failures become a `DataError`."""
         import httpx
         from datasets import load_dataset
 
-        files: dict[str, Any] = {"data_files": {self.split: self.data_file}} if self.data_file else {}
+        chosen: dict[str, Any] = {"data_files": {self.split: self.data_file}} if self.data_file else {}
         try:
-            dataset = load_dataset(self._location(), self.config, split=self.split, streaming=True, **files)
+            location = self._location()
+            if location == self.owner_name and self.revision:
+                chosen["revision"] = self.revision
+            dataset = load_dataset(location, self.config, split=self.split, streaming=True, **chosen)
             for number, row in enumerate(dataset, start=1):
                 yield f"{self.owner_name}, row {number}", row
         # What `datasets` raises: OSError for network, access and absence, RuntimeError for a script, ValueError for a wrong
@@ -77,16 +83,21 @@ class HubDataset:
 
     def corpus(self, *notes: str) -> Corpus:
         """Its rows as documents."""
-        unpinned = f"`{self.name}` is read at its newest revision: none is pinned"
-        return Corpus(self.name, documents(self.rows()), pool=POOL, notes=(unpinned, *notes))
+        if self.revision is None:
+            notes = (f"`{self.name}` is read at its newest revision: none is pinned", *notes)
+        return Corpus(self.name, documents(self.rows()), pool=POOL, notes=notes)
 
     def _location(self) -> str:
         # Offline, `datasets` looks only at tables it prepared itself; the files in the hub cache are as good.
         from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         if not constants.HF_HUB_OFFLINE:
             return self.owner_name
-        return snapshot_download(self.owner_name, repo_type="dataset", local_files_only=True)
+        try:
+            return snapshot_download(self.owner_name, revision=self.revision, repo_type="dataset", local_files_only=True)
+        except LocalEntryNotFoundError as failure:
+            raise OSError("not in the hub cache, and HF_HUB_OFFLINE is set") from failure
 
 
 def local_file(path: Path) -> Corpus:
@@ -105,7 +116,7 @@ def demo() -> Corpus:
 
 def wikitext(split: str) -> Corpus:
     """WikiText-2, raw: its rows are lines, so they are joined to one text, as every published perplexity does."""
-    dataset = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+    dataset = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", split, revision="b08601e04326c79dfdd32d625aee71d232d685c3")
     text = "\n\n".join(texts(dataset.rows()))
     return replace(dataset.corpus(), text=text, documents=paragraphs(text), pool=None)
 
@@ -117,23 +128,26 @@ def wikitext2() -> Corpus:
 
 def c4() -> Corpus:
     """The first of the 1024 training files of English C4."""
-    return HubDataset("allenai/c4", data_file="en/c4-train.00000-of-01024.json.gz").corpus()
+    file = "en/c4-train.00000-of-01024.json.gz"
+    return HubDataset("allenai/c4", data_file=file, revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2").corpus()
 
 
 def redpajama() -> Corpus:
     """What the paper calibrates on, as far as it can still be had: one document per sequence, 1024 of them held out."""
     note = "DKYoon/SlimPajama-6B stands in for RedPajama-Data-1T-Sample, which is a script dataset that no longer loads"
-    return replace(HubDataset("DKYoon/SlimPajama-6B").corpus(note), shape="documents", held_out=1024)
+    dataset = HubDataset("DKYoon/SlimPajama-6B", revision="b5f90f419b7489cdba26fdbc8c022fcb5562f968")
+    return replace(dataset.corpus(note), shape="documents", held_out=1024)
 
 
 def pile() -> Corpus:
     """Ten thousand documents of The Pile."""
-    return HubDataset("NeelNanda/pile-10k").corpus()
+    return HubDataset("NeelNanda/pile-10k", revision="127bfedcd5047750df5ccf3a12979a47bfa0bafa").corpus()
 
 
 def ultrachat() -> Corpus:
     """Conversations, for chat models."""
-    return HubDataset("HuggingFaceH4/ultrachat_200k", split="train_sft").corpus()
+    revision = "8049631c405ae6576f93f445c6b8166f76f5505a"
+    return HubDataset("HuggingFaceH4/ultrachat_200k", split="train_sft", revision=revision).corpus()
 
 
 SOURCES: dict[str, Callable[[], Corpus]] = {

@@ -47,37 +47,56 @@ class Inventory:
         return [[first[name] for name in group if name in first] for group in groups]
 
 
-def take_inventory(checkpoint: Checkpoint, ignore: tuple[str, ...], group_size: int, format_name: str) -> Inventory:
-    """Find the linears of `checkpoint` and check each against the grid and the format."""
+def take_inventory(
+    checkpoint: Checkpoint, ignore: tuple[str, ...], group_size: int, format_name: str, *, sparse: bool | None = None
+) -> Inventory:
+    """Find the linears and check each against the grid and the format; `sparse` says whether they will be, if that is known."""
+    inventory = take_linears(checkpoint, ignore)
+    limits = FORMATS[format_name].limits
+    judged = [(t, limits(t.n, t.k, group_size, sparse=sparse)) for t in inventory.targets]
+    refused = [f"`{target.name}`: {reason}" for target, reason in judged if reason]
+    if refused:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise FormatError(
+            f"format `{format_name}` cannot hold {'; '.join(refused[:3])}{more}",
+            hint="add `--sparsity 2:4`, or use another `--format`"
+            if sparse is False and not any(limits(t.n, t.k, group_size, sparse=True) for t in inventory.targets)
+            else "use another `--format`, `--group-size -1` (per column), or leave these layers out with `--ignore REGEX`",
+        )
+    return inventory
+
+
+def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
+    """Find the linears of `checkpoint`, and those that the user wants left alone."""
     family = find_family(checkpoint.config)
     if checkpoint.quantization is not None:
         raise ModelError(
             f"`{checkpoint.origin}` is already quantised",
-            hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; quantise only original models",
+            hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
     blocks = int(checkpoint.config.get("num_hidden_layers", 0))
     patterns = [_compile(pattern) for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
-    refused: list[str] = []
     for name in (family.block_prefix(i) + linear for i in range(blocks) for linear in family.linears):
         n, k = _matrix(checkpoint, f"{name}.weight")
         matched = next((p.pattern for p in patterns if p.search(name)), None)
         if matched is not None:
             kept[name] = f"matches --ignore {matched}"
-        elif reason := FORMATS[format_name].limits(n, k, group_size):
-            refused.append(f"`{name}`: {reason}")
         else:
             targets.append(Target(name, n, k))
-    if refused:
-        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise FormatError(
-            f"format `{format_name}` cannot hold {'; '.join(refused[:3])}{more}",
-            hint="use another `--format`, `--group-size -1` (per column), or leave these layers out with `--ignore REGEX`",
-        )
     if not targets:
-        raise ModelError(f"`{checkpoint.origin}`: no linear is left to quantise", hint="check `--ignore`")
+        raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
     return Inventory(family, blocks, tuple(targets), kept)
+
+
+def check_quads(inventory: Inventory) -> None:
+    """2:4 is a rule about every four neighbouring inputs; a linear in which they do not come out even cannot follow it."""
+    if uneven := [f"`{t.name}` has {t.k} inputs" for t in inventory.targets if t.k % 4]:
+        more = f" and {len(uneven) - 3} more" if len(uneven) > 3 else ""
+        raise FormatError(
+            f"2:4 needs inputs in fours: {', '.join(uneven[:3])}{more}", hint="leave these layers out with `--ignore REGEX`"
+        )
 
 
 def check_format(name: str) -> str:

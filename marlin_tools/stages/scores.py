@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 COLUMNS = ("task", "metric", "on", "model", "baseline", "difference", "recovery")
@@ -61,15 +61,15 @@ class Score:
     def describe(self) -> dict[str, Any]:
         """What a JSON report records; a number that is not finite becomes null."""
         fields = {**asdict(self), "recovery": self.recovery, "increase": self.increase}
-        return {key: _finite(value) for key, value in fields.items()}
+        return {key: finite(value) for key, value in fields.items()}
 
     def row(self) -> list[str]:
         """One line for people, in the order of `COLUMNS`."""
-        difference = "" if self.difference is None else _spell(self.difference, self.difference_stderr, sign="+")
+        difference = "" if self.difference is None else spell(self.difference, self.difference_stderr, sign="+")
         recovery = "" if self.recovery is None else f"{self.recovery:.1f} %"
-        baseline = "" if self.baseline is None else _spell(self.baseline, self.baseline_stderr)
+        baseline = "" if self.baseline is None else spell(self.baseline, self.baseline_stderr)
         on = str(self.details.get("on", ""))
-        return [self.task, self.metric, on, _spell(self.value, self.stderr), baseline, difference, recovery]
+        return [self.task, self.metric, on, spell(self.value, self.stderr), baseline, difference, recovery]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,15 @@ class Evaluation:
     versions: Mapping[str, str]
     notes: tuple[str, ...]
     seconds: float
+
+    @classmethod
+    def restore(cls, content: Mapping[str, Any]) -> "Evaluation":
+        """An evaluation from what `describe` wrote."""
+        names = [each.name for each in fields(Score)]
+        found = [{name: score[name] for name in names} for score in content["scores"]]
+        scores = tuple(Score(**{**each, "value": math.nan if each["value"] is None else each["value"]}) for each in found)
+        kept = {name: content[name] for name in ("model", "baseline", "settings", "versions")}
+        return cls(scores=scores, notes=tuple(content["notes"]), seconds=0.0, **kept)
 
     def score(self, task: str, metric: str | None = None) -> Score:
         """The score of a task, its first one unless a metric is named."""
@@ -135,10 +144,13 @@ def exponential(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """As JSON can hold it: null for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _spell(value: float, stderr: float | None, sign: str = "") -> str:
+def spell(value: float, stderr: float | None = None, sign: str = "") -> str:
+    """Four digits after the point, with the standard error; what these digits show as zero has no sign."""
     number = f"{value:{sign}.4f}"
+    number = number if number.strip("+-0.") else number.lstrip("+-")
     return number if stderr is None else f"{number} ± {stderr:.4f}"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import marlin_tools.planning
 import marlin_tools.run
 from marlin_tools.cli import main
 from marlin_tools.recipe import Recipe
@@ -43,15 +44,15 @@ def asked(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Calla
     """Run a verb with an engine that only notes what it is told."""
     calls: list[Any] = []
 
-    def plan(recipe: Recipe, out: Path | None = None) -> marlin_tools.run.Plan:
+    def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> marlin_tools.planning.Plan:
         calls[:] = [recipe, out, {}]
-        return marlin_tools.run.Plan(recipe, (), ())
+        return marlin_tools.planning.Plan(recipe, (), ())
 
     def execute(planned: Any, emit: Any, **options: Any) -> marlin_tools.run.RunResult:
         calls[2] = options
         return marlin_tools.run.RunResult()
 
-    monkeypatch.setattr(marlin_tools.run, "plan", plan)
+    monkeypatch.setattr(marlin_tools.planning, "plan", plan)
     monkeypatch.setattr(marlin_tools.run, "execute", execute)
 
     def call(*arguments: str | Path) -> Captured:

@@ -57,7 +57,7 @@ CASES = [
         ("run", "dmo"),
         (
             "error: `dmo` is no recipe file and no bundled recipe\n"
-            "hint: did you mean `demo`? known: demo, demo-marlin, demo-rtn, llama2-7b-default, llama2-7b-marlin\n"
+            "hint: did you mean `demo`? `marlin-tools recipes list` names all of them\n"
         ),
     ),
     (
@@ -76,6 +76,20 @@ CASES = [
         ("run", "demo", "--from", "evaluate"),
         "error: `runs/demo-int4-g128/compressed-tensors` holds no finished result to go on from\nhint: run without `--from`\n",
     ),
+    (
+        ("run", "demo-presets"),
+        (
+            "error: `demo-presets` is a table of 4 recipes\n"
+            "hint: run one of its rows (demo-fp16, demo-rtn, demo-marlin, demo-fast), "
+        ),
+    ),
+    (
+        ("reproduce", "demo", "--set", "generate.seed=1"),
+        (
+            "error: `--set generate.seed=1`: no recipe here has a stage `generate`\n"
+            "hint: there are: evaluate, export, quantize, verify\n"
+        ),
+    ),
     (("verify", "demo"), "error: `demo` is not quantised\nhint: `marlin-tools inspect demo` describes any model\n"),
     (("recipes", "sho"), "error: no such command 'sho'\nhint: did you mean 'show'?\n"),
     (("recipes",), "error: missing command\nhint: `marlin-tools recipes --help` lists what there is\n"),
@@ -93,12 +107,12 @@ def test_error_text(cli, arguments, expected):
 
 
 def test_interruption_says_how_to_go_on(cli, monkeypatch):
-    import marlin_tools.run
+    import marlin_tools.planning
 
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(marlin_tools.run, "plan", interrupt)
+    monkeypatch.setattr(marlin_tools.planning, "plan", interrupt)
 
     assert (130, "", "error: interrupted\nhint: run the same command again: finished blocks and stages are kept\n") == cli(
         "run", "demo"
@@ -107,13 +121,13 @@ def test_interruption_says_how_to_go_on(cli, monkeypatch):
 
 
 def test_a_defect_shows_its_traceback(monkeypatch, tmp_path):
-    import marlin_tools.run
+    import marlin_tools.planning
     from marlin_tools.cli import main
 
-    def fail(*_args):
+    def fail(*_args, **_options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(marlin_tools.run, "plan", fail)
+    monkeypatch.setattr(marlin_tools.planning, "plan", fail)
     with pytest.raises(ZeroDivisionError):
         main(["run", "demo"])
 

@@ -38,6 +38,8 @@ QUANTIZE = [
     (("--seqlen", "64"), "calibrate.seqlen", 64),
     (("--max-seq-length", "64"), "calibrate.seqlen", 64),
     (("--seed", "3"), "calibrate.seed", 3),
+    (("--sparsity", "2:4"), "stages.0.sparsity", "2:4"),
+    (("--sparsity", "keep"), "stages.0.sparsity", "keep"),
     (("--group-size", "-1"), "stages.0.group_size", -1),
     (("--group_size", "64"), "stages.0.group_size", 64),
     (("--damp", "0.05"), "stages.0.damp", 0.05),
@@ -71,12 +73,58 @@ RUN = [
     (("--overwrite",), "options.overwrite", True),
     (("--no_resume",), "options.resume", False),
 ]
+GENERATE = [
+    (("--prompt", "b"), "stages.0.prompt", "b"),
+    (("--device", "cpu"), "stages.0.device", "cpu"),
+    (("--backend", "reference-packed"), "stages.0.backend", "reference-packed"),
+    (("--max-new-tokens", "3"), "stages.0.max_new_tokens", 3),
+    (("--temperature", "0.5"), "stages.0.temperature", 0.5),
+    (("--seed", "5"), "stages.0.seed", 5),
+]
+PRUNE = [
+    (("-o", "there"), "out", "there"),
+    (("--preset", "wanda"), "stages.0.preset", "wanda"),
+    (("--reconstruct", "5"), "stages.0.reconstruct", 5),
+    (("--calib", "c4"), "calibrate.source", "c4"),
+    (("--num-samples", "7"), "calibrate.num_samples", 7),
+    (("--seqlen", "64"), "calibrate.seqlen", 64),
+    (("--seed", "3"), "calibrate.seed", 3),
+    (("--damp", "0.05"), "stages.0.damp", 0.05),
+    (("--ignore", "down", "--ignore", "up"), "stages.0.ignore", ("down", "up")),
+    (("--device", "cuda:1"), "stages.0.device", "cuda:1"),
+    (("--overwrite",), "options.overwrite", True),
+    (("--no-resume",), "options.resume", False),
+]
+FINETUNE = [
+    (("-o", "there"), "out", "there"),
+    (("--teacher", "other"), "stages.0.teacher", "other"),
+    (("--calib", "c4"), "calibrate.source", "c4"),
+    (("--num-samples", "7"), "calibrate.num_samples", 7),
+    (("--seqlen", "64"), "calibrate.seqlen", 64),
+    (("--sampled", "9"), "stages.0.sampled", 9),
+    (("--sampled", "9", "--seqlen", "64"), "stages.0.seqlen", 64),
+    (("--sampled", "9", "--calib", "c4"), "stages.0.text.source", "c4"),
+    (("--tokens", "1000"), "stages.0.tokens", 1000),
+    (("--rate", "0.001"), "stages.0.rate", 0.001),
+    (("--batch", "8"), "stages.0.batch", 8),
+    (("--micro", "2"), "stages.0.micro", 2),
+    (("--kl", "0.5"), "stages.0.kl", 0.5),
+    (("--ce", "0.5"), "stages.0.ce", 0.5),
+    (("--square-head", "0"), "stages.0.square_head", 0),
+    (("--recompute",), "stages.0.recompute", True),
+    (("--seed", "3"), "stages.0.seed", 3),
+    (("--seed", "3"), "calibrate.seed", 3),
+    (("--device", "cuda:1"), "stages.0.device", "cuda:1"),
+    (("--overwrite",), "options.overwrite", True),
+    (("--no-resume",), "options.resume", False),
+]
 CASES = [
     *((("quantize", "model"), *case) for case in QUANTIZE),
+    *((("prune", "model"), *case) for case in PRUNE),
+    *((("finetune", "model", "--teacher", "demo"), *case) for case in FINETUNE),
     *((("eval", "model", "--tasks", "x"), *case) for case in EVAL),
     *((("run", "demo"), *case) for case in RUN),
-    (("generate", "model", "--prompt", "a"), ("--prompt", "b"), "stages.0.prompt", "b"),
-    (("generate", "model", "--prompt", "a"), ("--device", "cpu"), "stages.0.device", "cpu"),
+    *((("generate", "model", "--prompt", "a"), *case) for case in GENERATE),
     (("export", "there", "--format", "gptq", "-o", "x"), ("--format", "marlin,gptq"), "stages.0.formats", ("marlin", "gptq")),
     (("export", "there", "--format", "gptq", "-o", "x"), ("-o", "y"), "out", "y"),
     (("export", "there", "--format", "gptq", "-o", "x"), ("--overwrite",), "options.overwrite", True),
@@ -109,7 +157,15 @@ def test_flag_arrives(asked, verb, flag, place, value):
 
 
 @pytest.mark.parametrize(
-    "verb", (("quantize", "model"), ("eval", "model", "--tasks", "x"), ("run", "demo")), ids=lambda verb: verb[0]
+    "verb",
+    (
+        ("quantize", "model"),
+        ("prune", "model"),
+        ("finetune", "model", "--teacher", "demo"),
+        ("eval", "model", "--tasks", "x"),
+        ("run", "demo"),
+    ),
+    ids=lambda verb: verb[0],
 )
 def test_strict_fails_on_a_warning(cli, asked, monkeypatch, verb):
     import marlin_tools.run
@@ -128,11 +184,22 @@ def test_every_option_is_tried():
     tried = {(verb[0], flag[0].replace("_", "-").lstrip("-")) for verb, flag, _, _ in CASES}
     tried |= {
         (verb, name)
-        for verb in ("quantize", "eval", "run", "export", "generate", "verify", "inspect", "doctor")
+        for verb in ("quantize", "prune", "finetune", "eval", "run", "export", "generate", "verify", "inspect", "doctor")
         for name in ("json",)
     }
+    tried |= {("prune", "dry-run"), ("finetune", "dry-run")}  # tests/prune, tests/finetune
     tried |= {("quantize", "dry-run"), ("run", "dry-run"), ("quantize", "preview")}  # tests/cli/test_results.py
-    tried |= {(verb, "strict") for verb in ("quantize", "eval", "run")}
+    tried |= {("reproduce", name) for name in ("set", "output", "dry-run", "overwrite", "json")}  # tests/reproduce
+    tried |= {("recipes schema", "table")}  # tests/cli/test_results.py
+    tried |= {("bench kernels", name) for name in ("shapes", "batch", "dtype", "group-size", "peers", "figure", "tune")}
+    tried |= {("bench model", name) for name in ("shape", "tokens-in", "tokens-out", "batch", "schemes")}
+    tried |= {
+        (f"bench {part}", name) for part in ("kernels", "model", "quantize") for name in ("output", "json")
+    }  # tests/cli/test_bench.py
+    tried |= {("bench quantize", name) for name in ("shape", "layers", "preset", "samples", "seqlen", "device")}
+    tried |= {("kernels list", "arch"), ("kernels list", "json")}
+    tried |= {("kernels build", name) for name in ("arch", "output", "json")}
+    tried |= {(verb, "strict") for verb in ("quantize", "prune", "finetune", "eval", "run")}
     short = {"o": "output", "t": "tasks", "f": "num-fewshot", "L": "limit", "b": "batch-size", "no-resume": "resume"}
     tried = {(verb, short.get(name, name)) for verb, name in tried}
     offered = set()

@@ -44,9 +44,12 @@ def int4(cli, made):
 
 
 def _content(folder):
-    """Every file of a result; of manifest.json all but the times."""
+    """Every file of a result; of manifest.json all but the times, of report.html all but the section that shows them."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = json.loads(files.pop("manifest.json"))
+    before, _, rest = files["report.html"].partition(b"<!-- times -->")
+    files["report.html"] = before + rest.partition(b"<!-- /times -->")[2]
+    assert files["report.html"].endswith(b"</html>\n")
     return files, {key: value for key, value in manifest.items() if key != "times"}
 
 
@@ -270,10 +273,16 @@ def test_alias_says_what_it_is(cli):
 
 def test_recipes(cli, tmp_path):
     listed = cli("recipes", "list").out
-    assert all(f"| {name} " in listed for name in ("demo", "demo-marlin", "demo-rtn", "llama2-7b-default", "llama2-7b-marlin"))
+    names = {line.split()[0] for line in listed.splitlines()}
+    assert {"demo", "demo-presets", "demo-rtn", "llama2-paper", "llama2-7b-marlin", "llama2-7b-default"} <= names
+    assert max(map(len, listed.splitlines())) <= 132
     assert cli("recipes", "show", "demo").out.startswith("# The whole chain on the embedded model")
+    assert "preset: rtn\n" in cli("recipes", "show", "demo-rtn").out
     assert (0, "mine.yaml\n", "") == cli("recipes", "copy", "demo", "mine.yaml")
-    assert (0, "mine.yaml: ok\ndemo-rtn: ok\n", "") == cli("recipes", "validate", "mine.yaml", "demo-rtn")
+    assert (0, "demo-rtn.yaml\n", "") == cli("recipes", "copy", "demo-rtn", "./")
+    assert 0 == cli("run", "demo-rtn.yaml", "--dry-run").code
+    valid = cli("recipes", "validate", "mine.yaml", "demo-presets")
+    assert (0, "mine.yaml: ok\ndemo-presets: ok, 4 recipes\n", "") == valid
     assert cli("recipes", "show", "demo").out == (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     assert 2 == cli("recipes", "copy", "demo", "mine.yaml").code
     (tmp_path / "a.yaml").write_text("nam: x\n", encoding="utf-8")
@@ -283,6 +292,15 @@ def test_recipes(cli, tmp_path):
     assert "error: a.yaml:1:1: unknown key `nam`; did you mean `name`?" in bad.err
     assert "error: b.yaml:2:1: " in bad.err
     assert "stages" in json.loads(cli("recipes", "schema").out)["properties"]
+    assert "rows" in json.loads(cli("recipes", "schema", "--table").out)["properties"]
+
+
+def test_dry_run_of_a_hub_model_downloads_nothing(cli):
+    outcome = cli("quantize", "llama2-7b", "--dry-run")
+
+    assert 0 == outcome.code, outcome.err
+    assert "224 quantised, 0 kept as they are" in outcome.out
+    assert "planned from its shapes; a run downloads 13.5 GB" in outcome.out
 
 
 def test_formats_in_a_recipe_are_those_that_exist(cli, model):

@@ -111,10 +111,10 @@ def test_a_wrong_tokenizer_is_noticed(checkpoint: Any, text: str) -> None:
 def test_the_stage_says_what_it_does(hub: Any, checkpoint: Any) -> None:
     hub.rows["NeelNanda/pile-10k", "train"] = [{"text": LETTERS}] * 4
     events: list[Event] = []
-    tokens = calibrate("pile", checkpoint, num_samples=2, seqlen=8, emit=events.append)
+    tokens = calibrate("hf:NeelNanda/pile-10k", checkpoint, num_samples=2, seqlen=8, emit=events.append)
 
     assert ["stage", "note", "note", "result"] == [event.kind for event in events]
-    assert "calibration text: `pile`" == events[1].text
+    assert "calibration text: `hf:NeelNanda/pile-10k`" == events[1].text
     assert "none is pinned" in events[2].text
     assert tokens.describe() == events[3].data
 

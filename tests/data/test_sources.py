@@ -11,6 +11,13 @@ from pyarrow import parquet
 from marlin_tools.data.sources import POOL, SOURCES, find_corpus
 from marlin_tools.errors import DataError
 
+PINNED = {
+    "wikitext2": "b08601e04326c79dfdd32d625aee71d232d685c3",
+    "c4": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+    "redpajama": "b5f90f419b7489cdba26fdbc8c022fcb5562f968",
+    "pile": "127bfedcd5047750df5ccf3a12979a47bfa0bafa",
+    "ultrachat": "8049631c405ae6576f93f445c6b8166f76f5505a",
+}
 HUB_SOURCES = {
     "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
     "c4": (("allenai/c4", None), {"split": "train", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
@@ -36,8 +43,10 @@ def test_hub_sources_ask_for_exactly_this(hub: Any, name: str) -> None:
     corpus = find_corpus(name)()
 
     assert ["one", "two"] == list(corpus.documents)
-    assert [(args, {**options, "streaming": True})] == hub.calls
-    assert any("none is pinned" in note for note in corpus.notes)
+    pinned = {"revision": PINNED[name]} if name in PINNED else {}
+    assert [(args, {**options, **pinned, "streaming": True})] == hub.calls
+    assert bool(pinned) == (not any("none is pinned" in note for note in corpus.notes))
+    assert all(revision in corpus.name for revision in pinned.values())
 
 
 def test_a_streamed_corpus_fetches_only_what_is_read(hub: Any) -> None:
@@ -79,7 +88,7 @@ def test_a_hub_failure_is_one_line_with_a_way_out(hub: Any, failure: Exception, 
     hub.rows["allenai/c4", "train"] = [{"text": "a"}, {"text": "b"}]
     hub.failure, hub.fails_at = failure, fails_at
 
-    with pytest.raises(DataError, match=r"`allenai/c4 .*cannot be read from the hub") as caught:
+    with pytest.raises(DataError, match=r"`allenai/c4@.*cannot be read from the hub") as caught:
         list(find_corpus("c4")().documents)
 
     assert str(failure).splitlines()[0] in caught.value.message

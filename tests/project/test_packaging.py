@@ -73,6 +73,11 @@ def test_wheel_holds_every_file(wheel, folder, inside):
     assert expected <= _names(wheel)
 
 
+def test_wheel_holds_the_whole_package(wheel):
+    """Not the modules alone: the pages have a style sheet."""
+    assert {f"marlin_tools/{name}" for name in _files(ROOT / "marlin_tools")} <= _names(wheel)
+
+
 def test_wheel_holds_nothing_compiled(wheel):
     assert [name for name in _names(wheel) if name.endswith((".pyc", ".so")) or "__pycache__" in name] == []
 

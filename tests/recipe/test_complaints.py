@@ -3,7 +3,8 @@
 import pytest
 
 from marlin_tools.errors import RecipeError
-from marlin_tools.recipe import Recipe, load
+from marlin_tools.recipe import Recipe
+from marlin_tools.recipe_files import load
 
 BAD = """\
 name: my model
@@ -36,7 +37,7 @@ EXPECTED = [
     "13:5: `tasks` is missing in `evaluate`",
     "13:35: `batch_size: x`: must be 'auto', or must be a valid integer",
     "14:21: unknown key `deep` in `verify`; known: stage",
-    "15:1: unknown key `stagess`; did you mean `stages`? known: name, model, description, source, calibrate, stages",
+    "15:1: unknown key `stagess`; did you mean `stages`? known: name, model, description, source, deviations, calibrate, ",
 ]
 GOOD = "name: a\nmodel: demo\nstages:\n  - stage: quantize\n    preset: fast\n  - stage: verify\n"
 
@@ -79,10 +80,18 @@ def test_known_keys_are_those_of_the_model(complaints):
         ("- a\n", "1:1: expected `key: value` lines"),
         ("name: a\n", "1:1: `model` is missing"),
         (GOOD + "  - stage: quantize\n", "1:1: a recipe quantises once"),
+        (GOOD + "  - {stage: evaluate, tasks: [a]}\n" * 2, "1:1: a recipe evaluates once"),
+        (GOOD + "expect: [{task: a, value: .nan}]\n", "7:27: `value: nan`: must be a finite number"),
+        (GOOD + "expect: [{task: a, value: 1, tolerance: .inf}]\n", "7:41: `tolerance: inf`: must be a finite number"),
         (
             GOOD + "  - {stage: export, formats: [compressed-tensors]}\n",
             "1:1: format `compressed-tensors` would be written twice",
         ),
+        (
+            GOOD + "expect: [{task: mmlu, value: 1}]\n",
+            "1:1: `expect` names task `mmlu`, which no stage measures; measured: nothing",
+        ),
+        (GOOD + "expect: [{task: mmlu, value: x}]\n", "7:30: `value: x`: must be a valid number"),
         (GOOD.replace("fast", "fats"), "5:13: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default"),
         (GOOD.replace("fast", "no"), "5:13: unknown preset `no`; "),  # YAML 1.1 would read False
     ),
@@ -103,7 +112,7 @@ def test_place(complaints, text, expected):
         ("model", "`--set model`: not of the form `a.b=value`"),
         ("a..b=1", "`--set a..b=1`: not of the form `a.b=value`"),
         ("model=[", "`[` is no YAML value"),
-        ("export.formats=[gptq]", "--set export.formats=[gptq]: unknown key `export`; known: "),
+        ("export.formats=[gptq]", "--set export.formats=[gptq]: unknown key `export`; did you mean `expect`? known: "),
     ),
 )
 def test_override(complaints, override, expected):

@@ -1,40 +1,46 @@
 """Recipes that are right: the bundled ones, overrides, the way there and back, and what is chosen when nobody chose."""
 
 import json
+import re
 
 import pytest
 
 from marlin_tools.checkpoint import ALIASES
 from marlin_tools.errors import RecipeError
-from marlin_tools.recipe import Recipe, bundled, find, load, schema, settle
+from marlin_tools.recipe import Recipe, schema, settle
+from marlin_tools.recipe_files import bundled, catalogue, find, load, overview, show, tables
 from marlin_tools.resources import recipes_dir
-from marlin_tools.run import plan
+
+RECIPES = [name for name in catalogue() if name not in tables()]
 
 
-@pytest.mark.parametrize("name", bundled())
+@pytest.mark.parametrize("name", RECIPES)
 def test_bundled_recipe(name):
     recipe = load(name)
 
     assert name == recipe.name
     assert recipe.description
-    assert recipe.model in {"demo", *ALIASES}
-    assert ("verify",) == tuple(stage.stage for stage in recipe.stages)[-1:]
+    alias, _, revision = recipe.model.partition("@")
+    assert alias in {"demo", *ALIASES}
+    assert alias == "demo" or re.fullmatch("[0-9a-f]{40}", revision)
+    assert recipe.quantize is None or recipe.stages[-1].stage == "verify"
+    assert recipe.tasks
 
 
 def test_every_bundled_file_is_found_and_listed_in_the_readme():
     text = (recipes_dir() / "README.md").read_text(encoding="utf-8")
 
-    assert {"demo", "demo-marlin", "demo-rtn", "llama2-7b-default", "llama2-7b-marlin"} <= set(bundled())
+    assert {"demo", "demo-presets", "demo-sparse", "llama2-paper", "llama2-presets", "llama2-sparse", "other-models"} == set(
+        bundled()
+    )
     for name in bundled():
         assert f"({name}.yaml)" in text
 
 
-@pytest.mark.parametrize("name", [name for name in bundled() if load(name).model == "demo"])
-def test_demo_recipes_plan_without_a_network(name):
-    planned = plan(load(name))
+def test_the_list_names_every_recipe_once():
+    names = [name.strip() for name, told in overview() if told]
 
-    assert [stage.stage for stage in load(name).stages] == [step.stage.stage for step in planned.steps]
-    assert dict(planned.steps[0].facts)["linears"].startswith("28 quantised, 0 kept")
+    assert sorted(catalogue()) == sorted(names)
 
 
 def test_the_papers_recipe_says_what_the_paper_says():
@@ -56,10 +62,40 @@ def test_the_papers_recipe_says_what_the_paper_says():
         solver.sequential,
     )
     assert 128 == recipe.quantize.group_size
-    assert "No revision is pinned" in find("llama2-7b-marlin").read_text(encoding="utf-8")
+    assert any("the source names no revision" in deviation for deviation in recipe.deviations)
+    assert any("SlimPajama" in deviation for deviation in recipe.deviations)
 
 
-@pytest.mark.parametrize("name", bundled())
+PUBLISHED = {  # the README of IST-DASLab/marlin: WikiText-2, RedPajama, MMLU in percent
+    "llama2-7b-fp16": (5.12, 6.14, 41.80),
+    "llama2-7b-marlin": (5.27, 6.30, 40.07),
+    "llama2-13b-fp16": (4.57, 5.67, 52.10),
+    "llama2-13b-marlin": (4.67, 5.79, 51.13),
+    "llama2-70b-fp16": (3.12, 4.74, 65.43),
+    "llama2-70b-marlin": (3.21, 4.81, 64.81),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_table_is_row_by_row_what_was_published(name):
+    wiki, pajama, mmlu = load(name).expect
+
+    assert ("ppl:wikitext2", "ppl:redpajama", "mmlu") == (wiki.task, pajama.task, mmlu.task)
+    assert PUBLISHED[name] == (wiki.value, pajama.value, pytest.approx(100 * mmlu.value))
+    assert 0.01 * (1 if "fp16" in name else 3) == wiki.tolerance
+    assert 0.007 == mmlu.tolerance
+    assert pajama.tolerance is None
+    assert pajama.note
+
+
+def test_a_row_is_shown_as_the_recipe_that_it_is(tmp_path):
+    (tmp_path / "row.yaml").write_text(show("llama2-7b-fast"), encoding="utf-8")
+
+    assert load("llama2-7b-fast") == load(tmp_path / "row.yaml")
+    assert show("demo") == find("demo").path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_dump_is_the_same_recipe(name, tmp_path):
     settled, _ = settle(load(name))
     (tmp_path / "recipe.yaml").write_text(settled.dump(), encoding="utf-8")
@@ -70,11 +106,18 @@ def test_dump_is_the_same_recipe(name, tmp_path):
 
 def test_override_reads_yaml():
     recipe = load(
-        "demo", ["quantize.damp=1e-4", "evaluate.tasks=[a, b]", "calibrate.seed=3", "description=no", "stages.0.group_size=-1"]
+        "demo-fast",
+        [
+            "quantize.damp=1e-4",
+            "evaluate.tasks=[a, 'ppl:demo']",
+            "calibrate.seed=3",
+            "description=no",
+            "stages.0.group_size=-1",
+        ],
     )
 
     assert 1e-4 == recipe.quantize.damp
-    assert ("a", "b") == recipe.stages[2].tasks
+    assert ("a", "ppl:demo") == recipe.tasks
     assert 3 == recipe.calibrate.seed
     assert "no" == recipe.description
     assert "int4-channel" == recipe.scheme
@@ -123,7 +166,7 @@ def test_schema_describes_every_key():
     document = json.loads(json.dumps(schema()))
 
     assert set(Recipe.model_fields) == set(document["properties"])
-    assert {"quantize", "export", "evaluate", "verify", "generate"} == set(
+    assert {"prune", "finetune", "quantize", "export", "evaluate", "verify", "generate"} == set(
         document["properties"]["stages"]["items"]["discriminator"]["mapping"]
     )
     assert document["additionalProperties"] is False
@@ -132,4 +175,10 @@ def test_schema_describes_every_key():
 def test_unknown_name():
     with pytest.raises(RecipeError) as error:
         find("demo-rnt")
-    assert error.value.hint.startswith("did you mean `demo-rtn`? known: demo, ")
+    assert error.value.hint == "did you mean `demo-rtn`? `marlin-tools recipes list` names all of them"
+
+
+def test_a_table_is_not_one_recipe():
+    with pytest.raises(RecipeError, match="`llama2-paper` is a table of 6 recipes") as error:
+        load("llama2-paper")
+    assert "marlin-tools reproduce llama2-paper" in error.value.hint

@@ -1,4 +1,4 @@
-"""Results as plain rows, and rows as an aligned Markdown table, which reads the same in a terminal and on a page."""
+"""Results for the terminal: plain rows, and aligned Markdown tables, which read the same there and on a page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

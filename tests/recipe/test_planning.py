@@ -1,0 +1,108 @@
+"""Plans without weights: every bundled recipe, offline, from shapes that are those of the real models."""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from marlin_tools import cards
+from marlin_tools.cards import CARDS, Card, sketch
+from marlin_tools.checkpoint import ALIASES, Checkpoint
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.families import find_family
+from marlin_tools.planning import plan
+from marlin_tools.recipe import Recipe
+from marlin_tools.recipe_files import catalogue, load, tables
+
+PARAMETERS = {  # as the hub counts them
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-2-9b": 9_241_705_984,
+}
+
+
+def test_every_alias_has_a_card():
+    assert set(ALIASES.values()) == set(CARDS) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("repository", CARDS)
+def test_card_has_as_many_parameters_as_the_model(repository):
+    card = Card(CARDS[repository], repository)
+
+    assert PARAMETERS[repository] == sum(prod(card.shape(name)) for name in card.names())
+
+
+@pytest.mark.parametrize("model_type", ("llama", "mistral", "qwen2", "qwen3", "gemma2"))
+@pytest.mark.parametrize("tied", (False, True))
+def test_card_has_the_names_and_shapes_of_a_checkpoint(tiny_model, model_type, tied):
+    """A saved model of the same config, tensor by tensor."""
+    saved = Checkpoint.open(tiny_model(model_type, tie_word_embeddings=tied))
+    card = Card(saved.config, "card")
+
+    assert saved.names() == card.names()
+    assert [saved.shape(name) for name in saved.names()] == [card.shape(name) for name in card.names()]
+    assert saved.nbytes == card.nbytes
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue() if name not in tables()])
+def test_every_bundled_recipe_plans_offline(name):
+    recipe = load(name)
+    planned = plan(recipe, dry=True)
+    facts = {key: value for step in planned.steps for key, value in step.facts}
+
+    assert [stage.stage for stage in recipe.stages] == [step.stage.stage for step in planned.steps]
+    assert {"tasks", "memory"} <= set(facts)
+    if recipe.quantize:
+        assert {"linears", "shapes", "host memory", "disk", "time", "blocks"} <= set(facts)
+        for layout in recipe.formats:
+            assert any(key.startswith(f"{layout} in vLLM") for key in facts)
+    assert (recipe.model == "demo") == (not any("not on this machine" in note for note in planned.notes))
+
+
+def test_plan_of_the_largest_model():
+    planned = plan(load("llama2-70b-marlin"), dry=True)
+    facts = dict(planned.steps[0].facts)
+
+    assert "560 quantised, 0 kept as they are" == facts["linears"]
+    assert "160 of 8192 x 8192, 160 of 1024 x 8192, 160 of 28672 x 8192, 80 of 8192 x 28672" == facts["shapes"]
+    assert "36.6 GB" == facts["disk"]
+    assert facts["gptq in vLLM 0.33.0"].startswith("tp 1, 2, 4, 8")
+    resolved, absent = planned.notes[:2]
+    assert "`llama2-70b@3aba440b59558f995867ba6e1f58f21d0336b5bb` is `meta-llama/Llama-2-70b-hf` at revision 3aba" in resolved
+    assert "is not on this machine: planned from its shapes; a run downloads 138.0 GB" in absent
+
+
+def test_a_shape_that_a_format_cannot_hold_is_refused_without_weights(monkeypatch):
+    odd = CARDS["meta-llama/Llama-2-7b-hf"] | {"intermediate_size": 11000}
+    monkeypatch.setitem(CARDS, "meta-llama/Llama-2-7b-hf", odd)
+
+    with pytest.raises(FormatError, match="down_proj"):
+        plan(load("llama2-7b-marlin"), dry=True)
+
+
+def test_a_model_without_a_card_is_planned_from_its_config(monkeypatch, tiny_llama):
+    monkeypatch.setattr(cards, "_config_of_the_hub", lambda repository, revision: Checkpoint.open(tiny_llama).config)
+    recipe = Recipe.model_validate({"name": "x", "model": "some/one", "stages": [{"stage": "quantize", "preset": "rtn"}]})
+
+    assert "14 quantised, 0 kept as they are" == dict(plan(recipe, dry=True).steps[0].facts)["linears"]
+
+
+def test_a_model_that_nobody_knows(tmp_path):
+    with pytest.raises(ModelError, match="`some/one` has no built-in shape card") as error:
+        sketch("some/one", find_family)
+    assert "meta-llama/Llama-2-7b-hf" in error.value.hint
+    with pytest.raises(ModelError, match="is no directory, no hub id"):
+        sketch("nonsense", find_family)
+
+
+def test_what_is_on_this_machine_is_opened(tiny_llama):
+    assert Path(tiny_llama) == sketch(tiny_llama, find_family).path
+    assert not isinstance(sketch("demo", find_family), Card)
