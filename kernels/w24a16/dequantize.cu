@@ -1,25 +1,17 @@
 // Packed 2:4-sparse weights back to a plain [N, K] matrix, rounded once from the float32 product: the path for many rows hands it
-// to cuBLAS. One block per packed tile of 64 outputs x 128 inputs, which is turned in shared memory and leaves in full rows.
-#include "common/element.cuh"
+// to cuBLAS.
 #include "w24a16/sparse.cuh"
-
-struct Weights {
-    const u8* codes;    // [tiles_n, groups, 3072 bytes]
-    const u16* scales;  // float16 [tiles_n, scale_groups, 64]
-    u8* out;            // [rows, k]
-    int groups, scale_groups, rows;
-};
+#include "w4a16/dequantize.cuh"
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Weights w) {
-    __shared__ __align__(16) u8 turned[kTileRows * kGroup * 2];
+    __shared__ __align__(16) u8 turned[kTurnedBytes];
     const int group = blockIdx.x % w.groups, tile_n = blockIdx.x / w.groups;
     const int lane = threadIdx.x / 2 % 32, i = threadIdx.x / 64 % 2 * 2 + threadIdx.x % 2, jj = threadIdx.x / 128;
     const int g = lane / 4, t = lane % 4;
     const u8* const half = w.codes + static_cast<u64>(blockIdx.x) * kSparseTile + jj * kSparseHalf;
     const uint2 q = *reinterpret_cast<const uint2*>(half + threadIdx.x % 128 * 8);
-    const u64 scale_row = static_cast<u64>(tile_n) * w.scale_groups + (w.scale_groups == 1 ? 0 : group);
-    const u32 pair = *reinterpret_cast<const u32*>(w.scales + scale_row * kTileRows + g * 8 + i * 2);
+    const u32 pair = load_scale_pair(w, tile_n, group, g * 8 + i * 2);
     const float scale[2] = {half_to_float(pair & 0xFFFF), half_to_float(pair >> 16)};
 #pragma unroll
     for (int r = 0; r < 8; ++r) {  // k32 step, 16 inputs of it, output: the quad of register r % 4 of the step's fragment
@@ -33,13 +25,5 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
         const int row = g * 8 + i * 2 + h, chunk = jj * 8 + step * 4 + c * 2 + t / 2;
         *reinterpret_cast<u64*>(turned + row * (kGroup * 2) + (chunk ^ g) * 16 + t % 2 * 8) = quad;
     }
-    __syncthreads();
-    const u64 stride = static_cast<u64>(w.groups) * kGroup * 2;
-#pragma unroll
-    for (int c = threadIdx.x; c < kTileRows * kGroup / 8; c += kThreads) {
-        const int row = c / 16, chunk = c % 16;
-        if (tile_n * kTileRows + row < w.rows)
-            *reinterpret_cast<Vec16*>(w.out + (tile_n * kTileRows + row) * stride + static_cast<u64>(group) * 256 + chunk * 16) =
-                *reinterpret_cast<const Vec16*>(turned + row * (kGroup * 2) + (chunk ^ (row / 8)) * 16);
-    }
+    write_turned(w, turned, tile_n, group);
 }

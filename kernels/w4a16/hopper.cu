@@ -7,205 +7,28 @@
 //
 // Scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a second set
 // of sums and half an instruction per token, output and group, where scaling the weights would cost a rounding.
-#include "common/cluster.cuh"
-#include "common/warpgroup.cuh"
-#include "w4a16/stretch.cuh"
-#include "w4a16/finish.cuh"
+#include "w4a16/hopper.cuh"
 
-template <int kTokens_,      // tokens per block: 8 to 128
-          int kWarpgroups_,  // warpgroups that multiply, side by side along the outputs
-          int kTiles_,       // packed tiles of 64 outputs of each of them: 1, 2 or 4
-          int kSlots_,       // slots of the ring, one group of 128 inputs each
-          int kResident_>    // blocks that must fit on a multiprocessor
-struct Hopper {
-    static constexpr int kTokens = kTokens_, kWarpgroups = kWarpgroups_, kTiles = kTiles_, kSlots = kSlots_, kResident = kResident_;
-    static constexpr int kMultiplyThreads = 128 * kWarpgroups, kThreads = kMultiplyThreads + 128, kWarps = 4 * kWarpgroups;
-    static constexpr int kBlockTiles = kWarpgroups * kTiles;  // packed tiles of a block
-    static constexpr int kFragments = kTokens / 8;            // n8 blocks: float4 of sums per lane and packed tile
-    // A slot: activations in two boxes of 64 inputs, codes. Scales and barriers lie behind all slots, whose boxes stay aligned.
-    static constexpr int kBoxBytes = kTokens * 128;
-    static constexpr int kCodesAt = 2 * kBoxBytes;
-    static constexpr int kSlotBytes = kCodesAt + kBlockTiles * kTileBytes;
-    static constexpr int kScalesAt = kSlots * kSlotBytes;
-    static constexpr int kSlotScaleBytes = kBlockTiles * kScaleBytes;
-    static constexpr int kBarriersAt = kScalesAt + kSlots * kSlotScaleBytes;
-    // Slots whose weights are asked for before the activations may be. Where the tensor cores are the limit, activations should
-    // not queue behind many of them.
-    static constexpr int kAhead = kTokens > 32 ? 2 : kSlots;
-    // Registers per thread at the launch; then the copying warpgroup gives away most of its own to the others. (If it gave too few
-    // they would wait for ever.)
-    static constexpr int kRegisters = 65536 / (kThreads * kResident) / 8 * 8, kCopyRegisters = 24;
-    static constexpr int kMultiplyRegisters = (kRegisters * (kWarpgroups + 1) - kCopyRegisters) / kWarpgroups / 8 * 8;
-    static_assert(kMultiplyRegisters <= 248, "a thread's limit");
-    static_assert(kSlotBytes % 1024 == 0, "aligned boxes");
+template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
+using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes>;
 
-    static constexpr int kSumsBarrierAt = kBarriersAt + kSlots * 16;
-    static constexpr int kStretchesAt = kSumsBarrierAt + 16;  // one per warp that multiplies
-
-    __device__ __forceinline__ static u32 full(u32 memory, u32 slot) { return memory + kBarriersAt + slot * 16; }
-    __device__ __forceinline__ static u32 empty(u32 memory, u32 slot) { return full(memory, slot) + 8; }
-
-    __device__ __forceinline__ static int first_packed_tile(const HopperProblem& p, const Stretch& at) {
-        return at.output_tile(p) * kBlockTiles;
-    }
-};
-
-// A place in the ring: the slot, and the parity of the phase that its barriers are in.
-template <class T>
-struct Place {
-    u32 slot = 0, parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        ++slot;
-        if (slot == T::kSlots) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// The groups of a block in order.
-template <class T>
-struct Cursor {
-    Stretch at;
-    int group;
-    int first_token, tile_n;  // tile_n: first packed tile
-    bool more = true;
-
-    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first(p, blockIdx.x, gridDim.x)) { begin(p); }
-
-    __device__ __forceinline__ void begin(const HopperProblem& p) {
-        group = at.begin;
-        first_token = at.token_tile(p) * T::kTokens;
-        tile_n = T::first_packed_tile(p, at);
-    }
-
-    __device__ __forceinline__ void advance(const HopperProblem& p) {
-        if (++group < at.end) return;
-        more = at.more(p);
-        if (!more) return;
-        at.next(p, gridDim.x);
-        begin(p);
-    }
-};
-
-// One thread: fills slots as they become empty.
-template <class T, bool kGrouped>
-struct Copier {
-    const HopperProblem& p;
-    const u32 memory;
-
-    __device__ __forceinline__ void run() const {
-        Cursor<T> weights(p), tokens(p);
-        Place<T> place;
-        // Weights do not depend on the previous kernel: they come while that one finishes.
-#pragma unroll 1
-        for (u32 slot = 0; slot < T::kAhead && weights.more; ++slot) {
-            load_weights(weights, slot);
-            weights.advance(p);
-        }
-        wait_for_previous_kernel();
-        let_next_kernel_start();
-#pragma unroll 1
-        for (u32 slot = 0; slot < T::kSlots && tokens.more; ++slot) {
-            load_tokens(tokens, slot);
-            tokens.advance(p);
-            if (slot + T::kAhead < T::kSlots && weights.more) {
-                load_weights(weights, slot + T::kAhead);
-                weights.advance(p);
-            }
-        }
-#pragma unroll 1
-        while (weights.more) {
-            barrier_wait(T::empty(memory, place.slot), place.parity);
-            load_weights(weights, place.slot);
-            load_tokens(weights, place.slot);
-            weights.advance(p);
-            place.advance();
-        }
-    }
-
-    // Announces all that the slot will hold. Packed tiles past the last output are left out; what the slot holds there is
-    // multiplied, and never stored.
-    __device__ __forceinline__ void load_weights(const Cursor<T>& at, u32 slot) const {
-        const u32 barrier = T::full(memory, slot);
-        const int left = p.tiles_n - at.tile_n, tiles = left < 0 ? 0 : left < T::kBlockTiles ? left : T::kBlockTiles;
-        barrier_expect(barrier, 2 * T::kBoxBytes + tiles * (kTileBytes + (kGrouped ? kScaleBytes : 0)));
-        u64 tile = static_cast<u64>(at.tile_n) * p.groups + at.group;
-        u32 codes = memory + slot * T::kSlotBytes + T::kCodesAt, scales = memory + T::kScalesAt + slot * T::kSlotScaleBytes;
-#pragma unroll 1
-        for (int i = 0; i < tiles; ++i) {
-            copy_bulk(codes, p.codes + tile * kTileBytes, kTileBytes, barrier);
-            if constexpr (kGrouped) copy_bulk(scales, p.scales + tile * kScaleBytes, kScaleBytes, barrier);
-            tile += p.groups;
-            codes += kTileBytes;
-            scales += kScaleBytes;
-        }
-    }
-
-    __device__ __forceinline__ void load_tokens(const Cursor<T>& at, u32 slot) const {
-        const u32 to = memory + slot * T::kSlotBytes, barrier = T::full(memory, slot);
-#pragma unroll
-        for (int box = 0; box < 2; ++box)
-            copy_box(to + box * T::kBoxBytes, p.x, at.group * kGroup + box * 64, at.first_token, barrier);
-    }
-};
-
-// A warpgroup's 64 kTiles outputs are 4 kTiles fragments of 16; each of its warps takes kTiles neighbours, one for each of
-// its products. So a lane's 2 kTiles outputs are neighbours, too.
 template <class T, class E, bool kGrouped>
-struct Multiplier {
+struct Multiplier : HopperWarp<T> {
+    using Warp = HopperWarp<T>;
+    using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
+    using Warp::Warp;
+
     // A batch is so many k16 steps. While the tensor cores work on up to kBuffers - 1 batches, the next is converted.
     static constexpr int kSteps = T::kTokens > 64 ? 1 : T::kTokens == 64 ? 2 : 4, kBatches = 8 / kSteps;
     static constexpr int kBuffers = T::kTokens < 64 ? 2 : 4;
-    // Warpgroups take turns at issuing the products of a packed tile. Else the tensor cores serve all at once, at the same pace, and
-    // idle while all scale their sums.
-    static constexpr bool kTurns = T::kTokens >= 64 && T::kWarpgroups > 1;
 
-    const HopperProblem& p;
-    u8* const memory;
-    const int warp, lane, tile, fragment;  // packed tile of the block, and this warp's first fragment of it
-    Place<T> place;
-    float sums[T::kTiles][T::kFragments][4];
     float part[T::kFragments][4];  // of one packed tile and group
     u32 a[kBuffers][kSteps][4];    // weights of as many batches
     Vec16 codes[2];                // of the two halves of a group
 
-    __device__ __forceinline__ Multiplier(const HopperProblem& problem, u8* memory_)
-        : p(problem), memory(memory_), warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0)), lane(threadIdx.x % 32), tile(warp * T::kTiles / 4),
-          fragment(warp * T::kTiles % 4) {}
-
-    __device__ __forceinline__ void run() {
-        wait_for_previous_kernel();  // it may still read what will be written here
-        const u32 shared = shared_address(memory);
-        barrier_wait(T::full(shared, 0), 0);
+    __device__ __forceinline__ void begin() {
         load(0, 0);
         convert(0, 0, 0);
-        if (kTurns && warp / 4 + 1 == T::kWarpgroups) warpgroups_arrive_if(true, 1);  // the first begins
-        // Its registers would be missed in the loop over the groups.
-        Stretch& at = *reinterpret_cast<Stretch*>(memory + T::kStretchesAt + warp * sizeof(Stretch));
-        for (at = Stretch::first(p, blockIdx.x, gridDim.x);; at.next(p, gridDim.x)) {
-            clear_sums();
-            const bool more = at.more(p);
-#pragma unroll 1
-            for (int left = at.end - at.begin; left > 0; --left) multiply(left > 1 || more);
-            if constexpr (!kGrouped) {
-                warpgroup_wait<0>();
-#pragma unroll
-                for (int r = 0; r < T::kTiles; ++r) sums_are_ready(sums[r]);
-            }
-            finish(at);
-            if (!more) break;
-        }
-    }
-
-    __device__ __forceinline__ void clear_sums() {
-#pragma unroll
-        for (int r = 0; r < T::kTiles; ++r)
-#pragma unroll
-            for (int f = 0; f < T::kFragments; ++f)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) sums[r][f][e] = 0.f;
     }
 
     // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot.
@@ -216,14 +39,12 @@ struct Multiplier {
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) {
             u32 scales;
-            if constexpr (kGrouped)
-                scales = *reinterpret_cast<const u32*>(memory + T::kScalesAt + slot * T::kSlotScaleBytes + tile * kScaleBytes +
-                                                       lane / 4 * 16 + (fragment + r) * 4);
-            if constexpr (kTurns) warpgroups_wait(1 + warp / 4);
+            if constexpr (kGrouped) scales = Warp::load_scales(slot, r);
+            if constexpr (T::kTurns) warpgroups_wait(1 + warp / 4);
 #pragma unroll
             for (int batch = 0; batch < kBatches; ++batch) {
                 issue(kGrouped ? part : sums[r], batch, tokens);
-                if (kTurns && batch + 1 == kBatches) {
+                if (T::kTurns && batch + 1 == kBatches) {
                     const bool last = !more && r + 1 == T::kTiles && warp / 4 + 1 == T::kWarpgroups;
                     warpgroups_arrive_if(!last, 1 + (warp / 4 + 1) % T::kWarpgroups);
                 }
@@ -239,7 +60,7 @@ struct Multiplier {
                 }
             }
             warpgroup_wait<0>();
-            if constexpr (kGrouped) collect(sums[r], scales);
+            if constexpr (kGrouped) Warp::collect(sums[r], part, scales);
         }
         if (lane == 0) barrier_arrive(T::empty(shared, slot));
     }
@@ -272,145 +93,35 @@ struct Multiplier {
         if (batch + 1 == kBatches && r + 1 < T::kTiles) load(slot, r + 1);
     }
 
-    __device__ __forceinline__ void collect(float (&into)[T::kFragments][4], u32 scales) {
-        sums_are_ready(part);
-        const float low = half_to_float(scales & 0xFFFF), high = half_to_float(scales >> 16);
-#pragma unroll
-        for (int f = 0; f < T::kFragments; ++f)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) into[f][e] += part[f][e] * (e < 2 ? low : high);
-    }
-
-    __device__ __forceinline__ void finish(const Stretch& at) {
-        if (p.split > 1) {
-            sum_over_cluster(at);
-            return;
-        }
-        auto& flat = reinterpret_cast<float(&)[T::kTiles * T::kFragments][4]>(sums);
-        if (!at.whole(p) && !sum_over_blocks(p, at, blockIdx.x, warp, T::kWarps, lane, flat)) return;
-        const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;
-        if (tile_n >= p.tiles_n) return;
-        const Outputs outputs(p, tile_n, fragment, lane);
-#pragma unroll
-        for (int f = 0; f < T::kFragments; ++f) {
-            float v[T::kTiles][4];
-#pragma unroll
-            for (int r = 0; r < T::kTiles; ++r)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) v[r][e] = sums[r][f][e];
-            outputs.store(p, first_token + f * 8 + lane % 4 * 2, v);
-        }
-    }
-
-    // Every block of the cluster sums and stores its share of the n8 blocks. The rings are done with: sums arrive there.
-    __device__ __forceinline__ void sum_over_cluster(const Stretch& at) {
-        const u32 rank = blockIdx.x % p.split;
-        const int share = (T::kFragments + p.split - 1) / p.split;
-        const auto place_of = [&](int source, int local, int r) {
-            return static_cast<u32>((((source * share + local) * T::kTiles + r) * T::kWarps + warp) * 512 + lane * 16);
-        };
-        const u32 shared = shared_address(memory), arrived = shared + T::kSumsBarrierAt;
-        const int first = rank * share, mine = T::kFragments - first < share ? T::kFragments - first : share;
-        if (threadIdx.x == 0) barrier_expect(arrived, (mine > 0 ? mine : 0) * p.split * T::kTiles * T::kWarps * 512);
-        cluster_arrive(false);  // this block reads its ring no longer
-        cluster_wait();
-        u32 owner = 0;
-        int local = 0;
-#pragma unroll
-        for (int f = 0; f < T::kFragments; ++f) {
-            const u32 there = address_in_block(shared, owner);
-#pragma unroll
-            for (int r = 0; r < T::kTiles; ++r) send_to_block(there + place_of(rank, local, r), sums[r][f], there + T::kSumsBarrierAt);
-            if (++local == share) {
-                local = 0;
-                ++owner;
-            }
-        }
-        barrier_wait(arrived, 0);
-        const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;
-        if (tile_n >= p.tiles_n) return;
-        const Outputs outputs(p, tile_n, fragment, lane);
-#pragma unroll 1
-        for (int f = first; f < first + mine; ++f) {
-            float v[T::kTiles][4];
-#pragma unroll
-            for (int r = 0; r < T::kTiles; ++r)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) v[r][e] = 0.f;
-#pragma unroll 4
-            for (int source = 0; source < p.split; ++source)
-#pragma unroll
-                for (int r = 0; r < T::kTiles; ++r) add(v[r], *reinterpret_cast<const float4*>(memory + place_of(source, f - first, r)));
-            outputs.store(p, first_token + f * 8 + lane % 4 * 2, v);
-        }
-    }
-
-    // This lane's neighbouring outputs: what they are scaled by and where they go.
     struct Outputs {
-        static constexpr int kCount = 2 * T::kTiles;
         int n;
-        float scale[kCount], bias[kCount];
+        float scale[Warp::kOutputs], bias[Warp::kOutputs];
 
         __device__ __forceinline__ Outputs(const HopperProblem& p, int tile_n, int fragment, int lane)
             : n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
 #pragma unroll
-            for (int o = 0; o < kCount; ++o) {
+            for (int o = 0; o < Warp::kOutputs; ++o) {
                 scale[o] = kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o]);
                 bias[o] = p.bias != nullptr && n + o < p.n ? E::widen(p.bias[n + o]) : 0.f;
             }
         }
 
-        // Tokens `token` and the next of one n8 block.
-        __device__ __forceinline__ void store(const HopperProblem& p, int token, const float (&v)[T::kTiles][4]) const {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                if (token + e >= p.m) continue;
-                u32 pairs[T::kTiles];
-#pragma unroll
-                for (int r = 0; r < T::kTiles; ++r)
-                    pairs[r] = E::round_pair(v[r][e] * scale[2 * r] + bias[2 * r], v[r][2 + e] * scale[2 * r + 1] + bias[2 * r + 1]);
-                u8* const to = p.y + (static_cast<u64>(token + e) * p.n + n) * 2;
-                if (p.n % kCount == 0) {
-                    if (n < p.n) store_together(to, pairs);
-                } else {
-#pragma unroll
-                    for (int o = 0; o < kCount; ++o)
-                        if (n + o < p.n) reinterpret_cast<u16*>(to)[o] = static_cast<u16>(pairs[o / 2] >> (o % 2 * 16));
-                }
-            }
-        }
-
-        __device__ __forceinline__ static void store_together(u8* to, const u32 (&pairs)[T::kTiles]) {
-            if constexpr (T::kTiles == 1) {
-                *reinterpret_cast<u32*>(to) = pairs[0];
-            } else if constexpr (T::kTiles == 2) {
-                *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-            } else {
-                *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-            }
+        // Two outputs of one token.
+        __device__ __forceinline__ u32 round(float low, float high, int r) const {
+            return E::round_pair(low * scale[2 * r] + bias[2 * r], high * scale[2 * r + 1] + bias[2 * r + 1]);
         }
     };
-};
 
-template <class T, class E, bool kGrouped>
-__global__ void __launch_bounds__(T::kThreads, T::kResident) hopper_kernel(const __grid_constant__ HopperProblem p) {
-    extern __shared__ __align__(1024) u8 memory[];
-    const u32 shared = shared_address(memory);
-    if (threadIdx.x == T::kMultiplyThreads) {
-        prefetch_map(p.x);
-        barrier_init(shared + T::kSumsBarrierAt, 1);
-        for (u32 slot = 0; slot < T::kSlots; ++slot) {
-            barrier_init(T::full(shared, slot), 1);
-            barrier_init(T::empty(shared, slot), T::kWarps);
+    __device__ __forceinline__ void finish(const Stretch& at) {
+        if (p.split > 1) {
+            Warp::template sum_over_cluster<Outputs>(at);
+            return;
         }
-        barrier_init_fence();
+        if (!Warp::complete(at)) return;
+        const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;
+        if (tile_n >= p.tiles_n) return;
+        const Outputs outputs(p, tile_n, fragment, lane);
+#pragma unroll
+        for (int f = 0; f < T::kFragments; ++f) Warp::store_fragment(outputs, f, first_token);
     }
-    __syncthreads();
-    if (threadIdx.x >= T::kMultiplyThreads) {
-        release_registers<T::kCopyRegisters>();
-        if (threadIdx.x == T::kMultiplyThreads) Copier<T, kGrouped>{p, shared}.run();
-    } else {
-        claim_registers<T::kMultiplyRegisters>();
-        Multiplier<T, E, kGrouped>(p, memory).run();
-    }
-}
+};

@@ -5,7 +5,7 @@
 
 and the same for 2:4-sparse weights, which are smaller and faster: `pack_sparse`, `sparse_linear`.
 
-Read `layout.py` first, then `w4a16.py`, then `kernels/w4a16/narrow.cu`.
+Read `layout.py` first, then `w4a16.py`, `linear_operator.py` and `plan.py`, then `kernels/w4a16/narrow.cu`.
 """
 
 from marlin_tools.ops.catalogue import BuildReport, build, kernels

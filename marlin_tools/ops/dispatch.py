@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 from marlin_tools.ops.cubin_cache import default_dir
-from marlin_tools.ops.variants import TILES, capability_of
+from marlin_tools.ops.variants import TILES, Tile, capability_of
 from marlin_tools.resources import kernels_dir
 
 CUBLAS = "cublas"
@@ -37,13 +36,6 @@ class Measured:
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.choices) or not self.rows or list(self.rows) != sorted(set(self.rows)):
             raise ValueError(f"rows {self.rows} and choices {self.choices} do not match")
-
-
-class Tile(Protocol):
-    """What the tables ask of a tile."""
-
-    def runs_on(self, capability: int) -> bool:
-        """Whether a GPU has its instructions."""
 
 
 class Tables:

@@ -2,7 +2,7 @@
 
 Loading goes through `cuda.bindings`. A launch is one call into the driver with a buffer that was laid out beforehand: the
 kernel's only argument is a struct, `Launch.__call__` writes its fields with one `struct.pack_into` and calls. The buffers
-belong to one thread (see `w4a16.py`), since ctypes releases the interpreter lock during the call.
+belong to one thread (see `plan.py`), since ctypes releases the interpreter lock during the call.
 """
 
 import ctypes

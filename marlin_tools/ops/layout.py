@@ -15,7 +15,9 @@ piece of 2 KB. With lane = 4 g + t:
 The same words serve `wgmma` with A in registers: its four warps are i = 0..3.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,12 +30,15 @@ TILE_N = 64
 TILE_K = 128
 """Inputs per packed tile, and the only group size besides "all of K"."""
 
+WORDS = TILE_N * TILE_K // 8
+"""int32 per packed tile."""
+
 _ROWS_AT_ONCE = 1024  # bounds the scratch memory of packing to some bytes per weight of so many outputs
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """What the kernels read. `out_features` is the true N; the tensors are padded to a multiple of 64."""
+class Packed:
+    """What kernels read, dense or sparse. `out_features` is the true N; the tensors are padded to a multiple of 64."""
 
     codes: Tensor
     scales: Tensor
@@ -49,9 +54,13 @@ class PackedWeight:
         """128, or K with one scale per output."""
         return self.in_features // self.scales.shape[1]
 
-    def to(self, device: torch.device | str) -> "PackedWeight":
+    def to(self, device: torch.device | str) -> Self:
         """The same weights on another device."""
-        return PackedWeight(self.codes.to(device), self.scales.to(device), self.out_features)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
+
+
+class PackedWeight(Packed):
+    """Dense weights, in the layout above."""
 
 
 def limits(in_features: int, group_size: int) -> str | None:
@@ -65,21 +74,26 @@ def limits(in_features: int, group_size: int) -> str | None:
 
 def pack(weight: QuantizedLinear) -> PackedWeight:
     """Arrange codes and scales for the kernels, on the device where they are."""
+    return PackedWeight(*pack_tiles(weight, WORDS, lambda rows, _: _words(rows)))
+
+
+def pack_tiles(weight: QuantizedLinear, words: int, words_of: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Codes, scales and N of a packed weight. `words_of` packs some rows, a multiple of 64, given the number of the first."""
     n, k = weight.shape
     reason = limits(k, weight.group_size)
     if reason:
         raise ValueError(reason)
     tiles = -(-n // TILE_N)
-    packed = torch.empty((tiles, k // TILE_K, TILE_N * TILE_K // 8), dtype=torch.int32, device=weight.codes.device)
+    packed = torch.empty((tiles, k // TILE_K, words), dtype=torch.int32, device=weight.codes.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         rows = weight.codes[start : start + _ROWS_AT_ONCE]
         missing = -rows.shape[0] % TILE_N
         if missing:
             rows = torch.cat([rows, rows.new_full((missing, k), ZERO)])
-        packed[start // TILE_N : start // TILE_N + rows.shape[0] // TILE_N] = _words(rows)
+        packed[start // TILE_N : start // TILE_N + rows.shape[0] // TILE_N] = words_of(rows, start)
     scales = torch.zeros((tiles * TILE_N, weight.scales.shape[1]), dtype=torch.float16, device=weight.scales.device)
     scales[:n] = weight.scales
-    return PackedWeight(packed, scales.view(tiles, TILE_N, -1).transpose(1, 2).contiguous(), n)
+    return packed, scales.view(tiles, TILE_N, -1).transpose(1, 2).contiguous(), n
 
 
 def unpack(packed: PackedWeight) -> QuantizedLinear:
@@ -92,7 +106,12 @@ def unpack(packed: PackedWeight) -> QuantizedLinear:
     # [tile, group, jj, i, g, t, j, e, c, h] -> [tile, g, i, h, group, jj, j, c, t, e]
     parts = nibbles.view(tiles, groups, 2, 4, 8, 4, 4, 2, 2, 2)
     codes = parts.permute(0, 4, 3, 9, 1, 2, 6, 8, 5, 7).reshape(tiles * TILE_N, groups * TILE_K)
-    scales = packed.scales.transpose(1, 2).reshape(tiles * TILE_N, -1)
+    return with_scales(codes, packed)
+
+
+def with_scales(codes: Tensor, packed: Packed) -> QuantizedLinear:
+    """The weight of which these are the unpacked codes, uint8 [64 tiles, K]."""
+    scales = packed.scales.transpose(1, 2).flatten(0, 1)
     n = packed.out_features
     return QuantizedLinear(codes[:n].contiguous(), scales[:n].contiguous(), packed.group_size)
 

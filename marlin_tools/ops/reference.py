@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.layout import PackedWeight, unpack
+from marlin_tools.quantized import QuantizedLinear
 
 
 def w4a16_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Compute x [M, K] times the packed weight, transposed, plus bias: float32 inside, one rounding at the end."""
-    weight = unpack(PackedWeight(codes, scales, out_features)).dequantize(torch.float32)
-    y = x.to(torch.float32) @ weight.T
+    """Compute x [M, K] times the packed weight, transposed, plus bias."""
+    return linear(x, unpack(PackedWeight(codes, scales, out_features)), bias)
+
+
+def linear(x: Tensor, weight: QuantizedLinear, bias: Tensor | None) -> Tensor:
+    """Compute x [M, K] times the weight, transposed, plus bias: float32 inside, one rounding at the end."""
+    y = x.to(torch.float32) @ weight.dequantize(torch.float32).T
     if bias is not None:
         y += bias.to(torch.float32)
     return y.to(x.dtype)

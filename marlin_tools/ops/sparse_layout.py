@@ -22,19 +22,16 @@ Positions: sparsity selector j makes the hardware read lanes 2 j and 2 j + 1 of 
 The same words serve `wgmma.sp` with A in registers: its four warps are i = 0..3.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from marlin_tools.ops.layout import TILE_K, TILE_N, limits
+from marlin_tools.ops.layout import TILE_K, TILE_N, Packed, pack_tiles, with_scales
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 WORDS = 768
 """int32 per packed tile."""
 
 _KEPT_WORDS = 256  # of half a tile; the positions follow
-_ROWS_AT_ONCE = 1024  # bounds the scratch memory of packing
 
 
 def _kept(nonzero: int) -> int:
@@ -48,46 +45,13 @@ POSITIONS = tuple(_kept(nonzero) for nonzero in range(16))
 """Nibble of positions by which codes of a quad are nonzero (bit i for position i)."""
 
 
-@dataclass(frozen=True)
-class PackedSparse:
-    """What the sparse kernels read. `out_features` is the true N; the tensors are padded to a multiple of 64."""
-
-    codes: Tensor
-    scales: Tensor
-    out_features: int
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.codes.shape[1] * TILE_K
-
-    @property
-    def group_size(self) -> int:
-        """128, or K with one scale per output."""
-        return self.in_features // self.scales.shape[1]
-
-    def to(self, device: torch.device | str) -> "PackedSparse":
-        """The same weights on another device."""
-        return PackedSparse(self.codes.to(device), self.scales.to(device), self.out_features)
+class PackedSparse(Packed):
+    """Sparse weights, in the layout above."""
 
 
 def pack_sparse(weight: QuantizedLinear) -> PackedSparse:
     """Arrange kept codes, positions and scales for the kernels, on the device where they are."""
-    n, k = weight.shape
-    reason = limits(k, weight.group_size)
-    if reason:
-        raise ValueError(reason)
-    tiles = -(-n // TILE_N)
-    packed = torch.empty((tiles, k // TILE_K, WORDS), dtype=torch.int32, device=weight.codes.device)
-    for start in range(0, n, _ROWS_AT_ONCE):
-        rows = weight.codes[start : start + _ROWS_AT_ONCE]
-        missing = -rows.shape[0] % TILE_N
-        if missing:
-            rows = torch.cat([rows, rows.new_full((missing, k), ZERO)])
-        packed[start // TILE_N : start // TILE_N + rows.shape[0] // TILE_N] = _words(rows, start)
-    scales = torch.zeros((tiles * TILE_N, weight.scales.shape[1]), dtype=torch.float16, device=weight.scales.device)
-    scales[:n] = weight.scales
-    return PackedSparse(packed, scales.view(tiles, TILE_N, -1).transpose(1, 2).contiguous(), n)
+    return PackedSparse(*pack_tiles(weight, WORDS, _words))
 
 
 def unpack_sparse(packed: PackedSparse) -> QuantizedLinear:
@@ -102,9 +66,7 @@ def unpack_sparse(packed: PackedSparse) -> QuantizedLinear:
     where = where.permute(0, 3, 6, 7, 1, 2, 4, 5, 8).reshape(tiles * TILE_N, groups * TILE_K // 4)
     codes = torch.full((*where.shape, 4), ZERO, dtype=torch.uint8, device=where.device)
     codes.scatter_(2, _indices(where), kept)
-    n = packed.out_features
-    scales = packed.scales.transpose(1, 2).reshape(tiles * TILE_N, -1)
-    return QuantizedLinear(codes.view(tiles * TILE_N, -1)[:n].contiguous(), scales[:n].contiguous(), packed.group_size)
+    return with_scales(codes.view(tiles * TILE_N, -1), packed)
 
 
 def random_sparse(n: int, k: int, device: torch.device | str, *, per_column: bool = False) -> PackedSparse:

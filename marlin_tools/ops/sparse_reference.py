@@ -1,6 +1,5 @@
 """The 2:4-sparse operation in plain torch: the oracle of the kernels, and what runs on a CPU."""
 
-import torch
 from torch import Tensor
 
 from marlin_tools.ops import layout, reference
@@ -8,12 +7,8 @@ from marlin_tools.ops.sparse_layout import PackedSparse, unpack_sparse
 
 
 def w24a16_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Compute x [M, K] times the packed weight, transposed, plus bias: float32 inside, one rounding at the end."""
-    weight = unpack_sparse(PackedSparse(codes, scales, out_features)).dequantize(torch.float32)
-    y = x.to(torch.float32) @ weight.T
-    if bias is not None:
-        y += bias.to(torch.float32)
-    return y.to(x.dtype)
+    """Compute x [M, K] times the packed weight, transposed, plus bias."""
+    return reference.linear(x, unpack_sparse(PackedSparse(codes, scales, out_features)), bias)
 
 
 def exact(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:

@@ -1,11 +1,14 @@
 """The table of kernels: which instantiations exist, what each needs, and for which GPUs.
 
-A `TileShape` is how one thread block of `kernels/w4a16/{narrow,wide,hopper}.cu` cuts its work; the sources explain the
-parameters. A `Variant` is a tile with an activation type and a kind of scales, that is, one compiled kernel.
+A `Tile` is how one thread block cuts its work, a `TileShape` one of `kernels/w4a16/{narrow,wide,hopper}.cu`; the sources
+explain the parameters. A `Variant` is a tile with an activation type and a kind of scales, that is, one compiled kernel.
+`sparse_variants.py` has the same for sparse weights.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 
@@ -21,12 +24,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 
 # Shared memory in KiB that one block may use, by compute capability; one KiB more per multiprocessor is the driver's.
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-_MOST_SLOTS = {"narrow": 4, "wide": 4, "hopper": 12}
-
-
-def shared_kib(capability: int) -> int:
-    """Shared memory in KiB that one block may use; the least of all for GPUs to come."""
-    return _SHARED_KIB.get(capability, 99)
+_MOST_SLOTS = {"narrow": 4, "wide": 4, "warps": 8, "hopper": 12}
 
 
 OVERLAP_CAPABILITY = 90
@@ -34,30 +32,23 @@ OVERLAP_CAPABILITY = 90
 
 
 @dataclass(frozen=True)
-class TileShape:
+class Tile(ABC):
     """The template parameters of one of the kernels, without the number of slots, which depends on the GPU's shared memory.
 
-    kernel      `narrow` and `wide` run everywhere, `hopper` on Hopper only
-    blocks      n8 blocks of tokens per warp
+    kernel      `hopper` runs on Hopper only, the others everywhere
+    blocks      n8 blocks of tokens per warp, or per warpgroup (`hopper`)
     along_n     packed tiles of 64 outputs side by side: one per warp, or several per warpgroup (`hopper`)
-    along_t     warps side by side along the tokens (`wide`)
-    groups      groups of 128 inputs per slot (`wide`)
-    residents   blocks that share a multiprocessor (`hopper`)
+    along_t     warps side by side along the tokens (`wide`, `warps`)
+    residents   blocks that share a multiprocessor where consecutive kernels overlap; elsewhere one has it for itself
     warpgroups  of a block that multiply; one more copies (`hopper`)
     """
 
-    kernel: Literal["narrow", "wide", "hopper"]
+    kernel: str
     blocks: int
     along_n: int
     along_t: int = 1
-    groups: int = 1
     residents: int = 1
     warpgroups: int = 2
-
-    @property
-    def name(self) -> str:
-        """Rows of activations x outputs per block."""
-        return f"{self.tokens}x{self.outputs}" + ("-tma" if self.kernel == "hopper" else "")
 
     @property
     def tokens(self) -> int:
@@ -85,52 +76,85 @@ class TileShape:
         return self.outputs * self.tokens * 4
 
     @property
+    @abstractmethod
     def slot_bytes(self) -> int:
         """Shared memory that one more slot costs a block."""
-        if self.kernel == "narrow":  # eight rings of half groups
-            return 8 * (TILE_N * TILE_K // 4 + TILE_N * 2 + self.tokens * (TILE_K + 16))
-        padding = {"wide": 16 * self.tokens, "hopper": 16}.get(self.kernel, 0)  # of rows; two barriers
-        return self.groups * (self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K * 2) + padding
 
-    @property
-    def exchange_bytes(self) -> int:
-        """Shared memory besides the slots: where sums of a cluster's second block arrive; a barrier and each warp's stretch."""
-        return {"narrow": self.partial_bytes, "hopper": 16 + 20 * 4 * self.warpgroups}.get(self.kernel, 0)
+    def exchange_bytes(self, capability: int) -> int:
+        """Shared memory besides the slots: a barrier and the warps' stretches (`hopper`), else where a cluster's sums meet."""
+        return 16 + 20 * 4 * self.warpgroups if self.kernel == "hopper" else self._cluster_bytes(capability)
+
+    @abstractmethod
+    def _cluster_bytes(self, capability: int) -> int:
+        """For the sums of a cluster's other blocks."""
 
     def runs_on(self, capability: int) -> bool:
         """Whether the instructions exist: wgmma does on Hopper alone."""
         return self.kernel != "hopper" or capability == 90
 
     def resident(self, capability: int) -> int:
-        """Blocks that must fit on a multiprocessor: two narrow ones where consecutive kernels overlap."""
-        return 2 if self.kernel == "narrow" and capability >= OVERLAP_CAPABILITY else self.residents
+        """Blocks that must fit on a multiprocessor."""
+        return self.residents if capability >= OVERLAP_CAPABILITY else 1
 
     def slots(self, capability: int) -> int:
         """As many as are useful and fit; `resident` blocks must fit."""
-        shared = shared_kib(capability) * 1024
+        shared = _SHARED_KIB.get(capability, 99) * 1024
         if shared > 99 * 1024:
             shared = (shared + 1024) // self.resident(capability) - 1024
-        return min(_MOST_SLOTS[self.kernel], (shared - 256 - self.exchange_bytes) // self.slot_bytes)
+        return min(_MOST_SLOTS[self.kernel], (shared - 256 - self.exchange_bytes(capability)) // self.slot_bytes)
 
     def shared_bytes(self, capability: int) -> int:
         """Dynamic shared memory of a block."""
-        return self.slot_bytes * self.slots(capability) + self.exchange_bytes
+        return self.slot_bytes * self.slots(capability) + self.exchange_bytes(capability)
 
     def expression(self, capability: int) -> str:
         """The C++ type."""
         slots, resident = self.slots(capability), self.resident(capability)
+        if self.kernel == "hopper":
+            return f"Hopper<{self.tokens}, {self.warpgroups}, {self.along_n // self.warpgroups}, {slots}, {resident}>"
+        return self._expression(slots, resident)
+
+    @abstractmethod
+    def _expression(self, slots: int, resident: int) -> str:
+        """The C++ type of the kernels for any GPU."""
+
+
+@dataclass(frozen=True)
+class TileShape(Tile):
+    """A tile of dense weights, for `narrow`, `wide` or `hopper`.
+
+    groups      groups of 128 inputs per slot (`wide`)
+    """
+
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """Rows of activations x outputs per block."""
+        return f"{self.tokens}x{self.outputs}" + ("-tma" if self.kernel == "hopper" else "")
+
+    @property
+    def slot_bytes(self) -> int:
+        """Shared memory that one more slot costs a block."""
+        if self.kernel == "narrow":  # eight rings of half groups
+            return 8 * (TILE_N * TILE_K // 4 + TILE_N * 2 + self.tokens * (TILE_K + 16))
+        padding = 16 * self.tokens if self.kernel == "wide" else 16  # of rows; two barriers
+        return self.groups * (self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K * 2) + padding
+
+    def _cluster_bytes(self, capability: int) -> int:
+        return self.partial_bytes if self.kernel == "narrow" else 0
+
+    def _expression(self, slots: int, resident: int) -> str:
         if self.kernel == "narrow":
             return f"Narrow<{self.blocks}, {self.along_n}, {slots}, {resident}>"
-        if self.kernel == "wide":
-            return f"Wide<{self.blocks}, {self.along_n}, {self.along_t}, {self.along_k}, {self.groups}, {slots}>"
-        return f"Hopper<{self.tokens}, {self.warpgroups}, {self.along_n // self.warpgroups}, {slots}, {resident}>"
+        return f"Wide<{self.blocks}, {self.along_n}, {self.along_t}, {self.along_k}, {self.groups}, {slots}>"
 
 
 TILES = {
     tile.name: tile
     for tile in (
-        TileShape("narrow", 1, 1),
-        TileShape("narrow", 2, 1),
+        TileShape("narrow", 1, 1, residents=2),
+        TileShape("narrow", 2, 1, residents=2),
         TileShape("wide", 4, 2, groups=2),
         TileShape("wide", 4, 4),
         TileShape("wide", 4, 2, along_t=2),
@@ -153,40 +177,41 @@ TILES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: `kind` is `w4a16` or `dequantize`; `tile` is empty for the latter."""
+    """One compiled kernel for dense weights: `kind` is `w4a16` or `dequantize`; `tile` is empty for the latter."""
 
-    kind: Literal["w4a16", "dequantize"]
+    kind: str
     dtype: torch.dtype
     tile: str = ""
     grouped: bool = True
+
+    folder: ClassVar[str] = "w4a16"
+    tiles: ClassVar[Mapping[str, Tile]] = TILES
 
     @property
     def name(self) -> str:
         """As shown to users and used as the key of the register table."""
         parts = [self.kind, self.tile, str(self.dtype).removeprefix("torch.")]
-        if self.kind == "w4a16":
+        if self.tile:
             parts.append("g128" if self.grouped else "column")
         return "-".join(part for part in parts if part)
 
     def source(self, target: str) -> Source:
         """The instantiation to compile for a target."""
         element = ELEMENTS[self.dtype]
-        if self.kind == "dequantize":
-            return Source("w4a16/dequantize.cu", f"dequantize_kernel<{element}>")
-        tile = TILES[self.tile]
+        if not self.tile:
+            return Source(f"{self.folder}/dequantize.cu", f"dequantize_kernel<{element}>")
+        tile = self.tiles[self.tile]
         arguments = f"{tile.expression(capability_of(target))}, {element}, {str(self.grouped).lower()}"
-        return Source(f"w4a16/{tile.kernel}.cu", f"{tile.kernel}_kernel<{arguments}>")
+        return Source(f"{self.folder}/{tile.kernel}.cu", f"{tile.kernel}_kernel<{arguments}>")
 
     def dynamic_shared_bytes(self, target: str) -> int:
         """What the launch must ask for."""
-        if self.kind == "dequantize":
-            return 0
-        return TILES[self.tile].shared_bytes(capability_of(target))
+        return self.tiles[self.tile].shared_bytes(capability_of(target)) if self.tile else 0
 
     @property
     def threads(self) -> int:
         """Threads per block."""
-        return TILES[self.tile].threads if self.tile else 256
+        return self.tiles[self.tile].threads if self.tile else 256
 
     @property
     def overlaps(self) -> bool:
@@ -215,6 +240,11 @@ def target_of(device: torch.device) -> str:
 
 def dense_kernels(target: str | None = None) -> list[Variant]:
     """Every dense kernel that exists, or that exists for a target."""
-    tiles = [name for name, tile in TILES.items() if target is None or tile.runs_on(capability_of(target))]
-    multiply = [Variant("w4a16", dtype, tile, grouped) for tile in tiles for dtype in ELEMENTS for grouped in (True, False)]
+    multiply = [Variant("w4a16", *choice) for choice in instantiations(TILES, target)]
     return multiply + [Variant("dequantize", dtype) for dtype in ELEMENTS]
+
+
+def instantiations(tiles: Mapping[str, Tile], target: str | None) -> list[tuple[torch.dtype, str, bool]]:
+    """Every tile that exists, or that exists for a target, with all types and kinds of scales."""
+    names = [name for name, tile in tiles.items() if target is None or tile.runs_on(capability_of(target))]
+    return [(dtype, name, grouped) for name in names for dtype in ELEMENTS for grouped in (True, False)]

@@ -14,8 +14,7 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, build, compiler, kernels
 from marlin_tools.ops.compiler import Binary, Resources, Source, compile_kernel, parse_resources
 from marlin_tools.ops.cubin_cache import CubinCache, default_dir
-from marlin_tools.ops.sparse_variants import SPARSE_TILES, SparseVariant
-from marlin_tools.ops.variants import TILES, Variant, capability_of
+from marlin_tools.ops.variants import Variant, capability_of
 from marlin_tools.resources import kernels_dir
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -57,8 +56,8 @@ def test_shared_memory_and_registers_fit(target, reports):
             continue
         assert report.dynamic_shared_bytes + report.resources.static_shared_bytes <= block
         variant = next(v for _, v in kernels(target) if v.name == report.kernel)
-        if isinstance(variant, Variant | SparseVariant) and variant.tile:
-            tile = TILES[variant.tile] if isinstance(variant, Variant) else SPARSE_TILES[variant.tile]
+        if isinstance(variant, Variant) and variant.tile:
+            tile = variant.tiles[variant.tile]
             assert tile.slots(capability) >= 2
             warps_per_quarter = tile.resident(capability) * tile.threads // 128
             assert report.resources.registers * warps_per_quarter * 32 <= 16384

@@ -1,88 +1,14 @@
-"""The sparse operator on a CPU: the reference, what is refused, tracing, and how work is dealt out."""
+"""The sparse kernels' tables, and how work is dealt out."""
 
 import json
 
 import pytest
-import torch
 
-from marlin_tools import ops
-from marlin_tools.ops import dispatch, sparse_dispatch, sparse_reference, w24a16
+from marlin_tools.ops import dispatch, sparse_dispatch, w24a16
 from marlin_tools.ops.dispatch import Measured
-from marlin_tools.ops.sparse_layout import pack_sparse
 from marlin_tools.ops.sparse_variants import SPARSE_TILES, sparse_kernels
 from marlin_tools.ops.variants import TARGETS, capability_of
-from marlin_tools.quantized import ZERO, QuantizedLinear
 from marlin_tools.resources import kernels_dir
-
-
-def make(n=72, k=256, group_size=128, dtype=torch.float16, m=3):
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (n, k // 4, 4), dtype=torch.uint8, generator=generator)
-    codes.scatter_(2, torch.rand(codes.shape, generator=generator).argsort(dim=2)[..., :2], ZERO)
-    scales = (torch.randn((n, k // group_size), generator=generator) * 0.02).to(torch.float16)
-    weight = QuantizedLinear(codes.view(n, k), scales, group_size)
-    return weight, pack_sparse(weight), torch.randn((m, k), generator=generator).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("group_size", [128, 256])
-@pytest.mark.parametrize("m", [0, 1, 5])
-def test_reference_is_a_product_with_the_dequantised_weight(dtype, group_size, m):
-    weight, packed, x = make(dtype=dtype, group_size=group_size, m=m)
-    bias = torch.randn(72).to(dtype)
-
-    y = ops.sparse_linear(x, packed, bias)
-
-    expected = x.to(torch.float64) @ weight.dequantize(torch.float64).T + bias.to(torch.float64)
-    assert y.dtype == dtype
-    assert y.shape == (m, 72)
-    assert torch.equal(sparse_reference.exact(x, packed, bias), expected)
-    assert ((y - expected).abs() <= sparse_reference.error_bound(x, packed, bias)).all()
-
-
-def test_same_as_the_dense_operator():
-    weight, packed, x = make()
-    assert torch.equal(ops.sparse_linear(x, packed), ops.linear(x, ops.pack(weight)))
-
-
-REFUSED = {
-    "x must be float16 or bfloat16": lambda a: a | {"x": a["x"].float()},
-    r"x must be \[M, 256\]": lambda a: a | {"x": a["x"][:, :128].contiguous()},
-    "x must be contiguous": lambda a: a | {"x": a["x"].T.contiguous().T},
-    r"codes must be int32 \[N/64, K/128, 768\]": lambda a: a | {"codes": torch.zeros((2, 2, 1024), dtype=torch.int32)},
-    "codes must be contiguous": lambda a: a | {"codes": a["codes"].transpose(0, 1).contiguous().transpose(0, 1)},
-    r"scales must be float16 \[2, 2 or 1, 64\]": lambda a: a | {"scales": a["scales"][:1]},
-    r"bias must be torch.float16 \[72\]": lambda a: a | {"bias": torch.zeros(64, dtype=torch.float16)},
-    "scales is on meta": lambda a: a | {"scales": a["scales"].to("meta")},
-    "out_features 129": lambda a: a | {"out_features": 129},
-    "out_features 64": lambda a: a | {"out_features": 64},
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_refuses_by_name(message):
-    _, packed, x = make()
-    arguments = {"x": x, "codes": packed.codes, "scales": packed.scales, "bias": None, "out_features": 72}
-    w24a16.check(**arguments)
-
-    with pytest.raises((ValueError, TypeError), match=message):
-        w24a16.check(**REFUSED[message](arguments))
-
-
-def test_opcheck():
-    _, packed, x = make()
-    for bias in (None, torch.zeros(72, dtype=torch.float16)):
-        torch.library.opcheck(torch.ops.marlin_tools.w24a16_linear.default, (x, packed.codes, packed.scales, bias, 72))
-
-
-def test_fake_knows_the_shape():
-    _, packed, x = make()
-    y = torch.ops.marlin_tools.w24a16_linear(x.to("meta"), packed.codes.to("meta"), packed.scales.to("meta"), None, 72)
-    assert y.shape == (3, 72)
-    assert y.dtype == torch.float16
-
-
-# ---- which kernel, and how work is dealt to its blocks ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [*TARGETS, "sm_120"])
@@ -136,11 +62,3 @@ def test_work_is_shared_out_completely(target):
                 assert units == tiles
                 assert blocks % split == 0
                 assert split == 1 or (blocks == tiles * split and groups >= tile.along_k * split <= groups)
-
-
-def test_a_thread_keeps_so_many_plans_and_no_more(monkeypatch):
-    monkeypatch.setattr(w24a16, "_MOST_PLANS", 2)
-    plans = w24a16._ThreadPlans()
-    for m in (1, 2, 3):
-        plans.keep((m,), f"plan for {m}")
-    assert plans.plans == {(2,): "plan for 2", (3,): "plan for 3"}
