@@ -153,9 +153,10 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 def _read(size: Callable[..., Any], get: Callable[..., Any], program: Any) -> bytes:
     """NVRTC's two-step reading: ask for the size, then have a buffer filled."""
-    buffer = b" " * _check(size(program))
+    length = _check(size(program))
+    buffer = b" " * (length + 1)  # never of one byte: of these Python keeps one object for all, and NVRTC writes into it
     _check(get(program, buffer))
-    return buffer
+    return buffer[:length]
 
 
 def _first_error(log: str) -> str:

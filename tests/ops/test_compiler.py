@@ -233,3 +233,15 @@ def test_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.delenv("MARLIN_TOOLS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_dir() == tmp_path / "marlin-tools" / "kernels"
+
+
+@pytest.mark.parametrize("length", (1, 2, 100))
+def test_what_nvrtc_writes_lands_in_a_buffer_of_our_own(length):
+    """An empty log is one NUL. Written into the only b" " that Python has, it would be in every padding from then on."""
+
+    def fill(_program, buffer):
+        assert buffer is not bytes([buffer[0]])
+        assert len(buffer) > length
+        return (0,)
+
+    assert len(compiler._read(lambda _program: (0, length), fill, None)) == length
