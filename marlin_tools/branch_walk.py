@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from marlin_tools.activations import Activations, Room
 from marlin_tools.algorithms.hessian import Cross, Drift, Gram, Hessian
+from marlin_tools.crew import Crew, Pairs
 from marlin_tools.families import Branch
 from marlin_tools.ops.products import Parts, product
 from marlin_tools.shortcuts import short_rotation
@@ -27,17 +28,33 @@ _PANEL = 4096
 
 
 @dataclass(frozen=True)
+class Share:
+    """This process's share of the text.
+
+    crew      all processes
+    part_of   which part of the text each chunk belongs to
+    tokens    how many tokens all processes have together
+    """
+
+    crew: Crew
+    part_of: Sequence[int]
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Flow:
     """What the branches of a block have in common.
 
     original   the original model's activations, if they are wanted
     contexts   what the block is called with besides them, chunk by chunk
     room       what stays on the device
+    share      whose the chunks are
     """
 
     original: Activations | None
     contexts: Sequence[dict[str, Any]]
     room: Room
+    share: Share
 
 
 class _Path:
@@ -72,7 +89,7 @@ class BranchWalk:
     """See the top of this file. `now` is the block with the weights that it has by now, `before` that of the original model."""
 
     def __init__(self, branch: Branch, now: nn.Module, before: nn.Module | None, hidden: Activations, flow: Flow) -> None:
-        self._room, self._hidden, self._original = flow.room, hidden, flow.original
+        self._room, self._hidden, self._original, self._share = flow.room, hidden, flow.original, flow.share
         self._joins = branch.post is None
         self._now = _Path(now, branch, flow.contexts)
         self._before = _Path(before, branch, flow.contexts) if before is not None else None
@@ -82,12 +99,12 @@ class BranchWalk:
 
     def enter(self, *, observed: bool) -> Hessian | None:
         """Look at what the entry linears read."""
-        watch = _Watch()
+        watch = _Watch(self._share)
         if not observed:
             return None
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
-            watch.see(x, None if x_0 is None else x_0 - x)
+            watch.see(i, x, None if x_0 is None else x_0 - x)
             if self._room.inputs:
                 self._inputs[i] = x
                 if x_0 is not None:
@@ -97,7 +114,7 @@ class BranchWalk:
     def advance(self, *, observed: bool) -> Hessian | None:
         """Compute what the closing linear reads, and move the original model's activations past the branch."""
         closing = self._now.closing if self._joins and self._before is not None else None
-        watch, left = _Watch(closing), self._room.inner
+        watch, left = _Watch(self._share, closing), self._room.inner
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
             x = self._now.advance(x, i)
@@ -111,7 +128,7 @@ class BranchWalk:
                     owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - x
                 self._original[i] = h_0.add_(out_0)
             if observed:
-                watch.see(x, owed)
+                watch.see(i, x, owed)
         return watch.hessian() if observed else None
 
     def close(self) -> None:
@@ -133,6 +150,20 @@ class BranchWalk:
         return x, x_0
 
 
+@dataclass
+class _Seen:
+    """Sums over one part of the text: x xᵀ, and if something is owed, that times xᵀ, and x itself."""
+
+    gram: Gram
+    cross: Cross | None = None
+    inputs: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All sums."""
+        sums = (self.gram.total, self.cross.total if self.cross else None, self.inputs)
+        return [each for each in sums if each is not None]
+
+
 class _Watch:
     """What one group is to know about its inputs and, if the original model runs alongside, about what is owed to it.
 
@@ -140,33 +171,58 @@ class _Watch:
     the mean of (W x + b) xᵀ is W H + b mean(x)ᵀ, which costs nothing beside computing W x for every token.
     """
 
-    def __init__(self, closing: nn.Linear | None = None) -> None:
-        self._closing = closing
-        self._gram: Gram | None = None
-        self._cross: Cross | None = None
-        self._sum: Tensor | None = None
+    def __init__(self, share: Share, closing: nn.Linear | None = None) -> None:
+        self._share, self._closing = share, closing
+        self._pairs = Pairs()
+        self._first: _Seen | None = None
+        self._now: _Seen | None = None
+        self._part = -1
 
-    def see(self, x: Tensor, owed: Tensor | None) -> None:
+    def see(self, chunk: int, x: Tensor, owed: Tensor | None) -> None:
         """One chunk: the inputs, and by how much inputs or outputs fall short of the original's."""
         with span("hessian"):
-            self._gram = self._gram or Gram(x.shape[-1], x.device)
-            self._gram.add(x)
+            now = self._seen(chunk, x)
+            now.gram.add(x)
         if owed is None:
             return
         with span("drift"):
-            self._cross = self._cross or Cross(owed.shape[-1], x.shape[-1], x.device)
-            self._cross.add(owed, x)
+            now.cross = now.cross or Cross(owed.shape[-1], x.shape[-1], x.device)
+            now.cross.add(owed, x)
             if self._closing is not None and self._closing.bias is not None:
                 total = x.flatten(0, -2).sum(dim=0, dtype=torch.float32)
-                self._sum = total if self._sum is None else self._sum + total
+                now.inputs = total if now.inputs is None else now.inputs + total
+
+    def _seen(self, chunk: int, x: Tensor) -> _Seen:
+        """The sums of the part that the chunk belongs to."""
+        if self._now is None or self._share.part_of[chunk] != self._part:
+            self._end_part()
+            self._part = self._share.part_of[chunk]
+            self._now = _Seen(Gram(x.shape[-1], x.device))
+            self._first = self._first or self._now
+        return self._now
+
+    def _end_part(self) -> None:
+        if self._now is not None:
+            self._pairs.add(self._now.tensors())
+            self._now = None
 
     def hessian(self) -> Hessian:
-        """All that was seen."""
-        assert self._gram is not None, "no activations"
-        hessian, self._gram = self._gram.hessian(), None
-        if self._cross is None:
+        """All that was seen, by all processes."""
+        seen, self._first = self._first, None
+        assert seen is not None, "no activations"
+        with span("hessian"):
+            self._end_part()
+            self._share.crew.add_up(self._pairs.total())
+        gram, cross, inputs, self._pairs = seen.gram, seen.cross, seen.inputs, Pairs()
+        gram.tokens = self._share.tokens
+        del seen
+        hessian = gram.hessian()
+        del gram
+        if cross is None:
             return hessian
-        owed, self._cross = self._cross.mean(), None
+        cross.tokens = self._share.tokens
+        owed = cross.mean()
+        del cross
         if self._closing is None:
             return Hessian(hessian.matrix, hessian.tokens, Drift(inputs=owed))
         with span("drift"):
@@ -174,6 +230,6 @@ class _Watch:
             for start in range(0, owed.shape[1], _PANEL):
                 panel = slice(start, start + _PANEL)
                 owed[:, panel] -= product(weight, hessian.matrix[:, panel])
-            if self._sum is not None:
-                owed -= torch.outer(self._closing.bias.float(), self._sum / hessian.tokens)
+            if inputs is not None:
+                owed -= torch.outer(self._closing.bias.float(), inputs / hessian.tokens)
         return Hessian(hessian.matrix, hessian.tokens, Drift(outputs=owed))

@@ -10,9 +10,9 @@ from marlin_tools.errors import DeviceError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one; anything else must exist."""
+    """`auto` is the first GPU if there is one; anything else must exist. Of several processes each has a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -24,7 +24,20 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise DeviceError(f"device `{name}` does not exist: {count} CUDA devices are visible", hint="see `marlin-tools doctor`")
-    return torch.device("cuda", device.index or 0)
+    return own_device(torch.device("cuda", device.index or 0))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Where this process computes: of several that `torchrun` has started, each has a GPU of its own."""
+    if device.type == "cpu" or processes() == 1:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise DeviceError(
+            f"process {local} has no GPU of its own: {torch.cuda.device_count()} are visible",
+            hint="start `torchrun` with as many processes as there are GPUs",
+        )
+    return torch.device("cuda", local)
 
 
 def processes() -> int:

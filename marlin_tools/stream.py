@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from marlin_tools.activations import Activations, Room
 from marlin_tools.algorithms.hessian import Hessian
-from marlin_tools.branch_walk import BranchWalk, Flow
+from marlin_tools.branch_walk import BranchWalk, Flow, Share
 from marlin_tools.checkpoint import Checkpoint
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.crew import ALONE, Crew
+from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.families import Branch, Family, find_family
 from marlin_tools.read_ahead import ReadAhead, read_weights
 from marlin_tools.shortcuts import shorten_norms
@@ -117,7 +118,7 @@ class Block:
         The original model's activations, if they flow alongside, go through the original weights in step. They wait for nobody:
         what they are inside a branch is seen once, chunk by chunk, and never kept.
         """
-        flow = Flow(self.stream.original, self.stream.contexts(self.index), self.stream.room)
+        flow = self.stream.flow(self.index)
         for branch in self.stream.family.branches:
             walk = BranchWalk(branch, self.module, self._original, hidden, flow)
             entry, exit_ = self._group(branch, branch.entry), self._group(branch, (branch.exit,))
@@ -159,7 +160,7 @@ class _Recorder(nn.Module):
 
 
 class LayerStream:
-    """Iterate over the decoder blocks of `checkpoint`, feeding them with `tokens` (None: weights only).
+    """Iterate over the decoder blocks of `checkpoint`, feeding them with the crew's share of `tokens` (None: weights only).
 
     `targets` are the full names of the linears to hand out (without `.weight`); all others keep their weights. With
     `with_original` the original model's activations flow alongside, so that the drift between the two can be seen.
@@ -174,6 +175,7 @@ class LayerStream:
         *,
         with_original: bool = False,
         chunk_tokens: int = CHUNK_TOKENS,
+        crew: Crew = ALONE,
     ) -> None:
         self.checkpoint = checkpoint
         self.targets = targets
@@ -188,8 +190,12 @@ class LayerStream:
         self._decoder = self.model.get_submodule(self.family.decoder)
         self._blocks: nn.ModuleList = getattr(self._decoder, self.family.blocks)
         if tokens is not None:
-            self.room = self._room_for(tokens.tokens * (2 if with_original else 1))
-            self.hidden = self._embed(tokens.chunks(chunk_tokens))
+            parts = [chunks_of(part, chunk_tokens) for part in crew.share(tokens.sequences)]
+            chunks = [chunk for part in parts for chunk in part]
+            part_of = [number for number, part in enumerate(parts) for _ in part]
+            self._share = Share(crew, part_of, tokens.tokens)
+            self.room = self._room_for(sum(chunk.numel() for chunk in chunks) * (2 if with_original else 1))
+            self.hidden = self._embed(chunks)
         self.original = self.hidden.copy() if self.hidden is not None and with_original else None
 
     def __len__(self) -> int:
@@ -208,6 +214,10 @@ class LayerStream:
         for index, module in enumerate(self._blocks):
             prefix = self.family.block_prefix(index)
             yield {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
+
+    def flow(self, index: int) -> Flow:
+        """What the branches of block `index` have in common."""
+        return Flow(self.original, self.contexts(index), self.room, self._share)
 
     def contexts(self, index: int) -> list[dict[str, Any]]:
         """What block `index` is called with, chunk by chunk."""

@@ -19,6 +19,7 @@ from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
 from marlin_tools.algorithms.solved import Solved, as_solved
 from marlin_tools.algorithms.sweep import sweep
+from marlin_tools.crew import ALONE, Crew
 from marlin_tools.ops.solver import BLOCK, Grid
 from marlin_tools.quantized import ZERO
 from marlin_tools.settings import Settings
@@ -76,8 +77,12 @@ class GPTQ(Settings):
         group_size: int,
         dtype: torch.dtype,
         placing: Placing | None = None,
+        crew: Crew = ALONE,
     ) -> Solved:
-        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 on the way."""
+        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 on the way.
+
+        A crew shares the rows; every member gets the result for all of them.
+        """
         if hessian is None:
             raise ValueError("GPTQ needs a Hessian")
         n, k = weight.shape
@@ -87,8 +92,10 @@ class GPTQ(Settings):
         problem = _Problem(hessian, order, factor, group_size, dtype, placing)
         damped = hessian.damped(factor.damp) if self.polish else None
         step = max(1, SLAB // k) if weight.is_cuda else n
-        slabs = [slice(start, min(start + step, n)) for start in range(0, n, step)]
-        return Solved.join([self._solve_rows(weight[rows].float(), rows, problem, damped) for rows in slabs])
+        own = crew.rows(n)
+        slabs = [slice(start, min(start + step, part.stop)) for part in own for start in range(part.start, part.stop, step)]
+        solved = Solved.join([self._solve_rows(weight[rows].float(), rows, problem, damped) for rows in slabs])
+        return solved.gathered(crew, n)
 
     def _solve_rows(self, original: Tensor, rows: slice, problem: "_Problem", damped: Tensor | None) -> Solved:
         """Rows never talk to each other: any of them can be solved alone."""

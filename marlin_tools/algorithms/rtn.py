@@ -9,6 +9,7 @@ from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, encode
 from marlin_tools.algorithms.solved import Solved, as_solved
+from marlin_tools.crew import ALONE, Crew
 from marlin_tools.settings import Settings
 
 
@@ -40,8 +41,12 @@ class RTN(Settings):
         group_size: int,
         dtype: torch.dtype,
         placing: Placing | None = None,
+        crew: Crew = ALONE,
     ) -> Solved:
-        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 first."""
+        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 first.
+
+        There is too little to do to share it in a crew.
+        """
         n, k = weight.shape
         weight = weight.float()
         groups = (weight if placing is None else placing.place(weight).value).view(n, k // group_size, group_size)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.crew import Crew
 from marlin_tools.ops.products import rough_product
 from marlin_tools.quantized import QuantizedLinear
 
@@ -55,6 +56,18 @@ class Solved:
             torch.cat([part.weight_lost for part in parts]),
             torch.cat([part.weight_energy for part in parts]),
             parts[0].damp,
+        )
+
+    def gathered(self, crew: Crew, n: int) -> "Solved":
+        """The result for all `n` rows, of which this one is for the crew member's own."""
+        q = self.linear
+        return Solved(
+            QuantizedLinear(crew.gather(q.codes, n), crew.gather(q.scales, n), q.group_size),
+            None if self.lost is None else crew.gather(self.lost, n),
+            None if self.energy is None else crew.gather(self.energy, n),
+            crew.gather(self.weight_lost, n),
+            crew.gather(self.weight_energy, n),
+            self.damp,
         )
 
     def split(self, rows: Sequence[int]) -> list["Solved"]:

@@ -18,6 +18,9 @@ from marlin_tools.cli import bench, kernels, look, make, measure, recipes
 from marlin_tools.cli.options import PLAIN, SETTINGS, flag
 from marlin_tools.errors import MarlinToolsError
 
+_RESUMED = frozenset({"quantize", "prune", "finetune", "run", "reproduce"})
+"""Verbs that go on where they were interrupted."""
+
 _UsageError: Any = typer.BadParameter.__mro__[2]
 """Typer's own complaints about arguments: click's class, or that of the copy that newer versions carry."""
 
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _UsageError as error:
         code = _complain(_usage(error))
     if code == 130:
-        kept = ": finished blocks and stages are kept" if arguments[0] in {"quantize", "run", "reproduce"} else ""
+        kept = ": what is finished is kept" if not _RESUMED.isdisjoint(arguments[:1]) else ""
         _complain(MarlinToolsError("interrupted", hint=f"run the same command again{kept}"))
     sys.exit(code)
 
@@ -64,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _complain(error: MarlinToolsError) -> int:
     from marlin_tools import ui
 
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:  # several processes write to one terminal
+        error.message = f"process {os.environ['RANK']}: {error.message}"
     ui.complain(error)
     return 2
 

@@ -60,7 +60,10 @@ def quantize(
     strict: Strict = False,
     json: Json = False,
 ) -> int:
-    """Quantise a model to INT4."""
+    """Quantise a model to INT4.
+
+    Started by `torchrun`, 2, 4 or 8 processes share the work.
+    """
     first, *others = format.split(",") if format else (None,)
     signed = False if no_negative_scales else None
     solver = given(preset=preset, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)

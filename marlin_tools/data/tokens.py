@@ -7,6 +7,7 @@ words that describe it. No padding anywhere: a sequence is stored at its own len
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -84,11 +85,8 @@ class TokenSet:
         }
 
     def chunks(self, max_tokens: int) -> list[Tensor]:
-        """Neighbouring sequences of equal length as [B, L], B * L <= max_tokens (B = 1 if one sequence is longer)."""
-        chunks = []
-        for length, run in groupby(self.sequences, key=len):
-            chunks += torch.stack(list(run)).split(max(1, max_tokens // length))
-        return chunks
+        """All sequences, see `chunks_of`."""
+        return chunks_of(self.sequences, max_tokens)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
@@ -119,3 +117,11 @@ class TokenSet:
         for sequence in self.sequences:
             digest.update(sequence.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def chunks_of(sequences: Sequence[Tensor], max_tokens: int) -> list[Tensor]:
+    """Neighbouring sequences of equal length as [B, L], B * L <= max_tokens (B = 1 if one sequence is longer)."""
+    chunks = []
+    for length, run in groupby(sequences, key=len):
+        chunks += torch.stack(list(run)).split(max(1, max_tokens // length))
+    return chunks

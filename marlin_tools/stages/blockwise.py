@@ -10,6 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from marlin_tools.background import Background
 from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.crew import ALONE, Crew
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.device import describe_device
 from marlin_tools.errors import DeviceError, NumericalError
@@ -79,6 +81,7 @@ class Job:
     settings  all that the user chose, for the manifest
     identity  the part of it that decides the result, beside model, tokens and solver
     facts     what else the manifest records
+    crew      the processes that do it; the first one writes
     """
 
     stage: str
@@ -89,6 +92,7 @@ class Job:
     identity: dict[str, Any]
     facts: dict[str, Any]
     device: torch.device
+    crew: Crew = ALONE
 
     @property
     def fingerprint(self) -> str:
@@ -98,6 +102,7 @@ class Job:
             tokens=self.tokens.fingerprint if self.tokens else None,
             solver=self.solver.model_dump(),
             torch=torch.__version__,
+            **({"cut": True} if self.crew.cuts else {}),
             **self.identity,
         )
 
@@ -118,7 +123,7 @@ class Made:
 
 def make(
     job: Job,
-    work_of: Callable[[Job, OutputDirectory, Journal, Emit], "BlockWork"],
+    work_of: Callable[[Job, OutputDirectory, Journal | None, Emit], "BlockWork"],
     out: str | Path,
     emit: Emit,
     *,
@@ -130,35 +135,46 @@ def make(
     for name, reason in plan.inventory.kept.items():
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     plan.forecast.check(Path(out))
-    run = job.fingerprint
-    if not overwrite and (finished := read_manifest(Path(out))) and finished.get("fingerprint") == run:
+    crew = job.crew
+    run = job.fingerprint if crew.leads else ""
+    finished = crew.leads and not overwrite and (read_manifest(Path(out)) or {}).get("fingerprint") == run
+    if crew.decide(choice=finished):
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
-    with OutputDirectory(out, overwrite=overwrite, resume=resume) as output:
+    output = OutputDirectory(out, overwrite=overwrite, resume=resume)
+    with output if crew.leads else nullcontext():
         begin = time.perf_counter()
-        work = work_of(job, output, Journal(output, run), emit)
+        work = work_of(job, output, Journal(output, run) if crew.leads else None, emit)
         entries = work.run()
-        work.warn_about(entries)
-        comparison = plan.forecast.compare(time.perf_counter() - begin)
-        times = comparison | {"blocks_s": [entry["seconds"] for entry in entries]}
-        facts = {
-            "fingerprint": run,
-            "model": {"origin": plan.checkpoint.origin, "fingerprint": plan.checkpoint.fingerprint},
-            "calibration": job.tokens.describe() if job.tokens else None,
-            "settings": job.settings.model_dump(mode="json"),
-            "solver": job.solver.model_dump(mode="json"),
-            **job.facts,
-            **history(plan.checkpoint.path),
-            "device": describe_device(job.device),
-            "linears": [record for entry in entries for record in entry["linears"]],
-            "kept": plan.inventory.kept,
-        }
-        work.finish()
-        write_manifest(output, job.stage, facts, times, work.warnings)
-        output.publish()
-    emit(Event("note", in_words(comparison)))
-    emit(Event("result", f"{job.stage}: {len(plan.inventory.targets)} linears into `{out}`", data=times))
+        if crew.leads:
+            _publish(work, run, entries, time.perf_counter() - begin)
+        crew.wait()
     return Checkpoint.open(out)
+
+
+def _publish(work: "BlockWork", run: str, entries: list[dict[str, Any]], seconds: float) -> None:
+    """Make a model of the shards, with its manifest, under its final name."""
+    job, plan, output = work.job, work.job.plan, work.output
+    work.warn_about(entries)
+    comparison = plan.forecast.compare(seconds)
+    times = comparison | {"blocks_s": [entry["seconds"] for entry in entries], "processes": job.crew.size}
+    facts = {
+        "fingerprint": run,
+        "model": {"origin": plan.checkpoint.origin, "fingerprint": plan.checkpoint.fingerprint},
+        "calibration": job.tokens.describe() if job.tokens else None,
+        "settings": job.settings.model_dump(mode="json"),
+        "solver": job.solver.model_dump(mode="json"),
+        **job.facts,
+        **history(plan.checkpoint.path),
+        "device": describe_device(job.device),
+        "linears": [record for entry in entries for record in entry["linears"]],
+        "kept": plan.inventory.kept,
+    }
+    work.finish()
+    write_manifest(output, job.stage, facts, times, work.warnings)
+    output.publish()
+    work.emit(Event("note", in_words(comparison)))
+    work.emit(Event("result", f"{job.stage}: {len(plan.inventory.targets)} linears into `{output.out}`", data=times))
 
 
 class BlockWork(ABC):
@@ -166,7 +182,7 @@ class BlockWork(ABC):
 
     suffixes: tuple[str, ...]
 
-    def __init__(self, job: Job, output: OutputDirectory, journal: Journal, emit: Emit) -> None:
+    def __init__(self, job: Job, output: OutputDirectory, journal: Journal | None, emit: Emit) -> None:
         self.job, self.output, self.journal, self.emit = job, output, journal, emit
         self.checkpoint, self.inventory = job.plan.checkpoint, job.plan.inventory
         self.writer = ModelWriter(output, shards=self.inventory.blocks + 1)
@@ -209,7 +225,7 @@ class BlockWork(ABC):
             try:
                 return self._run(tokens)
             except torch.OutOfMemoryError as error:
-                if tokens <= longest:
+                if tokens <= longest or self.job.crew.size > 1:
                     raise DeviceError(
                         f"`{self.job.device}` lacks memory even for {tokens} tokens at a time: {str(error).split('.')[0]}",
                         hint="use fewer or shorter samples (`--num-samples`, `--seqlen`), or another `--device`",
@@ -230,29 +246,34 @@ class BlockWork(ABC):
                 job.device,
                 with_original=self.compares,
                 chunk_tokens=chunk_tokens,
+                crew=job.crew,
             )
         entries: list[dict[str, Any]] = []
         self._since = time.perf_counter()
         with Background("writer") as writing:
             for block in stream:
-                entry = self.journal.finished(block.index, self.writer.shard_path(block.index))
-                if entry is not None:
+                entry = self.journal.finished(block.index, self.writer.shard_path(block.index)) if self.journal else None
+                if job.crew.decide(choice=entry is not None):
                     writing.wait()  # entries are in the order of the blocks
                     self._restore(block)
-                    entries.append(entry)
+                    entries += [entry] if entry else []
                     self._since = time.perf_counter()
+                elif self.journal:
+                    writing.hand_over(self._writing(self.journal, entries, block, self._solve(block)))
                 else:
-                    writing.hand_over(self._writing(entries, block, self._solve(block)))
+                    self._solve(block)
                 self.emit(Event("progress", "blocks", block.index + 1, len(stream)))
-            writing.hand_over(lambda: self.writer.write_shard(self.inventory.blocks, self._rest()))
-            if stream.hidden is not None:
-                ids, logits = stream.logits(REFERENCE_TOKENS)
-                writing.hand_over(
-                    lambda: self.output.write_tensors("verify/reference.safetensors", {"tokens": ids, "logits": logits})
-                )
+            if self.journal:
+                writing.hand_over(lambda: self.writer.write_shard(self.inventory.blocks, self._rest()))
+                if stream.hidden is not None:
+                    ids, logits = stream.logits(REFERENCE_TOKENS)
+                    reference = {"tokens": ids, "logits": logits}
+                    writing.hand_over(lambda: self.output.write_tensors("verify/reference.safetensors", reference))
         return entries
 
-    def _writing(self, entries: list[dict[str, Any]], block: Block, made: dict[str, Made]) -> Callable[[], None]:
+    def _writing(
+        self, journal: Journal, entries: list[dict[str, Any]], block: Block, made: dict[str, Made]
+    ) -> Callable[[], None]:
         """What is left to do for a solved block: put it on disk, and only then say that it is finished.
 
         Holds nothing but what is to be written, so that the new weights can go. A block's seconds are those since the one
@@ -270,7 +291,7 @@ class BlockWork(ABC):
                 self.writer.write_shard(index, self._untouched(prefix, {record["name"] for record in records}) | fetched)
                 before, self._since = self._since, time.perf_counter()
                 facts = {"linears": records, "seconds": round(self._since - before, 3)}
-                entries.append(self.journal.record(index, self.writer.shard_path(index), facts))
+                entries.append(journal.record(index, self.writer.shard_path(index), facts))
 
         return write
 

@@ -17,6 +17,7 @@ from marlin_tools.activations import Room
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.algorithms.gptq import SLAB
 from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.crew import ALONE, PARTS, SLABS, Crew, expected
 from marlin_tools.device import matmul_rate, peak_memory
 from marlin_tools.errors import DeviceError, OutputError
 from marlin_tools.stages.floor import Work, least_seconds
@@ -59,7 +60,10 @@ _ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
 
 @dataclass(frozen=True)
 class Forecast:
-    """Peak memory, disk and time of a run, and what was assumed; `done` is what happens to the linears."""
+    """Peak memory, disk and time of a run, and what was assumed; `done` is what happens to the linears.
+
+    Of several processes, each needs this memory.
+    """
 
     device: torch.device
     host_gb: float
@@ -69,6 +73,7 @@ class Forecast:
     linears: int
     kept: int
     done: str
+    processes: int = 1
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -79,9 +84,14 @@ class Forecast:
     def lines(self) -> list[tuple[str, str]]:
         """What and how much, for people."""
         rows = [("linears", f"{self.linears} {self.done}, {self.kept} kept as they are"), ("device", str(self.device))]
-        rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak"))
+        each = ""
+        if self.processes > 1:
+            whose = "each with a GPU of its own" if self.gpu_gb is not None else "on the CPU"
+            rows[-1] = ("devices", f"{self.processes} processes, {whose}")
+            each = ", in each process"
+        rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak{each}"))
         if self.gpu_gb is not None:
-            rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak"))
+            rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak{each}"))
         rows += [
             ("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"),
             ("time", _spell(self.seconds)),
@@ -126,8 +136,8 @@ def in_words(times: Mapping[str, Mapping[str, float]]) -> str:
 def forecast_quantize(
     checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
 ) -> Forecast:
-    """Count the work of one block and multiply. `tokens` is 0 when no data is needed."""
-    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 0.52, "quantised"), device)
+    """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 0.52, "quantised", crew=expected()), device)
 
 
 def forecast_prune(
@@ -152,13 +162,29 @@ def _spell(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """What goes through a run: tokens, training passes over them, what comes out per weight, and what that is called."""
+    """What goes through a run: tokens, training passes over them, what comes out per weight, what that is called, by whom."""
 
     tokens: int
     longest: int
     bytes_per_weight: float
     done: str
     passes: int = 0
+    crew: Crew = ALONE
+
+    @property
+    def rows(self) -> int:
+        """Among how many the rows are shared."""
+        return min(self.crew.size, SLABS)
+
+    @property
+    def walks(self) -> int:
+        """How often the columns are walked along for the rows of one process."""
+        return SLABS // self.rows if self.crew.cuts else 1
+
+    def share(self, part: str) -> int:
+        """Among how many a part of the work is shared."""
+        by_text = {"forward", "hessian", "drift"}
+        return self.crew.size if part in by_text else 1 if part == "factor" else self.rows
 
 
 def _forecast(
@@ -169,11 +195,12 @@ def _forecast(
     work = Work(groups, int(checkpoint.config["hidden_size"]), load.tokens, load.longest)
     rate = matmul_rate(device, torch.float16 if on_gpu else torch.float32)
     takes = _TAKES[device.type]
-    per_block = sum(takes[part] * seconds for part, seconds in least_seconds(work, solver, rate, device).items())
-    per_block += sum(_beside_products(group, solver, device, rate) for group in groups if group)
+    floor = least_seconds(work, solver, rate, device)
+    per_block = sum(takes[part] * seconds / load.share(part) for part, seconds in floor.items())
+    per_block += sum(_beside_products(group, solver, device, rate, load) for group in groups if group)
     per_block += (3 * load.passes + 3 * bool(load.passes)) * takes["forward"] * 2 * work.weights * load.tokens / rate
     stored = sum(t.n * t.k for t in inventory.targets)
-    working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, trained=load.passes > 0) / 1e9
+    working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, load) / 1e9
     process = _PROCESS_GB[device.type]
     return Forecast(
         device=device,
@@ -184,41 +211,46 @@ def _forecast(
         linears=len(inventory.targets),
         kept=len(inventory.kept),
         done=load.done,
+        processes=load.crew.size,
     )
 
 
-def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device, *, trained: bool) -> float:
+def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device, load: _Load) -> float:
     """The most that is alive at once: what flows, what stays of it inside a branch, the block, and one group's solution."""
     on_gpu = device.type == "cuda"
     element = 2 if on_gpu else 4
     weights = work.weights * element * (1 + on_gpu + bool(solver.drift))
     if isinstance(solver, RTN) or not work.tokens:
         return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
-    flowing = work.tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + trained)
+    tokens = work.tokens // load.crew.size
+    flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + (load.passes > 0))
     room = Room.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else Room()
     residual = flowing if room.residual else 0
-    chunk = min(max(CHUNK_TOKENS, work.longest), work.tokens) * element
+    chunk = min(max(CHUNK_TOKENS, work.longest), tokens) * element
+    sums = (PARTS // load.crew.size).bit_length() if load.crew.cuts else 0
     most = 0
     for group in work.groups:
         k = group[0].k if group else 0
-        inner = min(room.inner, work.tokens * k * element)
+        inner = min(room.inner, tokens * k * element)
         kept = inner if len(group) == 1 else residual if room.inputs else 0
-        most = max(
-            most, residual + kept + (_solver_bytes(group, on_gpu=on_gpu) if group else 0), residual + kept + 6 * chunk * k
-        )
+        solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.crew.cuts else 1) if group else 0
+        summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
+        most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
     return weights + most
 
 
-def _solver_bytes(group: Sequence[Target], *, on_gpu: bool) -> int:
+def _solver_bytes(group: Sequence[Target], *, on_gpu: bool, slabs: int = 1) -> int:
     """H, the same in another order and in float64; then about ten float32 matrices of as many rows as are solved at a time."""
     n, k = sum(t.n for t in group), group[0].k
-    rows = min(n, max(1, SLAB // k)) if on_gpu else n
+    rows = min(n // slabs, max(1, SLAB // k)) if on_gpu else n // slabs
     return 2 * n * k + max(16 * k * k, 12 * k * k + 40 * rows * k)
 
 
-def _beside_products(group: Sequence[Target], solver: RTN | GPTQ | Pruner, device: torch.device, rate: float) -> float:
+def _beside_products(
+    group: Sequence[Target], solver: RTN | GPTQ | Pruner, device: torch.device, rate: float, load: _Load
+) -> float:
     """Seconds of the walks along the columns, of the search for scales, and of what only pruning does."""
-    n, k = sum(t.n for t in group), group[0].k
+    n, k = sum(t.n for t in group) // load.rows, group[0].k
     column = _COLUMN_US[device.type] * 1e-6
     moved = 0.0 if device.type == "cuda" else n * 128 * 4 / 20e9  # the block of columns behind each
     if isinstance(solver, RTN):
@@ -228,7 +260,7 @@ def _beside_products(group: Sequence[Target], solver: RTN | GPTQ | Pruner, devic
         by_torch = _COLUMN_US["cpu"] * 1e-6 * 3 * k * sweeps
         return n * k * k * (sweeps + _FIT_PRODUCTS * rounds) / (0.5 * rate) + by_torch + moved * k * sweeps
     candidates = {"absmax": 1, "conditional": 76 * (1 + 128 / 8), "diagonal": 71}[solver.scales]
-    walks = _slabs(n, k, device) * (1 + solver.polish)
+    walks = max(_slabs(n, k, device), load.walks) * (1 + solver.polish)
     corners = k * _CORNER_US[device.type] * 1e-6
     return n * k * candidates * _SEARCH_NS[device.type] * 1e-9 + k * walks * (column + moved) + corners
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Placing, Pruner, Solved
 from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.crew import assembled
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.device import pick_device
+from marlin_tools.device import describe_device, pick_device
 from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
@@ -110,24 +111,34 @@ def quantize(
     overwrite: bool = False,
     resume: bool = True,
 ) -> Checkpoint:
-    """Quantise `model` into the directory `out`; a killed run continues where it stopped, with the same bytes in the end."""
-    emit(Event("stage", "quantize"))
+    """Quantise `model` into the directory `out`; a killed run continues where it stopped, with the same bytes in the end.
+
+    Several processes that `torchrun` has started do it together.
+    """
     solver = settings.solver
     if solver.needs_data and tokens is None:
         raise ValueError("this algorithm needs calibration tokens")
-    plan = plan_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
-    if settings.sparsity == "keep":
-        _check_masks(plan)
-    identity = {
-        "revision": REVISION,
-        "settings": settings.model_dump(exclude={"preset", "algorithm", "damp", "negative_scales"}),
-    }
-    seen = tokens if solver.needs_data else None
     device = pick_device(settings.device)
-    if settings.sparsity == "2:4" and device.type == "cuda":
-        emit(Event("note", "what is kept of a dense linear is chosen by torch, column by column; all else is done by kernels"))
-    job = Job("quantize", plan, seen, solver, settings, identity, {"format": settings.format}, device)
-    return make(job, _Work, out, emit, overwrite=overwrite, resume=resume)
+    with assembled(device) as crew:
+        emit = emit if crew.leads else silent
+        emit(Event("stage", "quantize"))
+        seen = tokens if solver.needs_data else None
+        windows = sum(len(part) for part in crew.share(seen.sequences)) if seen else 0
+        for line in crew.lines(f"process {crew.rank}: {device}, {describe_device(device)}, {windows} calibration sequences"):
+            if crew.cuts:
+                emit(Event("note", line))
+        plan = plan_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
+        if settings.sparsity == "keep":
+            _check_masks(plan)
+        identity = {
+            "revision": REVISION,
+            "settings": settings.model_dump(exclude={"preset", "algorithm", "damp", "negative_scales"}),
+        }
+        if settings.sparsity == "2:4" and device.type == "cuda":
+            said = "what is kept of a dense linear is chosen by torch, column by column; all else is done by kernels"
+            emit(Event("note", said))
+        job = Job("quantize", plan, seen, solver, settings, identity, {"format": settings.format}, device, crew)
+        return make(job, _Work, out, emit, overwrite=overwrite, resume=resume)
 
 
 def _check_masks(plan: Plan) -> None:
@@ -144,7 +155,7 @@ def _check_masks(plan: Plan) -> None:
 class _Work(BlockWork):
     """One run of the stage."""
 
-    def __init__(self, job: Job, output: OutputDirectory, journal: Journal, emit: Emit) -> None:
+    def __init__(self, job: Job, output: OutputDirectory, journal: Journal | None, emit: Emit) -> None:
         super().__init__(job, output, journal, emit)
         assert isinstance(job.settings, QuantizeSettings)
         self.settings, self.solver, self.format = job.settings, job.settings.solver, FORMATS[job.settings.format]
@@ -156,7 +167,8 @@ class _Work(BlockWork):
         group_size = self.settings.group_size if self.settings.group_size > 0 else weight.shape[1]
         sparse = {name: is_2_4(group.weight(name)) for name in group.names}
         placing = self._placing(group, sparse) if self.settings.sparsity else None
-        solved = self.solver.solve(group.names[0], weight, group.hessian, group_size, self.checkpoint.dtype, placing)
+        crew = self.job.crew
+        solved = self.solver.solve(group.names[0], weight, group.hessian, group_size, self.checkpoint.dtype, placing, crew)
         parts = dict(zip(group.names, solved.split([group.weight(name).shape[0] for name in group.names]), strict=True))
         return {name: self._made(name, part, group, was_sparse=sparse[name]) for name, part in parts.items()}
 
@@ -174,7 +186,8 @@ class _Work(BlockWork):
         elif was_sparse and not linear.is_2_4():
             record["mask"] = "lost"
         with span("pack"):
-            return Made(linear.dequantize(group.weight(name).dtype), self.format.pack(linear, self.checkpoint.dtype), record)
+            stored = self.format.pack(linear, self.checkpoint.dtype) if self.job.crew.leads else {}
+            return Made(linear.dequantize(group.weight(name).dtype), stored, record)
 
     def restored(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
         """The values of the codes and scales."""

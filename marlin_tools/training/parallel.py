@@ -4,7 +4,6 @@ The same loop runs in both cases. A step is made of so many micro-batches; proce
 r, and gradients are averaged. The first process alone writes and speaks.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marlin_tools.device import processes
-from marlin_tools.errors import DeviceError
+from marlin_tools.crew import joined
+from marlin_tools.device import own_device, processes
 
 _PATIENCE = timedelta(hours=12)
 """For how long a process waits for the others; the first one may have much text to write."""
@@ -66,20 +65,9 @@ def team(device: torch.device) -> Iterator[Team]:
     if size == 1:
         yield Team(0, 1, device)
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise DeviceError(
-                f"process {local} has no GPU of its own: {torch.cuda.device_count()} are visible",
-                hint="start `torchrun` with as many processes as there are GPUs",
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-    try:
+    device = own_device(device)
+    with joined(device, "nccl" if device.type == "cuda" else "gloo", _PATIENCE):
         yield Team(dist.get_rank(), size, device)
-    finally:
-        dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:

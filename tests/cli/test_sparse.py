@@ -33,16 +33,16 @@ def pruned(cli, model):
     return Path("pruned")
 
 
-def test_dry_runs_say_what_would_happen_and_do_nothing(cli, model, text, tmp_path):
+def test_dry_runs_say_what_would_happen_and_do_nothing(cli, model, text, pruned, tmp_path):
     said = cli("prune", model, "--calib", text, *FEW, "--reconstruct", "2", "--dry-run")
     assert 0 == said.code
     for words in ("preset", "14 pruned, 0 kept as they are", "host memory", "time"):
         assert words in said.out
-    said = cli("finetune", model, "--teacher", model, "--calib", text, *FEW, "--sampled", "8", "--dry-run")
+    said = cli("finetune", pruned, "--teacher", model, "--calib", text, *FEW, "--sampled", "8", "--dry-run")
     assert 0 == said.code
     for words in ("teacher", "4 samples of", "8 windows of 64 tokens", "20,000,000 tokens, 32 sequences a step"):
         assert words in said.out
-    assert [] == list(tmp_path.iterdir())
+    assert [tmp_path / "pruned"] == list(tmp_path.iterdir())
 
 
 def test_prune_then_finetune_then_quantize(cli, model, text, pruned):
@@ -111,6 +111,7 @@ stages:
             assert torch.equal(other.read(name).scales, sparse.read(name).scales)
     card = Path("out/gptq/README.md").read_text()
     assert "pruned to 2:4 (preset sparsegpt), then finetuned on 512 tokens with the original as the teacher, then GPTQ" in card
+    assert "Embeddings and the head are as in the original." in card
     again = cli("run", "chain.yaml", "-o", "out")
     assert 5 == again.err.count("nothing to do")
     assert first.out == again.out
@@ -137,7 +138,7 @@ def test_chains_that_make_no_sense(cli, stages, complaint):
     assert complaint in outcome.err
 
 
-def test_only_finetuning_runs_in_several_processes(cli, monkeypatch):
+def test_pruning_runs_in_one_process(cli, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     outcome = cli("prune", "demo", "--preset", "magnitude", "--device", "cpu")
     assert 2 == outcome.code
@@ -152,6 +153,10 @@ def test_only_finetuning_runs_in_several_processes(cli, monkeypatch):
         (("finetune", "demo", "--teacher", "nowhere"), "`nowhere` is no directory"),
         (("finetune", "demo", "--teacher", "demo", "--kl", "0", "--square-head", "0"), "are all 0"),
         (("finetune", "demo", "--teacher", "demo", "--rate", "0"), "`--rate 0.0`"),
+        (
+            ("finetune", "demo", "--teacher", "demo", "--batch", "4"),
+            "`batch` 4 is not a multiple of `micro` 8 times 1 processes",
+        ),
         (("quantize", "demo", "--sparsity", "1:4"), "must be '2:4' or 'keep'"),
     ),
 )
@@ -171,4 +176,5 @@ def test_a_mask_that_is_not_there_is_named_before_any_work(cli, model, text, tmp
     outcome = cli("finetune", model, "--teacher", model, "--calib", text, *FEW)
     assert 2 == outcome.code
     assert "has no 2:4 sparse linear" in outcome.err
+    assert "calibration text" not in outcome.err
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -5,6 +5,7 @@ import torch
 
 from marlin_tools.algorithms import PRESETS
 from marlin_tools.cards import CARDS, Card
+from marlin_tools.errors import DeviceError
 from marlin_tools.stages import forecast
 from marlin_tools.stages.floor import Work, least_seconds
 from marlin_tools.stages.forecast import Forecast, forecast_quantize
@@ -70,3 +71,21 @@ def test_floor_of_one_linear_by_hand() -> None:
     )
     assert "drift" not in least_seconds(work, PRESETS["fast"], 1e12, H100)
     assert least_seconds(work, PRESETS["rtn"], 1e12, H100) == {}
+
+
+def test_processes_share_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the factorisation is shared; each needs the memory of its own tokens, and of sums that wait for their pair."""
+    alone = expected("meta-llama/Llama-2-13b-hf", 40)
+    found = {}
+    for processes in (1, 2, 4):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        found[processes] = expected("meta-llama/Llama-2-13b-hf", 40)
+        assert found[processes].processes == processes
+    assert alone.seconds < found[1].seconds < 1.3 * alone.seconds
+    assert 1.6 < found[1].seconds / found[2].seconds < 2
+    assert 2.5 < found[1].seconds / found[4].seconds < 4
+    assert (found[4].gpu_gb or 0) < (found[2].gpu_gb or 0) < (found[1].gpu_gb or 0)
+    assert ("devices", "4 processes, each with a GPU of its own") in found[4].lines()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(DeviceError, match="3 processes cannot share the work evenly"):
+        expected("meta-llama/Llama-2-13b-hf", 40)

@@ -1,0 +1,215 @@
+"""Several processes give the bytes that one gives; one that is gone takes the others with it, and nothing is lost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlin_tools import crew as crews
+from marlin_tools.crew import ALONE, Crew, Pairs, assembled
+from marlin_tools.errors import DeviceError
+
+Digest = Callable[[Path], dict[str, str]]
+
+Start = Callable[[int, list[str]], list[subprocess.Popen[str]]]
+
+PRESETS = "marlin,fast,default"
+
+TEXT = " ".join(
+    f"The {number} marlins were counted twice, and the skipper wrote {number * number % 97}." for number in range(60)
+)
+
+SCRIPT = """
+import os
+import signal
+import sys
+from marlin_tools.cli import main
+from marlin_tools.stages.quantize import _Work
+
+model, text, out, presets, victim = sys.argv[1:]
+solve = _Work._solve
+
+def dying(self, block):
+    if block.index == 1 and os.environ["RANK"] == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return solve(self, block)
+
+_Work._solve = dying
+for preset in presets.split(","):
+    try:
+        main(["quantize", model, "--calib", text, "--num-samples", "5", "--seqlen", "48", "--device", "cpu", "--preset", preset,
+              "-o", f"{out}/{preset}"])
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    """Two small blocks with biases in q, k and v."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return tiny_model("qwen2", hidden_size=128, intermediate_size=256, tie_word_embeddings=True, **heads)
+
+
+@pytest.fixture(scope="module")
+def arguments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """What the script is started with."""
+    place = tmp_path_factory.mktemp("processes")
+    (place / "script.py").write_text(SCRIPT)
+    (place / "text.txt").write_text(TEXT)
+
+    def of(out: Path, presets: str, victim: int | None = None) -> list[str]:
+        return [str(place / "script.py"), str(model), str(place / "text.txt"), str(out), presets, str(victim)]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def one(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a single process makes."""
+    out = tmp_path_factory.mktemp("one")
+    done = torchrun(1, arguments(out, PRESETS))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **more}
+
+
+def same(digest: Digest, one: Path, other: Path) -> bool:
+    """Whether all files are equal, but for the page that shows the times."""
+    found = [{name: value for name, value in digest(path).items() if name != "report.html"} for path in (one, other)]
+    return len(found[0]) > 10 and found[0] == found[1]
+
+
+def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture
+def by_hand() -> Iterator[Start]:
+    """Start so many processes without anybody who looks after them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(processes: int, arguments: list[str]) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+        for rank in range(processes):
+            here = environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            started.append(subprocess.Popen([sys.executable, *arguments], env=here, stderr=subprocess.PIPE, text=True))
+        return started[-processes:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_give_the_bytes_of_one(
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, processes: int
+) -> None:
+    done = torchrun(processes, arguments(tmp_path, PRESETS))
+    assert done.returncode == 0, done.stderr
+    for rank in range(processes):
+        assert done.stderr.count(f"process {rank}: cpu, cpu (1 threads)") == 3
+    assert done.stdout.split() == [str(tmp_path / preset) for preset in PRESETS.split(",")]  # one of them speaks
+    for preset in PRESETS.split(","):
+        assert same(digest, tmp_path / preset, one / preset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_gone_stops_the_other_and_the_same_command_goes_on(
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start, victim: int
+) -> None:
+    processes = by_hand(2, arguments(tmp_path, "fast", victim))
+    assert processes[victim].wait(120) == -signal.SIGKILL
+    gone = time.monotonic()
+    _, said = processes[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - gone < 20
+    assert processes[1 - victim].returncode == 2, said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    assert errors[0].startswith(f"error: process {1 - victim}: another process is gone"), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "fast").exists()
+    if victim == 1:  # the one that writes has put the first block on disk, and any number of processes goes on from there
+        assert (tmp_path / "fast.partial/state/block-00000.json").is_file()
+        (again,) = by_hand(1, arguments(tmp_path, "fast"))
+        assert again.wait(120) == 0
+        assert same(digest, tmp_path / "fast", one / "fast")
+
+
+def test_a_process_alone_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DeviceError, match="WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        assembled(torch.device("cpu")).__enter__()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(crews, "_MEETING", crews.timedelta(seconds=1))
+    with pytest.raises(DeviceError, match=r"2 processes could not find each other at `127\.0\.0\.1:\d+`"):
+        assembled(torch.device("cpu")).__enter__()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(DeviceError, match="3 processes cannot share the work evenly"):
+        assembled(torch.device("cpu")).__enter__()
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 4, 5, 7, 8, 9, 127, 128])
+def test_parts_of_the_text(windows: int) -> None:
+    """The same parts however many share them, in order, none empty, nothing left out."""
+    text = range(windows)
+    whole = Crew(cuts=True).share(text)
+    assert [window for part in whole for window in part] == list(text)
+    assert all(whole)
+    for size in (2, 4, 8):
+        if windows < size:
+            with pytest.raises(DeviceError, match=f"{size} processes cannot share {windows} calibration sequences"):
+                Crew(0, size, cuts=True).share(text)
+        else:
+            assert [part for rank in range(size) for part in Crew(rank, size, cuts=True).share(text)] == whole
+    assert ALONE.share(text) == [text]
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 256])
+def test_slabs_of_rows(n: int) -> None:
+    whole = Crew(cuts=True).rows(n)
+    assert [row for rows in whole for row in range(n)[rows]] == list(range(n))
+    for size in (2, 4, 8):
+        shared = {rows.start: rows for rank in range(size) for rows in Crew(rank, size, cuts=True).rows(n)}
+        assert list(shared.values()) == whole
+    assert ALONE.rows(n) == [slice(0, n)]
+
+
+def test_sums_are_made_in_pairs_of_pairs() -> None:
+    """The order that each process follows on its own parts, and all of them on theirs; others round differently."""
+    parts = list(torch.randn(8, 100, generator=torch.Generator().manual_seed(0)))
+    a, b, c, d, e, f, g, h = parts
+
+    def total(of: list[torch.Tensor]) -> torch.Tensor:
+        pairs = Pairs()
+        for part in of:
+            pairs.add([part.clone()])
+        return pairs.total()[0]
+
+    expected = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    assert torch.equal(total(parts), expected)
+    assert torch.equal(total([total(parts[:4]), total(parts[4:])]), expected)
+    assert not torch.equal(a + b + c + d + e + f + g + h, expected)
