@@ -151,6 +151,15 @@ def put(path: Path, text: str) -> None:
         raise explained(error, path) from error
 
 
+def folder(path: Path) -> Path:
+    """A directory for small files, made if need be: before the work whose results go there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explained(error, path) from error
+    return path
+
+
 def explained(error: OSError, path: Path) -> MarlinToolsError:
     """An operating system error as something to act on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

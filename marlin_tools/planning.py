@@ -30,7 +30,7 @@ from marlin_tools.recipe import (
 )
 from marlin_tools.stages.calibrate import expect
 from marlin_tools.stages.engines import judge_engines
-from marlin_tools.stages.finetune import check_pair
+from marlin_tools.stages.finetune import check_mask, check_pair
 from marlin_tools.stages.inventory import take_inventory
 from marlin_tools.stages.prune import plan_prune
 from marlin_tools.stages.quantize import plan_quantize
@@ -163,6 +163,8 @@ class _Looker:
         name = stage.teacher or self.recipe.model
         find = sketch if self.dry else Checkpoint.open
         check_pair(self.checkpoint, find(name, find_family), stage)
+        if stage is self.recipe.making[0] and not isinstance(self.checkpoint, Card):
+            check_mask(self.checkpoint)
         yield "teacher", name
         text = stage.text or (self.recipe.calibrate if stage.needs_data else None)
         if text:

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from marlin_tools.checkpoint import Checkpoint
-from marlin_tools.errors import MarlinToolsError, NumericalError
+from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.output import explained, put
+from marlin_tools.output import explained, folder, put
 from marlin_tools.planning import RUNS, plan
 from marlin_tools.recipe import EvaluateStage, Expectation, Recipe, Stage
 from marlin_tools.recipe_files import load_all
@@ -33,7 +33,12 @@ HOME = RUNS / "reproduce"
 def collect(refs: Iterable[str | Path], overrides: Iterable[str] = ()) -> list[Recipe]:
     """All recipes that are named, each once, after its control."""
     overrides = tuple(overrides)
-    found = {recipe.name: recipe for ref in refs for recipe in load_all(ref, overrides)}
+    found: dict[str, Recipe] = {}
+    for recipe in (each for ref in refs for each in load_all(ref, overrides)):
+        if found.setdefault(recipe.name, recipe) != recipe:
+            raise RecipeError(
+                f"two different recipes are called `{recipe.name}`", hint="rename one, or reproduce them one by one"
+            )
     return list(found.values())
 
 
@@ -49,11 +54,7 @@ def reproduce(
     refs, overrides = tuple(map(str, refs)), tuple(overrides)
     recipes = collect(refs, overrides)
     name = ", ".join(Path(ref).stem for ref in refs)
-    home = out or HOME / "+".join(Path(ref).stem for ref in refs)[:100]
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explained(error, home) from error
+    home = folder(out or HOME / "+".join(Path(ref).stem for ref in refs)[:100])
     outcomes: dict[str, Outcome] = {}
     for recipe in recipes:
         emit(Event("stage", f"{recipe.name} ({len(outcomes) + 1} of {len(recipes)})"))

@@ -102,12 +102,12 @@ def execute(
 
 
 def _check_processes(planned: Plan) -> None:
-    """Finetuning alone knows how to share its work."""
-    alone = [step.stage.stage for step in planned.steps if not isinstance(step.stage, FinetuneStage)]
+    """Quantising and finetuning know how to share their work."""
+    alone = [step.stage.stage for step in planned.steps if not isinstance(step.stage, QuantizeStage | FinetuneStage)]
     if processes() > 1 and alone:
         raise RecipeError(
             f"stage `{alone[0]}` runs in one process, `torchrun` has started {processes()}",
-            hint="run it without `torchrun`, and only the finetuning with it: `torchrun ... -m marlin_tools finetune ...`",
+            hint="run it without `torchrun`; `quantize` (into one format) and `finetune` can share their work",
         )
 
 
@@ -158,8 +158,9 @@ class _Run:
             case EvaluateStage() as stage:
                 self._evaluate(stage, step, overwrite=overwrite)
             case VerifyStage():
-                for path in self._quantised(self.result.outputs) or [Path(step.model)]:
-                    with self._clock("verify", *self._quantised(self.result.outputs), always=True):
+                made = self._quantised(self.result.outputs)
+                for path in made or [Path(step.model)]:
+                    with self._clock("verify", *([path] if made else []), always=True):
                         self.result.verifications[path] = verify(path, emit=self.emit)
             case GenerateStage() as stage:
                 self.result.text = generate(step.model, stage.prompt, stage.settings, emit=self.emit)
@@ -169,6 +170,8 @@ class _Run:
         for path in self.result.outputs:
             self.result.warnings += (read_manifest(path) or {}).get("warnings", [])
         self.result.warnings = list(dict.fromkeys(self.result.warnings))
+        if not leads():
+            return self.result
         quantised = self._quantised(self.result.outputs)
         measured = self.result.evaluation if {*self._shown} & {*quantised} else None  # holds for the other formats as well
         for path in dict.fromkeys((*self.result.outputs, *self._shown)):

@@ -37,16 +37,23 @@ def bench_kernels(
 ) -> int:
     """Time our kernels beside cuBLAS, past the L2 cache, results checked."""
     from marlin_tools import ui
+    from marlin_tools.output import folder
     from marlin_tools.report import bench as show
     from marlin_tools.stages import bench as stage
     from marlin_tools.stages.bench_figures import FIGURES, measure
 
     if figure is not None and figure not in FIGURES:
         raise RecipeError(f"--figure: `{figure}` is none of the figures", hint=f"there are: {', '.join(FIGURES)}")
+    if figure is not None and (dtype or group_size):
+        raise RecipeError(
+            "--figure: the paper's figures are in float16, with groups of 128", hint="leave out `--dtype` and `--group-size`"
+        )
     if tune and (figure or output or json):
         raise RecipeError("--tune writes a table for this machine, no figure and no numbers", hint="run it on its own")
     asked = given(models=_words(shapes), rows=_numbers("--batch", batch), dtype=dtype, group_size=group_size, peers=peers)
     settings = _settings(stage.BenchSettings, FIGURES[figure].settings(asked) if figure else asked)
+    if output is not None:
+        folder(output)
     with ui.Display() as display:
         if tune:
             written = stage.tune(settings, display)
@@ -72,12 +79,15 @@ def bench_model(
 ) -> int:
     """Time every token of a model with random weights, under CUDA graphs."""
     from marlin_tools import ui
+    from marlin_tools.output import folder
     from marlin_tools.report import bench as show
     from marlin_tools.stages import bench_model as stage
 
     asked = given(shape=shape, tokens_in=tokens_in, tokens_out=tokens_out)
     asked |= given(batches=_numbers("--batch", batch), schemes=_words(schemes))
     settings = _settings(stage.BenchModelSettings, asked)
+    if output is not None:
+        folder(output)
     with ui.Display() as display:
         measured = stage.bench_model(settings, display)
     if output is not None:
@@ -100,13 +110,19 @@ def bench_quantize(
 ) -> int:
     """Quantise random weights of true shapes, and time every part beside its floor."""
     from marlin_tools import ui
+    from marlin_tools.device import leads
+    from marlin_tools.output import folder
     from marlin_tools.report import bench_quantize as show
     from marlin_tools.stages import bench_quantize as stage
 
     asked = given(shape=shape, layers=layers, preset=preset, samples=samples, seqlen=seqlen, device=device)
     settings = _settings(stage.BenchQuantizeSettings, asked)
+    if output is not None:
+        folder(output)
     with ui.Display() as display:
         measured = stage.bench_quantize(settings, display)
+    if not leads():
+        return 0
     if output is not None:
         ui.note(f"wrote `{show.write(measured, output)}`")
     ui.write_json(measured.as_dict()) if json else ui.write(show.quantize_table(measured))

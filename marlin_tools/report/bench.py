@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from marlin_tools.output import put
 from marlin_tools.report.figure import Axis, Line, chart
 from marlin_tools.report.text import table
 from marlin_tools.stages.bench import BASELINE, Measurement, Rates, geometric_means, ideal_microseconds
@@ -50,9 +51,8 @@ def model_document(bench: ModelBench) -> dict[str, Any]:
 
 
 def _write(files: dict[str, str], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        put(folder / name, text)
     return [folder / name for name in files]
 
 

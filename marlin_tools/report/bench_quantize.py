@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from marlin_tools.output import put
 from marlin_tools.report.text import facts, table
 from marlin_tools.stages.bench_quantize import BESIDE, Part, QuantizeBench
 
@@ -28,9 +29,8 @@ def quantize_table(bench: QuantizeBench) -> str:
 
 def write(bench: QuantizeBench, folder: Path) -> Path:
     """All numbers as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"bench-quantize-{bench.settings.shape.rpartition('/')[2]}.json"
-    file.write_text(json.dumps(bench.as_dict(), indent=1) + "\n", encoding="utf-8")
+    put(file, json.dumps(bench.as_dict(), indent=1) + "\n")
     return file
 
 

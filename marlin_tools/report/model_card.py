@@ -32,7 +32,8 @@ def _what(result: Result) -> Iterator[str]:
     yield ""
     yield f"`{result.base}` with {result.facts['quantised']} linears in INT4, stored as `{result.facts['format']}`:"
     yield f"{result.bits:.2f} bits per weight, scales included."
-    yield "Embeddings, norms and the head are as in the original" + (f", as are {kept} linears." if kept else ".")
+    same = "Embeddings and the head" if result.finetuned else "Embeddings, norms and the head"
+    yield f"{same} are as in the original" + (f", as are {kept} linears." if kept else ".")
     yield "The licence of the original model applies. `report.html` beside this card shows every number with a picture."
     yield ""
 

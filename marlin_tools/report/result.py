@@ -91,6 +91,11 @@ class Result:
         return ", then ".join([*before, how])
 
     @property
+    def finetuned(self) -> bool:
+        """Whether the weights, and the norms with them, have been trained on the way."""
+        return any(each.get("stage") == "finetune" for each in self.manifest.get("history", ()))
+
+    @property
     def quantised(self) -> bool:
         """Whether the weights are codes and scales, rather than 16-bit numbers with zeros among them."""
         return self.facts["format"] is not None

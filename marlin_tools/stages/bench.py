@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import exp, log
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -60,10 +60,10 @@ class BenchSettings(Settings):
     paper's 72k x 18k scaled to the GPU.
     """
 
-    models: tuple[str, ...] = ("llama2-7b", "llama2-70b")
+    models: tuple[str, ...] = Field(default=("llama2-7b", "llama2-70b"), min_length=1)
     rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    dtype: str = Field(default="float16", pattern="^(float16|bfloat16)$")
-    group_size: int = Field(default=128, description="128, or -1 for one scale per output")
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    group_size: Literal[128, -1] = Field(default=128, description="128, or -1 for one scale per output")
     peers: bool = True
     device: str = "cuda"
 

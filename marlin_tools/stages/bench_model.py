@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from marlin_tools.backends.decoder import Decoder, refusal
@@ -35,6 +35,7 @@ PUBLISHED = {"llama2-7b": ("MARLIN paper, Table 1, A10", (2.93, 3.19, 3.02, 2.90
 
 SPARSE = "int4-2:4"
 SCHEMES = ("fp16", "int4", SPARSE)
+"""What the blocks' linears can be."""
 
 _REPETITIONS = 5
 
@@ -46,8 +47,16 @@ class BenchModelSettings(Settings):
     tokens_in: int = Field(default=64, ge=1)
     tokens_out: int = Field(default=64, ge=2)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    schemes: tuple[str, ...] = SCHEMES
+    schemes: tuple[str, ...] = Field(default=SCHEMES, min_length=1)
     device: str = "cuda"
+
+    @field_validator("schemes")
+    @classmethod
+    def _known_schemes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in SCHEMES:
+                raise ValueError(f"unknown scheme `{name}`; known: {', '.join(SCHEMES)}")
+        return names
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def bench_model(settings: BenchModelSettings, emit: Emit = silent) -> ModelBench
     if not torch.cuda.is_available():
         raise DeviceError("decoding is timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
     device = torch.device("cuda", torch.device(settings.device).index or 0)
-    card = _card(settings.shape)
+    card = card_for(settings)
     results: list[ModelMeasurement] = []
     with torch.cuda.device(device), torch.inference_mode():
         for scheme in settings.schemes:
@@ -132,12 +141,19 @@ def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "Pr
     return model.eval()
 
 
-def _card(shape: str) -> dict[str, Any]:
-    repository = ALIASES.get(shape, shape)
+def card_for(settings: BenchModelSettings) -> dict[str, Any]:
+    """The shapes that are asked for, if they are known and have room for that many tokens."""
+    repository = ALIASES.get(settings.shape, settings.shape)
     if repository not in CARDS:
         known = [alias for alias, name in ALIASES.items() if name in CARDS]
-        raise ModelError(f"no shape is built in for `{shape}`", hint=f"known: {', '.join(known)}")
-    return CARDS[repository]
+        raise ModelError(f"no shape is built in for `{settings.shape}`", hint=f"known: {', '.join(known)}")
+    card, asked = CARDS[repository], settings.tokens_in + settings.tokens_out
+    if asked > card["max_position_embeddings"]:
+        raise ModelError(
+            f"`{settings.shape}` has {card['max_position_embeddings']} positions, fewer than the {asked} tokens asked for",
+            hint="use smaller `--in` and `--out`",
+        )
+    return card
 
 
 def _random_linear(linear: nn.Linear, device: torch.device, *, sparse: bool) -> NativeLinear:

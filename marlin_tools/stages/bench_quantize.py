@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from marlin_tools.algorithms import PRESETS
 from marlin_tools.cards import CARDS, Card
 from marlin_tools.checkpoint import ALIASES, Checkpoint
+from marlin_tools.crew import assembled
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.device import describe_device, matmul_rate, pick_device
 from marlin_tools.errors import ModelError
@@ -30,8 +31,6 @@ from marlin_tools.settings import Settings
 from marlin_tools.stages.floor import Work, least_seconds
 from marlin_tools.stages.quantize import QuantizeSettings, plan_quantize, quantize
 from marlin_tools.stopwatch import Stopwatch
-
-SHAPES = ("llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b")
 
 BESIDE = frozenset({"read", "write"})
 """Parts that threads of their own do while the device computes."""
@@ -110,27 +109,39 @@ class QuantizeBench:
 
 
 def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, folder: Path | None = None) -> QuantizeBench:
-    """Make the checkpoint in `folder` (or where temporary files go), quantise it, and take both away again."""
+    """Make the checkpoint in `folder` (or where temporary files go), quantise it, and take both away again.
+
+    Of several processes the first one makes it, and all quantise it.
+    """
     repository = ALIASES.get(settings.shape, settings.shape)
     if repository not in CARDS:
-        raise ModelError(f"no shapes are known for `{settings.shape}`", hint=f"known: {', '.join(SHAPES)}, {', '.join(CARDS)}")
+        known = [alias for alias, name in ALIASES.items() if name in CARDS]
+        raise ModelError(f"no shapes are known for `{settings.shape}`", hint=f"known: {', '.join(known)}")
+    blocks = int(CARDS[repository]["num_hidden_layers"])
+    if settings.layers > blocks:
+        raise ModelError(f"`{settings.shape}` has {blocks} blocks, fewer than {settings.layers}", hint="lower `--layers`")
     device = pick_device(settings.device)
     before = _process_seconds()
-    with tempfile.TemporaryDirectory(dir=folder, prefix="marlin-tools-bench-") as place:
+    with assembled(device) as crew, tempfile.TemporaryDirectory(dir=folder, prefix="marlin-tools-bench-") as own:
+        emit = emit if crew.leads else silent
+        place = crew.lines(own)[0]
         model = Path(place) / "model"
         begin = time.perf_counter()
         config = CARDS[repository] | ({"num_hidden_layers": settings.layers} if settings.layers else {})
-        write_random_model(config, model, device)
+        if crew.leads:
+            write_random_model(config, model, device)
+        crew.wait()
         making = time.perf_counter() - begin
         emit(Event("note", f"made {settings.shape} with random weights in {making:.0f} s; the tokens are random, too"))
         checkpoint, watch, manifest = _measure(settings, model, Path(place) / "out", device, emit)
         process = before + time.perf_counter() - begin - making
         parts = tuple(_parts(checkpoint, settings, watch.seconds(), device))
+        crew.lines("done")  # nobody takes anything away before all have read it
     return QuantizeBench(
         settings=settings,
-        device=describe_device(device),
+        device=describe_device(device) + (f", {crew.size} processes (floors are those of one)" if crew.size > 1 else ""),
         layers=int(config["num_hidden_layers"]),
-        of=int(CARDS[repository]["num_hidden_layers"]),
+        of=blocks,
         process=process,
         blocks=tuple(manifest["times"]["blocks_s"]),
         parts=parts,

@@ -25,7 +25,7 @@ from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint import Checkpoint
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.device import describe_device, pick_device
+from marlin_tools.device import describe_device, pick_device, processes
 from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
@@ -86,19 +86,28 @@ class FinetunePlan:
 def plan_finetune(model: str | Path | Checkpoint, settings: FinetuneSettings) -> FinetunePlan:
     """Check that the two belong together and that there is something to keep, before any work."""
     student, teacher = Checkpoint.open(model, accept=find_family), Checkpoint.open(settings.teacher, accept=find_family)
-    inventory = take_linears(student, ())
     check_pair(student, teacher, settings)
-    sparse = frozenset(t.name for t in inventory.targets if is_2_4(student.read(f"{t.name}.weight")))
-    if not sparse:
+    check_mask(student)
+    inventory = take_linears(student, ())
+    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(student, inventory)))
+
+
+def check_mask(student: Checkpoint) -> None:
+    """Refuse a model without zeros to keep; reads no further than the first linear that has them."""
+    if next(_sparse_linears(student, take_linears(student, ())), None) is None:
         raise ModelError(
             f"`{student.origin}` has no 2:4 sparse linear, so there is no mask to keep",
             hint="prune it first: `marlin-tools prune`",
         )
-    return FinetunePlan(student, teacher, inventory, sparse)
+
+
+def _sparse_linears(student: Checkpoint, inventory: Inventory) -> Iterator[str]:
+    return (target.name for target in inventory.targets if is_2_4(student.read(f"{target.name}.weight")))
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint, settings: LearningSettings) -> None:
-    """Refuse two models that cannot be compared, from their configurations alone."""
+    """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone."""
+    _check_learning(settings)
     if teacher.quantization is not None:
         raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")
     check_vocabulary(student, teacher)
@@ -109,8 +118,16 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: LearningSetti
                     f"`{key}` is {student.config.get(key)} in `{student.origin}` and {teacher.config.get(key)} in its teacher",
                     hint="hidden states cannot be compared: set `square_head` to 0",
                 )
+
+
+def _check_learning(settings: LearningSettings) -> None:
     if not settings.kl and not settings.ce and not settings.square_head:
         raise RecipeError("`kl`, `ce` and `square_head` are all 0", hint="at least one loss must count")
+    if settings.batch % (settings.micro * processes()):
+        raise RecipeError(
+            f"`batch` {settings.batch} is not a multiple of `micro` {settings.micro} times {processes()} processes",
+            hint="choose `batch` and `micro` so that every process gets whole micro-batches",
+        )
 
 
 def check_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
@@ -148,7 +165,7 @@ def finetune(
         say = emit if crew.leads else silent
         say(Event("stage", "finetune"))
         plan = plan_finetune(model, settings)
-        _check_sizes(tokens, settings, crew)
+        _check_sizes(tokens, settings)
         run = fingerprint_of(
             stage="finetune",
             revision=REVISION,
@@ -172,7 +189,7 @@ def finetune(
         return Checkpoint.open(out)
 
 
-def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings, crew: Team) -> None:
+def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
     """Everything about amounts that would otherwise come out in the middle of training."""
     if tokens is not None and not tokens.packed:
         raise DataError("training reads windows of one length, these are documents", hint="use `shape: packed`, or `--seqlen`")
@@ -185,11 +202,6 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings, crew: Team
     if count <= settings.held_out:
         raise DataError(
             f"{count} windows of text, of which {settings.held_out} are held out", hint="use more text (`--num-samples`)"
-        )
-    if settings.batch % (settings.micro * crew.size):
-        raise RecipeError(
-            f"`batch` {settings.batch} is not a multiple of `micro` {settings.micro} times {crew.size} processes",
-            hint="choose `batch` and `micro` so that every process gets whole micro-batches",
         )
 
 

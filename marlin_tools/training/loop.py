@@ -172,6 +172,7 @@ class Trainer:
                 seen = self.student.read(ids)
             total += head_losses(seen.last, self.teacher.read(ids).last, ids, heads).kl * len(part)
         kl = float(total) / len(self._held_out)
+        self._check(kl)
         self.measured.append((self.step, kl))
         said = f"step {self.step} of {self.steps}: held-out KL {kl:.4f}{self._said}"
         emit(Event("note", said, data={"step": self.step, "held_out_kl": kl}))
@@ -179,17 +180,21 @@ class Trainer:
     def _speak(self, losses: Tensor, pace: "_Pace", emit: Emit) -> None:
         """Say how it goes; a loss that is no number ends the run, with the last saved state intact."""
         kl, ce, square = self.team.mean(losses).tolist()
-        if not all(map(math.isfinite, (kl, ce, square))):
-            raise NumericalError(
-                f"the loss is not finite at step {self.step} of {self.steps}",
-                hint="repeat with a lower `--rate`; what was saved before is kept until then",
-            )
+        self._check(kl, ce, square)
         seconds, speed = pace.of(self.step, self.steps)
         data = {"kl": kl, "ce": ce, "square_head": square, "tokens_per_s": speed, "eta_s": seconds}
         emit(Event("progress", "steps", self.step, self.steps, data))
         told = f"KL {kl:.4f}, {speed:.0f} tokens/s"
         emit(Event("progress", told))
         self._said = f"; {told}, {seconds:.0f} s left" if self.step < self.steps else f"; {told}"
+
+    def _check(self, *losses: float) -> None:
+        """A held-out loss is looked at too, because the last step of all is followed by no other."""
+        if not all(map(math.isfinite, losses)):
+            raise NumericalError(
+                f"the loss is not finite at step {self.step} of {self.steps}",
+                hint="repeat with a lower `--rate`; what was saved before is kept until then",
+            )
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """What a saved state holds, whole. Where several processes train, all of them have to ask."""

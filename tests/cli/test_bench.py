@@ -6,7 +6,7 @@ import pytest
 
 from marlin_tools.ops import compiler, cubin_cache
 from marlin_tools.ops.compiler import Binary, Resources
-from marlin_tools.stages import bench, bench_figures, bench_model
+from marlin_tools.stages import bench, bench_figures, bench_model, bench_quantize
 from marlin_tools.stages.bench import Measurement, Rates
 from marlin_tools.stages.bench_figures import Measured
 from marlin_tools.stages.bench_model import ModelBench, ModelMeasurement
@@ -125,10 +125,17 @@ def test_model_as_json_and_as_a_table(cli, decoded, tmp_path):
     ("arguments", "complaint"),
     (
         (("bench", "kernels", "--figure", "peek"), "error: --figure: `peek` is none of the figures\nhint: there are: peak, "),
+        (
+            ("bench", "kernels", "--figure", "peak", "--group-size", "-1"),
+            "error: --figure: the paper's figures are in float16, ",
+        ),
         (("bench", "kernels", "--batch", "1,x"), "error: --batch: `1,x` is not a list of positive numbers\n"),
         (("bench", "kernels", "--batch", ""), "error: --batch: `` is not a list of positive numbers\n"),
         (("bench", "kernels", "--dtype", "int8"), "error: `--dtype int8`: "),
         (("bench", "kernels", "--tune", "--json"), "error: --tune writes a table for this machine, no figure and no numbers\n"),
+        (("bench", "kernels", "--group-size", "64"), "error: `--group-size 64`: must be 128 or -1\n"),
+        (("bench", "kernels", "--shapes", ","), "error: `--shapes ()`: must have at least 1 item\n"),
+        (("bench", "model", "--schemes", "int8"), "error: --schemes: unknown scheme `int8`; "),
         (("bench", "model", "--out", "1"), "error: `--out 1`: must be greater than or equal to 2\n"),
         (("kernels", "list", "--arch", "sm_70"), "error: --arch: no kernels are made for `sm_70`\nhint: there are: sm_80, "),
         (("kernels", "build", "--arch", ","), "error: --arch: no architecture is named\n"),
@@ -140,6 +147,25 @@ def test_complaint(cli, measured, decoded, arguments, complaint):
 
     assert (outcome.code, outcome.out, measured, decoded) == (2, "", [], [])
     assert outcome.err.startswith(complaint)
+
+
+def test_more_tokens_than_positions_are_refused_before_any_work(cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    complaint = (
+        "error: `llama2-7b` has 4096 positions, fewer than the 4097 tokens asked for\nhint: use smaller `--in` and `--out`\n"
+    )
+
+    assert cli("bench", "model", "--in", "4090", "--out", "7") == (2, "", complaint)
+
+
+@pytest.mark.parametrize("what", ("kernels", "model", "quantize"))
+def test_a_place_that_cannot_be_written_is_said_before_any_work(cli, measured, decoded, monkeypatch, tmp_path, what):
+    monkeypatch.setattr(bench_quantize, "bench_quantize", None)
+    (tmp_path / "file").touch()
+    complaint = "error: cannot write `file`: File exists\nhint: choose another `-o DIR`\n"
+
+    assert cli("bench", what, "-o", "file", "--json") == (2, "", complaint)
+    assert (measured, decoded) == ([], [])
 
 
 @pytest.mark.parametrize("what", ("kernels", "model"))

@@ -59,6 +59,7 @@ def test_what_is_wrong_is_one_line(cli):
     assert answer.code == 2
     assert "--layers" in answer.err
     assert cli("bench", "quantize", "--shape", "gpt-9").code == 2
+    assert "`llama2-7b` has 32 blocks, fewer than 33" in cli("bench", "quantize", "--layers", "33").err
     assert "unknown preset `best`" in cli("bench", "quantize", "--preset", "best").err
 
 

@@ -114,9 +114,7 @@ def test_interruption_says_how_to_go_on(cli, monkeypatch):
 
     monkeypatch.setattr(marlin_tools.planning, "plan", interrupt)
 
-    assert (130, "", "error: interrupted\nhint: run the same command again: finished blocks and stages are kept\n") == cli(
-        "run", "demo"
-    )
+    assert (130, "", "error: interrupted\nhint: run the same command again: what is finished is kept\n") == cli("run", "demo")
     assert (130, "", "error: interrupted\nhint: run the same command again\n") == cli("generate", "demo", "--prompt", "x")
 
 

@@ -118,7 +118,7 @@ def test_interrupted_run_goes_on_and_ends_in_the_same_bytes(cli, model, text, in
         patch.setattr(ui.Display, "__call__", interrupt)
         stopped = cli(*arguments)
     assert 130 == stopped.code
-    assert stopped.err.endswith("error: interrupted\nhint: run the same command again: finished blocks and stages are kept\n")
+    assert stopped.err.endswith("error: interrupted\nhint: run the same command again: what is finished is kept\n")
     assert not Path("late").exists()
 
     went_on = cli(*arguments)
@@ -175,6 +175,16 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
     other = cli("run", recipe, "--set", "quantize.ignore=[down]", "--from", "evaluate")
     assert 2 == other.code
     assert f"error: `{home}/compressed-tensors` was made with other settings\n" in other.err
+
+
+def test_each_verified_directory_is_charged_for_its_own_check(cli, model, monkeypatch):
+    charged = []
+    monkeypatch.setattr("marlin_tools.run.record_stage", lambda path, stage, _cost: charged.append((path.name, stage)))
+    stages = "[{stage: quantize, preset: rtn, format: gptq}, {stage: export, formats: [marlin]}, {stage: verify}]"
+    Path("two.yaml").write_text(f"name: two\nmodel: {model}\nstages: {stages}\n", encoding="utf-8")
+
+    assert 0 == cli("run", "two.yaml").code
+    assert [("gptq", "verify"), ("marlin", "verify")] == [each for each in charged if each[1] == "verify"]
 
 
 def test_verify_fails_on_a_damaged_file(cli, int4):

@@ -54,7 +54,7 @@ def test_the_student_learns_and_keeps_its_zeros(run: Run, pruned: Path, teacher:
     assert after < 0.97 * before
     old = Checkpoint.open(pruned)
     assert all(torch.equal(zeros(out)[name], mask) for name, mask in zeros(old).items())
-    assert all(out.dtype == old.dtype for name in old.names())
+    assert all(out.stored(name).dtype == old.stored(name).dtype for name in old.names())
     for frozen in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(out.read(frozen), Checkpoint.open(teacher).read(frozen))
     for moved in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_number_keeps_what_was_saved(
         if "model.layers.1.post_attention_layernorm.weight" in tensors:
             tensors["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)
         save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match="not finite at step"):
+    with pytest.raises(NumericalError, match="not finite at step 0 of 8"):
         run(model=broken)
     assert (tmp_path / "out.partial").is_dir()
 

@@ -9,8 +9,8 @@ import torch
 
 from marlin_tools.checkpoint import Checkpoint
 from marlin_tools.errors import DeviceError, RecipeError
-from marlin_tools.stages.finetune import FinetuneSettings, _check_sizes
-from marlin_tools.training.parallel import Team, team
+from marlin_tools.stages.finetune import FinetuneSettings, check_pair
+from marlin_tools.training.parallel import team
 
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,9 +37,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_batches_must_divide_among_processes() -> None:
+def test_batches_must_divide_among_processes(monkeypatch: pytest.MonkeyPatch, teacher: Path, pruned: Path) -> None:
     """Every process takes every n-th micro-batch of a step; none may be left without."""
-    settings = FinetuneSettings(teacher="demo", batch=4, micro=2, sampled=20)
-    _check_sizes(None, settings, Team(0, 2, torch.device("cpu")))
+    pair = Checkpoint.open(pruned), Checkpoint.open(teacher)
+    settings = FinetuneSettings(teacher=str(teacher), batch=4, micro=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_pair(*pair, settings)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(RecipeError, match="2 times 4 processes"):
-        _check_sizes(None, settings, Team(0, 4, torch.device("cpu")))
+        check_pair(*pair, settings)

@@ -173,6 +173,15 @@ def test_a_check_that_fails_is_a_failure(cli, mine, monkeypatch):
     assert "mine-rtn: FAIL: `runs/mine-rtn-int4-g128` fails `hashes`" in outcome.out
 
 
+def test_two_recipes_of_one_name_are_refused(cli, mine, tmp_path):
+    first = mine()
+    (tmp_path / "theirs.yaml").write_text((tmp_path / first).read_text().replace("limit: 4", "limit: 2"), encoding="utf-8")
+    outcome = cli("reproduce", first, "theirs.yaml", "--dry-run")
+    assert 2 == outcome.code
+    assert "error: two different recipes are called `mine-fp16`\n" in outcome.err
+    assert 0 == cli("reproduce", first, first, "--dry-run").code
+
+
 def test_overrides_are_told(cli, mine):
     outcome = cli("reproduce", mine(), "--set", "evaluate.limit=2", "-o", "here")
 
