@@ -5,11 +5,12 @@ Results are written as they are, without colour or wrapping, so that what a scri
 """
 
 import json
+import os
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from marlin_tools.errors import MarlinToolsError
+from marlin_tools.errors import MarlinToolsError, OutputError
 from marlin_tools.events import Event
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ _STYLES = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
 
 def write(text: str) -> None:
     """A result, as it is."""
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    try:
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail again at the end
+        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            raise OutputError(f"the result cannot be written to stdout: {error.strerror}") from error
 
 
 def write_json(document: Any) -> None:

@@ -67,7 +67,7 @@ class Result:
     @staticmethod
     def base_is_public(origin: str) -> bool:
         """Whether a name can be looked up on the hub."""
-        return origin.count("/") == 1 and not origin.startswith((".", "/", "~", "runs/"))
+        return origin.count("/") == 1 and not origin.startswith((".", "/", "~", "runs/")) and not Path(origin).is_dir()
 
     @property
     def scheme(self) -> str:

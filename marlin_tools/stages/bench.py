@@ -8,10 +8,9 @@ beside each: the time that the bytes or the arithmetic need at the rates measure
 and for 2:4-sparse weights 3 bits instead of 4, and half of the arithmetic.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import exp, log
 from pathlib import Path
@@ -147,12 +146,6 @@ def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, fl
         if r.kernel == kernel:
             logs.setdefault(r.m, []).append(log(r.speedup))
     return {m: exp(sum(values) / len(values)) for m, values in sorted(logs.items())}
-
-
-def write_json(results: Sequence[Measurement], path: Path) -> None:
-    """All numbers, with what they were measured on."""
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    path.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_rates(device: torch.device) -> Rates:

@@ -145,9 +145,9 @@ def _check_masks(plan: Plan) -> None:
     """Refuse a model whose zeros cannot be kept as a 2:4 mask, before any work."""
     dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.checkpoint.read(f"{t.name}.weight"))]
     if dense:
-        more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
+        more = f" and {len(dense) - 1} more have" if len(dense) > 1 else " has"
         raise ModelError(
-            f"`{plan.checkpoint.origin}` is not 2:4 sparse: `{dense[0]}`{more} has more than two nonzeros in four",
+            f"`{plan.checkpoint.origin}` is not 2:4 sparse: `{dense[0]}`{more} more than two nonzeros in four",
             hint="prune it first (`marlin-tools prune`), or use `--sparsity 2:4`, which prunes what is dense",
         )
 

@@ -1,5 +1,9 @@
 """What a user reads when something is wrong: frozen, on stderr, exit code 2, no traceback."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 CASES = [
@@ -136,3 +140,12 @@ def test_no_verb_prints_the_help(cli):
     assert 2 == outcome.code
     assert "" == outcome.out
     assert outcome.err.startswith("Usage: marlin-tools ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_result_that_nobody_can_read_is_an_error():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "marlin_tools", "recipes", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (2, "error: the result cannot be written to stdout: No space left on device\n") == (done.returncode, done.stderr)

@@ -207,6 +207,15 @@ def test_card_names_the_original_but_no_path_of_this_machine(made, origin, name,
     assert "/data" not in card
 
 
+def test_a_directory_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch, made):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    result = gather(made / "compressed-tensors", None)
+    origin = {"origin": "models/llama", "fingerprint": "f"}
+
+    assert "base_model" not in model_card(type(result)(**{**vars(result), "manifest": {**result.manifest, "model": origin}}))
+
+
 def test_what_comes_from_outside_is_escaped():
     assert words("<b> & `x<y`") == "&lt;b&gt; &amp; <code>x&lt;y</code>"
     assert "<b>" not in verdict("<b>")
