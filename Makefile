@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduce test lint fix types test-gpu size lock clean
+.PHONY: help venv demo reproduce test lint fix types test-gpu measure size lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -55,6 +55,13 @@ test-gpu: $(READY) ## the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "error: torch finds no CUDA device here" >&2; exit 1; }
 	@$(BIN)/python -m pytest -q -m gpu
+
+measure: $(READY) ## the tables and figures of speed, measured here into measured/ (needs a CUDA device, some minutes)
+	@$(BIN)/marlin-tools bench kernels --tune
+	@$(BIN)/marlin-tools bench kernels -o measured
+	@for figure in peak sustained models roofline; do $(BIN)/marlin-tools bench kernels --figure $$figure -o measured || exit; done
+	@$(BIN)/marlin-tools bench model -o measured
+	@$(BIN)/marlin-tools bench quantize -o measured
 
 size: $(READY) ## files and functions against their budgets
 	@$(BIN)/python scripts/size.py
