@@ -1,36 +1,14 @@
 """`reproduce` from the command line: real runs that pass, a broken one that fails, and what cannot be had."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from marlin_tools import reproduce
-from marlin_tools.cli import main
 from marlin_tools.errors import DeviceError, NumericalError
 from marlin_tools.recipe_files import load
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        return Outcome(exit_.value.code, *capsys.readouterr())
-
-    return call
-
 
 MINE = """\
 table: mine
