@@ -46,7 +46,7 @@ def time_calls(contestants: Mapping[str, Sequence[Call]], *, replays: int = 12, 
 
 
 def host_microseconds(call: Call, count: int = 2000) -> float:
-    """What one eager call costs the host: queued behind long-running work, so that the GPU never makes it wait."""
+    """What one eager call costs the host, if the GPU needs less time for it."""
     call()
     torch.cuda.synchronize()
     costs = []

@@ -41,7 +41,12 @@ def write_model(bench: ModelBench, folder: Path) -> list[Path]:
 def document(measured: Measured) -> dict[str, Any]:
     """All numbers of the kernels, with what they were measured on."""
     about = {"gpu": measured.gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "rates": asdict(measured.rates)}
-    return {"figure": measured.figure, **about, "results": [asdict(each) for each in measured.results]}
+    return {
+        "figure": measured.figure,
+        **about,
+        "host_microseconds": measured.host,
+        "results": [asdict(each) for each in measured.results],
+    }
 
 
 def model_document(bench: ModelBench) -> dict[str, Any]:
@@ -69,7 +74,9 @@ def kernel_table(measured: Measured) -> str:
         means = geometric_means(results, kernel)
         rows.append(("geometric mean", "", kernel, *(f"({means[m]:.2f})" if m in means else "" for m in batches)))
     rates = f"{measured.rates.bandwidth / 1e12:.2f} TB/s read, {measured.rates.flops / 1e12:.0f} TFLOP/s in a large product"
-    head = f"{measured.gpu}: {rates}\nmicroseconds (speed-up over {BASELINE} in 16 bits, share of the roofline)\n\n"
+    host = ", ".join(f"{name} {cost:.1f}" for name, cost in measured.host.items())
+    head = f"{measured.gpu}: {rates}\nhost, microseconds an eager call: {host}\n"
+    head += f"microseconds (speed-up over {BASELINE} in 16 bits, share of the roofline)\n\n"
     return head + table(("layer", "K x N", "kernel", *(f"M = {m}" for m in batches)), rows)
 
 

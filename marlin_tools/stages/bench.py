@@ -156,6 +156,15 @@ def measure_rates(device: torch.device) -> Rates:
     return Rates(big.numel() * 4 / times["read"].microseconds * 1e6, 2 * 8192**3 / times["product"].microseconds * 1e6)
 
 
+def host_costs(device: torch.device) -> dict[str, float]:
+    """Microseconds that one eager call costs the host, which a CUDA graph saves: our dense operator, torch's own product."""
+    size = 4096
+    packed = _random_weight(Shape("", "", size, size), TILE_K, device)
+    x, weight = (torch.randn((rows, size), dtype=torch.float16, device=device) for rows in (1, size))
+    calls = {DENSE: partial(w4a16.linear, x, packed), BASELINE: partial(torch.mm, x, weight)}
+    return {name: timing.host_microseconds(call) for name, call in calls.items()}
+
+
 def ideal_microseconds(m: int, k: int, n: int, bits: float, rates: Rates, *, density: float = 1.0) -> float:
     """The least a product can take: its bytes at `bits` per weight, or its arithmetic, of which a sparse one has a part."""
     moved = k * n * bits / 8 + 2 * m * (k + n)

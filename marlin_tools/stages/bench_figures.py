@@ -14,7 +14,7 @@ import torch
 from marlin_tools.device import describe_device
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.stages.bench import PAPER_SHAPES, BenchSettings, Measurement, Rates, bench_kernels, measure_rates
+from marlin_tools.stages.bench import PAPER_SHAPES, BenchSettings, Measurement, Rates, bench_kernels, host_costs, measure_rates
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SUSTAINED_SECONDS = 10
@@ -48,11 +48,12 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, on what, at which rates; `figure` is None for the plain benchmark."""
+    """What was measured, on what, at which rates, and what a call costs the host; `figure` is None for the plain benchmark."""
 
     figure: str | None
     gpu: str
     rates: Rates
+    host: dict[str, float]
     results: tuple[Measurement, ...]
 
 
@@ -70,7 +71,7 @@ def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) ->
             emit(Event("progress", "batch sizes", done, len(settings.rows), {"batch": rows}))
     else:
         results = bench_kernels(settings, emit)
-    return Measured(figure, describe_device(device), rates, tuple(results))
+    return Measured(figure, describe_device(device), rates, host_costs(device), tuple(results))
 
 
 def _keep_busy(device: torch.device, seconds: float) -> None:

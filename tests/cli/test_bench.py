@@ -24,7 +24,7 @@ def measured(monkeypatch):
             for m in (1, 16)
             for kernel, s in (("torch", 1.0), ("ours", 2.0))
         ]
-        return Measured(figure, "a GPU", Rates(3e12, 7e14), tuple(results))
+        return Measured(figure, "a GPU", Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
 
     monkeypatch.setattr(bench_figures, "measure", measure)
     return calls
@@ -106,6 +106,8 @@ def test_kernels_as_json_and_as_a_table(cli, measured):
     text = cli("bench", "kernels").out
 
     assert (document["gpu"], document["rates"]) == ("a GPU", {"bandwidth": 3e12, "flops": 7e14})
+    assert document["host_microseconds"] == {"ours": 9.0, "torch": 8.25}
+    assert "host, microseconds an eager call: ours 9.0, torch 8.2\n" in text
     assert "4.0 (2.00, 0.50)" in text
     assert "geometric mean" in text
 

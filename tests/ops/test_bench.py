@@ -79,6 +79,7 @@ def test_small_run(monkeypatch):
 
     assert {r.kernel for r in results} == {"torch", "ours", bench.SPARSE, bench.DEQUANTIZED, bench.TINYGEMM}
     assert all(r.microseconds > 0 for r in results)
+    assert all(cost > 0 for cost in bench.host_costs(torch.device("cuda", 0)).values())
     with pytest.raises(DeviceError, match="`llama9`"):
         bench.bench_kernels(BenchSettings(models=("llama9",)))
 
