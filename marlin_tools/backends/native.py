@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.ops import w4a16, w24a16
 from marlin_tools.ops.layout import TILE_N
 from marlin_tools.quantized import QuantizedLinear
 
@@ -46,8 +47,7 @@ class NativeLinear(nn.Module):
         return self._multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        y: Tensor = torch.ops.marlin_tools.w4a16_linear(rows, self.codes, self.scales, self.bias, self.out_features)
-        return y
+        return w4a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features)
 
     def extra_repr(self) -> str:
         """As in `nn.Linear`, for `print(model)`."""
@@ -64,8 +64,7 @@ class NativeSparseLinear(NativeLinear):
         return ops.PackedSparse(self.codes, self.scales, self.out_features)
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        y: Tensor = torch.ops.marlin_tools.w24a16_linear(rows, self.codes, self.scales, self.bias, self.out_features)
-        return y
+        return w24a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features)
 
 
 def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from marlin_tools.ops import driver
 from marlin_tools.ops.dispatch import CUBLAS, Tables
@@ -27,6 +28,8 @@ _WEIGHTS = struct.Struct("3Q3i4x")  # `struct Weights` in dequantize.cuh
 _CUBLAS_CHUNK_BYTES = 512 << 20
 
 _library = torch.library.Library("marlin_tools", "DEF")
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
+"""How many are active. The public way to ask makes a list of them."""
 
 
 class LinearOperator:
@@ -55,6 +58,22 @@ class LinearOperator:
         _library.impl(name, self.on_cpu, "CPU")
         _library.impl(name, self.on_cuda, "CUDA")
         torch.library.register_fake(f"marlin_tools::{name}", _fake, lib=_library)
+        self._registered: Callable[..., Tensor] = getattr(torch.ops.marlin_tools, name)
+
+    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        """The operation, for eager code without torch's dispatcher: that costs as much as the launch of a kernel.
+
+        Whoever wants to see the operator still does: tracers, dispatch modes, tensor subclasses, and autograd, to refuse it.
+        """
+        if (
+            not is_compiling()
+            and type(x) is Tensor
+            and x.is_cuda
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and not _dispatch_modes()
+        ):
+            return self.on_cuda(x, codes, scales, bias, out_features)
+        return self._registered(x, codes, scales, bias, out_features)
 
     def prepare(self, weight: Packed, dtype: torch.dtype) -> None:
         """Compile and load every kernel that may be chosen for this weight, whatever M: call it before a graph capture."""
@@ -126,15 +145,11 @@ class LinearOperator:
         if x.shape[0] == 0:
             self.check(x, codes, scales, bias, out_features)
             return x.new_empty((0, out_features))
-        # Shapes and types that were checked once are recognised by their plan; what is left is checked every time.
-        key = (x.shape, x.dtype, x.device, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features)
+        # Shapes, types and devices that were checked once are recognised by their plan; what is left is checked every time.
+        devices = (x.get_device(), codes.get_device(), scales.get_device())
+        key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices)
         plan = self.kept.plans.get(key)
-        if (
-            plan is None
-            or bias is not None
-            or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous())
-            or not (codes.device == scales.device == x.device)
-        ):
+        if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
             self.check(x, codes, scales, bias, out_features)
         if plan is None:
             plan = self._make_plan(x, codes, scales, out_features)

@@ -38,7 +38,7 @@ class Plan:
     def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """Launch on the current stream of the operands' device."""
         y = x.new_empty(self._shape)
-        if self._device_index == torch.cuda.current_device():
+        if self._device_index == torch._C._cuda_getDevice():  # noqa: SLF001  (the public function asks whether CUDA is set up)
             self._run(x, codes, scales, bias, y)
         else:
             with torch.cuda.device(self._device_index):
@@ -87,7 +87,7 @@ class PartitionPlan(Plan):
         clusters = blocks // max(1, split)
         self._launch = driver.Launch(function, _PROBLEM, blocks, max(1, split))
         self._sizes = (*self._shape, tiles_n, groups, token_tiles, split, *divmod(units, clusters))
-        self._partial_bytes = 2 * blocks * tile.partial_bytes
+        self._partial_bytes = 0 if split else 2 * blocks * tile.partial_bytes
 
 
 class ThreadPlans(threading.local):

@@ -51,5 +51,4 @@ check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Compute x [M, K] times the weight, transposed, plus bias."""
-    y: Tensor = torch.ops.marlin_tools.w4a16_linear(x, weight.codes, weight.scales, bias, weight.out_features)
-    return y
+    return OPERATOR(x, weight.codes, weight.scales, bias, weight.out_features)

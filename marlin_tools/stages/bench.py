@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import exp, log
+from math import ceil, exp, log
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,9 +111,9 @@ def bench_kernels(settings: BenchSettings, emit: Emit = silent) -> list[Measurem
     shapes = _shapes(settings.models, device)
     results: list[Measurement] = []
     for index, shape in enumerate(shapes):
-        problem = _Problem.make(shape, settings, device)
+        problem = _Problem.make(shape, settings, rates)
         for m in settings.rows:
-            results += problem.measure(m, rates, peers=settings.peers)
+            results += problem.measure(m, peers=settings.peers)
         emit(Event("progress", "kernels", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
     return results
 
@@ -123,9 +123,10 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     device = _device(settings.device)
     target = target_of(device)
     shapes = list({(s.k, s.n): s for s in _shapes(settings.models, device)}.values())
+    rates = measure_rates(device)
     tables: dict[str, list[dispatch.Measured]] = {kind.name: [] for kind in _KINDS}
     for index, shape in enumerate(shapes):
-        problem = _Problem.make(shape, settings, device)
+        problem = _Problem.make(shape, settings, rates)
         for kind in _KINDS:
             winners = [problem.fastest(kind, m) for m in settings.rows]
             tables[kind.name].append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
@@ -243,22 +244,28 @@ class _Problem:
     dense: list[Tensor]
     peer: list[tuple[Tensor, Tensor]]
     scales: int  # per output
+    rates: Rates
 
     @staticmethod
-    def make(shape: Shape, settings: BenchSettings, device: torch.device) -> "_Problem":
-        dtype = getattr(torch, settings.dtype)
+    def make(shape: Shape, settings: BenchSettings, rates: Rates) -> "_Problem":
+        device, dtype = _device(settings.device), getattr(torch, settings.dtype)
         copies = range(timing.copies_past_l2(device, shape.k * shape.n * 3 // 8))
         ours = {kind.name: [kind.random(shape, settings.group_size, device) for _ in copies] for kind in _KINDS}
         peer = [_tinygemm_weight(shape, device) for _ in copies] if settings.peers else []
         scales = shape.k // TILE_K if settings.group_size == TILE_K else 1
-        return _Problem(shape, ours, [w4a16.dequantize(p, dtype) for p in ours[DENSE]], peer, scales)
+        return _Problem(shape, ours, [w4a16.dequantize(p, dtype) for p in ours[DENSE]], peer, scales, rates)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Distinct activations for every copy."""
         like = self.dense[0]
         return [torch.randn((m, self.shape.k), dtype=like.dtype, device=like.device) for _ in self.dense]
 
-    def measure(self, m: int, rates: Rates, *, peers: bool) -> Iterator[Measurement]:
+    def calls(self, m: int, milliseconds: float) -> int:
+        """So many that cuBLAS needs about this time for them, but not more than 48: the rest only heats the GPU."""
+        likely = ideal_microseconds(m, self.shape.k, self.shape.n, 16.0, self.rates)
+        return min(48, ceil(milliseconds * 1e3 / likely))
+
+    def measure(self, m: int, *, peers: bool) -> Iterator[Measurement]:
         """The baseline, ours, and the rivals, in turn."""
         xs = self.inputs(m)
         choices: dict[str, str] = {}
@@ -276,28 +283,27 @@ class _Problem:
             halves = [x.to(torch.bfloat16) for x in xs]
             multiply = torch.ops.aten._weight_int4pack_mm  # noqa: SLF001
             contestants[TINYGEMM] = [partial(multiply, x, w, TILE_K, s) for x, (w, s) in zip(halves, self.peer, strict=True)]
-        times = timing.time_calls(contestants, calls=48 if m <= 512 else 8)
+        times = timing.time_calls(contestants, calls=self.calls(m, 4.0))
         for kernel, taken in times.items():
-            yield self._result(m, kernel, choices.get(kernel, ""), taken, times[BASELINE], rates)
+            yield self._result(m, kernel, choices.get(kernel, ""), taken, times[BASELINE])
 
     def fastest(self, kind: _Kind, m: int) -> str:
         """The best choice for so many rows."""
         xs = self.inputs(m)
         sensible = kind.sensible(target_of(xs[0].device), m)
-        times = timing.time_calls({c: self._calls(kind, c, xs) for c in sensible}, calls=48 if m <= 512 else 8)
+        contestants = {c: self._calls(kind, c, xs) for c in sensible}
+        times = timing.time_calls(contestants, replays=6, calls=self.calls(m, 1.5))
         return min(times, key=lambda choice: times[choice].microseconds)
 
     def _calls(self, kind: _Kind, choice: str, xs: list[Tensor]) -> list[Callable[[], object]]:
         return [partial(kind.multiply_with, choice, x, p) for x, p in zip(xs, self.ours[kind.name], strict=True)]
 
-    def _result(
-        self, m: int, kernel: str, choice: str, taken: timing.Timing, baseline: timing.Timing, rates: Rates
-    ) -> Measurement:
+    def _result(self, m: int, kernel: str, choice: str, taken: timing.Timing, baseline: timing.Timing) -> Measurement:
         k, n = self.shape.k, self.shape.n
         kind = next((kind for kind in _KINDS if kind.name == kernel), _KINDS[0])
         bits = 16.0 if kernel == BASELINE else kind.bits + 16 * self.scales / k
         moved = k * n * bits / 8 + 2 * m * (k + n)
-        floor = ideal_microseconds(m, k, n, bits, rates, density=kind.density)
+        floor = ideal_microseconds(m, k, n, bits, self.rates, density=kind.density)
         t = taken.microseconds
         speedup = baseline.microseconds / t
         return Measurement(

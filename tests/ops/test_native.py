@@ -3,6 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_tools import ops
 from marlin_tools.backends.native import NativeLinear, NativeSparseLinear, build, join, replace
@@ -139,3 +142,34 @@ def test_model_on_the_kernels_gives_the_logits_of_its_dequantised_weights():
         static.copy_(tokens)
         graph.replay()
     assert torch.equal(captured.float(), logits)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that pass through torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", [quantised(128), pruned(128)], ids=["dense", "sparse"])
+def test_whoever_watches_still_sees_the_operator(weight):
+    linear = build(weight, None, torch.device("cuda"), torch.float16)
+    name = f"marlin_tools.{'w24a16' if weight.is_2_4() else 'w4a16'}_linear.default"
+    x = torch.randn((3, 256), dtype=torch.float16, device="cuda")
+    expected = linear(x)
+
+    with Seen() as seen:
+        assert torch.equal(linear(x), expected)
+    assert name in seen.operators
+    assert name in make_fx(linear)(x).code
+    assert linear(x.clone().requires_grad_()).requires_grad  # torch refuses its backward; the kernel alone would end the graph
+    with torch.no_grad():
+        assert not linear(x.clone().requires_grad_()).requires_grad
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert linear(mode.from_tensor(x)).shape == (3, 128)
