@@ -3,9 +3,10 @@
 One file, no script, no font of its own; legible on a white and on a dark page, and on paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from math import ceil, floor, log2, log10
 
 WIDTH, HEIGHT = 760, 440
@@ -17,7 +18,8 @@ text { font: 12px system-ui, sans-serif; fill: #39424e }
 .title { font-size: 15px; font-weight: 600; fill: #1b222b }
 line { stroke: #d5dae0 }
 polyline { fill: none; stroke-width: 2 }
-.ideal { stroke-dasharray: 5 4 }
+.ideal { stroke-dasharray: 6 4; stroke-width: 1.4 }
+.dotted { stroke-dasharray: 2 3 }
 @media (prefers-color-scheme: dark) {
   text { fill: #c3cad3 }
   .title { fill: #f0f3f6 }
@@ -29,11 +31,16 @@ polyline { fill: none; stroke-width: 2 }
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) of one contestant; an ideal one is drawn dashed and grey, without marks."""
+    """Points (x, y) of one contestant; an ideal one is dashed, without marks.
+
+    Lines of the same `hue` have the same colour. Without one, a line has the next colour, and an ideal one is grey.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     ideal: bool = False
+    hue: int | None = None
+    dotted: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,16 +73,23 @@ def chart(title: str, remark: str, x: Axis, y: Axis, lines: Sequence[Line]) -> s
     parts.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x.title)}</text>')
     height = (_TOP + HEIGHT - _BOTTOM) / 2
     parts.append(f'<text transform="translate(16 {height}) rotate(-90)" text-anchor="middle">{escape(y.title)}</text>')
-    colours = iter(_COLOURS * (1 + len(lines) // len(_COLOURS)))
-    for index, line in enumerate(sorted(lines, key=lambda each: not each.ideal)):
-        parts += _drawn(line, _IDEAL if line.ideal else next(colours), across, up, _TOP + 8 + 20 * index)
+    hues = count()
+    places = {id(line): (_colour(line, hues), _TOP + 8 + 20 * index) for index, line in enumerate(lines)}
+    for line in sorted(lines, key=lambda each: not each.ideal):  # the ideal behind the real
+        parts += _drawn(line, *places[id(line)], across, up)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _drawn(line: Line, colour: str, across: "_Scale", up: "_Scale", legend: float) -> list[str]:
+def _colour(line: Line, hues: Iterator[int]) -> str:
+    if line.hue is None and line.ideal:
+        return _IDEAL
+    return _COLOURS[(next(hues) if line.hue is None else line.hue) % len(_COLOURS)]
+
+
+def _drawn(line: Line, colour: str, legend: float, across: "_Scale", up: "_Scale") -> list[str]:
     """One line with its marks, and its entry in the legend."""
     places = [(across(x), up(y)) for x, y in line.points]
-    look = f'stroke="{colour}"' + ' class="ideal"' * line.ideal
+    look = f'stroke="{colour}"' + ' class="ideal"' * line.ideal + ' class="dotted"' * (line.dotted and not line.ideal)
     parts = [f'<polyline {look} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>']
     if not line.ideal:
         for (a, b), (x, y) in zip(places, line.points, strict=True):

@@ -9,7 +9,7 @@ and for 2:4-sparse weights 3 bits instead of 4, and half of the arithmetic.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, exp, log
@@ -147,6 +147,11 @@ def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, fl
         if r.kernel == kernel:
             logs.setdefault(r.m, []).append(log(r.speedup))
     return {m: exp(sum(values) / len(values)) for m, values in sorted(logs.items())}
+
+
+def contestants(results: Iterable[Measurement]) -> list[str]:
+    """Everything that was timed beside the baseline."""
+    return [kernel for kernel in dict.fromkeys(r.kernel for r in results) if kernel != BASELINE]
 
 
 def measure_rates(device: torch.device) -> Rates:

@@ -52,6 +52,7 @@ class Measured:
 
     figure: str | None
     gpu: str
+    settings: BenchSettings
     rates: Rates
     host: dict[str, float]
     results: tuple[Measurement, ...]
@@ -71,7 +72,7 @@ def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) ->
             emit(Event("progress", "batch sizes", done, len(settings.rows), {"batch": rows}))
     else:
         results = bench_kernels(settings, emit)
-    return Measured(figure, describe_device(device), rates, host_costs(device), tuple(results))
+    return Measured(figure, describe_device(device), settings, rates, host_costs(device), tuple(results))
 
 
 def _keep_busy(device: torch.device, seconds: float) -> None:

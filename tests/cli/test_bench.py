@@ -24,7 +24,7 @@ def measured(monkeypatch):
             for m in (1, 16)
             for kernel, s in (("torch", 1.0), ("ours", 2.0))
         ]
-        return Measured(figure, "a GPU", Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
+        return Measured(figure, "a GPU", settings, Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
 
     monkeypatch.setattr(bench_figures, "measure", measure)
     return calls

@@ -5,9 +5,10 @@ from html import unescape
 
 import pytest
 
-from marlin_tools.report import bench as show
+from marlin_tools.report import bench_pictures as pictures
 from marlin_tools.report.figure import Axis, Line, chart
-from marlin_tools.stages.bench import Measurement, Rates
+from marlin_tools.stages.bench import BenchSettings, Measurement, Rates
+from marlin_tools.stages.bench_figures import Measured
 
 RATES = Rates(3e12, 6e14)
 
@@ -45,29 +46,86 @@ def result(m, kernel, speedup, *, k=4096, n=1024, model="peak"):
 
 
 RESULTS = [result(m, kernel, s) for m in (1, 16) for kernel, s in (("torch", 1.0), ("ours", 2.0 + m))]
+SPARSE = [result(m, "ours 2:4", 4.0) for m in (1, 16)]
 
 
-@pytest.mark.parametrize("name", show.FIGURES)
-def test_every_figure_is_a_picture(name):
-    lines, words = drawn(show.FIGURES[name](RESULTS, RATES, "some GPU"))
+def measured(results, figure=None, gpu="some GPU", **settings):
+    return Measured(figure, gpu, BenchSettings(**settings), RATES, {}, tuple(results))
+
+
+def told(svg, name):
+    """The points of a line, as its marks tell them."""
+    return [
+        text.removeprefix(f"{name}: ") for text in re.findall(r"<title>([^<]*)</title>", svg) if text.startswith(f"{name}: ")
+    ]
+
+
+@pytest.mark.parametrize("figure", pictures.FIGURES)
+def test_every_figure_is_a_picture(figure):
+    (svg,) = pictures.draw(measured(RESULTS, figure)).values()
+    lines, words = drawn(svg)
 
     assert len(lines) >= 2
-    assert any("some GPU" in word or "GPU" in word or "TB/s" in word for word in words)
+    assert any("some GPU" in word for word in words)
+
+
+def test_the_plain_benchmark_has_two_pictures():
+    shown = pictures.draw(measured([*RESULTS, result(16, "dequantize + cuBLAS", 0.5)]))
+
+    assert list(shown) == ["-speedup", "-roofline"]
+    assert told(shown["-speedup"], "ours") == ["1, 3", "16, 18"]
+    assert told(shown["-roofline"], "ours") == ["1, 0.5", "16, 0.5"]
+    assert "cuBLAS" not in shown["-speedup"]
+
+
+def test_means_are_over_the_shapes():
+    svg = pictures.speedup(measured([*RESULTS, result(1, "ours", 12.0, n=512)]))
+
+    assert told(svg, "ours") == ["1, 6", "16, 18"]
+
+
+def test_others_are_shown_where_they_were_measured():
+    """The same shapes, type and groups on the same kind of GPU; nowhere else."""
+    same = measured(RESULTS, gpu="NVIDIA H100 80GB HBM3")
+
+    assert len(told(pictures.speedup(same), "Machete *")) == 12
+    assert "measured on another one" in pictures.speedup(same)
+    assert "Sparse-Marlin *" in pictures.share_of_roofline(same)
+    for other in (
+        measured(RESULTS, gpu="NVIDIA A100"),
+        measured(RESULTS, gpu="NVIDIA H100", dtype="bfloat16"),
+        measured(RESULTS, gpu="NVIDIA H100", models=("peak",)),
+        measured(RESULTS, gpu="NVIDIA H100", group_size=-1),
+    ):
+        assert "*" not in pictures.speedup(other)
+        assert "*" not in pictures.share_of_roofline(other)
 
 
 def test_ideal_of_a_memory_bound_product_is_the_ratio_of_bytes():
-    svg = show.peak(RESULTS, RATES, "gpu")
-    told = re.findall(r"<title>ours: ([^<]*)</title>", svg)
+    svg = pictures.peak(measured(RESULTS))
+    m, k, n = 1, 4096, 1024
+    ratio = (k * n * 2 + 2 * m * (k + n)) / (k * n * 4.125 / 8 + 2 * m * (k + n))
+    ideal = pictures._ideals(measured(RESULTS), RESULTS[0], "ours", [1.0])
 
-    assert told == ["1, 3", "16, 18"]
+    assert told(svg, "ours") == ["1, 3", "16, 18"]
+    assert ideal == [(1.0, pytest.approx(ratio))]
     assert "ideal INT4" in svg
     assert "2:4" not in svg
-    assert "ideal INT4 2:4" in show.peak([*RESULTS, result(1, "ours 2:4", 4.0), result(16, "ours 2:4", 4.0)], RATES, "gpu")
+    assert "ideal INT4 2:4" in pictures.peak(measured([*RESULTS, *SPARSE]))
 
 
 def test_models_weigh_layers_by_their_time():
     """Speed-up of a model is that of the sum of its layers."""
-    results = [result(1, "torch", 1.0, n=512, model="m"), result(1, "ours", 4.0, n=512, model="m")]
-    results += [result(1, "torch", 1.0, n=256, model="m"), result(1, "ours", 1.0, n=256, model="m")]
+    results = [result(1, "torch", 1.0, n=512, model="paper-m"), result(1, "ours", 4.0, n=512, model="paper-m")]
+    results += [result(1, "torch", 1.0, n=256, model="paper-m"), result(1, "ours", 1.0, n=256, model="paper-m")]
 
-    assert "<title>m, ours: 1, 1.6</title>" in show.models(results, RATES, "gpu")
+    assert told(pictures.models(measured(results)), "m, ours") == ["1, 1.6"]
+
+
+def test_what_belongs_together_has_one_colour():
+    svg = pictures.peak(measured([*RESULTS, *SPARSE]))
+    colours = dict(zip(("ours", "ours 2:4"), dict.fromkeys(re.findall(r'<circle [^>]*fill="([^"]*)"', svg)), strict=True))
+    ideals = set(re.findall(r'<polyline stroke="([^"]*)" class="ideal"', svg))
+
+    assert ideals == set(colours.values())
+    assert len(ideals) == 2
