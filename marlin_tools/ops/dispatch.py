@@ -1,16 +1,18 @@
 """Which kernel multiplies, for a shape on a GPU: read from tables that were measured, not computed.
 
 `kernels/dispatch.json` holds one table per target: for some weight shapes and some numbers of rows, the fastest choice.
-`stages.bench.tune` makes one for the GPU at hand, which then lies beside the compiled kernels and wins over
-the shipped one. A shape takes the row of the nearest measured shape (in log N and log K), and M the nearest measured number
-of rows that is not smaller. A choice is the name of a tile, or `cublas`: dequantise, then call cuBLAS; the table
-names it wherever it is fastest, so nothing falls below it.
+`stages.bench.tune` makes one for the GPU at hand, which then lies beside the compiled kernels; its shapes win over the shipped
+ones. A shape takes the row of the nearest measured shape (in log N and log K), and M the nearest measured number of rows that
+is not smaller. A choice is the name of a tile, or `cublas`: dequantise, then call cuBLAS; the table names it wherever it is
+fastest, so nothing falls below it.
 
 The functions of this module are about the dense kernels; `sparse_dispatch.py` has the same for the sparse ones.
 """
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +21,8 @@ from pathlib import Path
 from marlin_tools.ops.cubin_cache import default_dir
 from marlin_tools.ops.variants import TILES, Tile, capability_of
 from marlin_tools.resources import kernels_dir
+
+_log = logging.getLogger(__name__)
 
 CUBLAS = "cublas"
 """The choice that is not a kernel of ours: dequantise and multiply with cuBLAS."""
@@ -61,15 +65,37 @@ class Tables:
             raise ValueError(f"unknown choices {sorted(unknown)}")
 
     def _table(self, target: str) -> tuple[Measured, ...]:
-        """The table for a target: tuned here, shipped, or by design."""
-        for path in (self.tuned_path(), kernels_dir() / self._file):
-            if path.is_file():
-                found = json.loads(path.read_text(encoding="utf-8")).get(target)
-                if found:
-                    rows = tuple(Measured(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in found)
-                    self.check(rows)
-                    return rows
-        return (self._by_design,)
+        """The shipped rows for a target, those that were tuned here in their place; by design if there are none."""
+        shipped = self._read(kernels_dir() / self._file, target)
+        try:
+            tuned = self._read(self.tuned_path(), target)
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("`%s` is ignored, tune again: %s", self.tuned_path(), error)
+            tuned = ()
+        rows = {(row.n, row.k): row for row in (*shipped, *tuned)}
+        return tuple(rows.values()) or (self._by_design,)
+
+    def _read(self, path: Path, target: str) -> tuple[Measured, ...]:
+        if not path.is_file():
+            return ()
+        found = json.loads(path.read_text(encoding="utf-8")).get(target, [])
+        rows = tuple(Measured(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in found)
+        self.check(rows)
+        return rows
+
+    def keep(self, target: str, measured: Sequence[Measured]) -> None:
+        """Remember what was measured on this machine; earlier rows of other shapes and targets stay."""
+        path = self.tuned_path()
+        try:
+            tables = {known: {(r.n, r.k): r for r in self._read(path, known)} for known in json.loads(path.read_text("utf-8"))}
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or of a version with other kernels
+            tables = {}
+        tables.setdefault(target, {}).update({(row.n, row.k): row for row in measured})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(to_json({known: list(rows.values()) for known, rows in tables.items()}), encoding="utf-8")
+        written.replace(path)
+        self.forget()
 
     def _choose(self, target: str, m: int, n: int, k: int) -> str:
         """The name of a tile, or `CUBLAS`."""
@@ -92,10 +118,15 @@ class Tables:
         self.choose.cache_clear()
 
 
-def to_json(target: str, measured: list[Measured]) -> str:
-    """A table file with one target, as `Tables` read it."""
-    rows = [{"n": m.n, "k": m.k, "rows": m.rows, "choices": m.choices} for m in measured]
-    return json.dumps({target: rows}, indent=1) + "\n"
+def to_json(tables: Mapping[str, Sequence[Measured]]) -> str:
+    """A file of tables by target, as `Tables` read it: a line for each shape."""
+    lines = {
+        target: ",\n".join(
+            f'  {{"n": {m.n}, "k": {m.k}, "rows": {json.dumps(m.rows)}, "choices": {json.dumps(m.choices)}}}' for m in rows
+        )
+        for target, rows in tables.items()
+    }
+    return "{\n" + ",\n".join(f' "{target}": [\n{rows}\n ]' for target, rows in lines.items()) + "\n}\n"
 
 
 DENSE = Tables(

@@ -131,10 +131,8 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
             winners = [problem.fastest(kind, m) for m in settings.rows]
             tables[kind.name].append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
         emit(Event("progress", "tuning", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
-    default_dir().mkdir(parents=True, exist_ok=True)
     for kind in _KINDS:
-        kind.tables.tuned_path().write_text(dispatch.to_json(target, tables[kind.name]), encoding="utf-8")
-        kind.tables.forget()
+        kind.tables.keep(target, tables[kind.name])
     w4a16.forget_plans()
     w24a16.forget_plans()
     return default_dir()

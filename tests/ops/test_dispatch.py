@@ -30,14 +30,48 @@ def test_every_shape_has_a_choice(tables, target):
 
 
 def test_tuned_table_wins(tables):
-    dispatch.tuned_path().write_text(
-        dispatch.to_json("sm_80", [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))])
-    )
-    dispatch.forget()
+    DENSE.keep("sm_80", [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))])
 
     assert [dispatch.choose("sm_80", m, 128, 128) for m in (1, 4, 5, 99)] == ["8x64", "8x64", "16x64", "16x64"]
     assert dispatch.choose("sm_80", 1, 8192, 8192) == CUBLAS
     assert dispatch.possible("sm_80", 100, 100) == ("8x64", "16x64")
+
+
+def test_tuning_some_shapes_leaves_the_others_as_they_are(tables):
+    before = dispatch.choose("sm_90a", 16, 57344, 8192)
+    DENSE.keep("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
+    DENSE.keep("sm_80", [Measured(4096, 4096, (16,), (CUBLAS,))])
+    DENSE.keep("sm_90a", [Measured(4096, 11008, (16,), ("16x64",))])
+
+    assert dispatch.choose("sm_90a", 16, 57344, 8192) == before
+    assert [dispatch.choose("sm_90a", 16, 4096, k) for k in (4096, 11008)] == ["8x64", "16x64"]
+    assert dispatch.choose("sm_80", 16, 4096, 4096) == CUBLAS
+
+
+@pytest.mark.parametrize(
+    "text", ["not JSON", '{"sm_90a": [{"n": 1, "k": 1, "rows": [1], "choices": ["gone"]}]}', '{"sm_90a": [{}]}']
+)
+def test_table_of_another_version_is_ignored_and_said(tables, caplog, text):
+    expected = dispatch.choose("sm_90a", 16, 4096, 4096)
+    dispatch.tuned_path().write_text(text)
+    dispatch.forget()
+
+    assert dispatch.choose("sm_90a", 16, 4096, 4096) == expected
+    assert "tune again" in caplog.text
+    DENSE.keep("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
+    assert dispatch.choose("sm_90a", 16, 4096, 4096) == "8x64"
+
+
+def test_file_is_that_of_the_tables_in_it(tables):
+    rows = [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))]
+
+    assert json.loads(dispatch.to_json({"sm_80": rows, "sm_90a": rows[:1]})) == {
+        "sm_80": [
+            {"n": 100, "k": 128, "rows": [4, 16], "choices": ["8x64", "16x64"]},
+            {"n": 9000, "k": 8192, "rows": [4], "choices": [CUBLAS]},
+        ],
+        "sm_90a": [{"n": 100, "k": 128, "rows": [4, 16], "choices": ["8x64", "16x64"]}],
+    }
 
 
 def test_shipped_table_is_sound():
