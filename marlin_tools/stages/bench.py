@@ -103,8 +103,8 @@ class Shape:
     n: int
 
 
-def bench_kernels(settings: BenchSettings, emit: Emit = silent) -> list[Measurement]:
-    """Time every shape and number of rows; results are checked before they are timed."""
+def bench_kernels(settings: BenchSettings, emit: Emit = silent, before: Callable[[], None] = lambda: None) -> list[Measurement]:
+    """Time every shape and number of rows; results are checked before they are timed. `before` each, something may be done."""
     device = _device(settings.device)
     rates = measure_rates(device)
     emit(Event("note", f"{rates.bandwidth / 1e12:.2f} TB/s read, {rates.flops / 1e12:.0f} TFLOP/s in a large product"))
@@ -113,6 +113,7 @@ def bench_kernels(settings: BenchSettings, emit: Emit = silent) -> list[Measurem
     for index, shape in enumerate(shapes):
         problem = _Problem.make(shape, settings, rates)
         for m in settings.rows:
+            before()
             results += problem.measure(m, peers=settings.peers)
         emit(Event("progress", "kernels", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
     return results

@@ -7,17 +7,18 @@ instead, so that power and heat settle where a busy server has them; who wants a
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from marlin_tools.device import describe_device
 from marlin_tools.errors import DeviceError
-from marlin_tools.events import Emit, Event, silent
+from marlin_tools.events import Emit, silent
 from marlin_tools.stages.bench import PAPER_SHAPES, BenchSettings, Measurement, Rates, bench_kernels, host_costs, measure_rates
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-_SUSTAINED_SECONDS = 10
+_WARM_UP_SECONDS, _SUSTAINED_SECONDS = 10, 3
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,11 @@ def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) ->
         raise DeviceError("kernels are timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
     device = torch.device("cuda", torch.device(settings.device).index or 0)
     rates = measure_rates(device)
-    if figure is not None and FIGURES[figure].busy:
-        results: list[Measurement] = []
-        for done, rows in enumerate(settings.rows, start=1):
-            _keep_busy(device, _SUSTAINED_SECONDS)
-            results += bench_kernels(settings.model_copy(update={"rows": (rows,)}))
-            emit(Event("progress", "batch sizes", done, len(settings.rows), {"batch": rows}))
-    else:
-        results = bench_kernels(settings, emit)
+    busy = figure is not None and FIGURES[figure].busy
+    if busy:
+        _keep_busy(device, _WARM_UP_SECONDS)
+    before = partial(_keep_busy, device, _SUSTAINED_SECONDS) if busy else lambda: None
+    results = bench_kernels(settings, emit, before)
     return Measured(figure, describe_device(device), settings, rates, host_costs(device), tuple(results))
 
 
