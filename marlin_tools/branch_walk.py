@@ -19,7 +19,7 @@ from marlin_tools.activations import Activations, Room
 from marlin_tools.algorithms.hessian import Cross, Drift, Gram, Hessian
 from marlin_tools.crew import Crew, Pairs
 from marlin_tools.families import Branch
-from marlin_tools.ops.products import Parts, product
+from marlin_tools.ops.products import Parts, lower, product
 from marlin_tools.shortcuts import short_rotation
 from marlin_tools.stopwatch import span
 
@@ -206,13 +206,23 @@ class _Watch:
             self._pairs.add(self._now.tensors())
             self._now = None
 
+    def _add_up(self, seen: _Seen) -> None:
+        """What this process has seen, and then what all have: as much of it as each needs."""
+        crew = self._share.crew
+        self._pairs.total()
+        crew.add_up(lower(seen.gram.total))
+        if seen.cross is not None:
+            crew.add_up_rows(seen.cross.total)
+        if seen.inputs is not None:
+            crew.add_up([seen.inputs])
+
     def hessian(self) -> Hessian:
         """All that was seen, by all processes."""
         seen, self._first = self._first, None
         assert seen is not None, "no activations"
         with span("hessian"):
             self._end_part()
-            self._share.crew.add_up(self._pairs.total())
+            self._add_up(seen)
         gram, cross, inputs, self._pairs = seen.gram, seen.cross, seen.inputs, Pairs()
         gram.tokens = self._share.tokens
         del seen
@@ -226,10 +236,11 @@ class _Watch:
         if self._closing is None:
             return Hessian(hessian.matrix, hessian.tokens, Drift(inputs=owed))
         with span("drift"):
-            weight = Parts.of(self._closing.weight.float())
-            for start in range(0, owed.shape[1], _PANEL):
-                panel = slice(start, start + _PANEL)
-                owed[:, panel] -= product(weight, hessian.matrix[:, panel])
+            for rows in self._share.crew.rows(len(owed)):  # nobody needs the others
+                weight = Parts.of(self._closing.weight[rows])
+                for start in range(0, owed.shape[1], _PANEL):
+                    panel = slice(start, start + _PANEL)
+                    owed[rows, panel] -= product(weight, hessian.matrix[:, panel])
             if inputs is not None:
                 owed -= torch.outer(self._closing.bias.float(), inputs / hessian.tokens)
         return Hessian(hessian.matrix, hessian.tokens, Drift(outputs=owed))

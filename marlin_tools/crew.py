@@ -12,7 +12,7 @@ number of threads, all must have as many (OMP_NUM_THREADS).
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +76,14 @@ class Pairs:
         return tensors
 
 
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, in pairs."""
+    pairs = Pairs()
+    for part in parts:
+        pairs.add([part])
+    return pairs.total()[0]
+
+
 @dataclass(frozen=True)
 class Crew:
     """The processes that work together. `cuts`: whether work is cut so that it does not matter how many they are."""
@@ -120,20 +128,49 @@ class Crew:
                 dist.broadcast(whole[rows].view(torch.uint8), src=number * self.size // SLABS)
         return whole
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Make each tensor the sum of what all processes have, in place."""
         if self.size == 1:
             return
         for tensor in tensors:
             step = max(1, _PANEL * len(tensor) // tensor.nbytes)
             for panel in tensor.split(step):
-                theirs = [torch.empty_like(panel) for _ in range(self.size)]
-                with _talking():
-                    dist.all_gather(theirs, panel)
-                pairs = Pairs()
-                for each in theirs:
-                    pairs.add([each])
-                panel.copy_(pairs.total()[0])
+                self._add_up(panel)
+
+    def _add_up(self, panel: Tensor) -> None:
+        """Each process adds up its share of the elements, then all tell each other."""
+        mine = panel.contiguous().view(-1)
+        theirs = mine.new_empty(self.size, mine.numel() // self.size)
+        with _talking():
+            if mine.numel() % self.size:
+                theirs = mine.new_empty(self.size, mine.numel())
+                dist.all_gather_into_tensor(theirs.view(-1), mine)
+                mine = _sum(theirs)
+            else:
+                dist.all_to_all_single(theirs.view(-1), mine)
+                dist.all_gather_into_tensor(mine, _sum(theirs))
+        panel.copy_(mine.view_as(panel))
+
+    def add_up_rows(self, tensor: Tensor) -> None:
+        """The same for a tensor [N, ...] of which each process needs just the rows that it solves; the others mean nothing."""
+        n = len(tensor)
+        if self.size > SLABS or not self._cuts_rows(n):
+            self.add_up([tensor])
+            return
+        slabs, each = self._slabs(n), SLABS // self.size
+        counts = [slabs[first + each - 1].stop - slabs[first].start for first in range(0, SLABS, each)]
+        own, start = counts[self.rank], slabs[self.rank * each].start
+        if self.size > 1:
+            theirs = tensor.new_empty(self.size, own, *tensor.shape[1:])
+            with _talking():
+                dist.all_to_all_single(theirs.flatten(0, 1), tensor, [own] * self.size, counts)
+            tensor[start : start + own] = _sum(theirs)
+
+    def tell(self, tensor: Tensor, rank: int) -> None:
+        """What the process of this rank has in `tensor`, all have from now on."""
+        if self.size > 1:
+            with _talking():
+                dist.broadcast(tensor, src=rank)
 
     def decide(self, *, choice: bool) -> bool:
         """What the leading process says, once it has said it."""

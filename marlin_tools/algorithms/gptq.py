@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from marlin_tools.algorithms.hessian import Factor, Hessian, corrected
+from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.polish import polish
 from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
@@ -47,7 +47,7 @@ class GPTQ(Settings):
     order: Literal["natural", "energy"] = "energy"
     scales: Literal["absmax", "conditional", "diagonal"] = "diagonal"
     signed: bool = True
-    polish: int = Field(4, ge=0, le=100)
+    polish: int = Field(1, ge=0, le=100)
     sequential: bool = True
     drift: float = Field(0.5, ge=0, le=1)
 
@@ -88,22 +88,26 @@ class GPTQ(Settings):
         n, k = weight.shape
         order = hessian.energy_order() if self.order == "energy" else torch.arange(k, device=weight.device)
         with span("factor"):
-            factor = hessian.factorise(self.damp, name, order)
-        problem = _Problem(hessian, order, factor, group_size, dtype, placing)
+            factor = hessian.factorise(self.damp, name, order, crew)
+        correction = None
+        if hessian.drift is not None and self.drift:
+            with span("correct"):
+                correction = Correction(hessian.drift, factor, order, self.drift, crew)
+        problem = _Problem(hessian, order, factor, group_size, dtype, placing, correction)
         damped = hessian.damped(factor.damp) if self.polish else None
         step = max(1, SLAB // k) if weight.is_cuda else n
         own = crew.rows(n)
         slabs = [slice(start, min(start + step, part.stop)) for part in own for start in range(part.start, part.stop, step)]
-        solved = Solved.join([self._solve_rows(weight[rows].float(), rows, problem, damped) for rows in slabs])
+        solved = Solved.join([self._solve_rows(weight[rows], rows, problem, damped) for rows in slabs])
         return solved.gathered(crew, n)
 
-    def _solve_rows(self, original: Tensor, rows: slice, problem: "_Problem", damped: Tensor | None) -> Solved:
+    def _solve_rows(self, stored: Tensor, rows: slice, problem: "_Problem", damped: Tensor | None) -> Solved:
         """Rows never talk to each other: any of them can be solved alone."""
         hessian, order, factor = problem.hessian, problem.order, problem.factor
-        weight = original
-        if hessian.drift is not None and self.drift:
+        original = weight = stored.float()
+        if problem.correction is not None:
             with span("correct"):
-                weight = corrected(original, hessian.drift.owed(original, rows), factor, order, self.drift)
+                weight = problem.correction.aim(stored, rows)
         aim, mask = weight, None
         if problem.placing is not None:
             placed = problem.placing.place(weight, rows)
@@ -148,6 +152,7 @@ class _Problem:
     group_size: int
     dtype: torch.dtype
     placing: Placing | None
+    correction: Correction | None
 
 
 class _FixedGrid:

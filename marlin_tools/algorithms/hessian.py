@@ -8,18 +8,22 @@ matrix. GPTQ's usual route (Cholesky, inverse, Cholesky of the inverse) ends at 
 of the work and without ever inverting anything.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from marlin_tools.crew import ALONE, Crew
 from marlin_tools.errors import NumericalError
 from marlin_tools.ops.products import Parts, cross, gram, mirror, product
 
 _ESCALATION = 10.0
 _MAX_DAMP = 10.0
 _FACTOR_BLOCK = 1024
+_SHARED = 16384
+"""Columns from which on processes gain by factorising together."""
 
 
 class Gram:
@@ -68,17 +72,12 @@ class Drift:
     inputs    [K, K] mean of (x_original - x) xᵀ, for linears of which only the inputs are compared
     outputs   [N, K] mean of (y_original - y) xᵀ, y what the weights as they are make of the input, plus the residual stream
               that it is added to
+
+    Of several processes, each knows the rows that it is to work with.
     """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
-
-    def owed(self, weight_nk: Tensor, rows: slice) -> Tensor:
-        """What these rows of the outputs lack, [N, K] against the inputs."""
-        if self.outputs is not None:
-            return self.outputs[rows]
-        assert self.inputs is not None, "drift of nothing"
-        return product(weight_nk, self.inputs)
 
 
 @dataclass(frozen=True)
@@ -114,12 +113,12 @@ class Hessian:
         matrix.diagonal().add_(self.ridge(damp))
         return matrix
 
-    def factorise(self, damp: float, name: str, order: Tensor | None = None) -> "Factor":
-        """R with R Rᵀ = damped H, its columns in this order.
+    def factorise(self, damp: float, name: str, order: Tensor | None = None, crew: Crew = ALONE) -> "Factor":
+        """R with R Rᵀ = damped H, its columns in this order; a crew shares the work if there is much of it.
 
         Raises the damping tenfold until the factorisation succeeds, then gives up by name.
         """
-        if not bool(torch.isfinite(self.matrix).all()):
+        if not bool(torch.isfinite(torch.linalg.vector_norm(self.matrix, torch.inf))):
             raise NumericalError(
                 f"`{name}`: the calibration activations are not finite",
                 hint="the model overflows in this precision; try `--device cpu`, which computes in float32",
@@ -129,10 +128,11 @@ class Hessian:
             ridge = self.ridge(used)
             matrix = (self.matrix if order is None else self.matrix[order][:, order]).double()
             matrix.diagonal().add_(ridge if order is None else ridge[order])
-            upper, info = reversed_cholesky(matrix)
+            shared = crew.cuts and len(matrix) >= _SHARED
+            upper, corners, info = shared_cholesky(matrix, crew) if shared else reversed_cholesky(matrix)
             del matrix
             if int(info) == 0:
-                return Factor(upper.float().contiguous(), used)
+                return Factor(upper.float().contiguous(), used, [corner.float() for corner in corners])
             used = max(used * _ESCALATION, 1e-4)
         raise NumericalError(
             f"`{name}`: the Hessian cannot be factorised, even with damping {used / _ESCALATION:g}",
@@ -142,10 +142,14 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """`upper` is R [K, K]; `damp` is the damping that made it possible."""
+    """`upper` is R [K, K]; `damp` is the damping that made it possible.
+
+    corners   the inverses of R's diagonal blocks, if somebody knows them
+    """
 
     upper: Tensor
     damp: float
+    corners: Sequence[Tensor] = ()
 
     def feedback(self, first: int = 0, last: int | None = None) -> Tensor:
         """M = R / diag(R), unit upper triangular: M[j, i] is how much of column j's error column i has to pay.
@@ -155,9 +159,9 @@ class Factor:
         return self.upper[:last, first:last] / self.upper.diagonal()[first:last]
 
     @cached_property
-    def _corner_inverses(self) -> list[Tensor]:
+    def _corner_inverses(self) -> Sequence[Tensor]:
         """The inverse of every diagonal block."""
-        return [_inverse(self.upper[block, block].double()).float() for block in _blocks(len(self.upper))]
+        return self.corners or [_inverse(self.upper[block, block].double()).float() for block in _blocks(len(self.upper))]
 
     def divide(self, right_nk: Tensor) -> Tensor:
         """X with X · R Rᵀ = right, block by block: first Z Rᵀ = right from the last column back, then X R = Z forward."""
@@ -178,28 +182,64 @@ class Factor:
         return result
 
 
-def reversed_cholesky(matrix_kk: Tensor) -> tuple[Tensor, Tensor]:
-    """R upper with R Rᵀ = matrix, and 0 if there is one. On a GPU in place and block by block from the last column back.
+def reversed_cholesky(matrix_kk: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """R upper with R Rᵀ = matrix, the inverses of its diagonal blocks as far as they were needed, and 0 if there is an R.
 
-    The plain way is the Cholesky factor of the matrix with its indices reversed; a GPU would need three more copies for it.
+    On a GPU in place and block by block from the last column back. The plain way is the Cholesky factor of the matrix with its
+    indices reversed; a GPU would need three more copies for it.
     """
     if not matrix_kk.is_cuda:
         lower, info = torch.linalg.cholesky_ex(matrix_kk.flip(0, 1))
-        return lower.flip(0, 1), info
+        return lower.flip(0, 1), [], info
     k = matrix_kk.shape[0]
-    failed = torch.zeros((), dtype=torch.int32, device=matrix_kk.device)
+    failed, inverses = torch.zeros((), dtype=torch.int32, device=matrix_kk.device), []
     for block in reversed(_blocks(k)):
         start, before = block.start, slice(0, block.start)
         lower, info = torch.linalg.cholesky_ex(matrix_kk[block, block].flip(0, 1))
         failed |= info
         corner = lower.flip(0, 1)
         matrix_kk[block, block] = corner
-        panel = matrix_kk[before, block] @ _inverse(corner).T
+        inverses.append(_inverse(corner))
+        panel = matrix_kk[before, block] @ inverses[-1].T
         matrix_kk[before, block] = panel
         for left in range(0, start, 4 * _FACTOR_BLOCK):  # only what lies on or above the diagonal
             part = slice(left, min(left + 4 * _FACTOR_BLOCK, start))
             matrix_kk[: part.stop, part].addmm_(panel[: part.stop], panel[part].T, alpha=-1)
-    return matrix_kk.triu_(), failed
+    return matrix_kk.triu_(), inverses[::-1], failed
+
+
+def shared_cholesky(matrix_kk: Tensor, crew: Crew) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The same by all processes together, with the same bits however many they are: each keeps every so-manyth block of columns
+    up to date, and tells the others when it is done."""
+    failed, inverses = torch.zeros(1, device=matrix_kk.device), []
+    blocks, late = _blocks(len(matrix_kk)), matrix_kk[:, :0]
+
+    def update(parts: Sequence[slice]) -> None:
+        """What the last column that was done means for others."""
+        for part in parts:
+            matrix_kk[: part.stop, part].addmm_(late[: part.stop], late[part].T, alpha=-1)
+
+    for number, block in reversed(list(enumerate(blocks))):
+        before, width, mine = slice(0, block.start), block.stop - block.start, blocks[crew.rank : number : crew.size]
+        column_kb, inverse_bb = matrix_kk.new_empty(block.stop, width), matrix_kk.new_empty(width, width)
+        owner = number % crew.size
+        if owner == crew.rank:
+            update([block])  # first of all: the others wait for it, and have their own to update meanwhile
+            lower, info = torch.linalg.cholesky_ex(matrix_kk[block, block].flip(0, 1))
+            failed += info.abs()
+            column_kb[block] = lower.flip(0, 1)
+            inverse_bb.copy_(_inverse(column_kb[block]))
+            column_kb[before] = matrix_kk[before, block] @ inverse_bb.T
+        else:
+            update(mine)
+        for tensor in (column_kb, inverse_bb):
+            crew.tell(tensor, owner)
+        if owner == crew.rank:
+            update(mine)
+        inverses.append(inverse_bb)
+        matrix_kk[: block.stop, block] = late = column_kb
+    crew.add_up([failed])
+    return matrix_kk.triu_(), inverses[::-1], failed
 
 
 def _blocks(k: int) -> list[slice]:
@@ -211,12 +251,32 @@ def _inverse(upper_bb: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper_bb, unit, upper=True)
 
 
-def corrected(weight_nk: Tensor, owed_nk: Tensor, factor: Factor, order: Tensor, share: float) -> Tensor:
-    """The weight to aim at so that the output moves back by `share` of its drift from the original model's output.
+class Correction:
+    """What the weights of a group have to become so that their outputs move back by `share` of their drift.
 
-    The best linear correction solves T (H + damping) = W (H + damping) + share · owed: a least-squares fit of what the original
-    model would have put out here, on the inputs that really arrive. `factor` is that of H with its columns in `order`.
+    The best linear correction T of weights W solves T (H + damping) = W (H + damping) + share · owed: a least-squares fit of
+    what the original model would have put out here, on the inputs that really arrive. What is owed because of the inputs alone
+    is W · drift, so then a single matrix, drift · (H + damping)⁻¹, serves all rows. `factor` is that of H with its columns in
+    `order`.
     """
-    change_nk = torch.empty_like(weight_nk)
-    change_nk[:, order] = factor.divide(owed_nk[:, order])
-    return weight_nk + share * change_nk
+
+    def __init__(self, drift: Drift, factor: Factor, order: Tensor, share: float, crew: Crew = ALONE) -> None:
+        self._outputs, self._factor, self._order, self._share = drift.outputs, factor, order, share
+        self._of_inputs = None
+        if drift.inputs is not None:
+            own = [self._divided(drift.inputs[rows]) for rows in crew.rows(len(drift.inputs))]
+            self._of_inputs = crew.gather(own[0] if len(own) == 1 else torch.cat(own), len(drift.inputs))
+
+    def aim(self, weight_nk: Tensor, rows: slice) -> Tensor:
+        """The float32 weight to aim at, for these rows of the group; `weight` is what they are."""
+        if self._of_inputs is not None:
+            change_nk = product(Parts.of(weight_nk), self._of_inputs)
+        else:
+            assert self._outputs is not None, "drift of nothing"
+            change_nk = self._divided(self._outputs[rows])
+        return change_nk.mul_(self._share).add_(weight_nk)
+
+    def _divided(self, owed_mk: Tensor) -> Tensor:
+        change_mk = torch.empty_like(owed_mk)
+        change_mk[:, self._order] = self._factor.divide(owed_mk[:, self._order])
+        return change_mk

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from marlin_tools.algorithms.hessian import Factor, Hessian, corrected
+from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
 from marlin_tools.algorithms.solved import Errors, errors_of
 from marlin_tools.algorithms.support import fit, reselect
@@ -75,12 +75,15 @@ class Pruner(Settings):
         n, k = weight.shape
         placing = self.placing(name, hessian)
         natural = torch.arange(k, device=weight.device)
+        correction = None
+        if hessian is not None and hessian.drift is not None and self.drift:
+            correction = Correction(hessian.drift, placing.known_factor, natural, self.drift)
         step = max(1, _SLAB // k) if weight.is_cuda else n
         placed, errors = [], []
         for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):
             original = target = weight[rows].float()
-            if hessian is not None and hessian.drift is not None and self.drift:
-                target = corrected(original, hessian.drift.owed(original, rows), placing.known_factor, natural, self.drift)
+            if correction is not None:
+                target = correction.aim(weight[rows], rows)
             placed.append(placing.place(target, rows))
             errors.append(errors_of(original, target, placed[-1].value, hessian))
         value, mask = torch.cat([each.value for each in placed]), torch.cat([each.mask for each in placed])

@@ -65,6 +65,10 @@ def _search(group_size: int) -> Routine:
     return Routine("search.cu", f"search_kernel<{group_size}>", f"3Pq4i{len(_COARSE) + len(_FINE)}f", 0)
 
 
+def _cut(each: int) -> Routine:
+    return Routine("cut.cu", f"cut_kernel<{each}>", "5P2q2i", 0)
+
+
 _CLIP = Routine("clip.cu", "clip_kernel", f"3Pq4i{len(_CLIPS)}f", _SQUARE_BYTES + 4 * (BLOCK * (_ROWS + 4) + 8 * _ROWS))
 
 ROUTINES = (
@@ -72,6 +76,7 @@ ROUTINES = (
     *(_descend(group_size, masked=masked) for group_size in (0, *GROUP_SIZES) for masked in (False, True)),
     *(_search(group_size) for group_size in GROUP_SIZES),
     _CLIP,
+    *(_cut(each) for each in (1, 4)),
 )
 """Every kernel of the solver."""
 
@@ -101,7 +106,7 @@ def search_scales(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, 
     scales_ng = torch.empty(n, groups, device=weight_ngb.device)
     _launch(
         _search(size),
-        n * groups,
+        _blocks(n * groups),
         weight_ngb,
         *(_address(weight_ngb), _address(energy_gb.contiguous()), _address(scales_ng)),
         *(groups * size, n, groups, int(signed), int(dtype == torch.bfloat16)),
@@ -117,7 +122,7 @@ def clip_scales(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Ten
     scales_n = torch.empty(n, device=weight_nb.device)
     _launch(
         _CLIP,
-        n,
+        _blocks(n),
         weight_nb,
         *(_address(weight_nb), factor_bb.data_ptr(), _address(scales_n)),
         *(factor_bb.stride(0), n, 1, int(dtype == torch.bfloat16), 0),
@@ -135,7 +140,7 @@ def sweep_block(
     mask = grid.mask
     _launch(
         _sweep(masked=mask is not None),
-        n,
+        _blocks(n),
         weight_nk,
         *(_address(weight_nk, start), owed_nb.data_ptr(), feedback_bb.data_ptr(), _address(grid.scales)),
         *(_address(grid.group_of, start), 0 if mask is None else _address(mask, start)),
@@ -166,7 +171,7 @@ def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, star
     change_nb = torch.empty(n, width, device=state.weight.device)
     _launch(
         _descend(k // groups, masked=state.mask is not None),
-        n,
+        _blocks(n),
         state.weight,
         *(_address(state.weight, start), gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr()),
         *(0 if state.mask is None else _address(state.mask, start), _address(state.scales, start * groups // k)),
@@ -174,6 +179,28 @@ def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, star
         *(k, gradient_nb.stride(0), width, n, width, groups, int(dtype == torch.bfloat16)),
     )
     return change_nb
+
+
+def cut(matrix: Tensor, factors: tuple[Tensor | None, Tensor | None], high: Tensor, low: Tensor | None) -> None:
+    """Fill `high` and `low`, float16, with matrix · factors: the upper and the lower half of its bits.
+
+    The factors are for rows and for columns. The memory of all runs along the rows; rows may be parts of longer ones.
+    """
+    rows, columns = matrix.shape
+    tensors = (matrix, high, *(() if low is None else (low,)))
+    assert all(x.stride(1) == 1 for x in tensors), [x.stride() for x in tensors]
+    assert low is None or low.stride() == high.stride(), (low.stride(), high.stride())
+    aligned = all(x.stride(0) % 4 == 0 and x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors)
+    each = 4 if aligned and columns % 4 == 0 else 1
+    _launch(
+        _cut(each),
+        -(-rows * (columns // each) // _cut(each).threads),
+        matrix,
+        matrix.data_ptr(),
+        *(0 if factor is None else _address(factor) for factor in factors),
+        *(high.data_ptr(), 0 if low is None else low.data_ptr()),
+        *(matrix.stride(0), high.stride(0), rows, columns),
+    )
 
 
 def _address(tensor: Tensor, offset: int = 0) -> int:
@@ -185,10 +212,14 @@ def _address(tensor: Tensor, offset: int = 0) -> int:
 _launches: dict[tuple[Routine, int, int], driver.Launch] = {}
 
 
-def _launch(routine: Routine, rows: int, on: Tensor, *values: float) -> None:
-    """One launch on the current stream of the tensor's device, with eight lanes per row."""
+def _blocks(rows: int) -> int:
+    """Thread blocks for so many rows, with eight lanes for each."""
+    return -(-rows // _ROWS)
+
+
+def _launch(routine: Routine, blocks: int, on: Tensor, *values: float) -> None:
+    """One launch on the current stream of the tensor's device."""
     device = on.device
-    blocks = -(-rows // _ROWS)
     key = (routine, blocks, device.index)
     launch = _launches.get(key)
     if launch is None:

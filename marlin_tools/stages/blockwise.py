@@ -135,7 +135,7 @@ def make(
     for name, reason in plan.inventory.kept.items():
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     plan.forecast.check(Path(out))
-    crew = job.crew
+    crew, begin = job.crew, time.perf_counter()
     run = job.fingerprint if crew.leads else ""
     finished = crew.leads and not overwrite and (read_manifest(Path(out)) or {}).get("fingerprint") == run
     if crew.decide(choice=finished):
@@ -143,7 +143,6 @@ def make(
         return Checkpoint.open(out)
     output = OutputDirectory(out, overwrite=overwrite, resume=resume)
     with output if crew.leads else nullcontext():
-        begin = time.perf_counter()
         work = work_of(job, output, Journal(output, run) if crew.leads else None, emit)
         entries = work.run()
         if crew.leads:

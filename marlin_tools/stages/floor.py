@@ -13,8 +13,14 @@ import torch
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.stages.inventory import Target
 
-_EXACT = {"cuda": 6, "cpu": 1}
-"""How many 16-bit products a float32 product costs: on a GPU it is cut in three, at half the rate; a CPU has no other rate."""
+_EXACT = {"cuda": 3, "cpu": 1}
+"""How many products at full rate a float32 product costs: on a GPU it is cut in three of 16 bits; a CPU has no other rate."""
+
+_HALF_EXACT = {"cuda": 2, "cpu": 1}
+"""The same where one factor has 16 bits."""
+
+_DOUBLE = {"cuda": 12, "cpu": 2}
+"""The same for float64."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +51,23 @@ def least_seconds(work: Work, solver: RTN | GPTQ | Pruner, rate: float, device: 
     if isinstance(solver, RTN) or not work.tokens:
         return {}
     sizes = work.sizes()
-    exact = rate / _EXACT[device.type]
+    exact, half_exact = rate / _EXACT[device.type], rate / _HALF_EXACT[device.type]
     square = sum(n * k * k for n, k in sizes)
     parts = {
         "forward": (2 if solver.drift or not solver.staged else 1) * work.forward() / rate,
         "hessian": sum(k * k for _, k in sizes) * work.tokens / rate,
-        "factor": sum(k**3 for _, k in sizes) / 3 / exact,
+        "factor": sum(k**3 for _, k in sizes) / 3 * _DOUBLE[device.type] / rate,
         "sweep": square / exact,
         "judge": 4 * square / rate,
     }
     if solver.drift:
-        closing = [group for group in work.groups if len(group) == 1]
-        entering = [group for group in work.groups if len(group) > 1]
-        pairs = sum(group[0].n * group[0].k for group in closing) + sum(group[0].k ** 2 for group in entering)
-        parts["drift"] = 2 * work.tokens * pairs / rate
-        parts["correct"] = 2 * square / exact
+        closing = [(group[0].n, group[0].k) for group in work.groups if len(group) == 1]
+        entering = [(sum(t.n for t in group), group[0].k) for group in work.groups if len(group) > 1]
+        pairs = sum(n * k for n, k in closing) + sum(k * k for _, k in entering)
+        one_more = 2 * sum(n * k * k for n, k in closing)
+        parts["drift"] = 2 * work.tokens * pairs / rate + one_more / half_exact
+        solved = one_more + 2 * sum(k**3 for _, k in entering)
+        parts["correct"] = solved / exact + 2 * sum(n * k * k for n, k in entering) / half_exact
     if isinstance(solver, GPTQ) and solver.polish:
         parts["polish"] = 2 * square * solver.polish / exact
     return parts

@@ -26,21 +26,21 @@ from marlin_tools.stream import CHUNK_TOKENS
 
 _TAKES = {
     "cuda": {
-        "forward": 1.35,
+        "forward": 1.4,
         "hessian": 1.45,
-        "drift": 1.45,
-        "factor": 3.6,
+        "drift": 1.16,
+        "factor": 1.8,
         "correct": 2.6,
-        "sweep": 2,
-        "polish": 1.8,
+        "sweep": 2.1,
+        "polish": 2,
         "judge": 3,
     },
-    "cpu": {"forward": 1.8, "hessian": 3.6, "drift": 1.8, "factor": 2, "correct": 4, "sweep": 2, "polish": 4, "judge": 2},
+    "cpu": {"forward": 1.8, "hessian": 3.6, "drift": 1.8, "factor": 1, "correct": 4, "sweep": 2, "polish": 4, "judge": 2},
 }
 """Seconds of each part over those of its floor: on an H100 with the shapes of Llama-2-7B and 70B, and on a CPU."""
 _SEARCH_NS = {"cpu": 0.55, "cuda": 0.001}
 """Nanoseconds per weight and scale candidate."""
-_COLUMN_US = {"cpu": 25.0, "cuda": 0.7}
+_COLUMN_US = {"cpu": 25.0, "cuda": 0.8}
 """Microseconds per column of the sweep and of each pass of coordinate descent, on top of the arithmetic."""
 _CORNER_US = {"cpu": 0.0, "cuda": 1.8}
 """Microseconds per column of the factorisation, whose diagonal blocks fill no GPU."""
@@ -50,9 +50,9 @@ _START = {"cpu": 1.0, "cuda": 2.5}
 """Seconds until the first block and after the last one, whatever the model."""
 _HASHED = {"cpu": 1e9, "cuda": 4e9}
 """Bytes of a checkpoint that are read and hashed in a second; machines with a GPU have more cores for it."""
-_PROCESS_GB = {"cpu": 0.75, "cuda": 3.6}
+_PROCESS_GB = {"cpu": 0.75, "cuda": 2.9}
 """Host memory of the process with its libraries loaded."""
-_PINNED = 1.8
+_PINNED = 1.1
 """Host memory of a GPU run, in bytes of a block: the next one on its way in, the last one on its way out."""
 _ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
 """What the allocator keeps beyond what is asked for."""

@@ -24,7 +24,7 @@ from marlin_tools.stages.inventory import check_quads, take_linears
 from marlin_tools.stages.reconstruct import Reconstruction, reconstruct
 from marlin_tools.stream import Block, Group
 
-REVISION = 1
+REVISION = 2
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 

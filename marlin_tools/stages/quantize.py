@@ -29,7 +29,7 @@ from marlin_tools.stages.inventory import check_format, check_quads, take_invent
 from marlin_tools.stopwatch import span
 from marlin_tools.stream import Group
 
-REVISION = 2
+REVISION = 3
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, RTN, Gram, Hessian
-from marlin_tools.algorithms.hessian import Drift, corrected
+from marlin_tools.algorithms import hessian as hessians
+from marlin_tools.algorithms.hessian import Correction, Drift, reversed_cholesky, shared_cholesky
 from marlin_tools.algorithms.polish import descend, polish, refit, row_losses
 from marlin_tools.algorithms.scales import decode, encode, storable
 from marlin_tools.algorithms.sweep import sweep
+from marlin_tools.crew import Crew
 from marlin_tools.errors import NumericalError
 from marlin_tools.ops.solver import Polished
 
@@ -299,10 +301,24 @@ def test_correction_is_the_least_squares_fit_of_the_original_output() -> None:
         (Drift(inputs=inputs.float()), x0 @ weight.T),
         (Drift(outputs=outputs.float()), x0 @ weight.T + h0 - h),
     ]:
-        target = corrected(weight.float(), drift.owed(weight.float(), slice(None)), factor, order, 1.0)
+        target = Correction(drift, factor, order, 1.0).aim(weight.float(), slice(None))
         torch.testing.assert_close(target.double(), torch.linalg.lstsq(x, goal).solution.T, rtol=1e-4, atol=1e-4)
-        half = corrected(weight.float(), drift.owed(weight.float(), slice(None)), factor, order, 0.5)
+        half = Correction(drift, factor, order, 0.5).aim(weight.float(), slice(None))
         torch.testing.assert_close(half, (weight.float() + target) / 2)
+        torch.testing.assert_close(Correction(drift, factor, order, 1.0).aim(weight[2:5].float(), slice(2, 5)), target[2:5])
+
+
+def test_a_factor_that_processes_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessians, "_FACTOR_BLOCK", 16)
+    rows = torch.randn(100, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    matrix = rows.T @ rows
+    upper, corners, info = shared_cholesky(matrix.clone(), Crew(cuts=True))
+    assert int(info) == 0
+    torch.testing.assert_close(upper, reversed_cholesky(matrix)[0])
+    for start, corner in zip((0, 16, 32), corners, strict=True):
+        block = slice(start, start + len(corner))
+        torch.testing.assert_close(corner @ upper[block, block], torch.eye(len(corner), dtype=torch.float64))
+    assert int(shared_cholesky(-matrix, Crew(cuts=True))[2]) != 0
 
 
 def test_contradicting_settings_are_refused() -> None:

@@ -30,15 +30,20 @@ SCRIPT = """
 import os
 import signal
 import sys
+import torch
+from marlin_tools.algorithms import hessian
 from marlin_tools.cli import main
 from marlin_tools.stages.quantize import _Work
 
+hessian._SHARED, hessian._FACTOR_BLOCK = 200, 48  # one factorisation in four is shared
 model, text, out, presets, victim = sys.argv[1:]
 solve = _Work._solve
 
 def dying(self, block):
     if block.index == 1 and os.environ["RANK"] == victim:
         os.kill(os.getpid(), signal.SIGKILL)
+    if block.index == 1 and "short of memory: " + os.environ["RANK"] == victim:
+        raise torch.OutOfMemoryError("out of memory")
     return solve(self, block)
 
 _Work._solve = dying
@@ -66,7 +71,7 @@ def arguments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     (place / "script.py").write_text(SCRIPT)
     (place / "text.txt").write_text(TEXT)
 
-    def of(out: Path, presets: str, victim: int | None = None) -> list[str]:
+    def of(out: Path, presets: str, victim: int | str | None = None) -> list[str]:
         return [str(place / "script.py"), str(model), str(place / "text.txt"), str(out), presets, str(victim)]
 
     return of
@@ -151,6 +156,22 @@ def test_a_process_that_is_gone_stops_the_other_and_the_same_command_goes_on(
         (again,) = by_hand(1, arguments(tmp_path, "fast"))
         assert again.wait(120) == 0
         assert same(digest, tmp_path / "fast", one / "fast")
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_stops_the_other_and_the_same_command_goes_on(
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start
+) -> None:
+    """Smaller chunks would round differently, so no process takes them by itself."""
+    processes = by_hand(2, arguments(tmp_path, "fast", "short of memory: 1"))
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "error: process 1: `cpu` lacks memory" in said[1], said
+    assert "error: process 0: another process is gone" in said[0], said
+    assert not (tmp_path / "fast").exists()
+    (again,) = by_hand(1, arguments(tmp_path, "fast"))
+    assert again.wait(120) == 0
+    assert same(digest, tmp_path / "fast", one / "fast")
 
 
 def test_a_process_alone_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
