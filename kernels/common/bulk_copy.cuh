@@ -24,6 +24,13 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same under a predicate instead of a branch.
+__device__ __forceinline__ void barrier_arrive_if(bool wanted, u32 barrier) {
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %1, 0;\n@wanted mbarrier.arrive.shared::cta.b64 _, [%0];\n}\n" ::"r"(barrier),
+                 "r"(static_cast<int>(wanted))
+                 : "memory");
+}
+
 // Arrives and announces bytes that copies will bring in this phase.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -56,3 +56,19 @@ __device__ __forceinline__ void send_to_block(u32 there, const float (&v)[4], u3
                  : "memory");
 #endif
 }
+
+// What this thread wrote to shared memory is seen by copies that are started afterwards.
+__device__ __forceinline__ void copies_see_writes() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Shared memory to that of another block, counted in bytes at its barrier.
+__device__ __forceinline__ void copy_to_block(u32 there, u32 shared, u32 bytes, u32 barrier_there) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(there), "r"(shared),
+                 "r"(bytes), "r"(barrier_there)
+                 : "memory");
+#endif
+}

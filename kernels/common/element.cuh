@@ -1,5 +1,5 @@
-// The two activation types. An element type knows how eight 4-bit codes become one A fragment, how to multiply, and how
-// float32 sums become outputs; nothing else in the kernels depends on it.
+// The two activation types. An element type knows how eight 4-bit codes become one A fragment, how to scale and how to multiply it,
+// and how float32 sums become outputs; nothing else in the kernels depends on it.
 #pragma once
 
 #include "common/types.cuh"
@@ -32,6 +32,23 @@ struct Half {
         }
     }
 
+    // Scales of a fragment's two rows.
+    struct Scales {
+        u32 row[2];
+
+        // The float16 scales of both rows.
+        __device__ __forceinline__ void set(u32 pair) {
+            row[0] = __byte_perm(pair, pair, 0x1010);
+            row[1] = __byte_perm(pair, pair, 0x3232);
+        }
+    };
+
+    // Codes times scales, rounded once. Register p is of row p % 2.
+    __device__ __forceinline__ static void scale(u32 (&a)[4], const Scales& scales) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(a[p]) : "r"(scales.row[p % 2]));
+    }
+
     __device__ __forceinline__ static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
@@ -57,6 +74,33 @@ struct Bfloat16 {
         for (int p = 0; p < 4; ++p) {
             const u32 low = plant(q >> (4 * p), 0x000F000F, kMagic);
             asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(low), "r"(kOne), "r"(kMinus136));
+        }
+    }
+
+    // A float16 scale has eleven significant bits. The first eight and the other three are a bfloat16 each.
+    struct Scales {
+        u32 first[2], rest[2];
+
+        __device__ __forceinline__ void set(u32 pair) {
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                const float scale = half_to_float(pair >> (16 * row) & 0xFFFF);
+                const u32 high = __float_as_uint(scale) & 0xFFFF0000;
+                const u32 low = __float_as_uint(scale - __uint_as_float(high));
+                first[row] = __byte_perm(high, high, 0x3232);
+                rest[row] = __byte_perm(low, low, 0x3232);
+            }
+        }
+    };
+
+    // Codes times scales, rounded once: a code times three bits is exact, and the second operation rounds the whole product.
+    __device__ __forceinline__ static void scale(u32 (&a)[4], const Scales& scales) {
+        constexpr u32 kMinusZero = 0x80008000;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            u32 small;
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(small) : "r"(a[p]), "r"(scales.rest[p % 2]), "r"(kMinusZero));
+            asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a[p]) : "r"(scales.first[p % 2]), "r"(small));
         }
     }
 

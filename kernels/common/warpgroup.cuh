@@ -29,6 +29,12 @@ __device__ __forceinline__ void warpgroups_arrive_if(bool wanted, int barrier) {
                  : "memory");
 }
 
+// So many threads of a block wait for each other, at a barrier that warpgroups do not use among themselves.
+template <int kThreads>
+__device__ __forceinline__ void threads_meet() {
+    asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
+}
+
 // Keeps uses of the sums below the wait before it.
 template <int kFragments>
 __device__ __forceinline__ void sums_are_ready(float (&sums)[kFragments][4]) {
@@ -49,6 +55,7 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
 #define OPERANDS16(f) OPERANDS8(f), OPERANDS8(f + 2)
 #define OPERANDS32(f) OPERANDS16(f), OPERANDS16(f + 4)
 #define OPERANDS64(f) OPERANDS32(f), OPERANDS32(f + 8)
+#define OPERANDS128(f) OPERANDS64(f), OPERANDS64(f + 16)
 
 // The numbers of the sums' operands in an instruction.
 #define ACCUMULATORS4 "%0, %1, %2, %3"
@@ -65,6 +72,16 @@ template <class E, int kTokens>
 struct Warpgroup;
 
 // Adds to the sums, or replaces them when `add` is false. A0 to P are the operands' numbers after those of the sums.
+#define ACCUMULATORS128 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
 #define WARPGROUP_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                              \
     template <>                                                                                                             \
     struct Warpgroup<ELEMENT, TOKENS> {                                                                                     \
@@ -111,7 +128,8 @@ struct SparseWarpgroup;
     SPARSE_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13", "%14", "%15")          \
     SPARSE_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", "%23")      \
     SPARSE_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39")      \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71")
+    SPARSE_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71")               \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 256, OPERANDS128, ACCUMULATORS128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%135")
 
 SPARSE_PRODUCTS(Half, "f16")
 SPARSE_PRODUCTS(Bfloat16, "bf16")
@@ -125,8 +143,10 @@ SPARSE_PRODUCTS(Bfloat16, "bf16")
 #undef OPERANDS16
 #undef OPERANDS32
 #undef OPERANDS64
+#undef OPERANDS128
 #undef ACCUMULATORS4
 #undef ACCUMULATORS8
 #undef ACCUMULATORS16
 #undef ACCUMULATORS32
 #undef ACCUMULATORS64
+#undef ACCUMULATORS128

@@ -2,185 +2,28 @@
 //
 // The dense Hopper kernel (w4a16/hopper.cu) with sparse products: weights are the sparse operand A of wgmma.sp, dequantised into
 // registers, their positions beside them. One thread of a warpgroup of its own issues copies, the others multiply and drift apart.
-//
-// A group of 128 inputs is only four products of a packed tile here, so less time passes between two scalings. With few tokens
-// there are two sets of sums of a group: one is scaled while the tensor cores fill the other. With many, warpgroups take turns.
-#include "w24a16/sparse.cuh"
-#include "w4a16/hopper.cuh"
+#include "w24a16/few.cuh"
+#include "w24a16/many.cuh"
 
 template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
-using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kSparseTile>;
+struct Hopper : HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kSparseTile, (kTokens >= 64)> {
+    static constexpr bool kStaged = false, kAfterWhole = true;
+};
+
+template <bool kRounded>
+struct Products {
+    template <class T, class E, bool kGrouped>
+    using Multiplier = FewTokens<T, E, kGrouped>;
+};
+
+template <>
+struct Products<true> {
+    template <class T, class E, bool kGrouped>
+    using Multiplier = ManyTokens<T, E, kGrouped>;
+};
 
 template <class T, class E, bool kGrouped>
-struct Multiplier : HopperWarp<T> {
-    using Warp = HopperWarp<T>;
-    using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
-    using Warp::Warp;
-
-    // Two sets of sums of a group, where registers suffice.
-    static constexpr bool kTwoParts = T::kTiles > 1 && T::kTokens < (T::kResident > 1 ? 32 : 64);
-    // A batch is a group of a packed tile, or half of one. While the tensor cores work on one, the next is converted.
-    static constexpr int kBatches = kTwoParts || T::kTiles == 4 ? 1 : 2, kHalves = 2 / kBatches;
-
-    float part[kTwoParts ? 2 : 1][T::kFragments][4];  // of one packed tile and group
-    u32 a[2][2 * kHalves][4], positions[2][kHalves];  // weights of this batch and the next: k32 steps; positions of 64 inputs each
-    Vec16 codes[2];  // of two neighbouring fragments: [half of a group]
-    uint2 places[2];
-
-    __device__ __forceinline__ void begin() { convert(0, 0); }
-
-    // One group.
-    __device__ __forceinline__ void multiply(bool more) {
-        const u32 slot = place.slot;
-        const u64 tokens = swizzled_descriptor(shared_address(memory) + slot * T::kSlotBytes);
-        place.advance();
-        if constexpr (kTwoParts) {
-            multiply_ahead(slot, tokens, more);
-        } else {
-            multiply_by_turns(slot, tokens, more);
-        }
-        if (lane == 0) barrier_arrive(T::empty(shared_address(memory), slot));
-    }
-
-    // While the tensor cores are at a packed tile, the one before is added up and the next is converted.
-    __device__ __forceinline__ void multiply_ahead(u32 slot, u64 tokens, bool more) {
-        u32 scales[2];
-#pragma unroll
-        for (int r = 0; r < T::kTiles; ++r) {
-            issue(kGrouped ? part[r % 2] : sums[r], r, tokens);
-            if constexpr (kGrouped) scales[r % 2] = Warp::load_scales(slot, r);
-            warpgroup_wait<1>();  // the tile before: its sums are there, its registers free
-            hold(r + 1);
-            if (kGrouped && r > 0) Warp::collect(sums[r - 1], part[(r + 1) % 2], scales[(r + 1) % 2]);
-            prepare(slot, r, more);
-        }
-        warpgroup_wait<0>();
-        hold(T::kTiles - 1);
-        if constexpr (kGrouped) Warp::collect(sums[T::kTiles - 1], part[(T::kTiles - 1) % 2], scales[(T::kTiles - 1) % 2]);
-    }
-
-    // While one warpgroup's products run, the other adds up.
-    __device__ __forceinline__ void multiply_by_turns(u32 slot, u64 tokens, bool more) {
-#pragma unroll
-        for (int r = 0; r < T::kTiles; ++r) {
-            u32 scales = 0;
-            if constexpr (kGrouped) scales = Warp::load_scales(slot, r);
-            if constexpr (T::kTurns) warpgroups_wait(1 + warp / 4);
-#pragma unroll
-            for (int batch = 0; batch < kBatches; ++batch) {
-                const int number = r * kBatches + batch;
-                issue(kGrouped ? part[0] : sums[r], number, tokens);
-                if (T::kTurns && batch + 1 == kBatches) {
-                    const bool last = !more && r + 1 == T::kTiles && warp / 4 + 1 == T::kWarpgroups;
-                    warpgroups_arrive_if(!last, 1 + (warp / 4 + 1) % T::kWarpgroups);
-                }
-                warpgroup_wait<1>();  // the registers of the next batch are free
-                hold(number + 1);
-                prepare(slot, number, more);
-            }
-            warpgroup_wait<0>();
-            if constexpr (kGrouped) Warp::collect(sums[r], part[0], scales);
-        }
-    }
-
-    // Converts the batch after number `number` of a slot, which may be the next slot's first.
-    __device__ __forceinline__ void prepare(u32 slot, int number, bool more) {
-        if (number + 1 < T::kTiles * kBatches) {
-            convert(slot, number + 1);
-        } else {
-            barrier_wait_if(more, T::full(shared_address(memory), place.slot), place.parity);
-            convert(place.slot, 0);
-        }
-    }
-
-    // Keeps changes of a batch's registers on this side.
-    __device__ __forceinline__ void hold(int number) {
-        const int buffer = number % 2;
-#pragma unroll
-        for (int step = 0; step < 2 * kHalves; ++step)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[buffer][step][e])::"memory");
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) asm volatile("" : "+r"(positions[buffer][half])::"memory");
-    }
-
-    __device__ __forceinline__ void issue(float (&into)[T::kFragments][4], int number, u64 tokens) {
-        using Product = SparseWarpgroup<E, T::kTokens>;
-        const int buffer = number % 2, first = number % kBatches * kHalves;
-        hold(number);
-        warpgroup_fence();
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-            const u64 box = tokens + (first + half) * (T::kBoxBytes / 16);
-            Product::template multiply<0>(into, a[buffer][2 * half], box, positions[buffer][half], !kGrouped || first + half > 0);
-            Product::template multiply<1>(into, a[buffer][2 * half + 1], box + 64 / 16, positions[buffer][half], true);
-        }
-        warpgroup_commit();
-    }
-
-    // Neighbouring fragments' codes and positions are read together.
-    __device__ __forceinline__ void convert(u32 slot, int number) {
-        const int buffer = number % 2, r = number / kBatches, first = number % kBatches * kHalves;
-        const u8* const at = memory + slot * T::kSlotBytes + T::kCodesAt + tile * kSparseTile + lane * 16;
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-            const int h = first + half;
-            const u8* const codes_at = at + h * kSparseHalf + (fragment + r) / 2 * 512;
-            const u8* const places_at = at + h * kSparseHalf + kKeptBytes + (fragment + r) * 4;
-            uint2 q;
-            if constexpr (T::kTiles == 1) {
-                q = *reinterpret_cast<const uint2*>(codes_at + fragment % 2 * 8);
-                positions[buffer][half] = *reinterpret_cast<const u32*>(places_at);
-            } else {
-                if (r % 2 == 0) {
-                    codes[h] = *reinterpret_cast<const Vec16*>(codes_at);
-                    places[h] = *reinterpret_cast<const uint2*>(places_at);
-                }
-                q = make_uint2(codes[h].word[r % 2 * 2], codes[h].word[r % 2 * 2 + 1]);
-                positions[buffer][half] = r % 2 ? places[h].y : places[h].x;
-            }
-            E::dequantize(q.x, a[buffer][2 * half]);
-            E::dequantize(q.y, a[buffer][2 * half + 1]);
-        }
-    }
-
-    struct Outputs {
-        int n;
-        u32 scale[T::kTiles], bias[T::kTiles];  // pairs of 16 bits
-
-        __device__ __forceinline__ Outputs(const HopperProblem& p, int tile_n, int fragment, int lane)
-            : n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
-#pragma unroll
-            for (int r = 0; r < T::kTiles; ++r) {
-                if constexpr (!kGrouped) scale[r] = *reinterpret_cast<const u32*>(p.scales + (n + 2 * r) * 2);
-                bias[r] = 0;
-                if (p.bias != nullptr) {
-                    if (n + 2 * r < p.n) bias[r] = p.bias[n + 2 * r];
-                    if (n + 2 * r + 1 < p.n) bias[r] |= static_cast<u32>(p.bias[n + 2 * r + 1]) << 16;
-                }
-            }
-        }
-
-        // Two outputs of one token.
-        __device__ __forceinline__ u32 round(float low, float high, int r) const {
-            if constexpr (!kGrouped) {
-                low *= half_to_float(scale[r] & 0xFFFF);
-                high *= half_to_float(scale[r] >> 16);
-            }
-            return E::round_pair(low + E::widen(bias[r] & 0xFFFF), high + E::widen(bias[r] >> 16));
-        }
-    };
-
-    __device__ __forceinline__ void finish(const Stretch& at) {
-        if (p.split > 1) {
-            Warp::template sum_over_cluster<Outputs>(at);
-            return;
-        }
-        const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;
-        if (tile_n >= p.tiles_n) return;
-        if (!Warp::complete(at)) return;
-        const Outputs outputs(p, tile_n, fragment, lane);
-#pragma unroll
-        for (int f = 0; f < T::kFragments; ++f) Warp::store_fragment(outputs, f, first_token);
-    }
+struct Multiplier : Products<T::kRounded>::template Multiplier<T, E, kGrouped> {
+    using Base = typename Products<T::kRounded>::template Multiplier<T, E, kGrouped>;
+    using Base::Base;
 };

@@ -11,10 +11,12 @@ template <int kTokens_,       // tokens per block: 8 to 128
           int kTiles_,        // packed tiles of 64 outputs of each of them: 1, 2 or 4
           int kSlots_,        // slots of the ring, one group of 128 inputs each
           int kResident_,     // blocks that must fit on a multiprocessor
-          int kPackedBytes_>  // of a packed tile
+          int kPackedBytes_,  // of a packed tile
+          bool kRounded_ = false>  // scales are applied to the weights, which rounds them to 16 bits; else to the sums
 struct HopperTile {
     static constexpr int kTokens = kTokens_, kWarpgroups = kWarpgroups_, kTiles = kTiles_, kSlots = kSlots_, kResident = kResident_;
     static constexpr int kPackedBytes = kPackedBytes_;
+    static constexpr bool kRounded = kRounded_;
     static constexpr int kMultiplyThreads = 128 * kWarpgroups, kThreads = kMultiplyThreads + 128, kWarps = 4 * kWarpgroups;
     static constexpr int kBlockTiles = kWarpgroups * kTiles;  // packed tiles of a block
     static constexpr int kFragments = kTokens / 8;            // n8 blocks: float4 of sums per lane and packed tile
@@ -34,9 +36,13 @@ struct HopperTile {
     // they would wait for ever.)
     static constexpr int kRegisters = 65536 / (kThreads * kResident) / 8 * 8, kCopyRegisters = 24;
     static constexpr int kMultiplyRegisters = (kRegisters * (kWarpgroups + 1) - kCopyRegisters) / kWarpgroups / 8 * 8;
-    // Warpgroups take turns at issuing the products of a packed tile. Else the tensor cores serve all at once, at the same pace, and
-    // idle while all scale their sums.
-    static constexpr bool kTurns = kTokens >= 64 && kWarpgroups > 1;
+    // Where sums are scaled, warpgroups take turns at issuing the products of a packed tile. Else the tensor cores serve all at once,
+    // at the same pace, and idle while all scale.
+    static constexpr bool kTurns = kTokens >= 64 && kWarpgroups > 1 && !kRounded;
+    // Blocks of a cluster exchange their sums by copies from shared to shared memory: faster than from registers where there are many.
+    static constexpr bool kStaged = kRounded;
+    // Clusters may split the tiles that are left after whole rounds.
+    static constexpr bool kAfterWhole = false;
     static_assert(kMultiplyRegisters <= 248, "a thread's limit");
     static_assert(kSlotBytes % 1024 == 0, "aligned boxes");
 
@@ -60,6 +66,8 @@ struct Place {
             parity ^= 1;
         }
     }
+
+    __device__ __forceinline__ u32 slot_before() const { return (slot == 0 ? T::kSlots : slot) - 1; }
 };
 
 // The groups of a block in order.
@@ -70,7 +78,7 @@ struct Cursor {
     int first_token, tile_n;  // tile_n: first packed tile
     bool more = true;
 
-    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first(p, blockIdx.x, gridDim.x)) { begin(p); }
+    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first<T::kAfterWhole>(p, blockIdx.x, gridDim.x)) { begin(p); }
 
     __device__ __forceinline__ void begin(const HopperProblem& p) {
         group = at.begin;
@@ -82,7 +90,7 @@ struct Cursor {
         if (++group < at.end) return;
         more = at.more(p);
         if (!more) return;
-        at.next(p, gridDim.x);
+        at.next<T::kAfterWhole>(p, gridDim.x);
         begin(p);
     }
 };

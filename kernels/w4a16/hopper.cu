@@ -5,12 +5,14 @@
 // from the first product to the store, so the only thing that they share is the ring, and they drift apart: while
 // one dequantises, scales or stores, the tensor cores work for the other.
 //
-// Scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a second set
-// of sums and half an instruction per token, output and group, where scaling the weights would cost a rounding.
+// Up to 64 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a
+// second set of sums and half an instruction per token, output and group, and the products must end before each scaling.
+// From 128 tokens on, they are applied to the weights, which rounds these to 16 bits: half an instruction per weight, and products
+// follow each other without a pause.
 #include "w4a16/hopper.cuh"
 
 template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
-using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes>;
+using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes, (kTokens >= 128)>;
 
 template <class T, class E, bool kGrouped>
 struct Multiplier : HopperWarp<T> {
@@ -19,20 +21,60 @@ struct Multiplier : HopperWarp<T> {
     using Warp::Warp;
 
     // A batch is so many k16 steps. While the tensor cores work on up to kBuffers - 1 batches, the next is converted.
-    static constexpr int kSteps = T::kTokens > 64 ? 1 : T::kTokens == 64 ? 2 : 4, kBatches = 8 / kSteps;
-    static constexpr int kBuffers = T::kTokens < 64 ? 2 : 4;
+    static constexpr int kSteps = T::kTokens < 64 ? 4 : 2, kBatches = 8 / kSteps, kBuffers = T::kTokens == 64 ? 4 : 2;
+    static constexpr bool kScalesWeights = T::kRounded && kGrouped;
 
-    float part[T::kFragments][4];  // of one packed tile and group
-    u32 a[kBuffers][kSteps][4];    // weights of as many batches
-    Vec16 codes[2];                // of the two halves of a group
+    float part[T::kRounded ? 1 : T::kFragments][4];  // of one packed tile and group
+    u32 a[kBuffers][kSteps][4];                      // weights of as many batches
+    Vec16 codes[2];                                  // of the two halves of a group
+    u32 next_scales = 0;                             // of the tile whose codes were read last
+    typename E::Scales scales;
+    bool flowing = false;  // products of the slot before may still run
 
     __device__ __forceinline__ void begin() {
         load(0, 0);
-        convert(0, 0, 0);
+        convert(0);
+    }
+
+    __device__ __forceinline__ void multiply(bool more) {
+        if constexpr (T::kRounded) {
+            flow(more);
+        } else {
+            take_turns(more);
+        }
+    }
+
+    // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot. The slot
+    // before is done with once the first batch of this one is all that runs.
+    __device__ __forceinline__ void flow(bool more) {
+        const u32 shared = shared_address(memory), slot = place.slot, before = place.slot_before();
+        const u64 tokens = swizzled_descriptor(shared + slot * T::kSlotBytes);
+        place.advance();
+#pragma unroll
+        for (int number = 0; number < T::kTiles * kBatches; ++number) {
+            const int r = number / kBatches, batch = number % kBatches;
+            hold(number);
+            issue(sums[r], batch, tokens, true);
+            warpgroup_wait<1>();
+            hold(number + 1);
+            if (number == 0) barrier_arrive_if(flowing && lane == 0, T::empty(shared, before));
+            convert((batch + 1) % kBatches);
+            // A half of the codes is read as soon as the one of the tile before is used up, long before its own conversion.
+            if (batch % 2 == 0) {
+                const int half = batch / 2;
+                if (r + 1 < T::kTiles) {
+                    load_half(slot, r + 1, half);
+                } else {
+                    if (half == 0) barrier_wait_if(more, T::full(shared, place.slot), place.parity);
+                    load_half(place.slot, 0, half);
+                }
+            }
+        }
+        flowing = true;
     }
 
     // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot.
-    __device__ __forceinline__ void multiply(bool more) {
+    __device__ __forceinline__ void take_turns(bool more) {
         const u32 shared = shared_address(memory), slot = place.slot;
         const u64 tokens = swizzled_descriptor(shared + slot * T::kSlotBytes);
         place.advance();
@@ -43,20 +85,21 @@ struct Multiplier : HopperWarp<T> {
             if constexpr (T::kTurns) warpgroups_wait(1 + warp / 4);
 #pragma unroll
             for (int batch = 0; batch < kBatches; ++batch) {
-                issue(kGrouped ? part : sums[r], batch, tokens);
+                issue(kGrouped ? part : sums[r], batch, tokens, !kGrouped || batch > 0);
                 if (T::kTurns && batch + 1 == kBatches) {
                     const bool last = !more && r + 1 == T::kTiles && warp / 4 + 1 == T::kWarpgroups;
                     warpgroups_arrive_if(!last, 1 + (warp / 4 + 1) % T::kWarpgroups);
                 }
                 warpgroup_wait<kBuffers - 1>();  // the registers of the next batch are free
                 if (batch + 1 < kBatches) {
-                    convert(slot, r, batch + 1);
-                } else if (r + 1 < T::kTiles) {
-                    convert(slot, r + 1, 0);
+                    convert(batch + 1);
+                    if (batch + 2 == kBatches && r + 1 < T::kTiles) load(slot, r + 1);
                 } else {
-                    barrier_wait_if(more, T::full(shared, place.slot), place.parity);
-                    load(place.slot, 0);
-                    convert(place.slot, 0, 0);
+                    if (r + 1 == T::kTiles) {
+                        barrier_wait_if(more, T::full(shared, place.slot), place.parity);
+                        load(place.slot, 0);
+                    }
+                    convert(0);
                 }
             }
             warpgroup_wait<0>();
@@ -65,32 +108,48 @@ struct Multiplier : HopperWarp<T> {
         if (lane == 0) barrier_arrive(T::empty(shared, slot));
     }
 
-    __device__ __forceinline__ void issue(float (&into)[T::kFragments][4], int batch, u64 tokens) {
+    // Keeps conversions on their side of the waits.
+    __device__ __forceinline__ void hold(int number) {
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[number % kBuffers][j][e])::"memory");
+    }
+
+    // The products of a batch; the first of them adds to the sums, or replaces them.
+    template <int kFragments>
+    __device__ __forceinline__ void issue(float (&into)[kFragments][4], int batch, u64 tokens, bool add) {
         warpgroup_fence();
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int step = batch * kSteps + j;
             Warpgroup<E, T::kTokens>::multiply(into, a[batch % kBuffers][j],
-                                               tokens + (step / 4 * T::kBoxBytes + step % 4 * 32) / 16,
-                                               !kGrouped || step > 0);
+                                               tokens + (step / 4 * T::kBoxBytes + step % 4 * 32) / 16, add || j > 0);
         }
         warpgroup_commit();
     }
 
     // The codes of a group: eight k16 steps of this warp's fragment.
     __device__ __forceinline__ void load(u32 slot, int r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            codes[half] = *reinterpret_cast<const Vec16*>(memory + slot * T::kSlotBytes + T::kCodesAt + tile * kTileBytes +
-                                                          half * (kTileBytes / 2) + (fragment + r) * 512 + lane * 16);
+        load_half(slot, r, 0);
+        load_half(slot, r, 1);
     }
 
-    // The weights of a batch; loads the codes of the slot's next packed tile when these are used up.
-    __device__ __forceinline__ void convert(u32 slot, int r, int batch) {
-        const int step = batch * kSteps;
+    __device__ __forceinline__ void load_half(u32 slot, int r, int half) {
+        codes[half] = *reinterpret_cast<const Vec16*>(memory + slot * T::kSlotBytes + T::kCodesAt + tile * kTileBytes +
+                                                      half * (kTileBytes / 2) + (fragment + r) * 512 + lane * 16);
+        if (kScalesWeights && half == 0) next_scales = Warp::load_scales(slot, r);
+    }
+
+    // The weights of a batch.
+    __device__ __forceinline__ void convert(int batch) {
+        if (kScalesWeights && batch == 0) scales.set(next_scales);
 #pragma unroll
-        for (int j = 0; j < kSteps; ++j) E::dequantize(codes[step / 4].word[step % 4 + j], a[batch % kBuffers][j]);
-        if (batch + 1 == kBatches && r + 1 < T::kTiles) load(slot, r + 1);
+        for (int j = 0; j < kSteps; ++j) {
+            const int step = batch * kSteps + j;
+            E::dequantize(codes[step / 4].word[step % 4], a[batch % kBuffers][j]);
+            if constexpr (kScalesWeights) E::scale(a[batch % kBuffers][j], scales);
+        }
     }
 
     struct Outputs {
@@ -113,6 +172,10 @@ struct Multiplier : HopperWarp<T> {
     };
 
     __device__ __forceinline__ void finish(const Stretch& at) {
+        if constexpr (T::kRounded) {
+            if (lane == 0) barrier_arrive(T::empty(shared_address(memory), place.slot_before()));
+            flowing = false;
+        }
         if (p.split > 1) {
             Warp::template sum_over_cluster<Outputs>(at);
             return;

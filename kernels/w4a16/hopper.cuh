@@ -47,6 +47,8 @@ struct HopperWarp {
         return at.whole(p) || sum_over_blocks(p, at, blockIdx.x, warp, T::kWarps, lane, flat);
     }
 
+    __device__ __forceinline__ void resume() {}
+
     // The results of n8 block `f`.
     template <class Outputs>
     __device__ __forceinline__ void store_fragment(const Outputs& outputs, int f, int first_token) const {
@@ -58,17 +60,22 @@ struct HopperWarp {
         store(outputs, first_token + f * 8 + lane % 4 * 2, v);
     }
 
-    // Every block of the cluster sums and stores its share of the n8 blocks. The rings are done with: sums arrive there.
+    // Every block of the cluster sums and stores its share of the n8 blocks. The rings are done with: sums are exchanged there, in
+    // pieces, which are what a warp of one block has for another block.
     template <class Outputs>
     __device__ __forceinline__ void sum_over_cluster(const Stretch& at) {
-        const u32 rank = blockIdx.x % p.split;
-        const int share = (T::kFragments + p.split - 1) / p.split;
-        const auto place_of = [&](int source, int local, int r) {
-            return static_cast<u32>((((source * share + local) * T::kTiles + r) * T::kWarps + warp) * 512 + lane * 16);
+        const u32 split = p.split, rank = blockIdx.x % split;
+        const int share = (T::kFragments + p.split - 1) / p.split, mine = fragments_of(rank, share);
+        const auto place_of = [&](u32 piece, int local, int r) {
+            return (((piece * T::kWarps + warp) * share + local) * T::kTiles + r) * 512 + lane * 16;
+        };
+        // Staged sums lie in the order of those they are for; behind them arrive the others'.
+        const auto piece_from = [&](u32 source, u32 owner) {
+            return !T::kStaged || source == owner ? source : split + source - (source > owner);
         };
         const u32 shared = shared_address(memory), arrived = shared + T::kSumsBarrierAt;
-        const int first = rank * share, mine = T::kFragments - first < share ? T::kFragments - first : share;
-        if (threadIdx.x == 0) barrier_expect(arrived, (mine > 0 ? mine : 0) * p.split * T::kTiles * T::kWarps * 512);
+        if (threadIdx.x == 0) barrier_expect(arrived, mine * (split - 1) * T::kTiles * T::kWarps * 512);
+        threads_meet<T::kMultiplyThreads>();
         cluster_arrive(false);  // this block reads its ring no longer
         cluster_wait();
         u32 owner = 0;
@@ -77,30 +84,53 @@ struct HopperWarp {
         for (int f = 0; f < T::kFragments; ++f) {
             const u32 there = address_in_block(shared, owner);
 #pragma unroll
-            for (int r = 0; r < T::kTiles; ++r) send_to_block(there + place_of(rank, local, r), sums[r][f], there + T::kSumsBarrierAt);
+            for (int r = 0; r < T::kTiles; ++r) {
+                if (T::kStaged || owner == rank) {  // what a block keeps is read by the thread that wrote it
+                    *reinterpret_cast<float4*>(memory + place_of(owner, local, r)) = as_vector(sums[r][f]);
+                } else {
+                    send_to_block(there + place_of(rank, local, r), sums[r][f], there + T::kSumsBarrierAt);
+                }
+            }
             if (++local == share) {
                 local = 0;
                 ++owner;
             }
         }
+        if constexpr (T::kStaged) {  // lane i copies the piece for block i
+            const u32 to = lane, bytes = fragments_of(to, share) * T::kTiles * 512;
+            copies_see_writes();
+            __syncwarp();
+            if (to < split && to != rank && bytes > 0)
+                copy_to_block(address_in_block(shared + place_of(piece_from(rank, to), 0, 0) - lane * 16, to),
+                              shared + place_of(to, 0, 0) - lane * 16, bytes, address_in_block(arrived, to));
+        }
         barrier_wait(arrived, 0);
-        const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;
-        if (tile_n >= p.tiles_n) return;
-        const Outputs outputs(p, tile_n, fragment, lane);
+        if (T::kStaged) cluster_arrive(false);  // what this block sent is needed until all have come so far
+        const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens + rank * share * 8;
+        if (tile_n < p.tiles_n) {
+            const Outputs outputs(p, tile_n, fragment, lane);
 #pragma unroll 1
-        for (int f = first; f < first + mine; ++f) {
-            float v[T::kTiles][4];
-#pragma unroll
-            for (int r = 0; r < T::kTiles; ++r)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) v[r][e] = 0.f;
-#pragma unroll 4
-            for (int source = 0; source < p.split; ++source)
+            for (int f = 0; f < mine; ++f) {
+                float v[T::kTiles][4];
 #pragma unroll
                 for (int r = 0; r < T::kTiles; ++r)
-                    add(v[r], *reinterpret_cast<const float4*>(memory + place_of(source, f - first, r)));
-            store(outputs, first_token + f * 8 + lane % 4 * 2, v);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) v[r][e] = 0.f;
+#pragma unroll 4
+                for (u32 source = 0; source < split; ++source)
+#pragma unroll
+                    for (int r = 0; r < T::kTiles; ++r)
+                        add(v[r], *reinterpret_cast<const float4*>(memory + place_of(piece_from(source, rank), f, r)));
+                store(outputs, first_token + f * 8 + lane % 4 * 2, v);
+            }
         }
+        if (T::kStaged) cluster_wait();
+    }
+
+    // So many n8 blocks are the share of a block of the cluster.
+    __device__ __forceinline__ static int fragments_of(u32 rank, int share) {
+        const int left = T::kFragments - static_cast<int>(rank) * share;
+        return left < 0 ? 0 : left < share ? left : share;
     }
 
     // Tokens `token` and the next of one n8 block.
@@ -139,6 +169,7 @@ struct HopperWarp {
 //   begin()         convert the first weights of the first slot, which has arrived
 //   multiply(more)  add the products of one group to `sums`; `more` unless it is the block's last
 //   finish(at)      store the sums of a stretch, or leave them to the warp that completes them
+//   resume()        what `begin` must do again before the next stretch
 template <class T, class E, bool kGrouped>
 struct Multiplier;
 
@@ -150,19 +181,20 @@ __device__ __forceinline__ void multiply_all(Multiplier<T, E, kGrouped>& m) {
     if (T::kTurns && m.warp / 4 + 1 == T::kWarpgroups) warpgroups_arrive_if(true, 1);  // the first begins
     // Its registers would be missed in the loop over the groups.
     Stretch& at = *reinterpret_cast<Stretch*>(m.memory + T::kStretchesAt + m.warp * sizeof(Stretch));
-    for (at = Stretch::first(m.p, blockIdx.x, gridDim.x);; at.next(m.p, gridDim.x)) {
+    for (at = Stretch::first<T::kAfterWhole>(m.p, blockIdx.x, gridDim.x);; at.next<T::kAfterWhole>(m.p, gridDim.x)) {
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) clear(m.sums[r]);
         const bool more = at.more(m.p);
 #pragma unroll 1
         for (int left = at.end - at.begin; left > 0; --left) m.multiply(left > 1 || more);
-        if constexpr (!kGrouped) {
+        if constexpr (!kGrouped || T::kRounded) {
             warpgroup_wait<0>();
 #pragma unroll
             for (int r = 0; r < T::kTiles; ++r) sums_are_ready(m.sums[r]);
         }
         m.finish(at);
         if (!more) return;
+        m.resume();
     }
 }
 

@@ -1,11 +1,13 @@
 """How the Hopper kernel's work is dealt to its blocks: `Stretch` in `kernels/w4a16/stretch.cuh`, seen from the host.
 
-The product is cut into output tiles, each of as many steps as there are groups of 128 inputs. Three ways, alone or together:
+The product is cut into output tiles, each of as many steps as there are groups of 128 inputs. Three ways:
 
     whole    every block takes whole tiles in turn: nothing to add up, but the last round may leave blocks idle
     shared   the steps of some tiles form a line that is cut into equal runs ("stream-K"): nobody idles, cut tiles are summed
              through global memory
     split    one tile per cluster of blocks, which split its inputs and sum through each other's shared memory
+
+The first goes together with either of the others, which then take the last tiles.
 
 `best` weighs them by an estimate of the time, in steps of one block.
 """
@@ -18,7 +20,7 @@ _SPLITS = (2, 3, 4, 5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class Deal:
-    """Of `tiles`, the first `shared_tiles` are shared, the others whole; a `split` above 1 stands alone."""
+    """Of `tiles`, the first `shared_tiles` are shared, each by a cluster of `split` blocks if that is above 1."""
 
     units: int
     split: int
@@ -28,38 +30,51 @@ class Deal:
     @property
     def name(self) -> str:
         """For people who measure."""
-        whole = self.tiles - self.shared_tiles
-        return f"split {self.split}" if self.split > 1 else f"{self.shared_tiles} shared, {whole} whole"
+        how = f"split {self.split}" if self.split > 1 else "shared"
+        return f"{self.shared_tiles} {how}, {self.tiles - self.shared_tiles} whole"
 
 
 @dataclass(frozen=True)
 class Costs:
     """What sums over blocks cost besides the steps, in steps: through global memory; through a cluster's shared memory, at all
-    and for each block of it.
+    and for each block of it. And what a shared step costs: blocks at different inputs do not read the same activations.
     """
 
     shared: float
     split: float
     split_each: float = 0.0
+    shared_step: float = 1.0
 
 
-def deals(tiles: int, groups: int, places: int, clusters: Mapping[int, int]) -> list[Deal]:
-    """All that make sense on a GPU with room for so many blocks, or so many clusters of each size."""
+def deals(tiles: int, groups: int, places: int, clusters: Mapping[int, int], *, after_whole: bool = False) -> list[Deal]:
+    """All that make sense on a GPU with room for so many blocks, or so many clusters of each size; with `after_whole`, also
+    clusters that share what is left of whole rounds.
+    """
     found = [Deal(min(tiles, places), 1, tiles)]
     if tiles % places:
         shared = tiles - max(0, tiles // places - 1) * places
         found.append(Deal(min(places, shared * groups), 1, tiles, shared))
-    splits = [split for split in _SPLITS if tiles <= clusters.get(split, 0) and split <= groups]
-    return found + [Deal(tiles * split, split, tiles) for split in splits]
+    for split in _SPLITS:
+        room = clusters.get(split, 0)
+        if split > groups or not room:
+            continue
+        if tiles <= room:
+            found.append(Deal(tiles * split, split, tiles, tiles))
+        elif after_whole and split <= places:
+            room = min(room, places // split)
+            rest = tiles % (room * split)
+            if 0 < rest <= room:
+                found.append(Deal(room * split, split, tiles, rest))
+    return found
 
 
 def estimate(deal: Deal, groups: int, costs: Costs) -> float:
     """Steps of the busiest block, and what it adds up besides."""
-    if deal.split > 1:
-        return -(-groups // deal.split) + costs.split + costs.split_each * deal.split
-    shared = -(-deal.shared_tiles * groups // deal.units)
     whole = -(-(deal.tiles - deal.shared_tiles) // deal.units) * groups
-    return whole + shared + (costs.shared if deal.shared_tiles else 0.0)
+    if deal.split > 1:
+        return whole + -(-groups // deal.split) + costs.split + costs.split_each * deal.split
+    shared = -(-deal.shared_tiles * groups // deal.units)
+    return whole + shared * costs.shared_step + (costs.shared if deal.shared_tiles else 0.0)
 
 
 def best(choices: Iterable[Deal], groups: int, costs: Costs) -> Deal:

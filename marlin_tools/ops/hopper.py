@@ -2,6 +2,7 @@
 
 import struct
 
+import torch
 from torch import Tensor
 
 from marlin_tools.ops import driver
@@ -11,14 +12,16 @@ from marlin_tools.ops.plan import Plan, multiprocessors
 from marlin_tools.ops.tensor_map import BYTES, TensorMap
 from marlin_tools.ops.variants import Tile, capability_of
 
-_PROBLEM = struct.Struct("6Q8i2I8x")  # `struct HopperProblem` in stretch.cuh behind its tensor map
+_PROBLEM = struct.Struct("6Q8i2I40x")  # `struct HopperProblem` in stretch.cuh behind its tensor map
 
-# Microseconds on an H100, fitted to the measured times of all deals: a packed tile and group, by tokens and at least; then sums
-# over blocks, at all and by the size of a block's tile relative to 128 x 256, through global memory and through a cluster's
-# shared memory, there also for each block.
-_PER_TOKEN, _LEAST = 0.0044, 0.096
+# Microseconds on an H100, fitted to the measured times of all deals: a packed tile and group, by tokens (fewer if weights are
+# rounded) and at least; then sums over blocks, at all and by the size of a block's tile relative to 128 x 256, through global
+# memory and through a cluster's shared memory (staged with rounded weights), there also for each block. Shared steps take so
+# many times as long, with activations of less than this part of the L2 cache, and of more.
+_PER_TOKEN, _PER_TOKEN_ROUNDED, _LEAST = 0.0044, 0.0033, 0.096
 _SHARED, _SHARED_SIZE = 6.0, 14.0
-_SPLIT, _SPLIT_SIZE, _SPLIT_EACH = 0.88, 6.4, 0.57
+_SPLIT, _SPLIT_SIZE, _SPLIT_SIZE_STAGED, _SPLIT_EACH = 0.88, 6.4, 2.0, 0.57
+_SHARED_STEP, _SHARED_STEP_UNCACHED, _CACHED = 1.02, 1.1, 0.8
 _LARGEST_CLUSTER = 8  # that every Hopper GPU can start
 
 
@@ -31,7 +34,7 @@ class HopperPlan(Plan):
         self._m, self._k = x.shape
         self._tiles_n, self._groups, _ = codes.shape
         self._token_tiles = -(-self._m // tile.tokens)
-        self.use(best(self.alternatives(), self._groups, self._costs()))
+        self.use(best(self._candidates(), self._groups, self._costs()))
 
     def _room(self) -> tuple[int, int, int, dict[int, int]]:
         tiles = self._token_tiles * -(-self._tiles_n // self._tile.along_n)
@@ -41,16 +44,21 @@ class HopperPlan(Plan):
         clusters = {
             split: driver.resident_clusters(self._function, split)
             for split in range(2, _LARGEST_CLUSTER + 1)
-            if split * -(-self._tile.blocks // split) * self._tile.outputs * 32 <= room
+            if _pieces(self._tile, split) * -(-self._tile.blocks // split) * self._tile.outputs * 32 <= room
         }
         return tiles, self._groups, places, clusters
 
     def _costs(self) -> Costs:
-        return costs(self._tile)
+        cache = torch.cuda.get_device_properties(self._device_index).L2_cache_size
+        return costs(self._tile, cached=self._m * self._k * 2 < _CACHED * cache)
 
     def alternatives(self) -> list[Deal]:
         """Every way to deal the work out."""
         return deals(*self._room())
+
+    def _candidates(self) -> list[Deal]:
+        """The ways that are worth choosing from."""
+        return self.alternatives()
 
     def use(self, chosen: Deal) -> None:
         """Deal the work out like this."""
@@ -61,7 +69,7 @@ class HopperPlan(Plan):
         schedule = divmod(chosen.shared_tiles * self._groups, chosen.units)
         shape = (*self._shape, self._tiles_n, self._groups)
         self._sizes = (*shape, self._token_tiles, chosen.split, chosen.tiles, chosen.shared_tiles, *schedule)
-        self._partial_bytes = 2 * chosen.units * tile.partial_bytes if chosen.shared_tiles else 0
+        self._partial_bytes = 2 * chosen.units * tile.partial_bytes if chosen.shared_tiles and chosen.split == 1 else 0
 
     def _point(self, x: Tensor) -> tuple[int, ...]:
         """The tensor map lies before the fields."""
@@ -69,8 +77,15 @@ class HopperPlan(Plan):
         return ()
 
 
-def costs(tile: Tile) -> Costs:
-    """What sums over blocks cost with this tile."""
-    step = tile.outputs // TILE_N * max(_LEAST, _PER_TOKEN * tile.tokens)
+def costs(tile: Tile, *, cached: bool = True) -> Costs:
+    """What sums over blocks cost with this tile, and whether the L2 cache holds the activations."""
+    step = tile.outputs // TILE_N * max(_LEAST, (_PER_TOKEN_ROUNDED if tile.rounded else _PER_TOKEN) * tile.tokens)
     size = tile.outputs * tile.tokens / (256 * 128)
-    return Costs((_SHARED + _SHARED_SIZE * size) / step, (_SPLIT + _SPLIT_SIZE * size) / step, _SPLIT_EACH / step)
+    split = _SPLIT + (_SPLIT_SIZE_STAGED if tile.rounded else _SPLIT_SIZE) * size
+    shared = (_SHARED + _SHARED_SIZE * size) / step
+    return Costs(shared, split / step, _SPLIT_EACH / step, _SHARED_STEP if cached else _SHARED_STEP_UNCACHED)
+
+
+def _pieces(tile: Tile, split: int) -> int:
+    """Shares of a tile that a block of a cluster needs room for: what arrives, and with rounded weights what it sends."""
+    return 2 * split - 1 if tile.staged else split

@@ -20,25 +20,30 @@ def linear(x: Tensor, weight: QuantizedLinear, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
-def exact(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """The same in float64 without the last rounding."""
-    weight = unpack(packed)
-    values = (weight.codes.to(torch.float64) - 8) * weight.scales.to(torch.float64).repeat_interleave(weight.group_size, dim=1)
-    y = x.to(torch.float64) @ values.T
+def exact(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """The same in float64 without the last rounding; `rounded` if grouped weights are first rounded to the type of x."""
+    y = x.to(torch.float64) @ _values(packed, x.dtype if rounded else None).T
     return y if bias is None else y + bias.to(torch.float64)
 
 
-def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """What `|y - exact|` may not exceed, per element: the rounding of the output plus float32 accumulation over K.
 
-    The kernels see exact weights, so nothing is allowed for rounding these. 2 ulp of the output, and K * 2^-24 of the sum of
-    magnitudes: tensor cores truncate where float32 addition would round. The last term is the spacing of subnormals.
+    Nothing is allowed for rounding weights: kernels that do so are compared with the product of exactly these weights. 2 ulp of
+    the output, and K * 2^-24 of the sum of magnitudes: tensor cores truncate where float32 addition would round. The last term
+    is the spacing of subnormals.
     """
-    weight = unpack(packed)
-    magnitude = (weight.codes.to(torch.float64) - 8).abs()
-    magnitude *= weight.scales.to(torch.float64).abs().repeat_interleave(weight.group_size, dim=1)
-    total = x.to(torch.float64).abs() @ magnitude.T
+    total = x.to(torch.float64).abs() @ _values(packed, x.dtype if rounded else None).abs().T
     if bias is not None:
         total = total + bias.to(torch.float64).abs()
     info = torch.finfo(x.dtype)
-    return info.eps * exact(x, packed, bias).abs() + packed.in_features * 2.0**-24 * total + info.tiny * info.eps
+    y = exact(x, packed, bias, rounded=rounded)
+    return info.eps * y.abs() + packed.in_features * 2.0**-24 * total + info.tiny * info.eps
+
+
+def _values(packed: PackedWeight, rounded_to: torch.dtype | None) -> Tensor:
+    """The weight in float64. A scale per output is applied to sums by every kernel, so nothing is rounded then."""
+    weight = unpack(packed)
+    if rounded_to is not None and weight.scales.shape[1] > 1:
+        return weight.dequantize(rounded_to).to(torch.float64)
+    return (weight.codes.to(torch.float64) - 8) * weight.scales.to(torch.float64).repeat_interleave(weight.group_size, dim=1)

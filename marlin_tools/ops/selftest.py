@@ -2,7 +2,7 @@
 measured must pass before its results are used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,7 +14,8 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.ops import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
 from marlin_tools.ops.layout import pack
 from marlin_tools.ops.sparse_layout import pack_sparse
-from marlin_tools.ops.variants import ELEMENTS, TARGETS, target_of
+from marlin_tools.ops.sparse_variants import SPARSE_TILES
+from marlin_tools.ops.variants import ELEMENTS, TARGETS, TILES, Tile, target_of
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 _N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
@@ -35,17 +36,19 @@ class _Family:
 
     mark: str
     tables: dispatch.Tables
+    tiles: Mapping[str, Tile]
     pack: Callable[[QuantizedLinear], Any]
     multiply_with: Callable[[str, Tensor, Any], Tensor]
-    exact: Callable[[Tensor, Any], Tensor]
-    error_bound: Callable[[Tensor, Any], Tensor]
+    exact: Callable[..., Tensor]
+    error_bound: Callable[..., Tensor]
 
 
 _FAMILIES = (
-    _Family("", dispatch.DENSE, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
+    _Family("", dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
     _Family(
         "2:4 ",
         sparse_dispatch.SPARSE,
+        SPARSE_TILES,
         pack_sparse,
         w24a16.multiply_with,
         sparse_reference.exact,
@@ -96,10 +99,12 @@ def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dt
 
 def _errors(family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> Iterator[float]:
     generator = torch.Generator(packed.codes.device).manual_seed(0)
+    tile = family.tiles.get(choice)
+    rounded = tile is not None and tile.rounded
     for m in _ROWS:
         x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
         y = family.multiply_with(choice, x, packed)
-        error = (y - family.exact(x, packed)).abs() / family.error_bound(x, packed)
+        error = (y - family.exact(x, packed, rounded=rounded)).abs() / family.error_bound(x, packed, rounded=rounded)
         yield float("inf") if error.isnan().any() else error.max().item()
 
 

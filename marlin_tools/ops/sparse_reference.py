@@ -11,14 +11,14 @@ def w24a16_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None,
     return reference.linear(x, unpack_sparse(PackedSparse(codes, scales, out_features)), bias)
 
 
-def exact(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:
-    """The same in float64 without the last rounding."""
-    return reference.exact(x, as_dense(packed), bias)
+def exact(x: Tensor, packed: PackedSparse, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """The same in float64 without the last rounding; see `reference.exact`."""
+    return reference.exact(x, as_dense(packed), bias, rounded=rounded)
 
 
-def error_bound(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:
+def error_bound(x: Tensor, packed: PackedSparse, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """What `|y - exact|` may not exceed, per element; see `reference.error_bound`."""
-    return reference.error_bound(x, as_dense(packed), bias)
+    return reference.error_bound(x, as_dense(packed), bias, rounded=rounded)
 
 
 def as_dense(packed: PackedSparse) -> layout.PackedWeight:

@@ -31,6 +31,16 @@ class SparseTile(Tile):
         return f"{self.tokens}x{self.outputs}" + (f"-tma{more}" if self.kernel == "hopper" else "")
 
     @property
+    def rounded(self) -> bool:
+        """From 64 tokens on, where products that must pause for the sums to be scaled would cost more than a rounding."""
+        return self.kernel == "hopper" and self.tokens >= 64
+
+    @property
+    def staged(self) -> bool:
+        """Sums of a cluster are sent from registers: half a kilobyte at a time, without a copy of their own."""
+        return False
+
+    @property
     def slot_bytes(self) -> int:
         """Shared memory that one more slot costs a block."""
         weights = self.along_n * self.along_k * (_TILE_BYTES + _SCALE_BYTES)
@@ -62,11 +72,13 @@ SPARSE_TILES = {
         SparseTile("hopper", 4, 8),
         SparseTile("hopper", 8, 2),
         SparseTile("hopper", 8, 3, warpgroups=3),
+        SparseTile("hopper", 8, 3, residents=2, warpgroups=3),
         SparseTile("hopper", 8, 4),
-        SparseTile("hopper", 8, 8),
+        SparseTile("hopper", 8, 6, warpgroups=3),
         SparseTile("hopper", 16, 2),
         SparseTile("hopper", 16, 3, warpgroups=3),
         SparseTile("hopper", 16, 4),
+        SparseTile("hopper", 32, 2),
     )
 }
 """By name: rows of activations x outputs per block."""

@@ -3,6 +3,7 @@
 A loop over one weight matrix of a 7B model measures the L2 cache, and a loop of eager calls measures Python. So every
 contestant is a list of calls, one per copy of the operands; its graph holds all of them, several times over. Graphs are
 replayed in turn (A B C, A B C, ...), so that a drift of the clocks meets all alike; a time is the median over the replays.
+Before, they are replayed for a while without being timed: clocks rise from idle, and fall once the power limit is reached.
 """
 
 import statistics
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+
+_WARM_UP_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,22 @@ def copies_past_l2(device: torch.device, weight_bytes: int) -> int:
 
 
 def time_calls(contestants: Mapping[str, Sequence[Call]], *, replays: int = 12, calls: int = 48) -> dict[str, Timing]:
-    """Time each contestant's calls, at least `calls` of them per graph; three replays warm up."""
+    """Time each contestant's calls, at least `calls` of them per graph."""
     graphs = {name: _capture(sequence, -(-calls // len(sequence))) for name, sequence in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for replay in range(replays + 3):
+    warm = time.monotonic() + _WARM_UP_SECONDS
+    while time.monotonic() < warm:
+        for graph, _ in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    for _ in range(replays):
         for name, (graph, count) in graphs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
-            if replay >= 3:
-                samples[name].append(begin.elapsed_time(end) * 1e3 / count)
+            samples[name].append(begin.elapsed_time(end) * 1e3 / count)
     return {name: _summary(values) for name, values in samples.items()}
 
 

@@ -66,6 +66,16 @@ class Tile(ABC):
         return 128 * (self.warpgroups + 1) if self.kernel == "hopper" else 256
 
     @property
+    def rounded(self) -> bool:
+        """Whether grouped scales are applied to the weights, which rounds these to the type of the activations, not to sums."""
+        return False
+
+    @property
+    def staged(self) -> bool:
+        """Whether blocks of a cluster exchange their sums by copies from shared memory, not from registers (`hopper`)."""
+        return self.rounded
+
+    @property
     def along_k(self) -> int:
         """Warps that split the inputs."""
         return 1 if self.kernel == "hopper" else 8 // (self.along_n * self.along_t)
@@ -134,6 +144,11 @@ class TileShape(Tile):
         return f"{self.tokens}x{self.outputs}" + ("-tma" if self.kernel == "hopper" else "")
 
     @property
+    def rounded(self) -> bool:
+        """From 128 tokens on, where products that must pause for the sums to be scaled would cost more than a rounding."""
+        return self.kernel == "hopper" and self.tokens >= 128
+
+    @property
     def slot_bytes(self) -> int:
         """Shared memory that one more slot costs a block."""
         if self.kernel == "narrow":  # eight rings of half groups
@@ -169,6 +184,7 @@ TILES = {
         TileShape("hopper", 8, 3, warpgroups=3),
         TileShape("hopper", 8, 4),
         TileShape("hopper", 16, 2),
+        TileShape("hopper", 16, 3, warpgroups=3),
         TileShape("hopper", 16, 4),
     )
 }

@@ -4,6 +4,7 @@ The sparse counterpart of `w4a16.py`, which explains the rings; the packed weigh
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,25 @@ from marlin_tools.ops.sparse_layout import WORDS, PackedSparse
 from marlin_tools.ops.sparse_variants import SPARSE_TILES, SparseTile, SparseVariant
 from marlin_tools.ops.variants import OVERLAP_CAPABILITY
 
-# Of the Hopper kernel, in cycles, fitted to measured times of all deals: a packed tile and group by tokens, and at least; sums
-# over blocks through global memory and through a cluster, by the size of a block's tile relative to 128 x 256; and per block of
-# a cluster. Clusters of seven were always slower than of six: too few find seven partners while the kernel before still runs.
-_PER_TOKEN, _LEAST, _SHARED, _SHARED_SIZE, _SPLIT, _SPLIT_SIZE, _SPLIT_EACH = 3.5, 150.0, 4000.0, 20000.0, 1000.0, 2500.0, 600.0
-_BAD_CLUSTERS = {7}
+
+class _Cycles(NamedTuple):
+    """What the Hopper kernel's deals cost, fitted to measured times of all of them: a packed tile and group by tokens, and at
+    least; sums over blocks through global memory and through a cluster, by the size of a block's tile relative to 128 x 256;
+    and per block of a cluster.
+    """
+
+    per_token: float
+    least: float
+    shared: float
+    shared_size: float
+    split: float
+    split_size: float
+    split_each: float
+
+
+_EXACT = _Cycles(3.5, 150.0, 4000.0, 20000.0, 1000.0, 2500.0, 600.0)
+_ROUNDED = _Cycles(3.7, 130.0, 2500.0, 27500.0, 1300.0, 1200.0, 520.0)
+_BAD_CLUSTERS = {7}  # always slower than of six: too few find seven partners while the kernel before still runs
 
 
 class _SparseHopperPlan(HopperPlan):
@@ -31,14 +46,20 @@ class _SparseHopperPlan(HopperPlan):
 
     def alternatives(self) -> list[Deal]:
         tiles, groups, places, clusters = self._room()
-        return deals(tiles, groups, places, {size: count for size, count in clusters.items() if size not in _BAD_CLUSTERS})
+        clusters = {size: count for size, count in clusters.items() if size not in _BAD_CLUSTERS}
+        return deals(tiles, groups, places, clusters, after_whole=True)
+
+    def _candidates(self) -> list[Deal]:
+        """Clusters behind whole rounds are slower than their estimate, and than sums through global memory."""
+        return [deal for deal in self.alternatives() if deal.split == 1 or deal.shared_tiles == deal.tiles]
 
     def _costs(self) -> Costs:
         tile = self._tile
+        cycles = _ROUNDED if tile.rounded else _EXACT
         size = tile.outputs * tile.tokens / (128 * 256)
-        step = tile.outputs / TILE_N * max(_LEAST, _PER_TOKEN * tile.tokens)
-        shared, split = _SHARED + _SHARED_SIZE * size, _SPLIT + _SPLIT_SIZE * size
-        return Costs(shared=shared / step, split=split / step, split_each=_SPLIT_EACH / step)
+        step = tile.outputs / TILE_N * max(cycles.least, cycles.per_token * tile.tokens)
+        shared, split = cycles.shared + cycles.shared_size * size, cycles.split + cycles.split_size * size
+        return Costs(shared / step, split / step, cycles.split_each / step, super()._costs().shared_step)
 
 
 def partition(tile: SparseTile, tiles: int, groups: int, multiprocessors: int, capability: int) -> Partition:

@@ -14,7 +14,8 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, build, compiler, kernels
 from marlin_tools.ops.compiler import Binary, Resources, Source, compile_kernel, parse_resources
 from marlin_tools.ops.cubin_cache import CubinCache, default_dir
-from marlin_tools.ops.variants import Variant, capability_of
+from marlin_tools.ops.sparse_variants import SPARSE_TILES, SparseVariant
+from marlin_tools.ops.variants import TILES, Variant, capability_of
 from marlin_tools.resources import kernels_dir
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -91,6 +92,22 @@ def test_hopper_code_uses_hopper():
         text = binary.image.decode(errors="replace")
         for instruction in instructions:
             assert instruction in text
+
+
+def test_large_tiles_scale_weights_and_others_sums():
+    """What `Tile.rounded` promises, on which the bounds of the tests rest."""
+    for name, tile in TILES.items():
+        if tile.kernel == "hopper":
+            text = compile_kernel(Variant("w4a16", torch.float16, name).source("compute_90a"), "compute_90a").image
+            assert (b"mul.rn.f16x2" in text) == tile.rounded
+            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.rounded
+
+
+def test_sparse_tiles_from_64_tokens_on_scale_weights():
+    for name, tile in SPARSE_TILES.items():
+        if tile.kernel == "hopper":
+            text = compile_kernel(SparseVariant("w24a16", torch.float16, name).source("compute_90a"), "compute_90a").image
+            assert (b"mul.rn.f16x2" in text) == tile.rounded
 
 
 def test_no_header_is_included_but_our_own():

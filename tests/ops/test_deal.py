@@ -30,19 +30,22 @@ STUBS = {
 PROGRAM = """
 #include <cstdio>
 #include "w4a16/stretch.cuh"
+template <bool kAfterWhole> void walk(const HopperProblem& p, unsigned units) {
+    for (unsigned unit = 0; unit < units; ++unit)
+        for (Stretch s = Stretch::first<kAfterWhole>(p, unit, units);; s.next<kAfterWhole>(p, units)) {
+            std::printf("%u %u %d %d\\n", unit, s.tile, s.begin, s.end);
+            if (!s.more(p)) break;
+        }
+    std::printf("end\\n");
+}
 int main() {
     HopperProblem p = {};
-    unsigned units, steps;
-    while (std::scanf("%u %d %d %d %d", &units, &p.split, &p.tiles, &p.shared_tiles, &p.groups) == 5) {
+    unsigned units, steps, after_whole;
+    while (std::scanf("%u %u %d %d %d %d", &after_whole, &units, &p.split, &p.tiles, &p.shared_tiles, &p.groups) == 6) {
         p.token_tiles = 1;
         steps = p.shared_tiles * p.groups;
         p.schedule = Schedule{steps / units, steps % units};
-        for (unsigned unit = 0; unit < units; ++unit)
-            for (Stretch s = Stretch::first(p, unit, units);; s.next(p, units)) {
-                std::printf("%u %u %d %d\\n", unit, s.tile, s.begin, s.end);
-                if (!s.more(p)) break;
-            }
-        std::printf("end\\n");
+        (after_whole ? walk<true> : walk<false>)(p, units);
     }
 }
 """
@@ -62,9 +65,11 @@ def program(tmp_path_factory):
     return folder / "main"
 
 
-def test_every_step_once(program):
-    asked = [(d, groups) for tiles, groups, places in CASES for d in deals(tiles, groups, places, CLUSTERS)]
-    lines = "".join(f"{d.units} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
+@pytest.mark.parametrize("after_whole", [False, True])
+def test_every_step_once(program, after_whole):
+    asked = [(d, case[1]) for case in CASES for d in deals(*case, CLUSTERS, after_whole=after_whole)]
+    assert after_whole == any(d.split > 1 and d.shared_tiles < d.tiles for d, _ in asked)
+    lines = "".join(f"{after_whole:d} {d.units} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
     out = subprocess.run([program], input=lines, check=True, capture_output=True, text=True).stdout
     answers = out.split("end\n")[:-1]
     assert len(answers) == len(asked)
@@ -80,16 +85,16 @@ def test_every_step_once(program):
             if end - begin < groups:
                 parts.setdefault(tile, []).append((unit, begin))
         assert set(done) == {(tile, group) for tile in range(d.tiles) for group in range(groups)}
-        if d.split == 1:
-            assert all(tile < d.shared_tiles for tile in parts)  # where partial sums are looked for
-        else:
+        assert all(tile < d.shared_tiles for tile in parts)  # where partial sums are looked for
+        if d.split > 1:
+            assert set(parts) == set(range(d.shared_tiles))
             assert all({unit // d.split for unit, _ in found} == {tile} for tile, found in parts.items())  # one cluster
 
 
 def test_a_unit_leaves_at_most_two_partial_sums(program):
     for tiles, groups, places in CASES:
         d = deals(tiles, groups, places, {})[-1]
-        asked = f"{d.units} 1 {d.tiles} {d.shared_tiles} {groups}\n"
+        asked = f"0 {d.units} 1 {d.tiles} {d.shared_tiles} {groups}\n"
         out = subprocess.run([program], input=asked, check=True, capture_output=True, text=True)
         kinds = [
             (unit, begin == "0")
@@ -113,3 +118,10 @@ def test_the_cheapest_deal_is_taken():
     assert cheapest(264, {}, free).shared_tiles == 0  # two rounds that nobody idles in
     assert cheapest(300, {}, free).shared_tiles == 168  # one whole round, the rest shared
     assert estimate(cheapest(264, {}, free), 32, dear) == 64
+
+
+def test_sharing_out_pays_less_where_activations_are_read_again():
+    choices = deals(256, 224, 132, {})
+
+    assert best(choices, 224, Costs(shared=10, split=0)).shared_tiles == 256  # 435 steps instead of 448
+    assert best(choices, 224, Costs(shared=10, split=0, shared_step=1.1)).shared_tiles == 0
