@@ -281,7 +281,7 @@ class _Problem:
             choices[kind.name] = kind.tables.choose(target_of(xs[0].device), m, self.shape.n, self.shape.k)
             kind.check(xs[0], weights[0], choices[kind.name], self.shape)
             contestants[kind.name] = [partial(kind.linear, x, p) for x, p in zip(xs, weights, strict=True)]
-        if m >= 64:
+        if peers and m >= 64:
             contestants[DEQUANTIZED] = self._calls(_KINDS[0], dispatch.CUBLAS, xs)
         if peers and m <= 256:
             halves = [x.to(torch.bfloat16) for x in xs]
