@@ -21,6 +21,8 @@ from torch import Tensor
 
 from marlin_tools.errors import MarlinToolsError, OutputError
 
+ELSEWHERE = "choose another `-o DIR`"
+
 _TYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -151,17 +153,19 @@ def put(path: Path, text: str) -> None:
         raise explained(error, path) from error
 
 
-def folder(path: Path) -> Path:
-    """A directory for small files, made if need be: before the work whose results go there."""
+def folder(path: Path, hint: str = ELSEWHERE) -> Path:
+    """A directory for small files, made if need be, that can be written: before the work whose results go there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise explained(error, path) from error
+        raise explained(error, path, hint) from error
     return path
 
 
-def explained(error: OSError, path: Path) -> MarlinToolsError:
-    """An operating system error as something to act on."""
+def explained(error: OSError, path: Path, hint: str = ELSEWHERE) -> MarlinToolsError:
+    """An operating system error as something to act on; `hint` is what to do if it is the path that is wrong."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
         return OutputError(
@@ -169,8 +173,8 @@ def explained(error: OSError, path: Path) -> MarlinToolsError:
             hint="free some disk and run the same command again; finished blocks are kept",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return OutputError(f"`{path}` is not writable: {error.strerror}", hint="choose another `-o DIR`")
-    return OutputError(f"cannot write `{path}`: {error.strerror}", hint="choose another `-o DIR`")
+        return OutputError(f"`{path}` is not writable: {error.strerror}", hint=hint)
+    return OutputError(f"cannot write `{path}`: {error.strerror}", hint=hint)
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:

@@ -32,7 +32,9 @@ def bench_kernels(
     tune: Annotated[
         bool, flag("--tune", "Measure every kernel; the choice between them on this machine follows from it.")
     ] = False,
-    output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers, and the figure, here.")] = None,
+    output: Annotated[
+        Path | None, option("-o", "--output", of="DIR", text="Write the numbers and their pictures here.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Time our kernels beside cuBLAS, past the L2 cache, results checked."""

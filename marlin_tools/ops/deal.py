@@ -7,7 +7,7 @@ The product is cut into output tiles, each of as many steps as there are groups 
              through global memory
     split    one tile per cluster of blocks, which split its inputs and sum through each other's shared memory
 
-The first goes together with either of the others, which then take the last tiles.
+The first goes together with either of the others.
 
 `best` weighs them by an estimate of the time, in steps of one block.
 """

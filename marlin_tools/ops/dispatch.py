@@ -12,7 +12,6 @@ The functions of this module are about the dense kernels; `sparse_dispatch.py` h
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,19 +82,15 @@ class Tables:
         self.check(rows)
         return rows
 
-    def keep(self, target: str, measured: Sequence[Measured]) -> None:
-        """Remember what was measured on this machine; earlier rows of other shapes and targets stay."""
+    def tuned_with(self, target: str, measured: Sequence[Measured]) -> str:
+        """The file of this machine's tables with these rows in it; earlier ones of other shapes and targets stay."""
         path = self.tuned_path()
         try:
             tables = {known: {(r.n, r.k): r for r in self._read(path, known)} for known in json.loads(path.read_text("utf-8"))}
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or of a version with other kernels
             tables = {}
         tables.setdefault(target, {}).update({(row.n, row.k): row for row in measured})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(to_json({known: list(rows.values()) for known, rows in tables.items()}), encoding="utf-8")
-        written.replace(path)
-        self.forget()
+        return to_json({known: list(rows.values()) for known, rows in tables.items()})
 
     def _choose(self, target: str, m: int, n: int, k: int) -> str:
         """The name of a tile, or `CUBLAS`."""

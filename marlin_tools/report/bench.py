@@ -10,7 +10,7 @@ import torch
 from marlin_tools.output import put
 from marlin_tools.report import bench_pictures as pictures
 from marlin_tools.report.text import table
-from marlin_tools.stages.bench import BASELINE, Measurement, contestants, geometric_means
+from marlin_tools.stages.bench import BASELINE, Measurement, geometric_means, timed_kernels
 from marlin_tools.stages.bench_figures import Measured
 from marlin_tools.stages.bench_model import PUBLISHED, ModelBench
 
@@ -63,7 +63,7 @@ def kernel_table(measured: Measured) -> str:
     for model, layer, k, n, kernel in dict.fromkeys((r.model, r.layer, r.k, r.n, r.kernel) for r in results):
         found = [cells.get((model, layer, k, n, kernel, m)) for m in batches]
         rows.append((f"{model} {layer}", f"{k} x {n}", kernel, *(_cell(r) for r in found)))
-    for kernel in contestants(results):
+    for kernel in timed_kernels(results):
         means = geometric_means(results, kernel)
         rows.append(("geometric mean", "", kernel, *(f"({means[m]:.2f})" if m in means else "" for m in batches)))
     rates = f"{measured.rates.bandwidth / 1e12:.2f} TB/s read, {measured.rates.flops / 1e12:.0f} TFLOP/s in a large product"

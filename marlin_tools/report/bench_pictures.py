@@ -18,9 +18,9 @@ from marlin_tools.stages.bench import (
     SPARSE,
     BenchSettings,
     Measurement,
-    contestants,
     geometric_means,
     ideal_microseconds,
+    timed_kernels,
 )
 from marlin_tools.stages.bench_figures import Measured
 from marlin_tools.stages.bench_model import ModelBench
@@ -42,7 +42,7 @@ def peak(measured: Measured) -> str:
     """Speed-up over 16 bits on one large matrix, against the batch size."""
     some = measured.results[0]
     lines = []
-    for kernel in (kernel for kernel in contestants(measured.results) if kernel in _IDEALS):
+    for kernel in (kernel for kernel in timed_kernels(measured.results) if kernel in _IDEALS):
         mine = sorted((float(r.m), r.speedup) for r in measured.results if r.kernel == kernel)
         ideal = _ideals(measured, some, kernel, [m for m, _ in mine])
         lines += [
@@ -65,7 +65,7 @@ def models(measured: Measured) -> str:
     lines = []
     for hue, model in enumerate(dict.fromkeys(r.model for r in results)):
         mine = [r for r in results if r.model == model]
-        for kernel in (kernel for kernel in contestants(results) if kernel in _IDEALS):
+        for kernel in (kernel for kernel in timed_kernels(results) if kernel in _IDEALS):
             points = []
             for m in sorted({r.m for r in mine}):
                 base, taken = (sum(r.microseconds for r in mine if (r.kernel, r.m) == (name, m)) for name in (BASELINE, kernel))
@@ -155,7 +155,7 @@ def _about(measured: Measured, peers: Sequence[Line]) -> str:
 
 def _curves(measured: Measured, means: Callable[[str], dict[int, float]]) -> list[Line]:
     """One for every contestant but the fallback, which is for many rows only."""
-    shown = [kernel for kernel in contestants(measured.results) if kernel != DEQUANTIZED]
+    shown = [kernel for kernel in timed_kernels(measured.results) if kernel != DEQUANTIZED]
     return [
         Line(kernel, [(float(m), mean) for m, mean in sorted(means(kernel).items())], hue=_HUES.get(kernel, 2))
         for kernel in shown

@@ -28,6 +28,7 @@ from marlin_tools.ops.layout import TILE_K, TILE_N, PackedWeight
 from marlin_tools.ops.sparse_layout import PackedSparse, random_sparse
 from marlin_tools.ops.sparse_variants import SPARSE_TILES
 from marlin_tools.ops.variants import TILES, target_of
+from marlin_tools.output import folder, put
 from marlin_tools.settings import Settings
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
@@ -103,10 +104,12 @@ class Shape:
     n: int
 
 
-def bench_kernels(settings: BenchSettings, emit: Emit = silent, before: Callable[[], None] = lambda: None) -> list[Measurement]:
+def bench_kernels(
+    settings: BenchSettings, emit: Emit = silent, rates: Rates | None = None, before: Callable[[], None] = lambda: None
+) -> list[Measurement]:
     """Time every shape and number of rows; results are checked before they are timed. `before` each, something may be done."""
     device = _device(settings.device)
-    rates = measure_rates(device)
+    rates = rates or measure_rates(device)
     emit(Event("note", f"{rates.bandwidth / 1e12:.2f} TB/s read, {rates.flops / 1e12:.0f} TFLOP/s in a large product"))
     shapes = _shapes(settings.models, device)
     results: list[Measurement] = []
@@ -122,6 +125,7 @@ def bench_kernels(settings: BenchSettings, emit: Emit = silent, before: Callable
 def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     """Measure every tile on every shape and write the tables that `ops.dispatch` reads on this machine; the folder."""
     device = _device(settings.device)
+    place = folder(default_dir(), hint="point `MARLIN_TOOLS_CACHE` at a folder of your own")
     target = target_of(device)
     shapes = list({(s.k, s.n): s for s in _shapes(settings.models, device)}.values())
     rates = measure_rates(device)
@@ -133,10 +137,11 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
             tables[kind.name].append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
         emit(Event("progress", "tuning", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
     for kind in _KINDS:
-        kind.tables.keep(target, tables[kind.name])
+        put(kind.tables.tuned_path(), kind.tables.tuned_with(target, tables[kind.name]))
+        kind.tables.forget()
     w4a16.forget_plans()
     w24a16.forget_plans()
-    return default_dir()
+    return place
 
 
 def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, float]:
@@ -148,7 +153,7 @@ def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, fl
     return {m: exp(sum(values) / len(values)) for m, values in sorted(logs.items())}
 
 
-def contestants(results: Iterable[Measurement]) -> list[str]:
+def timed_kernels(results: Iterable[Measurement]) -> list[str]:
     """Everything that was timed beside the baseline."""
     return [kernel for kernel in dict.fromkeys(r.kernel for r in results) if kernel != BASELINE]
 

@@ -69,7 +69,7 @@ def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) ->
     if busy:
         _keep_busy(device, _WARM_UP_SECONDS)
     before = partial(_keep_busy, device, _SUSTAINED_SECONDS) if busy else lambda: None
-    results = bench_kernels(settings, emit, before)
+    results = bench_kernels(settings, emit, rates, before)
     return Measured(figure, describe_device(device), settings, rates, host_costs(device), tuple(results))
 
 

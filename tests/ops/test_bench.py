@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from marlin_tools.backends.native import NativeLinear, NativeSparseLinear
-from marlin_tools.errors import DeviceError
+from marlin_tools.errors import DeviceError, OutputError
 from marlin_tools.ops import dispatch, self_test
 from marlin_tools.stages import bench
 from marlin_tools.stages.bench import BenchSettings, Measurement, Rates, ideal_microseconds
@@ -69,6 +69,16 @@ def test_says_that_there_is_no_gpu(run, monkeypatch):
         run(BenchSettings())
     with pytest.raises(DeviceError, match="no CUDA device"):
         self_test()
+
+
+def test_tuning_refuses_a_cache_that_cannot_be_written_before_it_measures(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MARLIN_TOOLS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # nothing of it is asked before
+
+    with pytest.raises(OutputError, match="cannot write") as refused:
+        bench.tune(BenchSettings())
+    assert "MARLIN_TOOLS_CACHE" in refused.value.hint
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from marlin_tools.ops import dispatch
 from marlin_tools.ops.dispatch import CUBLAS, DENSE, Measured
 from marlin_tools.ops.variants import TARGETS, TILES, capability_of, dense_kernels
 from marlin_tools.ops.w4a16 import partition
+from marlin_tools.output import put
 
 
 @pytest.fixture
@@ -29,8 +30,14 @@ def test_every_shape_has_a_choice(tables, target):
             assert choice in TILES or choice == CUBLAS
 
 
+def tune(target, measured):
+    """What `bench kernels --tune` does with its measurements."""
+    put(dispatch.tuned_path(), DENSE.tuned_with(target, measured))
+    dispatch.forget()
+
+
 def test_tuned_table_wins(tables):
-    DENSE.keep("sm_80", [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))])
+    tune("sm_80", [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))])
 
     assert [dispatch.choose("sm_80", m, 128, 128) for m in (1, 4, 5, 99)] == ["8x64", "8x64", "16x64", "16x64"]
     assert dispatch.choose("sm_80", 1, 8192, 8192) == CUBLAS
@@ -39,9 +46,9 @@ def test_tuned_table_wins(tables):
 
 def test_tuning_some_shapes_leaves_the_others_as_they_are(tables):
     before = dispatch.choose("sm_90a", 16, 57344, 8192)
-    DENSE.keep("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
-    DENSE.keep("sm_80", [Measured(4096, 4096, (16,), (CUBLAS,))])
-    DENSE.keep("sm_90a", [Measured(4096, 11008, (16,), ("16x64",))])
+    tune("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
+    tune("sm_80", [Measured(4096, 4096, (16,), (CUBLAS,))])
+    tune("sm_90a", [Measured(4096, 11008, (16,), ("16x64",))])
 
     assert dispatch.choose("sm_90a", 16, 57344, 8192) == before
     assert [dispatch.choose("sm_90a", 16, 4096, k) for k in (4096, 11008)] == ["8x64", "16x64"]
@@ -58,7 +65,7 @@ def test_table_of_another_version_is_ignored_and_said(tables, caplog, text):
 
     assert dispatch.choose("sm_90a", 16, 4096, 4096) == expected
     assert "tune again" in caplog.text
-    DENSE.keep("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
+    tune("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
     assert dispatch.choose("sm_90a", 16, 4096, 4096) == "8x64"
 
 
