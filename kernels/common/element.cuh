@@ -1,5 +1,10 @@
-// The two activation types. An element type knows how eight 4-bit codes become one A fragment, how to scale and how to multiply it,
-// and how float32 sums become outputs; nothing else in the kernels depends on it.
+// The two activation types. An element type knows how eight 4-bit codes become one A fragment, as integers or times their scales, how
+// to multiply it, and how float32 sums become outputs; nothing else in the kernels depends on it.
+//
+// Codes times scales cost one operation for two weights besides the masks. A code alone in the low bits of a 16-bit float is a
+// subnormal number, that many times the smallest one, without the bias that an exponent would bring along. So
+//     code * factor - offset,   the factor being the scale over the smallest number, the offset eight scales,
+// is (code - 8) * scale, rounded once. For factors to be finite, all weights are made smaller by a power of two that the sums get back.
 #pragma once
 
 #include "common/types.cuh"
@@ -17,9 +22,21 @@ __device__ __forceinline__ float half_to_float(u16 h) {
     return f;
 }
 
+// Two codes, planted, times the factor of one row, low or high, plus the offset of the same row. Written so that one instruction picks
+// the halves of both operands by itself.
+#define SCALED_WEIGHTS(TYPE, ROW, WEIGHTS, CODES, SCALES)                                                      \
+    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"                                                 \
+        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n"                                       \
+        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n"                                       \
+        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                                                           \
+        : "=r"(WEIGHTS)                                                                                        \
+        : "r"(CODES), "r"((SCALES).factors), "r"((SCALES).offsets))
+
 struct Half {
-    // Codes 0..15 become the exact integers -8..7, two per register. Nibble p of `q` is the low and nibble p + 4 the high
-    // element of register p. 0x6400 is 1024 with a mantissa step of 1, so a code planted in its low bits reads 1024 + q;
+    static constexpr float kQuantum = 1.f;
+
+    // Codes 0..15 become the exact integers -8..7, two per register, times kQuantum. Nibble p of `q` is the low and nibble p + 4 the
+    // high element of register p. 0x6400 is 1024 with a mantissa step of 1, so a code planted in its low bits reads 1024 + q;
     // planted four bits higher it reads 1024 + 16 q. The bias leaves in one exact operation. Nine instructions for eight codes.
     __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) {
         constexpr u32 kMagic = 0x64006400, k1032 = 0x64086408, kSixteenth = 0x2C002C00, kMinus72 = 0xD480D480;
@@ -32,22 +49,31 @@ struct Half {
         }
     }
 
-    // Scales of a fragment's two rows.
+    // Of a fragment's two rows, as `weights` needs them. The codes of the second row are planted four bits higher.
     struct Scales {
-        u32 row[2];
+        u32 factors, offsets;
 
-        // The float16 scales of both rows.
-        __device__ __forceinline__ void set(u32 pair) {
-            row[0] = __byte_perm(pair, pair, 0x1010);
-            row[1] = __byte_perm(pair, pair, 0x3232);
+        // Both scales, and -2^(3 - exponent) twice: `exponent_of` in ops/layout.py says which exponent keeps factors finite.
+        __device__ __forceinline__ void set(u32 pair, u32 minus_eight_shrunk) {
+            constexpr u32 kPlanted = 0xE800F800, kRest = 0x54005400;  // -2^15 and -2^11, 2^6: in two steps, as 2^21 is no float16
+            asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(offsets) : "r"(pair), "r"(minus_eight_shrunk));
+            asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(factors) : "r"(offsets), "r"(kPlanted));
+            asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(factors) : "r"(kRest));
         }
     };
 
-    // Codes times scales, rounded once. Register p is of row p % 2.
-    __device__ __forceinline__ static void scale(u32 (&a)[4], const Scales& scales) {
+    // Eight codes times their scales, made smaller by 2^exponent.
+    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {
 #pragma unroll
-        for (int p = 0; p < 4; ++p) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(a[p]) : "r"(scales.row[p % 2]));
+        for (int p = 0; p < 4; p += 2) {
+            SCALED_WEIGHTS("f16x2", "low", a[p], q & 0x000F000F, scales);
+            SCALED_WEIGHTS("f16x2", "high", a[p + 1], q & 0x00F000F0, scales);
+            q >>= 8;
+        }
     }
+
+    // What sums of weights are multiplied by.
+    __device__ __forceinline__ static float growth(float two_to_exponent) { return two_to_exponent; }
 
     __device__ __forceinline__ static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -66,43 +92,43 @@ struct Half {
 };
 
 struct Bfloat16 {
-    // As above with 0x4300 = 128: seven mantissa bits leave room for a code in the low nibble only, so every pair is
-    // shifted into place. Eleven instructions for eight codes.
+    static constexpr float kQuantum = 1.f / 64;
+
+    // As above. Seven mantissa bits leave no room for a second code, so codes are planted as subnormal numbers, which lose their
+    // smallness and their bias in one operation: 2^-133 and 2^-129 times 2^127 and 2^123 are kQuantum. Nine instructions.
     __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) {
-        constexpr u32 kMagic = 0x43004300, kOne = 0x3F803F80, kMinus136 = 0xC308C308;
+        constexpr u32 kLow = 0x7F007F00, kHigh = 0x7D007D00, kMinusEight = 0xBE00BE00;
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            const u32 low = plant(q >> (4 * p), 0x000F000F, kMagic);
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(low), "r"(kOne), "r"(kMinus136));
+        for (int p = 0; p < 4; p += 2) {
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(q & 0x000F000F), "r"(kLow), "r"(kMinusEight));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p + 1]) : "r"(q & 0x00F000F0), "r"(kHigh), "r"(kMinusEight));
+            q >>= 8;
         }
     }
 
-    // A float16 scale has eleven significant bits. The first eight and the other three are a bfloat16 each.
+    // As above. The scales are rounded to bfloat16, as engines hold them that run a model in this type. Its range is so wide that one
+    // exponent, 22, serves all of them.
     struct Scales {
-        u32 first[2], rest[2];
+        u32 factors, offsets;
 
-        __device__ __forceinline__ void set(u32 pair) {
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-                const float scale = half_to_float(pair >> (16 * row) & 0xFFFF);
-                const u32 high = __float_as_uint(scale) & 0xFFFF0000;
-                const u32 low = __float_as_uint(scale - __uint_as_float(high));
-                first[row] = __byte_perm(high, high, 0x3232);
-                rest[row] = __byte_perm(low, low, 0x3232);
-            }
+        __device__ __forceinline__ void set(u32 pair, u32) {
+            constexpr u32 kPlanted = 0x75007700, kMinusEightShrunk = 0xB600B600, kMinusZero = 0x80008000;  // 2^111 and 2^107, -2^-19
+            const u32 rounded = Bfloat16::round_pair(half_to_float(pair & 0xFFFF), half_to_float(pair >> 16));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(factors) : "r"(rounded), "r"(kPlanted), "r"(kMinusZero));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(offsets) : "r"(rounded), "r"(kMinusEightShrunk), "r"(kMinusZero));
         }
     };
 
-    // Codes times scales, rounded once: a code times three bits is exact, and the second operation rounds the whole product.
-    __device__ __forceinline__ static void scale(u32 (&a)[4], const Scales& scales) {
-        constexpr u32 kMinusZero = 0x80008000;
+    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            u32 small;
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(small) : "r"(a[p]), "r"(scales.rest[p % 2]), "r"(kMinusZero));
-            asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a[p]) : "r"(scales.first[p % 2]), "r"(small));
+        for (int p = 0; p < 4; p += 2) {
+            SCALED_WEIGHTS("bf16x2", "low", a[p], q & 0x000F000F, scales);
+            SCALED_WEIGHTS("bf16x2", "high", a[p + 1], q & 0x00F000F0, scales);
+            q >>= 8;
         }
     }
+
+    __device__ __forceinline__ static float growth(float) { return 4194304.f; }
 
     __device__ __forceinline__ static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -127,3 +153,5 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 shared) {
                  : "r"(shared)
                  : "memory");
 }
+
+#undef SCALED_WEIGHTS

@@ -18,18 +18,7 @@ __device__ __forceinline__ void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Two warpgroups meet at one of the block's barriers (1 to 15): one goes on at once, the other when both were there.
-__device__ __forceinline__ void warpgroups_wait(int barrier) {
-    asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void warpgroups_arrive_if(bool wanted, int barrier) {
-    asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted bar.arrive %1, 256;\n}\n" ::"r"(static_cast<int>(wanted)),
-                 "r"(barrier)
-                 : "memory");
-}
-
-// So many threads of a block wait for each other, at a barrier that warpgroups do not use among themselves.
+// So many threads of a block wait for each other, at another barrier than all of them.
 template <int kThreads>
 __device__ __forceinline__ void threads_meet() {
     asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");

@@ -34,6 +34,7 @@ struct FewTokens : SparseWarp<T, E, kGrouped> {
         } else {
             multiply_in_halves(slot, tokens, more);
         }
+        __syncwarp();  // all lanes have read the slot
         if (lane == 0) barrier_arrive(T::empty(shared_address(memory), slot));
     }
 

@@ -7,7 +7,7 @@
 
 template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
 struct Hopper : HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kSparseTile, (kTokens >= 64)> {
-    static constexpr bool kStaged = false, kAfterWhole = true;
+    static constexpr bool kStaged = false;
 };
 
 template <bool kRounded>

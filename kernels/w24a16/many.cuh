@@ -10,12 +10,13 @@ template <class T, class E, bool kGrouped>
 struct ManyTokens : SparseWarp<T, E, kGrouped> {
     using Sparse = SparseWarp<T, E, kGrouped>;
     using Warp = HopperWarp<T>;
-    using Warp::memory, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
+    using Warp::p, Warp::memory, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
     using Sparse::Sparse;
 
-    // A batch is a k32 step of a packed tile, or two where products are short. With one buffer, a warpgroup converts the next batch
-    // when one is done, and the tensor cores work for the others meanwhile; with two, while its own runs.
-    static constexpr int kSteps = T::kTokens == 64 && T::kTiles > 1 ? 2 : 1, kBuffers = T::kTokens == 64 ? 1 : 2;
+    // A batch is a k32 step of a packed tile, or two: where products are short, or codes read one fragment at a time, two are
+    // 2 to 5 % faster. With one buffer, a warpgroup converts the next batch when one is done, and the tensor cores work for the
+    // others meanwhile; with two, while its own runs.
+    static constexpr int kSteps = T::kTokens * T::kTiles == 128 ? 2 : 1, kBuffers = T::kTokens == 64 ? 1 : 2;
     // A portion is what is read at once: half a group of neighbouring fragments.
     static constexpr int kNeighbours = T::kTiles > 1 ? 2 : 1, kPairs = T::kTiles / kNeighbours;
     static constexpr int kPortion = kNeighbours * 2 / kSteps, kBatches = kPortion * 2 * kPairs;
@@ -57,7 +58,10 @@ struct ManyTokens : SparseWarp<T, E, kGrouped> {
             if (next.begins_portion()) load_codes(next_slot, next);
             warpgroup_wait<kBuffers - 1>();  // the registers of the next batch are free
             hold(next);
-            if (number == 0) barrier_arrive_if(flowing && lane == 0, T::empty(shared, before));
+            if (number == 0) {
+                __syncwarp();  // all lanes have read the slot before
+                barrier_arrive_if(flowing && lane == 0, T::empty(shared, before));
+            }
             if (next.begins_portion()) load_positions(next_slot, next);
             convert(next);
         }
@@ -115,17 +119,21 @@ struct ManyTokens : SparseWarp<T, E, kGrouped> {
     }
 
     __device__ __forceinline__ void convert(const Batch& batch) {
-        typename E::Scales factors;
-        if constexpr (kGrouped) factors.set(scales[batch.neighbour]);
+        typename E::Scales factors;  // made anew for every batch: there are no registers to keep them
+        if constexpr (kGrouped) factors.set(scales[batch.neighbour], p.minus_eight_shrunk);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             u32(&weights)[4] = a[batch.buffer][step];
-            E::dequantize(codes[batch.neighbour][batch.step + step], weights);
-            if constexpr (kGrouped) E::scale(weights, factors);
+            if constexpr (kGrouped) {
+                E::weights(codes[batch.neighbour][batch.step + step], factors, weights);
+            } else {
+                E::dequantize(codes[batch.neighbour][batch.step + step], weights);
+            }
         }
     }
 
     __device__ __forceinline__ void finish(const Stretch& at) {
+        __syncwarp();
         if (lane == 0) barrier_arrive(T::empty(shared_address(memory), place.slot_before()));
         flowing = false;
         Sparse::finish(at);

@@ -11,11 +11,12 @@ struct SparseWarp : HopperWarp<T> {
     using Warp::Warp;
 
     struct Outputs {
+        const HopperProblem& p;
         int n;
         u32 scale[T::kTiles], bias[T::kTiles];  // pairs of 16 bits
 
-        __device__ __forceinline__ Outputs(const HopperProblem& p, int tile_n, int fragment, int lane)
-            : n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
+        __device__ __forceinline__ Outputs(const HopperProblem& problem, int tile_n, int fragment, int lane)
+            : p(problem), n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
 #pragma unroll
             for (int r = 0; r < T::kTiles; ++r) {
                 if constexpr (!kGrouped) scale[r] = *reinterpret_cast<const u32*>(p.scales + (n + 2 * r) * 2);
@@ -29,6 +30,9 @@ struct SparseWarp : HopperWarp<T> {
 
         // Two outputs of one token.
         __device__ __forceinline__ u32 round(float low, float high, int r) const {
+            const float growth = T::kRounded && kGrouped ? E::growth(p.growth) : 1.f / E::kQuantum;
+            low *= growth;
+            high *= growth;
             if constexpr (!kGrouped) {
                 low *= half_to_float(scale[r] & 0xFFFF);
                 high *= half_to_float(scale[r] >> 16);
@@ -38,7 +42,7 @@ struct SparseWarp : HopperWarp<T> {
     };
 
     __device__ __forceinline__ void finish(const Stretch& at) {
-        if (p.split > 1 && !at.whole(p)) {
+        if (p.split > 1) {
             Warp::template sum_over_cluster<Outputs>(at);
             return;
         }

@@ -36,13 +36,8 @@ struct HopperTile {
     // they would wait for ever.)
     static constexpr int kRegisters = 65536 / (kThreads * kResident) / 8 * 8, kCopyRegisters = 24;
     static constexpr int kMultiplyRegisters = (kRegisters * (kWarpgroups + 1) - kCopyRegisters) / kWarpgroups / 8 * 8;
-    // Where sums are scaled, warpgroups take turns at issuing the products of a packed tile. Else the tensor cores serve all at once,
-    // at the same pace, and idle while all scale.
-    static constexpr bool kTurns = kTokens >= 64 && kWarpgroups > 1 && !kRounded;
     // Blocks of a cluster exchange their sums by copies from shared to shared memory: faster than from registers where there are many.
-    static constexpr bool kStaged = kRounded;
-    // Clusters may split the tiles that are left after whole rounds.
-    static constexpr bool kAfterWhole = false;
+    static constexpr bool kStaged = kRounded && kTokens > 64;
     static_assert(kMultiplyRegisters <= 248, "a thread's limit");
     static_assert(kSlotBytes % 1024 == 0, "aligned boxes");
 
@@ -78,7 +73,7 @@ struct Cursor {
     int first_token, tile_n;  // tile_n: first packed tile
     bool more = true;
 
-    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first<T::kAfterWhole>(p, blockIdx.x, gridDim.x)) { begin(p); }
+    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first(p, blockIdx.x, gridDim.x)) { begin(p); }
 
     __device__ __forceinline__ void begin(const HopperProblem& p) {
         group = at.begin;
@@ -90,7 +85,7 @@ struct Cursor {
         if (++group < at.end) return;
         more = at.more(p);
         if (!more) return;
-        at.next<T::kAfterWhole>(p, gridDim.x);
+        at.next(p, gridDim.x);
         begin(p);
     }
 };

@@ -68,7 +68,7 @@ __device__ __forceinline__ void store(const Problem& p, int tile_n, int first_to
     float scale[8], bias[8];
 #pragma unroll
     for (int o = 0; o < 8; ++o) {
-        scale[o] = kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o]);
+        scale[o] = (kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o])) / E::kQuantum;
         bias[o] = p.bias != nullptr && n + o < p.n ? E::widen(p.bias[n + o]) : 0.f;
     }
 #pragma unroll

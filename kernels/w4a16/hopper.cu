@@ -5,14 +5,14 @@
 // from the first product to the store, so the only thing that they share is the ring, and they drift apart: while
 // one dequantises, scales or stores, the tensor cores work for the other.
 //
-// Up to 64 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a
+// Up to 32 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a
 // second set of sums and half an instruction per token, output and group, and the products must end before each scaling.
-// From 128 tokens on, they are applied to the weights, which rounds these to 16 bits: half an instruction per weight, and products
-// follow each other without a pause.
+// From 64 tokens on, they are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing:
+// products follow each other without a pause.
 #include "w4a16/hopper.cuh"
 
 template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
-using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes, (kTokens >= 128)>;
+using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes, (kTokens >= 64)>;
 
 template <class T, class E, bool kGrouped>
 struct Multiplier : HopperWarp<T> {
@@ -20,8 +20,8 @@ struct Multiplier : HopperWarp<T> {
     using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
     using Warp::Warp;
 
-    // A batch is so many k16 steps. While the tensor cores work on up to kBuffers - 1 batches, the next is converted.
-    static constexpr int kSteps = T::kTokens < 64 ? 4 : 2, kBatches = 8 / kSteps, kBuffers = T::kTokens == 64 ? 4 : 2;
+    // A batch is so many k16 steps. While the tensor cores work on one, the next is converted.
+    static constexpr int kSteps = T::kRounded ? 2 : 4, kBatches = 8 / kSteps, kBuffers = 2;
     static constexpr bool kScalesWeights = T::kRounded && kGrouped;
 
     float part[T::kRounded ? 1 : T::kFragments][4];  // of one packed tile and group
@@ -32,7 +32,7 @@ struct Multiplier : HopperWarp<T> {
     bool flowing = false;  // products of the slot before may still run
 
     __device__ __forceinline__ void begin() {
-        load(0, 0);
+        load(place.slot, 0);
         convert(0);
     }
 
@@ -40,8 +40,13 @@ struct Multiplier : HopperWarp<T> {
         if constexpr (T::kRounded) {
             flow(more);
         } else {
-            take_turns(more);
+            pause_at_groups(more);
         }
+    }
+
+    // The registers of the next weights were free for what was done at the end of a stretch.
+    __device__ __forceinline__ void resume() {
+        if constexpr (T::kRounded) begin();
     }
 
     // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot. The slot
@@ -57,9 +62,12 @@ struct Multiplier : HopperWarp<T> {
             issue(sums[r], batch, tokens, true);
             warpgroup_wait<1>();
             hold(number + 1);
-            if (number == 0) barrier_arrive_if(flowing && lane == 0, T::empty(shared, before));
+            if (number == 0) {
+                __syncwarp();  // all lanes have read the slot before
+                barrier_arrive_if(flowing && lane == 0, T::empty(shared, before));
+            }
             convert((batch + 1) % kBatches);
-            // A half of the codes is read as soon as the one of the tile before is used up, long before its own conversion.
+            // Codes are read as soon as those of the tile before are used up, long before their own conversion.
             if (batch % 2 == 0) {
                 const int half = batch / 2;
                 if (r + 1 < T::kTiles) {
@@ -74,7 +82,7 @@ struct Multiplier : HopperWarp<T> {
     }
 
     // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot.
-    __device__ __forceinline__ void take_turns(bool more) {
+    __device__ __forceinline__ void pause_at_groups(bool more) {
         const u32 shared = shared_address(memory), slot = place.slot;
         const u64 tokens = swizzled_descriptor(shared + slot * T::kSlotBytes);
         place.advance();
@@ -82,15 +90,10 @@ struct Multiplier : HopperWarp<T> {
         for (int r = 0; r < T::kTiles; ++r) {
             u32 scales;
             if constexpr (kGrouped) scales = Warp::load_scales(slot, r);
-            if constexpr (T::kTurns) warpgroups_wait(1 + warp / 4);
 #pragma unroll
             for (int batch = 0; batch < kBatches; ++batch) {
                 issue(kGrouped ? part : sums[r], batch, tokens, !kGrouped || batch > 0);
-                if (T::kTurns && batch + 1 == kBatches) {
-                    const bool last = !more && r + 1 == T::kTiles && warp / 4 + 1 == T::kWarpgroups;
-                    warpgroups_arrive_if(!last, 1 + (warp / 4 + 1) % T::kWarpgroups);
-                }
-                warpgroup_wait<kBuffers - 1>();  // the registers of the next batch are free
+                warpgroup_wait<1>();  // the registers of the next batch are free
                 if (batch + 1 < kBatches) {
                     convert(batch + 1);
                     if (batch + 2 == kBatches && r + 1 < T::kTiles) load(slot, r + 1);
@@ -105,6 +108,7 @@ struct Multiplier : HopperWarp<T> {
             warpgroup_wait<0>();
             if constexpr (kGrouped) Warp::collect(sums[r], part, scales);
         }
+        __syncwarp();  // all lanes have read the slot
         if (lane == 0) barrier_arrive(T::empty(shared, slot));
     }
 
@@ -143,36 +147,43 @@ struct Multiplier : HopperWarp<T> {
 
     // The weights of a batch.
     __device__ __forceinline__ void convert(int batch) {
-        if (kScalesWeights && batch == 0) scales.set(next_scales);
+        if (kScalesWeights && batch == 0) scales.set(next_scales, p.minus_eight_shrunk);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int step = batch * kSteps + j;
-            E::dequantize(codes[step / 4].word[step % 4], a[batch % kBuffers][j]);
-            if constexpr (kScalesWeights) E::scale(a[batch % kBuffers][j], scales);
+            if constexpr (kScalesWeights) {
+                E::weights(codes[step / 4].word[step % 4], scales, a[batch % kBuffers][j]);
+            } else {
+                E::dequantize(codes[step / 4].word[step % 4], a[batch % kBuffers][j]);
+            }
         }
     }
 
     struct Outputs {
+        const HopperProblem& p;
         int n;
         float scale[Warp::kOutputs], bias[Warp::kOutputs];
 
-        __device__ __forceinline__ Outputs(const HopperProblem& p, int tile_n, int fragment, int lane)
-            : n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
+        __device__ __forceinline__ Outputs(const HopperProblem& problem, int tile_n, int fragment, int lane)
+            : p(problem), n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
 #pragma unroll
             for (int o = 0; o < Warp::kOutputs; ++o) {
-                scale[o] = kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o]);
+                scale[o] = (kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o])) / E::kQuantum;
                 bias[o] = p.bias != nullptr && n + o < p.n ? E::widen(p.bias[n + o]) : 0.f;
             }
         }
 
         // Two outputs of one token.
         __device__ __forceinline__ u32 round(float low, float high, int r) const {
-            return E::round_pair(low * scale[2 * r] + bias[2 * r], high * scale[2 * r + 1] + bias[2 * r + 1]);
+            const float first = kScalesWeights ? E::growth(p.growth) : scale[2 * r];
+            const float second = kScalesWeights ? E::growth(p.growth) : scale[2 * r + 1];
+            return E::round_pair(low * first + bias[2 * r], high * second + bias[2 * r + 1]);
         }
     };
 
     __device__ __forceinline__ void finish(const Stretch& at) {
         if constexpr (T::kRounded) {
+            __syncwarp();
             if (lane == 0) barrier_arrive(T::empty(shared_address(memory), place.slot_before()));
             flowing = false;
         }

@@ -178,10 +178,9 @@ __device__ __forceinline__ void multiply_all(Multiplier<T, E, kGrouped>& m) {
     wait_for_previous_kernel();  // it may still read what will be written here
     barrier_wait(T::full(shared_address(m.memory), 0), 0);
     m.begin();
-    if (T::kTurns && m.warp / 4 + 1 == T::kWarpgroups) warpgroups_arrive_if(true, 1);  // the first begins
     // Its registers would be missed in the loop over the groups.
     Stretch& at = *reinterpret_cast<Stretch*>(m.memory + T::kStretchesAt + m.warp * sizeof(Stretch));
-    for (at = Stretch::first<T::kAfterWhole>(m.p, blockIdx.x, gridDim.x);; at.next<T::kAfterWhole>(m.p, gridDim.x)) {
+    for (at = Stretch::first(m.p, blockIdx.x, gridDim.x);; at.next(m.p, gridDim.x)) {
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) clear(m.sums[r]);
         const bool more = at.more(m.p);
@@ -193,7 +192,7 @@ __device__ __forceinline__ void multiply_all(Multiplier<T, E, kGrouped>& m) {
             for (int r = 0; r < T::kTiles; ++r) sums_are_ready(m.sums[r]);
         }
         m.finish(at);
-        if (!more) return;
+        if (!at.more(m.p)) return;  // asked again: while sums are stored, every register counts
         m.resume();
     }
 }

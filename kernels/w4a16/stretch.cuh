@@ -20,32 +20,30 @@ struct HopperProblem {
     int tiles;         // on the line
     int shared_tiles;  // the first of them: each is split by a cluster, or `schedule` deals out their steps ("stream-K")
     Schedule schedule;
+    u32 minus_eight_shrunk;  // two float16: -8 / growth; for float16 weights that are rounded
+    float growth;            // of sums of these
 };
 
 // Groups `begin` to `end` of one output tile. What takes them is a unit: a block.
 // Tokens vary fastest along the line of tiles: blocks that meet the same weights do so at about the same time.
 // A block first takes its run of the tiles that are shared, then its whole tiles: sums of several blocks are added while others
-// still multiply. In a cluster whole tiles come first, and last the one that the cluster splits, whose sums need the rings.
+// still multiply. A cluster splits one tile, and that is all.
 struct Stretch {
     int begin, end;
     u32 tile;        // number on the line
-    u32 left;        // steps of the run that follow this stretch; in a cluster, whether its own tile is still to come
+    u32 left;        // steps of the run that follow this stretch
     u32 next_whole;  // the whole tile that this block takes next, if there is one
 
-    // kAfterWhole: clusters may split tiles that are left after whole ones, and not only all tiles.
-    template <bool kAfterWhole>
     __device__ __forceinline__ static Stretch first(const HopperProblem& p, u32 unit, u32 units) {
         Stretch s;
         s.left = 0;
         s.next_whole = p.shared_tiles + unit;
         if (p.split > 1) {
-            if constexpr (kAfterWhole) {
-                s.left = unit / p.split < static_cast<u32>(p.shared_tiles);
-                s.next<true>(p, units);
-            } else {
-                s.next_whole = p.tiles;
-                s.take_part(unit, p);
-            }
+            s.next_whole = p.tiles;
+            const u32 rank = unit % p.split;
+            s.tile = unit / p.split;
+            s.begin = p.groups * rank / p.split;
+            s.end = p.groups * (rank + 1) / p.split;
         } else if (p.shared_tiles > 0) {
             const u32 step = p.schedule.first_step(unit), steps = p.schedule.first_step(unit + 1) - step;
             s.tile = step / p.groups;
@@ -62,11 +60,8 @@ struct Stretch {
     __device__ __forceinline__ bool more(const HopperProblem& p) const { return left > 0 || next_whole < static_cast<u32>(p.tiles); }
 
     // To the next stretch; only if there are more.
-    template <bool kAfterWhole>
     __device__ __forceinline__ void next(const HopperProblem& p, u32 units) {
-        if (kAfterWhole && p.split > 1 && next_whole >= static_cast<u32>(p.tiles)) {
-            take_part((next_whole - p.shared_tiles) % units, p);
-        } else if ((!kAfterWhole || p.split == 1) && left > 0) {
+        if (left > 0) {
             ++tile;
             begin = 0;
             end = left < static_cast<u32>(p.groups) ? static_cast<int>(left) : p.groups;
@@ -74,15 +69,6 @@ struct Stretch {
         } else {
             take_whole(p, units);
         }
-    }
-
-    // This block's part of the tile that its cluster splits.
-    __device__ __forceinline__ void take_part(u32 unit, const HopperProblem& p) {
-        const u32 rank = unit % p.split;
-        tile = unit / p.split;
-        begin = p.groups * rank / p.split;
-        end = p.groups * (rank + 1) / p.split;
-        left = 0;
     }
 
     __device__ __forceinline__ void take_whole(const HopperProblem& p, u32 units) {

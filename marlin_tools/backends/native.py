@@ -32,7 +32,7 @@ class NativeLinear(nn.Module):
 
     def __init__(self, weight: ops.PackedWeight | ops.PackedSparse, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.in_features, self.out_features, self.exponent = weight.in_features, weight.out_features, weight.exponent
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
@@ -40,14 +40,14 @@ class NativeLinear(nn.Module):
     @property
     def weight(self) -> ops.PackedWeight | ops.PackedSparse:
         """What the kernels read."""
-        return ops.PackedWeight(self.codes, self.scales, self.out_features)
+        return ops.PackedWeight(self.codes, self.scales, self.out_features, self.exponent)
 
     def forward(self, x: Tensor) -> Tensor:
         """One operator, whatever the leading dimensions."""
         return self._multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        return w4a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features)
+        return w4a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
 
     def extra_repr(self) -> str:
         """As in `nn.Linear`, for `print(model)`."""
@@ -61,10 +61,10 @@ class NativeSparseLinear(NativeLinear):
     @property
     def weight(self) -> ops.PackedSparse:
         """What the sparse kernels read."""
-        return ops.PackedSparse(self.codes, self.scales, self.out_features)
+        return ops.PackedSparse(self.codes, self.scales, self.out_features, self.exponent)
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        return w24a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features)
+        return w24a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
 
 
 def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.device) -> str | None:

@@ -7,7 +7,7 @@ The product is cut into output tiles, each of as many steps as there are groups 
              through global memory
     split    one tile per cluster of blocks, which split its inputs and sum through each other's shared memory
 
-The first goes together with either of the others.
+The first goes together with the second.
 
 `best` weighs them by an estimate of the time, in steps of one block.
 """
@@ -46,10 +46,8 @@ class Costs:
     shared_step: float = 1.0
 
 
-def deals(tiles: int, groups: int, places: int, clusters: Mapping[int, int], *, after_whole: bool = False) -> list[Deal]:
-    """All that make sense on a GPU with room for so many blocks, or so many clusters of each size; with `after_whole`, also
-    clusters that share what is left of whole rounds.
-    """
+def deals(tiles: int, groups: int, places: int, clusters: Mapping[int, int]) -> list[Deal]:
+    """All that make sense on a GPU with room for so many blocks, or so many clusters of each size."""
     found = [Deal(min(tiles, places), 1, tiles)]
     if tiles % places:
         shared = tiles - max(0, tiles // places - 1) * places
@@ -60,11 +58,6 @@ def deals(tiles: int, groups: int, places: int, clusters: Mapping[int, int], *, 
             continue
         if tiles <= room:
             found.append(Deal(tiles * split, split, tiles, tiles))
-        elif after_whole and split <= places:
-            room = min(room, places // split)
-            rest = tiles % (room * split)
-            if 0 < rest <= room:
-                found.append(Deal(room * split, split, tiles, rest))
     return found
 
 

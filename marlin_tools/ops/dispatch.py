@@ -1,6 +1,6 @@
 """Which kernel multiplies, for a shape on a GPU: read from tables that were measured, not computed.
 
-`kernels/dispatch.json` holds one table per target: for some weight shapes and some numbers of rows, the fastest choice.
+`kernels/dispatch.json` holds one table per GPU (`gpu_of`): for some weight shapes and some numbers of rows, the fastest choice.
 `stages.bench.tune` makes one for the GPU at hand, which then lies beside the compiled kernels; its shapes win over the shipped
 ones. A shape takes the row of the nearest measured shape (in log N and log K), and M the nearest measured number of rows that
 is not smaller. A choice is the name of a tile, or `cublas`: dequantise, then call cuBLAS; the table names it wherever it is
@@ -14,17 +14,29 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
+import torch
+
 from marlin_tools.ops.cubin_cache import default_dir
-from marlin_tools.ops.variants import TILES, Tile, capability_of
+from marlin_tools.ops.variants import TILES, Tile, capability_of, target_of
 from marlin_tools.resources import kernels_dir
 
 _log = logging.getLogger(__name__)
 
 CUBLAS = "cublas"
 """The choice that is not a kernel of ours: dequantise and multiply with cuBLAS."""
+
+_MODELS = ("H200",)
+"""GPUs whose tables are others than those of their target: faster memory, and other kernels are the fastest."""
+
+
+@cache
+def gpu_of(device: torch.device) -> str:
+    """Whose table a device has: its target, such as `sm_90a`, and for some models their name as well."""
+    name = torch.cuda.get_device_name(device)
+    return " ".join([target_of(device), *(model for model in _MODELS if model in name.split())])
 
 
 @dataclass(frozen=True)
@@ -49,9 +61,9 @@ class Tables:
         self.table = lru_cache(maxsize=None)(self._table)
         self.choose = lru_cache(maxsize=4096)(self._choose)
 
-    def choices_on(self, target: str) -> tuple[str, ...]:
-        """Everything that can run on a target."""
-        return (*(name for name, tile in self._tiles.items() if tile.runs_on(capability_of(target))), CUBLAS)
+    def choices_on(self, gpu: str) -> tuple[str, ...]:
+        """Everything that can run on a GPU."""
+        return (*(name for name, tile in self._tiles.items() if tile.runs_on(capability_of(gpu.split(maxsplit=1)[0]))), CUBLAS)
 
     def tuned_path(self) -> Path:
         """Where the table measured on this machine lies."""
@@ -63,49 +75,50 @@ class Tables:
         if unknown:
             raise ValueError(f"unknown choices {sorted(unknown)}")
 
-    def _table(self, target: str) -> tuple[Measured, ...]:
-        """The shipped rows for a target, those that were tuned here in their place; by design if there are none."""
-        shipped = self._read(kernels_dir() / self._file, target)
+    def _table(self, gpu: str) -> tuple[Measured, ...]:
+        """The shipped rows for a GPU, those that were tuned here in their place; by design if there are none."""
+        path = kernels_dir() / self._file
+        shipped = self._read(path, gpu) or self._read(path, gpu.split(maxsplit=1)[0])
         try:
-            tuned = self._read(self.tuned_path(), target)
+            tuned = self._read(self.tuned_path(), gpu)
         except (ValueError, KeyError, TypeError) as error:
             _log.warning("`%s` is ignored, tune again: %s", self.tuned_path(), error)
             tuned = ()
         rows = {(row.n, row.k): row for row in (*shipped, *tuned)}
         return tuple(rows.values()) or (self._by_design,)
 
-    def _read(self, path: Path, target: str) -> tuple[Measured, ...]:
+    def _read(self, path: Path, gpu: str) -> tuple[Measured, ...]:
         if not path.is_file():
             return ()
-        found = json.loads(path.read_text(encoding="utf-8")).get(target, [])
+        found = json.loads(path.read_text(encoding="utf-8")).get(gpu, [])
         rows = tuple(Measured(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in found)
         self.check(rows)
         return rows
 
-    def tuned_with(self, target: str, measured: Sequence[Measured]) -> str:
-        """The file of this machine's tables with these rows in it; earlier ones of other shapes and targets stay."""
+    def tuned_with(self, gpu: str, measured: Sequence[Measured]) -> str:
+        """The file of this machine's tables with these rows in it; earlier ones of other shapes and GPUs stay."""
         path = self.tuned_path()
         try:
             tables = {known: {(r.n, r.k): r for r in self._read(path, known)} for known in json.loads(path.read_text("utf-8"))}
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or of a version with other kernels
             tables = {}
-        tables.setdefault(target, {}).update({(row.n, row.k): row for row in measured})
+        tables.setdefault(gpu, {}).update({(row.n, row.k): row for row in measured})
         return to_json({known: list(rows.values()) for known, rows in tables.items()})
 
-    def _choose(self, target: str, m: int, n: int, k: int) -> str:
+    def _choose(self, gpu: str, m: int, n: int, k: int) -> str:
         """The name of a tile, or `CUBLAS`."""
-        nearest = self._nearest(target, n, k)
+        nearest = self._nearest(gpu, n, k)
         for rows, choice in zip(nearest.rows, nearest.choices, strict=True):
             if m <= rows:
                 return choice
         return nearest.choices[-1]
 
-    def possible(self, target: str, n: int, k: int) -> tuple[str, ...]:
+    def possible(self, gpu: str, n: int, k: int) -> tuple[str, ...]:
         """Everything that `choose` may return for a weight, over all M."""
-        return tuple(dict.fromkeys(self._nearest(target, n, k).choices))
+        return tuple(dict.fromkeys(self._nearest(gpu, n, k).choices))
 
-    def _nearest(self, target: str, n: int, k: int) -> Measured:
-        return min(self.table(target), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
+    def _nearest(self, gpu: str, n: int, k: int) -> Measured:
+        return min(self.table(gpu), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
 
     def forget(self) -> None:
         """Read the tables anew: a new one was written."""
@@ -114,14 +127,14 @@ class Tables:
 
 
 def to_json(tables: Mapping[str, Sequence[Measured]]) -> str:
-    """A file of tables by target, as `Tables` read it: a line for each shape."""
+    """A file of tables by GPU, as `Tables` read it: a line for each shape."""
     lines = {
-        target: ",\n".join(
+        gpu: ",\n".join(
             f'  {{"n": {m.n}, "k": {m.k}, "rows": {json.dumps(m.rows)}, "choices": {json.dumps(m.choices)}}}' for m in rows
         )
-        for target, rows in tables.items()
+        for gpu, rows in tables.items()
     }
-    return "{\n" + ",\n".join(f' "{target}": [\n{rows}\n ]' for target, rows in lines.items()) + "\n}\n"
+    return "{\n" + ",\n".join(f' "{gpu}": [\n{rows}\n ]' for gpu, rows in lines.items()) + "\n}\n"
 
 
 DENSE = Tables(

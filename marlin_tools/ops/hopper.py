@@ -1,6 +1,7 @@
 """Plans for the Hopper kernels, `kernels/w4a16/hopper.cu` and its sparse counterpart."""
 
 import struct
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,14 +13,14 @@ from marlin_tools.ops.plan import Plan, multiprocessors
 from marlin_tools.ops.tensor_map import BYTES, TensorMap
 from marlin_tools.ops.variants import Tile, capability_of
 
-_PROBLEM = struct.Struct("6Q8i2I40x")  # `struct HopperProblem` in stretch.cuh behind its tensor map
+_PROBLEM = struct.Struct("6Q8i3If32x")  # `struct HopperProblem` in stretch.cuh behind its tensor map
 
 # Microseconds on an H100, fitted to the measured times of all deals: a packed tile and group, by tokens (fewer if weights are
 # rounded) and at least; then sums over blocks, at all and by the size of a block's tile relative to 128 x 256, through global
 # memory and through a cluster's shared memory (staged with rounded weights), there also for each block. Shared steps take so
 # many times as long, with activations of less than this part of the L2 cache, and of more.
 _PER_TOKEN, _PER_TOKEN_ROUNDED, _LEAST = 0.0044, 0.0033, 0.096
-_SHARED, _SHARED_SIZE = 6.0, 14.0
+_SHARED, _SHARED_SIZE = 4.0, 14.0
 _SPLIT, _SPLIT_SIZE, _SPLIT_SIZE_STAGED, _SPLIT_EACH = 0.88, 6.4, 2.0, 0.57
 _SHARED_STEP, _SHARED_STEP_UNCACHED, _CACHED = 1.02, 1.1, 0.8
 _LARGEST_CLUSTER = 8  # that every Hopper GPU can start
@@ -34,7 +35,7 @@ class HopperPlan(Plan):
         self._m, self._k = x.shape
         self._tiles_n, self._groups, _ = codes.shape
         self._token_tiles = -(-self._m // tile.tokens)
-        self.use(best(self._candidates(), self._groups, self._costs()))
+        self.use(best(self.alternatives(), self._groups, self._costs()))
 
     def _room(self) -> tuple[int, int, int, dict[int, int]]:
         tiles = self._token_tiles * -(-self._tiles_n // self._tile.along_n)
@@ -56,10 +57,6 @@ class HopperPlan(Plan):
         """Every way to deal the work out."""
         return deals(*self._room())
 
-    def _candidates(self) -> list[Deal]:
-        """The ways that are worth choosing from."""
-        return self.alternatives()
-
     def use(self, chosen: Deal) -> None:
         """Deal the work out like this."""
         self.deal = chosen
@@ -76,12 +73,22 @@ class HopperPlan(Plan):
         self._map.point(x.data_ptr())
         return ()
 
+    def _rounding(self, exponent: int) -> tuple[float, ...]:
+        return _rounding(exponent)
+
+
+@cache
+def _rounding(exponent: int) -> tuple[int, float]:
+    """Twice the float16 -2^(3 - exponent), in one register, and 2^exponent."""
+    (bits,) = struct.unpack("<H", struct.pack("<e", -(2.0 ** (3 - exponent))))
+    return bits * 0x10001, 2.0**exponent
+
 
 def costs(tile: Tile, *, cached: bool = True) -> Costs:
     """What sums over blocks cost with this tile, and whether the L2 cache holds the activations."""
     step = tile.outputs // TILE_N * max(_LEAST, (_PER_TOKEN_ROUNDED if tile.rounded else _PER_TOKEN) * tile.tokens)
     size = tile.outputs * tile.tokens / (256 * 128)
-    split = _SPLIT + (_SPLIT_SIZE_STAGED if tile.rounded else _SPLIT_SIZE) * size
+    split = _SPLIT + (_SPLIT_SIZE_STAGED if tile.staged else _SPLIT_SIZE) * size
     shared = (_SHARED + _SHARED_SIZE * size) / step
     return Costs(shared, split / step, _SPLIT_EACH / step, _SHARED_STEP if cached else _SHARED_STEP_UNCACHED)
 

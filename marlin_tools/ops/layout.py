@@ -15,6 +15,7 @@ piece of 2 KB. With lane = 4 g + t:
 The same words serve `wgmma` with A in registers: its four warps are i = 0..3.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
@@ -33,16 +34,22 @@ TILE_K = 128
 WORDS = TILE_N * TILE_K // 8
 """int32 per packed tile."""
 
+LEAST_EXPONENT, MOST_EXPONENT = -12, 24
+"""Of `exponent_of`: for scales of next to nothing, and for the largest float16."""
+
 _ROWS_AT_ONCE = 1024  # bounds the scratch memory of packing to some bytes per weight of so many outputs
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What kernels read, dense or sparse. `out_features` is the true N; the tensors are padded to a multiple of 64."""
+    """What kernels read, dense or sparse. `out_features` is the true N; the tensors are padded to a multiple of 64. The
+    exponent is `exponent_of` the scales.
+    """
 
     codes: Tensor
     scales: Tensor
     out_features: int
+    exponent: int
 
     @property
     def in_features(self) -> int:
@@ -63,6 +70,17 @@ class PackedWeight(Packed):
     """Dense weights, in the layout above."""
 
 
+def exponent_of(scales: Tensor) -> int:
+    """The power of two by which kernels that round float16 weights make them smaller, and their sums as much greater.
+
+    These kernels multiply with a scale times 2^(24 - exponent): with this one the largest scale just fits float16
+    (`Half::Scales` in kernels/common/element.cuh). Weights are then no more precise than 2^(exponent - 25), 2^-17 of the
+    largest scale.
+    """
+    largest = float(torch.where(scales.isfinite(), scales.abs(), 0).max())
+    return max(math.frexp(largest)[1] + 8, LEAST_EXPONENT)
+
+
 def limits(in_features: int, group_size: int) -> str | None:
     """Why the kernels cannot hold such a weight, or None."""
     if in_features % TILE_K:
@@ -77,8 +95,12 @@ def pack(weight: QuantizedLinear) -> PackedWeight:
     return PackedWeight(*pack_tiles(weight, WORDS, lambda rows, _: _words(rows)))
 
 
-def pack_tiles(weight: QuantizedLinear, words: int, words_of: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Codes, scales and N of a packed weight. `words_of` packs some rows, a multiple of 64, given the number of the first."""
+def pack_tiles(
+    weight: QuantizedLinear, words: int, words_of: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, Tensor, int, int]:
+    """Codes, scales, N and exponent of a packed weight. `words_of` packs some rows, a multiple of 64, given the number of the
+    first.
+    """
     n, k = weight.shape
     reason = limits(k, weight.group_size)
     if reason:
@@ -93,7 +115,7 @@ def pack_tiles(weight: QuantizedLinear, words: int, words_of: Callable[[Tensor, 
         packed[start // TILE_N : start // TILE_N + rows.shape[0] // TILE_N] = words_of(rows, start)
     scales = torch.zeros((tiles * TILE_N, weight.scales.shape[1]), dtype=torch.float16, device=weight.scales.device)
     scales[:n] = weight.scales
-    return packed, scales.view(tiles, TILE_N, -1).transpose(1, 2).contiguous(), n
+    return packed, scales.view(tiles, TILE_N, -1).transpose(1, 2).contiguous(), n, exponent_of(scales)
 
 
 def unpack(packed: PackedWeight) -> QuantizedLinear:

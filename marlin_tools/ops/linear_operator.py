@@ -4,7 +4,8 @@ An operator is functional, has a fake for tracing and a CPU implementation in pl
 `torch.compile(fullgraph=True)`. On a GPU it checks its operands, takes the kernel that the dispatch table names for the shape,
 and launches it by a plan that it keeps.
 
-Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/128 or 1, 64], bias [N], y [M, N], N <= 64 tiles.
+Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/128 or 1, 64], bias [N], y [M, N], N <= 64 tiles;
+the exponent is that of `layout.exponent_of`.
 """
 
 import struct
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from marlin_tools.ops import driver
-from marlin_tools.ops.dispatch import CUBLAS, Tables
-from marlin_tools.ops.layout import TILE_K, TILE_N, Packed
+from marlin_tools.ops.dispatch import CUBLAS, Tables, gpu_of
+from marlin_tools.ops.layout import LEAST_EXPONENT, MOST_EXPONENT, TILE_K, TILE_N, Packed
 from marlin_tools.ops.plan import Plan, ThreadPlans
 from marlin_tools.ops.variants import ELEMENTS, Variant, target_of
 
@@ -26,6 +27,10 @@ _WEIGHTS = struct.Struct("3Q3i4x")  # `struct Weights` in dequantize.cuh
 # Weights that are dequantised and multiplied at once on the cuBLAS path: a bound on the scratch memory. (Chunks small enough to
 # stay in the L2 cache were measured, and are slower: cuBLAS then has too few tiles to fill the GPU.)
 _CUBLAS_CHUNK_BYTES = 512 << 20
+
+# The largest exponent (see `layout.exponent_of`) with which kernels round float16 weights: small ones are then wrong by up to
+# 2^-13. A weight with scales of 16 or more, an outlier beyond 100, goes to cuBLAS instead.
+_MOST_ROUNDED = 12
 
 _library = torch.library.Library("marlin_tools", "DEF")
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
@@ -54,13 +59,17 @@ class LinearOperator:
         self._words, self._tables, self._variant, self._plan, self._reference = words, tables, variant, plan, reference
         self.kept = ThreadPlans()
         """The plans of each thread."""
-        _library.define(f"{name}(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features) -> Tensor")
+        _library.define(
+            f"{name}(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int exponent) -> Tensor"
+        )
         _library.impl(name, self.on_cpu, "CPU")
         _library.impl(name, self.on_cuda, "CUDA")
         torch.library.register_fake(f"marlin_tools::{name}", _fake, lib=_library)
         self._registered: Callable[..., Tensor] = getattr(torch.ops.marlin_tools, name)
 
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int
+    ) -> Tensor:
         """The operation, for eager code without torch's dispatcher: that costs as much as the launch of a kernel.
 
         Whoever wants to see the operator still does: tracers, dispatch modes, tensor subclasses, and autograd, to refuse it.
@@ -72,13 +81,14 @@ class LinearOperator:
             and not (x.requires_grad and torch.is_grad_enabled())
             and not _dispatch_modes()
         ):
-            return self.on_cuda(x, codes, scales, bias, out_features)
-        return self._registered(x, codes, scales, bias, out_features)
+            return self.on_cuda(x, codes, scales, bias, out_features, exponent)
+        return self._registered(x, codes, scales, bias, out_features, exponent)
 
     def prepare(self, weight: Packed, dtype: torch.dtype) -> None:
         """Compile and load every kernel that may be chosen for this weight, whatever M: call it before a graph capture."""
         device = weight.codes.device
-        for choice in self._tables.possible(_target(device.index), weight.out_features, weight.in_features):
+        choices = self._tables.possible(gpu_of(device), weight.out_features, weight.in_features)
+        for choice in (*choices, CUBLAS) if weight.exponent > _MOST_ROUNDED else choices:
             driver.loaded(self._variant(choice, dtype, weight.scales), device)
         torch.cuda.synchronize(device)  # the kernels fetch weights ahead of stream order: these must be complete
 
@@ -87,13 +97,13 @@ class LinearOperator:
     ) -> Tensor:
         """The operation with a named tile or `cublas` instead of the dispatched choice, perhaps compiled for another target."""
         codes, scales, out_features = weight.codes, weight.scales, weight.out_features
-        self.check(x, codes, scales, bias, out_features)
+        self.check(x, codes, scales, bias, out_features, weight.exponent)
         if choice == CUBLAS:
             return self._through_cublas(x, codes, scales, bias, out_features)
         if x.shape[0] == 0:
             return x.new_empty((0, out_features))
         plan = self._plan_for(choice, x, codes, scales, out_features, target or _target(x.device.index))
-        return plan(x, codes, scales, bias)
+        return plan(x, codes, scales, bias, weight.exponent)
 
     def dequantize(self, weight: Packed, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] on its device, equal to `QuantizedLinear.dequantize`."""
@@ -106,7 +116,7 @@ class LinearOperator:
         """Choose anew: the dispatch tables changed."""
         self.kept.plans.clear()
 
-    def check(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> None:
+    def check(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int) -> None:
         """Refuse, by name, what the kernels cannot read."""
         self._check_weight(codes, scales, out_features)
         k = codes.shape[1] * TILE_K
@@ -122,6 +132,8 @@ class LinearOperator:
                 raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
         if bias is not None and (bias.dtype != x.dtype or bias.shape != (out_features,)):
             raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
+        if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
+            raise ValueError(f"exponent must be from {LEAST_EXPONENT} to {MOST_EXPONENT}, got {exponent}")
 
     def _check_weight(self, codes: Tensor, scales: Tensor, out_features: int) -> None:
         if codes.dtype != torch.int32 or codes.ndim != 3 or codes.shape[2] != self._words:
@@ -135,37 +147,47 @@ class LinearOperator:
         if not (tiles - 1) * TILE_N < out_features <= tiles * TILE_N:
             raise ValueError(f"out_features {out_features} does not fit {tiles} tiles of {TILE_N}")
 
-    def on_cpu(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    def on_cpu(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int) -> Tensor:
         """The implementation for a CPU: the reference."""
-        self.check(x, codes, scales, bias, out_features)
+        self.check(x, codes, scales, bias, out_features, exponent)
         return self._reference(x, codes, scales, bias, out_features)
 
-    def on_cuda(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    def on_cuda(
+        self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int
+    ) -> Tensor:
         """The implementation for a GPU: a kernel, or cuBLAS."""
         if x.shape[0] == 0:
-            self.check(x, codes, scales, bias, out_features)
+            self.check(x, codes, scales, bias, out_features, exponent)
             return x.new_empty((0, out_features))
         # Shapes, types and devices that were checked once are recognised by their plan; what is left is checked every time.
         devices = (x.get_device(), codes.get_device(), scales.get_device())
-        key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices)
+        wild = exponent > _MOST_ROUNDED
+        key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
         plan = self.kept.plans.get(key)
         if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
-            self.check(x, codes, scales, bias, out_features)
+            self.check(x, codes, scales, bias, out_features, exponent)
         if plan is None:
-            plan = self._make_plan(x, codes, scales, out_features)
+            plan = self._make_plan(x, codes, scales, out_features, exponent)
             if plan is None:
                 return self._through_cublas(x, codes, scales, bias, out_features)
             self.kept.keep(key, plan)
-        return plan(x, codes, scales, bias)
+        return plan(x, codes, scales, bias, exponent)
 
-    def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int) -> Plan | None:
+    def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, exponent: int) -> Plan | None:
         """How to multiply, or None for cuBLAS."""
         from marlin_tools.ops.selftest import require_trust  # it tests the operators
 
         require_trust(x.device.index)
         target = _target(x.device.index)
-        choice = self._tables.choose(target, x.shape[0], out_features, x.shape[1])
-        return None if choice == CUBLAS else self._plan_for(choice, x, codes, scales, out_features, target)
+        choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
+        if choice == CUBLAS or (exponent > _MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
+            return None
+        return self._plan_for(choice, x, codes, scales, out_features, target)
+
+    def _rounds_float16(self, choice: str, dtype: torch.dtype, scales: Tensor) -> bool:
+        """Whether a tile's kernel applies scales to float16 weights."""
+        variant = self._variant(choice, dtype, scales)
+        return variant.grouped and dtype == torch.float16 and variant.tiles[choice].rounded
 
     def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
         function = driver.loaded(self._variant(choice, x.dtype, scales), x.device, target)
@@ -198,7 +220,7 @@ class LinearOperator:
         launch(stream, codes.data_ptr(), scales.data_ptr(), out.data_ptr(), groups, scales.shape[1], out.shape[0])
 
 
-def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:  # noqa: ARG001
+def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int) -> Tensor:  # noqa: ARG001
     return x.new_empty((x.shape[0], out_features))
 
 

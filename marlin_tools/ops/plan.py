@@ -35,17 +35,17 @@ class Plan:
         self._device_index = x.device.index
         self._shape = (x.shape[0], out_features)
 
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> Tensor:
         """Launch on the current stream of the operands' device."""
         y = x.new_empty(self._shape)
         if self._device_index == torch._C._cuda_getDevice():  # noqa: SLF001  (the public function asks whether CUDA is set up)
-            self._run(x, codes, scales, bias, y)
+            self._run(x, codes, scales, bias, y, exponent)
         else:
             with torch.cuda.device(self._device_index):
-                self._run(x, codes, scales, bias, y)
+                self._run(x, codes, scales, bias, y, exponent)
         return y
 
-    def _run(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def _run(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, exponent: int) -> None:
         stream = driver.current_stream(self._device_index)
         scratch = scratch_for(self._device_index, stream, self._partial_bytes) if self._partial_bytes else 0
         self._launch(
@@ -58,11 +58,16 @@ class Plan:
             scratch + COUNTER_BYTES,
             scratch,
             *self._sizes,
+            *self._rounding(exponent),
         )
 
     def _point(self, x: Tensor) -> tuple[int, ...]:
         """The first fields of the argument: where the activations are."""
         return (x.data_ptr(),)
+
+    def _rounding(self, exponent: int) -> tuple[float, ...]:
+        """The last fields: what a kernel that rounds weights must know of their exponent."""
+        return ()
 
 
 class PartitionPlan(Plan):

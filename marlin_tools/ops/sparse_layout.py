@@ -25,7 +25,7 @@ The same words serve `wgmma.sp` with A in registers: its four warps are i = 0..3
 import torch
 from torch import Tensor
 
-from marlin_tools.ops.layout import TILE_K, TILE_N, Packed, pack_tiles, with_scales
+from marlin_tools.ops.layout import TILE_K, TILE_N, Packed, exponent_of, pack_tiles, with_scales
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 WORDS = 768
@@ -77,7 +77,7 @@ def random_sparse(n: int, k: int, device: torch.device | str, *, per_column: boo
     places = WORDS // 2 - _KEPT_WORDS
     where = _join(legal[torch.randint(0, len(legal), (tiles, groups, 2, 8 * places), device=device)])
     scales = torch.rand((tiles, 1 if per_column else groups, TILE_N), device=device) * 0.004 + 0.004
-    return PackedSparse(torch.cat((kept, where), dim=3).view(tiles, groups, WORDS), scales.half(), n)
+    return PackedSparse(torch.cat((kept, where), dim=3).view(tiles, groups, WORDS), scales.half(), n, exponent_of(scales))
 
 
 def _words(codes: Tensor, first: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The 2:4-sparse operation in plain torch: the oracle of the kernels, and what runs on a CPU."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from marlin_tools.ops import layout, reference
@@ -8,7 +10,7 @@ from marlin_tools.ops.sparse_layout import PackedSparse, unpack_sparse
 
 def w24a16_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Compute x [M, K] times the packed weight, transposed, plus bias."""
-    return reference.linear(x, unpack_sparse(PackedSparse(codes, scales, out_features)), bias)
+    return reference.linear(x, unpack_sparse(PackedSparse(codes, scales, out_features, 0)), bias)
 
 
 def exact(x: Tensor, packed: PackedSparse, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
@@ -23,4 +25,4 @@ def error_bound(x: Tensor, packed: PackedSparse, bias: Tensor | None = None, *, 
 
 def as_dense(packed: PackedSparse) -> layout.PackedWeight:
     """The same weight as the dense kernels read it."""
-    return layout.pack(unpack_sparse(packed))
+    return replace(layout.pack(unpack_sparse(packed)), exponent=packed.exponent)

@@ -73,7 +73,7 @@ class Tile(ABC):
     @property
     def staged(self) -> bool:
         """Whether blocks of a cluster exchange their sums by copies from shared memory, not from registers (`hopper`)."""
-        return self.rounded
+        return self.rounded and self.tokens > 64
 
     @property
     def along_k(self) -> int:
@@ -145,8 +145,8 @@ class TileShape(Tile):
 
     @property
     def rounded(self) -> bool:
-        """From 128 tokens on, where products that must pause for the sums to be scaled would cost more than a rounding."""
-        return self.kernel == "hopper" and self.tokens >= 128
+        """From 64 tokens on, where products that must pause for the sums to be scaled would cost more than a rounding."""
+        return self.kernel == "hopper" and self.tokens >= 64
 
     @property
     def slot_bytes(self) -> int:
@@ -183,6 +183,7 @@ TILES = {
         TileShape("hopper", 8, 2),
         TileShape("hopper", 8, 3, warpgroups=3),
         TileShape("hopper", 8, 4),
+        TileShape("hopper", 8, 8),
         TileShape("hopper", 16, 2),
         TileShape("hopper", 16, 3, warpgroups=3),
         TileShape("hopper", 16, 4),

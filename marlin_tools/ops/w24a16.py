@@ -47,11 +47,7 @@ class _SparseHopperPlan(HopperPlan):
     def alternatives(self) -> list[Deal]:
         tiles, groups, places, clusters = self._room()
         clusters = {size: count for size, count in clusters.items() if size not in _BAD_CLUSTERS}
-        return deals(tiles, groups, places, clusters, after_whole=True)
-
-    def _candidates(self) -> list[Deal]:
-        """Clusters behind whole rounds are slower than their estimate, and than sums through global memory."""
-        return [deal for deal in self.alternatives() if deal.split == 1 or deal.shared_tiles == deal.tiles]
+        return deals(tiles, groups, places, clusters)
 
     def _costs(self) -> Costs:
         tile = self._tile
@@ -96,4 +92,4 @@ check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 
 def sparse_linear(x: Tensor, weight: PackedSparse, bias: Tensor | None = None) -> Tensor:
     """Compute x [M, K] times the weight, transposed, plus bias."""
-    return OPERATOR(x, weight.codes, weight.scales, bias, weight.out_features)
+    return OPERATOR(x, weight.codes, weight.scales, bias, weight.out_features, weight.exponent)

@@ -51,4 +51,4 @@ check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Compute x [M, K] times the weight, transposed, plus bias."""
-    return OPERATOR(x, weight.codes, weight.scales, bias, weight.out_features)
+    return OPERATOR(x, weight.codes, weight.scales, bias, weight.out_features, weight.exponent)

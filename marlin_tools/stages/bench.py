@@ -24,10 +24,10 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.ops import dispatch, reference, sparse_dispatch, sparse_reference, timing, w4a16, w24a16
 from marlin_tools.ops.cubin_cache import default_dir
-from marlin_tools.ops.layout import TILE_K, TILE_N, PackedWeight
+from marlin_tools.ops.layout import TILE_K, TILE_N, PackedWeight, exponent_of
 from marlin_tools.ops.sparse_layout import PackedSparse, random_sparse
 from marlin_tools.ops.sparse_variants import SPARSE_TILES
-from marlin_tools.ops.variants import TILES, target_of
+from marlin_tools.ops.variants import TILES
 from marlin_tools.output import folder, put
 from marlin_tools.settings import Settings
 
@@ -126,7 +126,7 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     """Measure every tile on every shape and write the tables that `ops.dispatch` reads on this machine; the folder."""
     device = _device(settings.device)
     place = folder(default_dir(), hint="point `MARLIN_TOOLS_CACHE` at a folder of your own")
-    target = target_of(device)
+    gpu = dispatch.gpu_of(device)
     shapes = list({(s.k, s.n): s for s in _shapes(settings.models, device)}.values())
     rates = measure_rates(device)
     tables: dict[str, list[dispatch.Measured]] = {kind.name: [] for kind in _KINDS}
@@ -137,7 +137,7 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
             tables[kind.name].append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
         emit(Event("progress", "tuning", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
     for kind in _KINDS:
-        put(kind.tables.tuned_path(), kind.tables.tuned_with(target, tables[kind.name]))
+        put(kind.tables.tuned_path(), kind.tables.tuned_with(gpu, tables[kind.name]))
         kind.tables.forget()
     w4a16.forget_plans()
     w24a16.forget_plans()
@@ -227,11 +227,11 @@ class _Kind:
     multiply_with: Callable[[str, Tensor, Any], Tensor]
     exact: Callable[[Tensor, Any], Tensor]
 
-    def sensible(self, target: str, m: int) -> list[str]:
+    def sensible(self, gpu: str, m: int) -> list[str]:
         """What could be fastest for so many rows."""
-        tiles = [name for name in self.tables.choices_on(target) if name in self.tokens]
+        tiles = [name for name in self.tables.choices_on(gpu) if name in self.tokens]
         most = max(self.tokens[name] for name in tiles)
-        fit = [t for t in tiles if self.tokens[t] < 4 * max(8, m) and (m <= 16 * self.tokens[t] or self.tokens[t] == most)]
+        fit = [t for t in tiles if self.tokens[t] < 4 * max(8, m) and (m <= 16 * self.tokens[t] or 2 * self.tokens[t] >= most)]
         return [*fit, dispatch.CUBLAS] if m >= 64 else fit
 
     def check(self, x: Tensor, packed: Any, choice: str, shape: Shape) -> None:
@@ -283,7 +283,7 @@ class _Problem:
         }
         for kind in _KINDS:
             weights = self.ours[kind.name]
-            choices[kind.name] = kind.tables.choose(target_of(xs[0].device), m, self.shape.n, self.shape.k)
+            choices[kind.name] = kind.tables.choose(dispatch.gpu_of(xs[0].device), m, self.shape.n, self.shape.k)
             kind.check(xs[0], weights[0], choices[kind.name], self.shape)
             contestants[kind.name] = [partial(kind.linear, x, p) for x, p in zip(xs, weights, strict=True)]
         if peers and m >= 64:
@@ -299,7 +299,7 @@ class _Problem:
     def fastest(self, kind: _Kind, m: int) -> str:
         """The best choice for so many rows."""
         xs = self.inputs(m)
-        sensible = kind.sensible(target_of(xs[0].device), m)
+        sensible = kind.sensible(dispatch.gpu_of(xs[0].device), m)
         contestants = {c: self._calls(kind, c, xs) for c in sensible}
         times = timing.time_calls(contestants, replays=6, calls=self.calls(m, 1.5))
         return min(times, key=lambda choice: times[choice].microseconds)
@@ -329,7 +329,7 @@ def _random_weight(shape: Shape, group_size: int, device: torch.device) -> Packe
     tiles, groups = shape.n // TILE_N, shape.k // TILE_K
     codes = torch.randint(-(2**31), 2**31 - 1, (tiles, groups, 1024), dtype=torch.int32, device=device)
     scales = torch.randn((tiles, groups if group_size == TILE_K else 1, TILE_N), device=device).abs() * 0.002 + 0.004
-    return PackedWeight(codes, scales.to(torch.float16), shape.n)
+    return PackedWeight(codes, scales.to(torch.float16), shape.n, exponent_of(scales))
 
 
 def _random_sparse(shape: Shape, group_size: int, device: torch.device) -> PackedSparse:

@@ -23,7 +23,7 @@ from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.ops import PackedWeight
-from marlin_tools.ops.layout import TILE_K, TILE_N
+from marlin_tools.ops.layout import TILE_K, TILE_N, exponent_of
 from marlin_tools.ops.sparse_layout import random_sparse
 from marlin_tools.settings import Settings
 
@@ -166,7 +166,7 @@ def _random_linear(linear: nn.Linear, device: torch.device, *, sparse: bool) -> 
     tiles, groups = -(-n // TILE_N), k // TILE_K
     codes = torch.randint(-(2**31), 2**31 - 1, (tiles, groups, TILE_N * TILE_K // 8), dtype=torch.int32, device=device)
     scales = torch.rand((tiles, groups, TILE_N), device=device) * 0.004 + 0.004
-    return NativeLinear(PackedWeight(codes, scales.half(), n), bias)
+    return NativeLinear(PackedWeight(codes, scales.half(), n, exponent_of(scales)), bias)
 
 
 def _random_values(parameter: Tensor, device: torch.device) -> Tensor:

@@ -100,7 +100,7 @@ def test_large_tiles_scale_weights_and_others_sums():
         if tile.kernel == "hopper":
             text = compile_kernel(Variant("w4a16", torch.float16, name).source("compute_90a"), "compute_90a").image
             assert (b"mul.rn.f16x2" in text) == tile.rounded
-            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.rounded
+            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.staged
 
 
 def test_sparse_tiles_from_64_tokens_on_scale_weights():

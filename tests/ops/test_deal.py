@@ -30,9 +30,9 @@ STUBS = {
 PROGRAM = """
 #include <cstdio>
 #include "w4a16/stretch.cuh"
-template <bool kAfterWhole> void walk(const HopperProblem& p, unsigned units) {
+void walk(const HopperProblem& p, unsigned units) {
     for (unsigned unit = 0; unit < units; ++unit)
-        for (Stretch s = Stretch::first<kAfterWhole>(p, unit, units);; s.next<kAfterWhole>(p, units)) {
+        for (Stretch s = Stretch::first(p, unit, units);; s.next(p, units)) {
             std::printf("%u %u %d %d\\n", unit, s.tile, s.begin, s.end);
             if (!s.more(p)) break;
         }
@@ -40,12 +40,12 @@ template <bool kAfterWhole> void walk(const HopperProblem& p, unsigned units) {
 }
 int main() {
     HopperProblem p = {};
-    unsigned units, steps, after_whole;
-    while (std::scanf("%u %u %d %d %d %d", &after_whole, &units, &p.split, &p.tiles, &p.shared_tiles, &p.groups) == 6) {
+    unsigned units, steps;
+    while (std::scanf("%u %d %d %d %d", &units, &p.split, &p.tiles, &p.shared_tiles, &p.groups) == 5) {
         p.token_tiles = 1;
         steps = p.shared_tiles * p.groups;
         p.schedule = Schedule{steps / units, steps % units};
-        (after_whole ? walk<true> : walk<false>)(p, units);
+        walk(p, units);
     }
 }
 """
@@ -65,11 +65,9 @@ def program(tmp_path_factory):
     return folder / "main"
 
 
-@pytest.mark.parametrize("after_whole", [False, True])
-def test_every_step_once(program, after_whole):
-    asked = [(d, case[1]) for case in CASES for d in deals(*case, CLUSTERS, after_whole=after_whole)]
-    assert after_whole == any(d.split > 1 and d.shared_tiles < d.tiles for d, _ in asked)
-    lines = "".join(f"{after_whole:d} {d.units} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
+def test_every_step_once(program):
+    asked = [(d, case[1]) for case in CASES for d in deals(*case, CLUSTERS)]
+    lines = "".join(f"{d.units} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
     out = subprocess.run([program], input=lines, check=True, capture_output=True, text=True).stdout
     answers = out.split("end\n")[:-1]
     assert len(answers) == len(asked)
@@ -94,7 +92,7 @@ def test_every_step_once(program, after_whole):
 def test_a_unit_leaves_at_most_two_partial_sums(program):
     for tiles, groups, places in CASES:
         d = deals(tiles, groups, places, {})[-1]
-        asked = f"0 {d.units} 1 {d.tiles} {d.shared_tiles} {groups}\n"
+        asked = f"{d.units} 1 {d.tiles} {d.shared_tiles} {groups}\n"
         out = subprocess.run([program], input=asked, check=True, capture_output=True, text=True)
         kinds = [
             (unit, begin == "0")

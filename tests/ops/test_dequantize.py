@@ -12,7 +12,7 @@ SOURCE = (kernels_dir() / "common/element.cuh").read_text()
 
 
 def constant(name, text=SOURCE):
-    return int(re.search(rf"{name} = (0x[0-9A-F]+)", text)[1], 16)
+    return int(re.search(rf"\b{name} = (0x[0-9A-F]+)", text)[1], 16)
 
 
 def halves(word):
@@ -55,13 +55,15 @@ def test_half_is_exact(nibble, code):
 @pytest.mark.parametrize("nibble", range(8))
 def test_bfloat16_is_exact(nibble, code):
     text = SOURCE[SOURCE.index("struct Bfloat16") :]
-    magic, one, offset = (constant(n, text) for n in ("kMagic", "kOne", "kMinus136"))
-    q = word_with(nibble, code) >> 4 * (nibble % 4)
+    factor = constant("kHigh" if nibble % 2 else "kLow", text)
+    q = word_with(nibble, code) >> (8 if nibble % 4 >= 2 else 0)
+    planted = as_bfloat16(q & (0x00F000F0 if nibble % 2 else 0x000F000F))
 
-    exact = as_bfloat16(q & 0x000F000F | magic) * as_bfloat16(one) + as_bfloat16(offset)
+    exact = planted * as_bfloat16(factor) + as_bfloat16(constant("kMinusEight", text))
 
     assert (torch.tensor(exact).to(torch.bfloat16).to(torch.float64).numpy() == exact).all()
-    assert exact[nibble // 4] == code - 8
+    assert "kQuantum = 1.f / 64;" in text
+    assert exact[nibble // 4] * 64 == code - 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

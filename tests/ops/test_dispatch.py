@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from marlin_tools.ops import dispatch
 from marlin_tools.ops.dispatch import CUBLAS, DENSE, Measured
@@ -146,3 +147,14 @@ def test_partition_gives_every_block_work():
 
 def test_targets_are_parsed():
     assert capability_of("compute_80") == 80
+
+
+def test_a_model_of_gpu_may_have_tables_of_its_own(monkeypatch):
+    monkeypatch.setattr(dispatch, "target_of", lambda _: "sm_90a")
+    names = {"NVIDIA H100 80GB HBM3": "sm_90a", "NVIDIA H200": "sm_90a H200", "NVIDIA GH200 480GB": "sm_90a"}
+    for name, gpu in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert dispatch.gpu_of.__wrapped__(torch.device("cuda", 0)) == gpu
+    assert dispatch.table("sm_90a H200") != dispatch.table("sm_90a")
+    assert dispatch.table("sm_90a H300") == dispatch.table("sm_90a")
+    assert set(dispatch.choices_on("sm_90a H200")) == set(dispatch.choices_on("sm_90a"))

@@ -65,7 +65,7 @@ def test_a_lane_owns_eight_neighbouring_outputs():
 
 def test_padding_is_zero_weight():
     packed = layout.pack(random_weight(65, 128, 128))
-    full = layout.unpack(layout.PackedWeight(packed.codes, packed.scales, 128))
+    full = layout.unpack(layout.PackedWeight(packed.codes, packed.scales, 128, packed.exponent))
 
     assert (full.codes[65:] == 8).all()
     assert (full.scales[65:] == 0).all()
@@ -75,6 +75,21 @@ def test_padding_is_zero_weight():
 def test_refuses_what_the_kernels_cannot_hold(k, group_size, words):
     with pytest.raises(ValueError, match=words):
         layout.pack(random_weight(64, k, group_size))
+
+
+@pytest.mark.parametrize(
+    ("largest", "exponent"), [(0.0, 8), (2.0**-24, -12), (0.0078, 1), (0.0079, 2), (-0.0079, 2), (0.5, 8), (65504.0, 24)]
+)
+def test_the_exponent_just_keeps_factors_finite(largest, exponent):
+    scales = torch.tensor([0.0, largest / 2, largest, float("nan"), float("-inf")], dtype=torch.float16)
+
+    found = layout.exponent_of(scales)
+
+    assert found == exponent
+    factors = scales[:3].abs().to(torch.float64) * 2.0 ** (24 - found)
+    assert factors.max() < 65504 + 16
+    assert factors.max() * 2 > 65504 or exponent == layout.LEAST_EXPONENT or not largest
+    assert layout.pack(random_weight(64, 256, 128)).exponent == layout.exponent_of(random_weight(64, 256, 128).scales)
 
 
 def test_sizes_on_the_device():

@@ -94,13 +94,21 @@ REFUSED = {
     "scales is on meta": lambda a: a | {"scales": a["scales"].to("meta")},
     "out_features 129": lambda a: a | {"out_features": 129},
     "out_features 64": lambda a: a | {"out_features": 64},
+    "exponent must be from -12 to 24, got 25": lambda a: a | {"exponent": 25},
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refuses_by_name(family, message):
     _, packed, x = make(family)
-    arguments = {"x": x, "codes": packed.codes, "scales": packed.scales, "bias": None, "out_features": 72}
+    arguments = {
+        "x": x,
+        "codes": packed.codes,
+        "scales": packed.scales,
+        "bias": None,
+        "out_features": 72,
+        "exponent": packed.exponent,
+    }
     family.module.check(**arguments)
 
     with pytest.raises((ValueError, TypeError), match=message):
@@ -110,21 +118,21 @@ def test_refuses_by_name(family, message):
 def test_weights_of_the_other_operator_are_refused():
     weight, packed, x = make(FAMILIES["sparse"])
     with pytest.raises(ValueError, match=r"codes must be int32 \[N/64, K/128, 1024\]"):
-        w4a16.check(x, packed.codes, packed.scales, None, 72)
+        w4a16.check(x, packed.codes, packed.scales, None, 72, packed.exponent)
     dense = ops.pack(weight)
     with pytest.raises(ValueError, match=r"codes must be int32 \[N/64, K/128, 768\]"):
-        w24a16.check(x, dense.codes, dense.scales, None, 72)
+        w24a16.check(x, dense.codes, dense.scales, None, 72, dense.exponent)
 
 
 def test_opcheck(family):
     _, packed, x = make(family)
     for bias in (None, torch.zeros(72, dtype=torch.float16)):
-        torch.library.opcheck(family.overload, (x, packed.codes, packed.scales, bias, 72))
+        torch.library.opcheck(family.overload, (x, packed.codes, packed.scales, bias, 72, packed.exponent))
 
 
 def test_fake_knows_the_shape(family):
     _, packed, x = make(family)
-    y = family.overload(x.to("meta"), packed.codes.to("meta"), packed.scales.to("meta"), None, 72)
+    y = family.overload(x.to("meta"), packed.codes.to("meta"), packed.scales.to("meta"), None, 72, packed.exponent)
     assert y.shape == (3, 72)
     assert y.dtype == torch.float16
 

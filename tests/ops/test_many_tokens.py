@@ -57,9 +57,9 @@ template <class E, int kTokens> struct SparseWarpgroup {
 };
 
 struct Element {
-    struct Scales { u32 pair; void set(u32 value) { pair = value; } };
+    struct Scales { u32 pair; void set(u32 value, u32) { pair = value; } };
     static void dequantize(u32 q, u32 (&a)[4]) { a[0] = q; a[1] = 0; }
-    static void scale(u32 (&a)[4], const Scales& s) { a[1] = s.pair; }
+    static void weights(u32 q, const Scales& s, u32 (&a)[4]) { a[0] = q; a[1] = s.pair; }
 };
 
 template <int kTokens_, int kWarpgroups_, int kTiles_, int kSlots_> struct Tile {
@@ -79,6 +79,7 @@ template <class T> struct Place {
 };
 
 template <class T> struct HopperWarp {
+    struct { u32 minus_eight_shrunk; } p;
     u8* const memory;
     const int warp, lane, tile, fragment;
     Place<T> place;
@@ -91,6 +92,7 @@ template <class T, class E, bool kGrouped> struct SparseWarp : HopperWarp<T> {
     void finish(const Stretch&) {}
 };
 
+inline void __syncwarp() {}
 inline u32 shared_address(const void*) { return 0; }
 inline u64 swizzled_descriptor(u32 shared) { return shared / 16; }
 inline void barrier_wait_if(bool wanted, u32 slot, u32 parity) { on_wait(wanted, slot, parity); }

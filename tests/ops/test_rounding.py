@@ -1,11 +1,27 @@
-"""Weights that a kernel scales: the product of code and scale, rounded once, for every code and every scale that there is."""
+"""Weights that a kernel scales: the product of code and scale, rounded once, for every code and every scale that there is.
+
+What `Half` and `Bfloat16` do in kernels/common/element.cuh, bit for bit in torch. A fused operation rounds the exact result,
+which float64 holds.
+"""
+
+import re
 
 import pytest
 import torch
 
 from marlin_tools import ops
 from marlin_tools.ops import reference
+from marlin_tools.ops.hopper import _rounding
+from marlin_tools.ops.layout import exponent_of
 from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.resources import kernels_dir
+
+
+def constants(struct, name, dtype):
+    """The two 16-bit numbers of a constant of this struct, low first."""
+    source = (kernels_dir() / "common/element.cuh").read_text()
+    word = int(re.search(rf"\b{name} = 0x([0-9A-F]{{8}})", source[source.index(f"struct {struct} ") :])[1], 16)
+    return torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float64).tolist()
 
 
 def all_scales():
@@ -14,30 +30,63 @@ def all_scales():
     return scales[scales.isfinite()]
 
 
-def test_float16_multiplication_is_dequantize():
-    codes, scales = torch.arange(16, dtype=torch.uint8), all_scales()
-    weight = QuantizedLinear(codes.repeat(len(scales), 1), scales[:, None], 16)
-
-    product = (codes.to(torch.float16) - 8) * scales[:, None]  # what `Half::scale` does
-
-    assert torch.equal(product, weight.dequantize(torch.float16))
+def every_product(scales):
+    """All codes times these scales: a row each."""
+    return QuantizedLinear(torch.arange(16, dtype=torch.uint8).repeat(len(scales), 1), scales[:, None], 16)
 
 
-def test_bfloat16_in_two_parts_is_dequantize():
-    codes, scales = torch.arange(16, dtype=torch.uint8), all_scales()
-    weight = QuantizedLinear(codes.repeat(len(scales), 1), scales[:, None], 16)
+def planted(row, dtype):
+    """The sixteen codes alone in the bits where the kernel leaves those of a fragment's first or second row."""
+    return (torch.arange(16, dtype=torch.int32) << 4 * row).to(torch.int16).view(dtype).to(torch.float64)
 
-    # What `Bfloat16::scale` does. A fused operation rounds the exact sum; float64 holds it.
-    whole = scales.to(torch.float32)[:, None]
-    first = (whole.view(torch.int32) & -65536).view(torch.float32)
-    rest = whole - first
-    small = (codes.to(torch.float32) - 8) * rest
-    for part in (first, rest, small):
-        assert torch.equal(part.to(torch.bfloat16).to(torch.float32), part)  # exact
-    together = (codes.to(torch.float64) - 8) * first.to(torch.float64) + small.to(torch.float64)
-    assert torch.equal(together.to(torch.float32).to(torch.float64), together)  # so one rounding is left
 
-    assert torch.equal(together.to(torch.bfloat16), weight.dequantize(torch.bfloat16))
+def once(exact, dtype):
+    """A rounded operation, in the type and back."""
+    assert torch.equal(exact.to(torch.float32).to(torch.float64), exact)
+    return exact.to(dtype).to(torch.float64)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("largest", [2.0**-24, 6e-5, 0.004, 0.0312, 0.5, 65504.0])
+def test_float16_weights(row, largest):
+    scales = all_scales()
+    scales = scales[scales.abs() <= largest]
+    exponent = exponent_of(scales)
+    (shrunk, growth), dtype = _rounding(exponent), torch.float16
+    minus_eight = torch.tensor([shrunk & 0xFFFF], dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float64)
+    exact = scales.to(torch.float64)[:, None]
+
+    offset = once(exact * minus_eight, dtype)
+    factor = once(offset * constants("Half", "kPlanted", dtype)[row], dtype)
+    factor = once(factor * constants("Half", "kRest", dtype)[row], dtype)
+    weights = once(planted(row, dtype) * factor + offset, dtype)
+
+    assert factor.isfinite().all()
+    weight = every_product(scales)
+    assert torch.equal(weights * growth, reference.rounded_weight(weight, dtype, exponent))
+    # The same as everybody's float16 weights, except where these or the smaller ones are subnormal, or too large for float16.
+    usual = weight.dequantize(dtype).to(torch.float64)
+    differs = weights * growth != usual
+    assert (usual[differs].abs() < 2.0 ** (max(exponent, 0) - 14)).logical_or(usual[differs].isinf()).all()
+    true = (weight.codes.to(torch.float64) - 8) * exact
+    assert ((weights * growth - true).abs() <= true.abs() * 2**-11 + 2.0 ** (exponent - 24)).all()
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_bfloat16_weights(row):
+    scales, dtype = all_scales(), torch.bfloat16
+    rounded = once(scales.to(torch.float64)[:, None], dtype)
+
+    offset = once(rounded * constants("Bfloat16", "kMinusEightShrunk", dtype)[row], dtype)
+    factor = once(rounded * constants("Bfloat16", "kPlanted", dtype)[row], dtype)
+    weights = once(planted(row, dtype) * factor + offset, dtype)
+
+    assert factor.isfinite().all()
+    expected = reference.rounded_weight(every_product(scales), dtype, 0)
+    assert torch.equal(weights * 2.0**22, expected)
+    as_in_a_bfloat16_checkpoint = every_product(scales).dequantize(torch.float32)  # of scales that are exact in it
+    exact = scales.to(dtype).to(torch.float32) == scales.to(torch.float32)
+    assert torch.equal(expected[exact], as_in_a_bfloat16_checkpoint[exact].to(dtype).to(torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -52,6 +101,7 @@ def test_reference_rounds_grouped_weights_alone(dtype):
 
         rounded = reference.exact(x, packed, rounded=True)
 
-        used = weight.dequantize(dtype) if group_size == 128 else weight.dequantize(torch.float64)
-        assert torch.equal(rounded, x.to(torch.float64) @ used.to(torch.float64).T)
+        grouped = reference.rounded_weight(weight, dtype, packed.exponent)
+        used = grouped if group_size == 128 else weight.dequantize(torch.float64)
+        assert torch.equal(rounded, x.to(torch.float64) @ used.T)
         assert torch.equal(rounded, reference.exact(x, packed)) == (group_size == 256)

@@ -103,7 +103,7 @@ def test_kept_positions_are_the_nonzeros_and_then_the_first_zeros():
 
 def test_padding_is_zero_weight():
     packed = sparse_layout.pack_sparse(sparse_weight(65, 128, 128))
-    full = sparse_layout.unpack_sparse(sparse_layout.PackedSparse(packed.codes, packed.scales, 128))
+    full = sparse_layout.unpack_sparse(sparse_layout.PackedSparse(packed.codes, packed.scales, 128, packed.exponent))
 
     assert (full.codes[65:] == ZERO).all()
     assert (full.scales[65:] == 0).all()

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from marlin_tools.ops import dispatch, sparse_dispatch, w24a16
-from marlin_tools.ops.deal import Deal
 from marlin_tools.ops.dispatch import Measured
 from marlin_tools.ops.sparse_variants import SPARSE_TILES, sparse_kernels
 from marlin_tools.ops.variants import TARGETS, capability_of
@@ -63,11 +62,3 @@ def test_work_is_shared_out_completely(target):
                 assert units == tiles
                 assert blocks % split == 0
                 assert split == 1 or (blocks == tiles * split and groups >= tile.along_k * split <= groups)
-
-
-def test_clusters_behind_whole_rounds_are_measured_but_not_chosen(monkeypatch):
-    whole, shared, behind, split = Deal(132, 1, 176), Deal(132, 1, 176, 176), Deal(132, 3, 176, 44), Deal(88, 2, 44, 44)
-    plan = w24a16._SparseHopperPlan.__new__(w24a16._SparseHopperPlan)
-    monkeypatch.setattr(plan, "alternatives", lambda: [whole, shared, behind, split])
-
-    assert plan._candidates() == [whole, shared, split]
