@@ -130,7 +130,7 @@ def join(linears: Sequence[NativeLinear]) -> NativeLinear | None:
     if len({type(linear) for linear in linears}) > 1 or len(alike) > 1 or any(n % TILE_N for n in outputs):
         return None
     whole = copy.deepcopy(linears[0]).to("meta")
-    whole.out_features = sum(outputs)
+    whole.out_features, whole.exponent = sum(outputs), max(linear.exponent for linear in linears)
     for name in tensors[0]:
         joined = torch.cat([each[name] for each in tensors])
         setattr(whole, name, joined)

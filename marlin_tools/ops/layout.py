@@ -37,6 +37,13 @@ WORDS = TILE_N * TILE_K // 8
 LEAST_EXPONENT, MOST_EXPONENT = -12, 24
 """Of `exponent_of`: for scales of next to nothing, and for the largest float16."""
 
+MOST_ROUNDED = 12
+"""The largest exponent with which kernels round float16 weights: small ones are then wrong by up to 2^-13. A weight with scales
+of 16 or more, an outlier beyond 100, goes to cuBLAS instead.
+"""
+
+_EXPONENTS = (LEAST_EXPONENT, -2, 8, MOST_ROUNDED)
+
 _ROWS_AT_ONCE = 1024  # bounds the scratch memory of packing to some bytes per weight of so many outputs
 
 
@@ -73,12 +80,13 @@ class PackedWeight(Packed):
 def exponent_of(scales: Tensor) -> int:
     """The power of two by which kernels that round float16 weights make them smaller, and their sums as much greater.
 
-    These kernels multiply with a scale times 2^(24 - exponent): with this one the largest scale just fits float16
-    (`Half::Scales` in kernels/common/element.cuh). Weights are then no more precise than 2^(exponent - 25), 2^-17 of the
-    largest scale.
+    These kernels multiply with a scale times 2^(24 - exponent), which must fit float16 (`Half::Scales` in
+    kernels/common/element.cuh), and weights are no more precise than 2^(exponent - 25). One of few values, so that what
+    `torch.compile` makes of a layer serves others too: 8 for scales from a thousandth to 1, those of every usual model.
     """
     largest = float(torch.where(scales.isfinite(), scales.abs(), 0).max())
-    return max(math.frexp(largest)[1] + 8, LEAST_EXPONENT)
+    least = math.frexp(largest)[1] + 8
+    return next((exponent for exponent in _EXPONENTS if least <= exponent), least)
 
 
 def limits(in_features: int, group_size: int) -> str | None:

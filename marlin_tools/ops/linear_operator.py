@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from marlin_tools.ops import driver
 from marlin_tools.ops.dispatch import CUBLAS, Tables, gpu_of
-from marlin_tools.ops.layout import LEAST_EXPONENT, MOST_EXPONENT, TILE_K, TILE_N, Packed
+from marlin_tools.ops.layout import LEAST_EXPONENT, MOST_EXPONENT, MOST_ROUNDED, TILE_K, TILE_N, Packed
 from marlin_tools.ops.plan import Plan, ThreadPlans
 from marlin_tools.ops.variants import ELEMENTS, Variant, target_of
 
@@ -27,10 +27,6 @@ _WEIGHTS = struct.Struct("3Q3i4x")  # `struct Weights` in dequantize.cuh
 # Weights that are dequantised and multiplied at once on the cuBLAS path: a bound on the scratch memory. (Chunks small enough to
 # stay in the L2 cache were measured, and are slower: cuBLAS then has too few tiles to fill the GPU.)
 _CUBLAS_CHUNK_BYTES = 512 << 20
-
-# The largest exponent (see `layout.exponent_of`) with which kernels round float16 weights: small ones are then wrong by up to
-# 2^-13. A weight with scales of 16 or more, an outlier beyond 100, goes to cuBLAS instead.
-_MOST_ROUNDED = 12
 
 _library = torch.library.Library("marlin_tools", "DEF")
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
@@ -88,7 +84,7 @@ class LinearOperator:
         """Compile and load every kernel that may be chosen for this weight, whatever M: call it before a graph capture."""
         device = weight.codes.device
         choices = self._tables.possible(gpu_of(device), weight.out_features, weight.in_features)
-        for choice in (*choices, CUBLAS) if weight.exponent > _MOST_ROUNDED else choices:
+        for choice in (*choices, CUBLAS) if weight.exponent > MOST_ROUNDED else choices:
             driver.loaded(self._variant(choice, dtype, weight.scales), device)
         torch.cuda.synchronize(device)  # the kernels fetch weights ahead of stream order: these must be complete
 
@@ -161,7 +157,7 @@ class LinearOperator:
             return x.new_empty((0, out_features))
         # Shapes, types and devices that were checked once are recognised by their plan; what is left is checked every time.
         devices = (x.get_device(), codes.get_device(), scales.get_device())
-        wild = exponent > _MOST_ROUNDED
+        wild = exponent > MOST_ROUNDED
         key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
         plan = self.kept.plans.get(key)
         if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
@@ -180,7 +176,7 @@ class LinearOperator:
         require_trust(x.device.index)
         target = _target(x.device.index)
         choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
-        if choice == CUBLAS or (exponent > _MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
+        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
             return None
         return self._plan_for(choice, x, codes, scales, out_features, target)
 

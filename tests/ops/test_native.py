@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,18 @@ def test_sparse_linears_are_joined_among_themselves():
     assert torch.equal(whole(x), expected)
     assert torch.equal(torch.cat([linear(x) for linear in sparse], dim=1), expected)
     assert join([sparse[0], build(quantised(64), None, torch.device("cpu"), torch.float16)]) is None
+
+
+def test_joined_linears_have_the_exponent_of_the_largest_scale():
+    layers = [quantised(64), quantised(64), quantised(64)]
+    layers[1].scales.fill_(3.0)
+    linears = [build(layer, None, torch.device("cpu"), torch.float16) for layer in layers]
+
+    whole = join(linears)
+
+    together = QuantizedLinear(torch.cat([w.codes for w in layers]), torch.cat([w.scales for w in layers]), 128)
+    assert whole.exponent == ops.pack(together).exponent > linears[0].exponent
+    assert whole.weight.exponent == whole.exponent
 
 
 def test_says_what_it_is():
@@ -173,3 +186,27 @@ def test_whoever_watches_still_sees_the_operator(weight):
         assert not linear(x.clone().requires_grad_()).requires_grad
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert linear(mode.from_tensor(x)).shape == (3, 128)
+
+
+def test_one_compilation_serves_layers_with_other_scales():
+    """As when blocks of a model are compiled one by one: whatever differs between them would be compiled for again."""
+    layers = [
+        NativeLinear(ops.pack(QuantizedLinear(torch.full((64, 128), 9, dtype=torch.uint8), scales, 128)))
+        for scales in (torch.full((64, 1), scale, dtype=torch.float16) for scale in (0.002, 0.01, 0.06, 0.4))
+    ]
+    counter = CompileCounter()
+
+    class Block(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Block.forward, backend=counter, fullgraph=True)
+    for layer in layers:
+        x = torch.randn((3, 128)).half()
+        assert torch.equal(compiled(Block(layer), x), layer(x) + 1)
+    assert counter.frame_count == 1
