@@ -24,13 +24,23 @@ __device__ __forceinline__ float half_to_float(u16 h) {
 
 // Two codes, planted, times the factor of one row, low or high, plus the offset of the same row. Written so that one instruction picks
 // the halves of both operands by itself.
-#define SCALED_WEIGHTS(TYPE, ROW, WEIGHTS, CODES, SCALES)                                                      \
-    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"                                                 \
-        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n"                                       \
-        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n"                                       \
-        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                                                           \
-        : "=r"(WEIGHTS)                                                                                        \
-        : "r"(CODES), "r"((SCALES).factors), "r"((SCALES).offsets))
+#define SCALED(TYPE, ROW, WEIGHTS, CODES)                                                                 \
+    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"                                            \
+        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n"                                  \
+        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n"                                  \
+        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                                                      \
+        : "=r"(WEIGHTS)                                                                                   \
+        : "r"(CODES), "r"(scales.factors), "r"(scales.offsets))
+
+// Eight codes times their scales, made smaller by the type's power of two.
+#define SCALED_WEIGHTS(TYPE)                                                                              \
+    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {            \
+        _Pragma("unroll") for (int p = 0; p < 4; p += 2) {                                                \
+            SCALED(TYPE, "low", a[p], q & 0x000F000F);                                                    \
+            SCALED(TYPE, "high", a[p + 1], q & 0x00F000F0);                                               \
+            q >>= 8;                                                                                      \
+        }                                                                                                 \
+    }
 
 struct Half {
     static constexpr float kQuantum = 1.f;
@@ -62,15 +72,7 @@ struct Half {
         }
     };
 
-    // Eight codes times their scales, made smaller by 2^exponent.
-    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {
-#pragma unroll
-        for (int p = 0; p < 4; p += 2) {
-            SCALED_WEIGHTS("f16x2", "low", a[p], q & 0x000F000F, scales);
-            SCALED_WEIGHTS("f16x2", "high", a[p + 1], q & 0x00F000F0, scales);
-            q >>= 8;
-        }
-    }
+    SCALED_WEIGHTS("f16x2")
 
     // What sums of weights are multiplied by.
     __device__ __forceinline__ static float growth(float two_to_exponent) { return two_to_exponent; }
@@ -119,14 +121,7 @@ struct Bfloat16 {
         }
     };
 
-    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {
-#pragma unroll
-        for (int p = 0; p < 4; p += 2) {
-            SCALED_WEIGHTS("bf16x2", "low", a[p], q & 0x000F000F, scales);
-            SCALED_WEIGHTS("bf16x2", "high", a[p + 1], q & 0x00F000F0, scales);
-            q >>= 8;
-        }
-    }
+    SCALED_WEIGHTS("bf16x2")
 
     __device__ __forceinline__ static float growth(float) { return 4194304.f; }
 
@@ -155,3 +150,4 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 shared) {
 }
 
 #undef SCALED_WEIGHTS
+#undef SCALED
