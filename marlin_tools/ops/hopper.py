@@ -17,7 +17,7 @@ _PROBLEM = struct.Struct("6Q8i3If32x")  # `struct HopperProblem` in stretch.cuh 
 
 # Microseconds on an H100, fitted to the measured times of all deals: a packed tile and group, by tokens (fewer if weights are
 # rounded) and at least; then sums over blocks, at all and by the size of a block's tile relative to 128 x 256, through global
-# memory and through a cluster's shared memory (staged with rounded weights), there also for each block. Shared steps take so
+# memory and through a cluster's shared memory (staged or not), there also for each block. Shared steps take so
 # many times as long, with activations of less than this part of the L2 cache, and of more.
 _PER_TOKEN, _PER_TOKEN_ROUNDED, _LEAST = 0.0044, 0.0033, 0.096
 _SHARED, _SHARED_SIZE = 4.0, 14.0
@@ -74,11 +74,11 @@ class HopperPlan(Plan):
         return ()
 
     def _rounding(self, exponent: int) -> tuple[float, ...]:
-        return _rounding(exponent)
+        return powers(exponent)
 
 
 @cache
-def _rounding(exponent: int) -> tuple[int, float]:
+def powers(exponent: int) -> tuple[int, float]:
     """Twice the float16 -2^(3 - exponent), in one register, and 2^exponent."""
     (bits,) = struct.unpack("<H", struct.pack("<e", -(2.0 ** (3 - exponent))))
     return bits * 0x10001, 2.0**exponent
@@ -94,5 +94,5 @@ def costs(tile: Tile, *, cached: bool = True) -> Costs:
 
 
 def _pieces(tile: Tile, split: int) -> int:
-    """Shares of a tile that a block of a cluster needs room for: what arrives, and with rounded weights what it sends."""
+    """Shares of a tile that a block of a cluster needs room for: what arrives, and where sums are staged what it sends."""
     return 2 * split - 1 if tile.staged else split

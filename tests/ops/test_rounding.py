@@ -11,7 +11,7 @@ import torch
 
 from marlin_tools import ops
 from marlin_tools.ops import reference
-from marlin_tools.ops.hopper import _rounding
+from marlin_tools.ops.hopper import powers
 from marlin_tools.ops.layout import exponent_of
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.resources import kernels_dir
@@ -52,7 +52,7 @@ def test_float16_weights(row, largest):
     scales = all_scales()
     scales = scales[scales.abs() <= largest]
     exponent = exponent_of(scales)
-    (shrunk, growth), dtype = _rounding(exponent), torch.float16
+    (shrunk, growth), dtype = powers(exponent), torch.float16
     minus_eight = torch.tensor([shrunk & 0xFFFF], dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float64)
     exact = scales.to(torch.float64)[:, None]
 
