@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), marlin-tools needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "installing into $(VENV) (once; a minute or two)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -c constraints.txt hatchling editables
+	@$(INSTALL) -c constraints.txt hatchling editables setuptools wheel
 	@$(INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
@@ -71,7 +71,7 @@ lock: ## write constraints.txt anew: the newest versions that work together, tor
 	@build/lock/bin/python -m pip install --quiet hatchling editables
 	@build/lock/bin/python -m pip install --quiet --no-build-isolation torch==2.13.0 -e '.[dev]'
 	@{ grep '^#' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable --all | \
-		sed -E '/^(pip|wheel)==/d; s/\+[a-z0-9.]+$$//'; } > build/constraints.txt
+		sed -E '/^pip==/d; s/\+[a-z0-9.]+$$//'; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt
 
 clean: ## remove the virtual environment, caches and builds; results in runs/ stay

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from marlin_tools.backends import load
-    from marlin_tools.checkpoint import Checkpoint
+    from marlin_tools.checkpoint.reader import Checkpoint
+    from marlin_tools.compress.export import export
+    from marlin_tools.compress.prune import PruneSettings, prune
+    from marlin_tools.compress.quantize import QuantizeSettings, quantize
+    from marlin_tools.data.calibrate import calibrate
     from marlin_tools.data.tokens import TokenSet
+    from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+    from marlin_tools.evaluation.generate import GenerateSettings, generate
     from marlin_tools.quantized import QuantizedLinear
-    from marlin_tools.recipe import Recipe
-    from marlin_tools.stages.calibrate import calibrate
-    from marlin_tools.stages.evaluate import EvaluateSettings, evaluate
-    from marlin_tools.stages.export import export
-    from marlin_tools.stages.finetune import FinetuneSettings, finetune
-    from marlin_tools.stages.generate import GenerateSettings, generate
-    from marlin_tools.stages.inspect import inspect
-    from marlin_tools.stages.prune import PruneSettings, prune
-    from marlin_tools.stages.quantize import QuantizeSettings, quantize
-    from marlin_tools.stages.verify import verify
+    from marlin_tools.recipe.recipe import Recipe
+    from marlin_tools.training.finetune import FinetuneSettings, finetune
+    from marlin_tools.verification.inspect import inspect
+    from marlin_tools.verification.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,25 +47,25 @@ __all__ = [
 ]
 
 _HOME = {
-    "Checkpoint": "marlin_tools.checkpoint",
-    "EvaluateSettings": "marlin_tools.stages.evaluate",
-    "FinetuneSettings": "marlin_tools.stages.finetune",
-    "GenerateSettings": "marlin_tools.stages.generate",
-    "PruneSettings": "marlin_tools.stages.prune",
-    "QuantizeSettings": "marlin_tools.stages.quantize",
+    "Checkpoint": "marlin_tools.checkpoint.reader",
+    "EvaluateSettings": "marlin_tools.evaluation.evaluate",
+    "FinetuneSettings": "marlin_tools.training.finetune",
+    "GenerateSettings": "marlin_tools.evaluation.generate",
+    "PruneSettings": "marlin_tools.compress.prune",
+    "QuantizeSettings": "marlin_tools.compress.quantize",
     "QuantizedLinear": "marlin_tools.quantized",
-    "Recipe": "marlin_tools.recipe",
+    "Recipe": "marlin_tools.recipe.recipe",
     "TokenSet": "marlin_tools.data.tokens",
-    "calibrate": "marlin_tools.stages.calibrate",
-    "evaluate": "marlin_tools.stages.evaluate",
-    "export": "marlin_tools.stages.export",
-    "finetune": "marlin_tools.stages.finetune",
-    "generate": "marlin_tools.stages.generate",
-    "inspect": "marlin_tools.stages.inspect",
+    "calibrate": "marlin_tools.data.calibrate",
+    "evaluate": "marlin_tools.evaluation.evaluate",
+    "export": "marlin_tools.compress.export",
+    "finetune": "marlin_tools.training.finetune",
+    "generate": "marlin_tools.evaluation.generate",
+    "inspect": "marlin_tools.verification.inspect",
     "load": "marlin_tools.backends",
-    "prune": "marlin_tools.stages.prune",
-    "quantize": "marlin_tools.stages.quantize",
-    "verify": "marlin_tools.stages.verify",
+    "prune": "marlin_tools.compress.prune",
+    "quantize": "marlin_tools.compress.quantize",
+    "verify": "marlin_tools.verification.verify",
 }
 
 

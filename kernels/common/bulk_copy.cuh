@@ -4,7 +4,7 @@
 
 #include "common/types.cuh"
 
-// A matrix in global memory as the copy engine knows it: made by the driver (`ops/tensor_map.py`), opaque here.
+// A matrix in global memory as the copy engine knows it: made by the driver (`ops/runtime/tensor_map.py`), opaque here.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };

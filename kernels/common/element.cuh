@@ -63,7 +63,7 @@ struct Half {
     struct Scales {
         u32 factors, offsets;
 
-        // Both scales, and -2^(3 - exponent) twice: `exponent_of` in ops/layout.py says which exponent keeps factors finite.
+        // Both scales, and -2^(3 - exponent) twice: `exponent_of` in ops/linear/layout.py says which exponent keeps factors finite.
         __device__ __forceinline__ void set(u32 pair, u32 minus_eight_shrunk) {
             constexpr u32 kPlanted = 0xE800F800, kRest = 0x54005400;  // -2^15 and -2^11, 2^6: in two steps, as 2^21 is no float16
             asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(offsets) : "r"(pair), "r"(minus_eight_shrunk));

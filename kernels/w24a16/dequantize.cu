@@ -1,7 +1,7 @@
 // Packed 2:4-sparse weights back to a plain [N, K] matrix, rounded once from the float32 product: the path for many rows hands it
 // to cuBLAS.
 #include "w24a16/sparse.cuh"
-#include "w4a16/dequantize.cuh"
+#include "linear/dequantize.cuh"
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Weights w) {

@@ -1,4 +1,4 @@
-// From 64 tokens on: scales are applied to the weights, each of which is rounded once (`rounded_weight` in ops/reference.py).
+// From 64 tokens on: scales are applied to the weights, each of which is rounded once (`rounded_weight` in ops/linear/reference.py).
 //
 // So nobody reads the sums before a tile is done, and no warpgroup waits for anything but its own weights: while products run, the
 // weights of the next are converted. With one scale per output these are integers, and the sums are scaled at the end.

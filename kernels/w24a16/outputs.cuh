@@ -2,7 +2,7 @@
 #pragma once
 
 #include "w24a16/sparse.cuh"
-#include "w4a16/hopper.cuh"
+#include "linear/hopper.cuh"
 
 template <class T, class E, bool kGrouped>
 struct SparseWarp : HopperWarp<T> {

@@ -6,7 +6,7 @@
 // with sparsity selector s, the hardware reads them from lanes 2 s and 2 s + 1 of each four.
 #pragma once
 
-#include "w4a16/multiply.cuh"
+#include "linear/multiply.cuh"
 
 constexpr int kKeptBytes = 1024;                // codes of a half
 constexpr int kSparseHalf = kKeptBytes + 512;   // and positions

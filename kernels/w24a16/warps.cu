@@ -4,7 +4,7 @@
 // columns. Scales are applied to float32 sums, as in the dense kernels, so the tensor cores see the exact integers -8..7.
 #include "common/cluster.cuh"
 #include "w24a16/ring.cuh"
-#include "w4a16/finish.cuh"
+#include "linear/finish.cuh"
 
 // How a block's eight warps share the work of one slot. kWarpsN * kWarpsT * kWarpsK = 8.
 template <int kBlocks_,    // n8 token blocks per warp; a warp computes 64 outputs x (8 kBlocks) tokens

@@ -1,5 +1,5 @@
 // Packed weights back to a plain [N, K] matrix, rounded once from the float32 product: the large-M path hands it to cuBLAS.
-#include "w4a16/dequantize.cuh"
+#include "linear/dequantize.cuh"
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Weights w) {

@@ -9,7 +9,7 @@
 // second set of sums and half an instruction per token, output and group, and the products must end before each scaling.
 // From 64 tokens on, they are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing:
 // products follow each other without a pause.
-#include "w4a16/hopper.cuh"
+#include "linear/hopper.cuh"
 
 template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
 using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes, (kTokens >= 64)>;

@@ -8,7 +8,7 @@
 // through its own ring, so the loop has no barrier, and eight warps are in eight different places of it. README.md has the
 // layout of the packed weights, the reasoning and the measurements.
 #include "common/cluster.cuh"
-#include "w4a16/finish.cuh"
+#include "linear/finish.cuh"
 
 template <int kBlocks_,    // n8 token blocks: 8 or 16 tokens
           int kWarpsN_,    // warps side by side along the outputs, 64 each; the other 8 / kWarpsN split the inputs

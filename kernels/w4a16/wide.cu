@@ -2,7 +2,7 @@
 //
 // The product is that of narrow.cu. Here the warps of a block share activations and weights in one ring of shared-memory slots,
 // filled by cp.async with one barrier per slot, because activations are now as many bytes as weights.
-#include "w4a16/finish.cuh"
+#include "linear/finish.cuh"
 
 // How a block's eight warps share the work of one slot. kWarpsN * kWarpsT * kWarpsK = 8.
 template <int kBlocks_,    // n8 token blocks per warp; a warp computes 64 outputs x (8 kBlocks) tokens

@@ -19,8 +19,8 @@ from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
 from marlin_tools.algorithms.solved import Solved, as_solved
 from marlin_tools.algorithms.sweep import sweep
-from marlin_tools.crew import ALONE, Crew
-from marlin_tools.ops.solver import BLOCK, Grid
+from marlin_tools.distributed.crew import ALONE, Crew
+from marlin_tools.ops.solver.kernels import BLOCK, Grid
 from marlin_tools.quantized import ZERO
 from marlin_tools.settings import Settings
 from marlin_tools.stopwatch import span
@@ -88,7 +88,7 @@ class GPTQ(Settings):
         n, k = weight.shape
         order = hessian.energy_order() if self.order == "energy" else torch.arange(k, device=weight.device)
         with span("factor"):
-            factor = hessian.factorise(self.damp, name, order, crew)
+            factor = hessian.factorize(self.damp, name, order, crew)
         correction = None
         if hessian.drift is not None and self.drift:
             with span("correct"):

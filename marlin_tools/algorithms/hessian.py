@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from marlin_tools.crew import ALONE, Crew
+from marlin_tools.distributed.crew import ALONE, Crew
 from marlin_tools.errors import NumericalError
-from marlin_tools.ops.products import Parts, cross, gram, mirror, product
+from marlin_tools.ops.solver.products import Parts, cross, gram, mirror, product
 
 _ESCALATION = 10.0
 _MAX_DAMP = 10.0
@@ -113,7 +113,7 @@ class Hessian:
         matrix.diagonal().add_(self.ridge(damp))
         return matrix
 
-    def factorise(self, damp: float, name: str, order: Tensor | None = None, crew: Crew = ALONE) -> "Factor":
+    def factorize(self, damp: float, name: str, order: Tensor | None = None, crew: Crew = ALONE) -> "Factor":
         """R with R Rᵀ = damped H, its columns in this order; a crew shares the work if there is much of it.
 
         Raises the damping tenfold until the factorisation succeeds, then gives up by name.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from marlin_tools.algorithms.scales import decode, encode, storable
 from marlin_tools.algorithms.sweep import WIDE
-from marlin_tools.ops import solver
-from marlin_tools.ops.products import Parts, product
-from marlin_tools.ops.solver import BLOCK
+from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.ops.solver.kernels import BLOCK
+from marlin_tools.ops.solver.products import Parts, product
 from marlin_tools.quantized import ZERO
 
 

@@ -18,7 +18,7 @@ from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
 from marlin_tools.algorithms.solved import Errors, errors_of
 from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import sweep
-from marlin_tools.ops.solver import Grid
+from marlin_tools.ops.solver.kernels import Grid
 from marlin_tools.settings import Settings
 
 _SLAB = 1 << 26
@@ -93,7 +93,7 @@ class Pruner(Settings):
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
-        return Placing(self, hessian, None if hessian is None else hessian.factorise(self.damp, name), fixed_nk)
+        return Placing(self, hessian, None if hessian is None else hessian.factorize(self.damp, name), fixed_nk)
 
 
 class Placing:

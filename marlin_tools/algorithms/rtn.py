@@ -9,7 +9,7 @@ from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, encode
 from marlin_tools.algorithms.solved import Solved, as_solved
-from marlin_tools.crew import ALONE, Crew
+from marlin_tools.distributed.crew import ALONE, Crew
 from marlin_tools.settings import Settings
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.errors import NumericalError
-from marlin_tools.ops import solver
+from marlin_tools.ops.solver import kernels as solver
 from marlin_tools.quantized import ZERO
 
 _SMALLEST = 2.0**-24
@@ -95,7 +95,7 @@ def diagonal(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, signe
     for ratio in torch.linspace(1.10, 0.50, 31).tolist():
         for sign in (1.0, -1.0) if signed else (1.0,):
             consider(torch.full_like(widest, ratio), sign)
-    centre, side = best_ratio.clone(), torch.where(best < 0, -1.0, 1.0)
+    center, side = best_ratio.clone(), torch.where(best < 0, -1.0, 1.0)
     for offset in torch.linspace(-0.018, 0.018, 9).tolist():
-        consider((centre + offset) * side, 1.0)
+        consider((center + offset) * side, 1.0)
     return best.contiguous()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Hessian
-from marlin_tools.crew import Crew
-from marlin_tools.ops.products import rough_product
+from marlin_tools.distributed.crew import Crew
+from marlin_tools.ops.solver.products import rough_product
 from marlin_tools.quantized import QuantizedLinear
 
 

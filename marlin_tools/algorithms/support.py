@@ -14,7 +14,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.masks import PAIRS, of_pair, pair_of
 from marlin_tools.algorithms.polish import row_losses
-from marlin_tools.ops.solver import BLOCK
+from marlin_tools.ops.solver.kernels import BLOCK
 
 _ITERATIONS = 64
 _TOLERANCE = 3e-3

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Factor
-from marlin_tools.ops import solver
-from marlin_tools.ops.products import Parts, product
-from marlin_tools.ops.solver import BLOCK, Grid
+from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.ops.solver.kernels import BLOCK, Grid
+from marlin_tools.ops.solver.products import Parts, product
 
 WIDE = 512
 """Columns whose debts to all columns before them are computed in one product on a GPU."""

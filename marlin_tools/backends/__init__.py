@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.fill import fill
-from marlin_tools.checkpoint import Checkpoint
-from marlin_tools.device import describe_device, pick_device
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import skeleton
+from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
-from marlin_tools.skeleton import skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,15 +116,15 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
     tried = []
-    quantised = frozenset(linears.names if linears else ())
-    candidates = [name] if name != "auto" else list(BACKENDS) if quantised else ["reference"]
+    quantized = frozenset(linears.names if linears else ())
+    candidates = [name] if name != "auto" else list(BACKENDS) if quantized else ["reference"]
     for candidate in candidates:
         backend = BACKENDS[candidate]
         if (reason := backend.refuses(model, linears, device)) is not None:
             if name != "auto" or device.type in backend.devices:
                 tried.append(f"backend `{candidate}` {reason}")
-        elif (need := _bytes(model, quantised, backend)) > free:
-            subject = f"backend `{candidate}`" if quantised else "the model"
+        elif (need := _bytes(model, quantized, backend)) > free:
+            subject = f"backend `{candidate}`" if quantized else "the model"
             tried.append(f"{subject} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}")
         else:
             chosen = "; ".join([*tried, "the first that can"]) if tried else "the default"
@@ -143,11 +143,11 @@ def free_memory(device: torch.device) -> int:
     raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
 
 
-def _bytes(model: "PreTrainedModel", quantised: frozenset[str], backend: Backend) -> int:
+def _bytes(model: "PreTrainedModel", quantized: frozenset[str], backend: Backend) -> int:
     """What the weights take on the device."""
     total = 0.0
     for name, parameter in model.named_parameters():
-        packed = backend.bits and name.removesuffix(".weight") in quantised
+        packed = backend.bits and name.removesuffix(".weight") in quantized
         total += parameter.numel() * (backend.bits / 8 if packed else parameter.element_size())
     return int(total)
 

@@ -1,7 +1,7 @@
 """Generation as a CUDA graph: one new token per sequence and step, with a cache of fixed size.
 
 transformers reads the prompt; from there on a step is replayed without Python. Besides the products of its linears a block is
-four small kernels (`ops/decode.py`) in the place of some forty, and linears that read the same tensor are multiplied as one.
+four small kernels (`ops/model/decode.py`) in the place of some forty, and linears that read one tensor are multiplied as one.
 The model stays usable as it is: joined weights are shared with it, not copied.
 
     decoder = Decoder(model, batch=1, capacity=512)
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.native import NativeLinear, join
-from marlin_tools.ops import decode
+from marlin_tools.ops.model import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import read_weight
 from marlin_tools.errors import ModelError
 from marlin_tools.events import Emit, Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
-from marlin_tools.skeleton import read_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +38,10 @@ def fill(
     emit: Emit,
 ) -> "PreTrainedModel":
     """Give a model on the meta device its weights, in place; quantised linears become what `build` makes of them."""
-    quantised = linears.names if linears is not None else ()
-    modules = {name: _linear(model, name) for name in quantised}
+    quantized = linears.names if linears is not None else ()
+    modules = {name: _linear(model, name) for name in quantized}
     dtype = model.dtype
-    ties = _ties(model, {f"{name}.weight" for name in quantised})
+    ties = _ties(model, {f"{name}.weight" for name in quantized})
     _account(model, checkpoint, linears, ties)
     for names in ties:
         _fill_tied(model, checkpoint, names, device)
@@ -71,12 +71,12 @@ def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
     return module
 
 
-def _ties(model: "PreTrainedModel", quantised: set[str]) -> list[list[str]]:
+def _ties(model: "PreTrainedModel", quantized: set[str]) -> list[list[str]]:
     """The names of all parameters and stored buffers that are not quantised; names of one tensor stand together."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **_stored_buffers(model)}
     shared: dict[int, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        if name not in quantised:
+        if name not in quantized:
             shared[id(tensor)].append(name)
     return list(shared.values())
 

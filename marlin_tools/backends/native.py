@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.ops import w4a16, w24a16
-from marlin_tools.ops.layout import TILE_N
+from marlin_tools.ops.linear import w4a16, w24a16
+from marlin_tools.ops.linear.layout import TILE_N
 from marlin_tools.quantized import QuantizedLinear
 
 if TYPE_CHECKING:

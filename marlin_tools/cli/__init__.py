@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _complain(error: MarlinToolsError) -> int:
-    from marlin_tools import ui
+    from marlin_tools.cli import ui
 
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:  # several processes write to one terminal
         error.message = f"process {os.environ['RANK']}: {error.message}"

@@ -38,11 +38,11 @@ def bench_kernels(
     json: Json = False,
 ) -> int:
     """Time our kernels beside cuBLAS, past the L2 cache, results checked."""
-    from marlin_tools import ui
-    from marlin_tools.output import folder
-    from marlin_tools.report import bench as show
-    from marlin_tools.stages import bench as stage
-    from marlin_tools.stages.bench_figures import FIGURES, measure
+    from marlin_tools.bench import kernels as stage
+    from marlin_tools.bench.figures import FIGURES, measure
+    from marlin_tools.checkpoint.output import folder
+    from marlin_tools.cli import ui
+    from marlin_tools.report import kernels as show
 
     if figure is not None and figure not in FIGURES:
         raise RecipeError(f"--figure: `{figure}` is none of the figures", hint=f"there are: {', '.join(FIGURES)}")
@@ -80,10 +80,10 @@ def bench_model(
     json: Json = False,
 ) -> int:
     """Time every token of a model with random weights, under CUDA graphs."""
-    from marlin_tools import ui
-    from marlin_tools.output import folder
-    from marlin_tools.report import bench as show
-    from marlin_tools.stages import bench_model as stage
+    from marlin_tools.bench import decoding as stage
+    from marlin_tools.checkpoint.output import folder
+    from marlin_tools.cli import ui
+    from marlin_tools.report import kernels as show
 
     asked = given(shape=shape, tokens_in=tokens_in, tokens_out=tokens_out)
     asked |= given(batches=_numbers("--batch", batch), schemes=_words(schemes))
@@ -111,11 +111,11 @@ def bench_quantize(
     json: Json = False,
 ) -> int:
     """Quantise random weights of true shapes, and time every part beside its floor."""
-    from marlin_tools import ui
-    from marlin_tools.device import leads
-    from marlin_tools.output import folder
-    from marlin_tools.report import bench_quantize as show
-    from marlin_tools.stages import bench_quantize as stage
+    from marlin_tools.bench import quantizing as stage
+    from marlin_tools.checkpoint.output import folder
+    from marlin_tools.cli import ui
+    from marlin_tools.distributed.device import leads
+    from marlin_tools.report import quantizing as show
 
     asked = given(shape=shape, layers=layers, preset=preset, samples=samples, seqlen=seqlen, device=device)
     settings = _settings(stage.BenchQuantizeSettings, asked)
@@ -145,7 +145,7 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 
 def _settings(kind: type[Checked], asked: dict[str, Any]) -> Checked:
     """Checked settings; a complaint about a value begins with its option."""
-    from marlin_tools import recipe_yaml
+    from marlin_tools.recipe import yaml_reader as recipe_yaml
 
     names = {"models": "--shapes", "rows": "--batch", "batches": "--batch", "tokens_in": "--in", "tokens_out": "--out"}
     names["samples"] = "--num-samples"

@@ -19,8 +19,9 @@ def list_kernels(
     arch: Annotated[str | None, option(of="A", text=f"Only those for one of {ARCHITECTURES}.")] = None, json: Json = False
 ) -> int:
     """Name every kernel and what it is for."""
-    from marlin_tools import ops, report, ui
-    from marlin_tools.ops.catalogue import PURPOSES
+    from marlin_tools import ops, report
+    from marlin_tools.cli import ui
+    from marlin_tools.ops.catalog import PURPOSES
 
     members: dict[str, list[str]] = {}
     for family, kernel in ops.kernels(_known(arch)[0] if arch else None):
@@ -48,9 +49,10 @@ def build_kernels(
 
     Copy the cache to where no compiler is, and point MARLIN_TOOLS_CACHE at it.
     """
-    from marlin_tools import ops, report, ui
+    from marlin_tools import ops, report
+    from marlin_tools.cli import ui
     from marlin_tools.events import Event
-    from marlin_tools.ops.cubin_cache import CubinCache
+    from marlin_tools.ops.runtime.cubin_cache import CubinCache
 
     targets, cache = _known(arch), CubinCache(output)
     total = sum(len(ops.kernels(target)) for target in targets)

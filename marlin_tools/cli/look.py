@@ -22,9 +22,10 @@ def verify(directory: Directory, json: Json = False) -> int:
 @app.command()
 def inspect(model: Model, json: Json = False) -> int:
     """Say what a model directory holds."""
-    from marlin_tools import report, ui
-    from marlin_tools.stages.inspect import inspect as look
-    from marlin_tools.stages.inspect import rows
+    from marlin_tools import report
+    from marlin_tools.cli import ui
+    from marlin_tools.verification.inspect import inspect as look
+    from marlin_tools.verification.inspect import rows
 
     document = look(model)
     ui.write_json(document) if json else ui.write(report.facts(rows(document)))
@@ -34,8 +35,9 @@ def inspect(model: Model, json: Json = False) -> int:
 @app.command()
 def doctor(json: Json = False) -> int:
     """Say what this machine and this installation can do, and why."""
-    from marlin_tools import report, ui
-    from marlin_tools.stages.doctor import diagnose
+    from marlin_tools import report
+    from marlin_tools.cli import ui
+    from marlin_tools.verification.doctor import diagnose
 
     document = [asdict(fact) for fact in diagnose()]
     ui.write_json(document) if json else ui.write(report.diagnosis(document))

@@ -30,7 +30,7 @@ from marlin_tools.cli.perform import given, perform, recipe_of, short_name
 from marlin_tools.errors import RecipeError
 
 if TYPE_CHECKING:
-    from marlin_tools.recipe import Recipe
+    from marlin_tools.recipe.recipe import Recipe
 
 app = typer.Typer(**PLAIN)
 
@@ -164,10 +164,10 @@ def export(
 
 
 def _preview(recipe: "Recipe", *, as_json: bool) -> int:
-    from marlin_tools import ui
-    from marlin_tools.checkpoint import Checkpoint
-    from marlin_tools.recipe import settle
-    from marlin_tools.stages.calibrate import preview
+    from marlin_tools.checkpoint.reader import Checkpoint
+    from marlin_tools.cli import ui
+    from marlin_tools.data.calibrate import preview
+    from marlin_tools.recipe.recipe import settle
 
     settled, _ = settle(recipe)
     if settled.calibrate is None:

@@ -53,8 +53,8 @@ def generate(
 
 
 def _newest() -> str:
-    from marlin_tools import ui
-    from marlin_tools.run import newest_run
+    from marlin_tools.cli import ui
+    from marlin_tools.run.execute import newest_run
 
     newest = newest_run()
     ui.note(f"evaluating `{newest}`, the newest model under runs/")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from marlin_tools.recipe import Recipe
+    from marlin_tools.recipe.recipe import Recipe
 
 _FLAGS = {"source": "--calib", "formats": "--format", "negative_scales": "--no-negative-scales", "model": "MODEL"}
 """Settings whose option has another name than theirs."""
@@ -19,7 +19,7 @@ def short_name(model: str) -> str:
 
 def recipe_of(name: str, model: str, stages: list[dict[str, Any]], calibrate: dict[str, Any] | None = None) -> "Recipe":
     """The recipe that these options describe; a complaint about a value begins with its option."""
-    from marlin_tools.recipe import build
+    from marlin_tools.recipe.recipe import build
 
     origins: dict[tuple[str | int, ...], str] = {(): "command line"}
     for place, section in [*((("stages", i), stage) for i, stage in enumerate(stages)), (("calibrate",), calibrate or {})]:
@@ -42,11 +42,12 @@ def perform(
     **again: Any,
 ) -> int:
     """Plan and, unless it is a dry run, execute; then print."""
-    from marlin_tools import report, ui
-    from marlin_tools.device import leads
+    from marlin_tools import report
+    from marlin_tools.cli import ui
+    from marlin_tools.distributed.device import leads
     from marlin_tools.events import silent
-    from marlin_tools.planning import plan
-    from marlin_tools.run import execute
+    from marlin_tools.run.execute import execute
+    from marlin_tools.run.plan import plan
 
     with ui.Display() as display:
         planned = plan(recipe, output, dry=dry_run)

@@ -26,7 +26,7 @@ def run(
     json: Json = False,
 ) -> int:
     """Run a recipe: all stages that are not done yet."""
-    from marlin_tools.recipe_files import load
+    from marlin_tools.recipe.files import load
 
     again = {"resume": resume, "overwrite": overwrite, "start": from_}
     return perform(load(recipe, set_ or ()), output, dry_run=dry_run, strict=strict, as_json=json, **again)
@@ -49,10 +49,11 @@ def reproduce(
 
     Exits with 1 if a number is outside its tolerance, with 2 if something could not be run.
     """
-    from marlin_tools import report, ui
-    from marlin_tools.planning import plan
-    from marlin_tools.reproduce import collect
-    from marlin_tools.reproduce import reproduce as compare
+    from marlin_tools import report
+    from marlin_tools.cli import ui
+    from marlin_tools.run.plan import plan
+    from marlin_tools.run.reproduce import collect
+    from marlin_tools.run.reproduce import reproduce as compare
 
     if dry_run:
         planned = [plan(recipe, dry=True) for recipe in collect(refs, set_ or ())]
@@ -72,7 +73,9 @@ Name = Annotated[str, argument("NAME", "A bundled recipe.")]
 @recipes.command(name="list")
 def recipes_list() -> int:
     """The bundled recipes."""
-    from marlin_tools import recipe_files, report, ui
+    from marlin_tools import report
+    from marlin_tools.cli import ui
+    from marlin_tools.recipe import files as recipe_files
 
     ui.write(report.facts(recipe_files.overview()))
     return 0
@@ -81,7 +84,8 @@ def recipes_list() -> int:
 @recipes.command(name="show")
 def recipes_show(name: Name) -> int:
     """Print a recipe as it is."""
-    from marlin_tools import recipe_files, ui
+    from marlin_tools.cli import ui
+    from marlin_tools.recipe import files as recipe_files
 
     ui.write(recipe_files.show(name))
     return 0
@@ -90,8 +94,9 @@ def recipes_show(name: Name) -> int:
 @recipes.command(name="copy")
 def recipes_copy(name: Name, to: Annotated[Path, argument("FILE", "Where to; a directory keeps the name.")] = Path()) -> int:
     """Copy a recipe, to be changed."""
-    from marlin_tools import recipe_files, ui
-    from marlin_tools.output import put
+    from marlin_tools.checkpoint.output import put
+    from marlin_tools.cli import ui
+    from marlin_tools.recipe import files as recipe_files
 
     text = recipe_files.show(name)
     target = to / f"{name}.yaml" if to.is_dir() else to
@@ -105,7 +110,8 @@ def recipes_copy(name: Name, to: Annotated[Path, argument("FILE", "Where to; a d
 @recipes.command(name="validate")
 def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe files.")]) -> int:
     """Check recipes and report all that is wrong with them."""
-    from marlin_tools import recipe_files, ui
+    from marlin_tools.cli import ui
+    from marlin_tools.recipe import files as recipe_files
 
     problems, fine = [], []
     for file in files:
@@ -123,7 +129,9 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
 @recipes.command(name="schema")
 def recipes_schema(table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False) -> int:
     """Print the JSON Schema of recipes, for editors."""
-    from marlin_tools import recipe, recipe_table, ui
+    from marlin_tools.cli import ui
+    from marlin_tools.recipe import recipe
+    from marlin_tools.recipe import table as recipe_table
 
     ui.write_json(recipe_table.schema() if table else recipe.schema())
     return 0

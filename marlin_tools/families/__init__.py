@@ -67,3 +67,11 @@ def find_family(config: dict[str, Any]) -> Family:
         raise ModelError(f"unknown model type `{model_type}`", hint=f"known: {known}")
     family: Family = importlib.import_module(f"marlin_tools.families.{name}").FAMILY
     return family
+
+
+def known_family(config: dict[str, Any]) -> Family | None:
+    """The family of a config.json, or None where `find_family` refuses."""
+    try:
+        return find_family(config)
+    except ModelError:
+        return None

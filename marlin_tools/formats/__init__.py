@@ -35,7 +35,7 @@ def get_format(name: str) -> Format:
 def find_format(quantization_config: Mapping[str, Any]) -> Format:
     """The format of a checkpoint with this `quantization_config`; FormatError if it is not one that we can hold exactly."""
     for candidate in _READABLE:
-        if candidate.recognise(quantization_config):
+        if candidate.recognize(quantization_config):
             check_readable(quantization_config)
             return candidate
     method, layout = spelling_of(quantization_config)

@@ -52,7 +52,7 @@ class Format(ABC):
     def quantization_config(self, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` for config.json. `group_size` -1 is per column, `ignore` names the unquantized linears."""
 
-    def recognise(self, quantization_config: Mapping[str, Any]) -> bool:
+    def recognize(self, quantization_config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this `quantization_config` says that it is laid out like this."""
         return spelling_of(quantization_config) in self.spellings
 

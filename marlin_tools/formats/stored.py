@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError
 from marlin_tools.formats import find_format
 from marlin_tools.quantized import QuantizedLinear

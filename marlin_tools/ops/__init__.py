@@ -5,16 +5,17 @@
 
 and the same for 2:4-sparse weights, which are smaller and faster: `pack_sparse`, `sparse_linear`.
 
-Read `layout.py` first, then `w4a16.py`, `linear_operator.py` and `plan.py`, then `kernels/w4a16/narrow.cu`.
+Read `linear/layout.py` first, then `linear/w4a16.py`, `linear/operator.py` and `linear/plan.py`; then
+`kernels/w4a16/narrow.cu`.
 """
 
-from marlin_tools.ops.catalogue import BuildReport, build, kernels
-from marlin_tools.ops.layout import PackedWeight, limits, pack, unpack
-from marlin_tools.ops.selftest import CheckResult, self_test
-from marlin_tools.ops.sparse_layout import PackedSparse, pack_sparse, unpack_sparse
-from marlin_tools.ops.variants import TARGETS, Variant
-from marlin_tools.ops.w4a16 import dequantize, linear, prepare
-from marlin_tools.ops.w24a16 import dequantize_sparse, prepare_sparse, sparse_linear
+from marlin_tools.ops.catalog import BuildReport, build, kernels
+from marlin_tools.ops.linear.layout import PackedWeight, limits, pack, unpack
+from marlin_tools.ops.linear.selftest import CheckResult, self_test
+from marlin_tools.ops.linear.sparse_layout import PackedSparse, pack_sparse, unpack_sparse
+from marlin_tools.ops.linear.variants import TARGETS, Variant
+from marlin_tools.ops.linear.w4a16 import dequantize, linear, prepare
+from marlin_tools.ops.linear.w24a16 import dequantize_sparse, prepare_sparse, sparse_linear
 
 __all__ = [
     "TARGETS",

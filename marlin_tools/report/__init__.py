@@ -8,13 +8,13 @@ what the pages are made of.
 
 from pathlib import Path
 
+from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.report.comparison import as_text
 from marlin_tools.report.model_card import model_card
 from marlin_tools.report.model_page import model_page
 from marlin_tools.report.result import gather
 from marlin_tools.report.text import diagnosis, facts, plan, summary, table
-from marlin_tools.stages.scores import Evaluation
-from marlin_tools.stages.verify import Verification
+from marlin_tools.verification.verify import Verification
 
 __all__ = ["as_text", "diagnosis", "facts", "pages", "plan", "summary", "table"]
 
@@ -25,5 +25,5 @@ def pages(directory: Path, verification: Verification | None = None, evaluation:
     `evaluation` is one of the same weights in another format, for a directory that holds none of its own.
     """
     result = gather(directory, verification, evaluation)
-    card = {"README.md": model_card(result)} if result.quantised else {}
+    card = {"README.md": model_card(result)} if result.quantized else {}
     return {"report.html": model_page(result), **card}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from marlin_tools.evaluation.scores import Evaluation, finite, spell
 from marlin_tools.report.text import table
-from marlin_tools.stages.scores import Evaluation, finite, spell
 
 Verdict = Literal["PASS", "FAIL", "reported", "not run"]
 

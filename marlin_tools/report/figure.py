@@ -11,7 +11,7 @@ from math import ceil, floor, log2, log10
 
 WIDTH, HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 190, 54, 52
-_COLOURS = ("#1668b8", "#d1571b", "#2f8f4e", "#8a4fb8", "#b8860b", "#5f6b7a", "#c2376b", "#1f9aa8")
+_COLORS = ("#1668b8", "#d1571b", "#2f8f4e", "#8a4fb8", "#b8860b", "#5f6b7a", "#c2376b", "#1f9aa8")
 _IDEAL = "#8a94a0"
 _STYLE = """<style>
 text { font: 12px system-ui, sans-serif; fill: #39424e }
@@ -74,27 +74,27 @@ def chart(title: str, remark: str, x: Axis, y: Axis, lines: Sequence[Line]) -> s
     height = (_TOP + HEIGHT - _BOTTOM) / 2
     parts.append(f'<text transform="translate(16 {height}) rotate(-90)" text-anchor="middle">{escape(y.title)}</text>')
     hues = count()
-    places = {id(line): (_colour(line, hues), _TOP + 8 + 20 * index) for index, line in enumerate(lines)}
+    places = {id(line): (_color(line, hues), _TOP + 8 + 20 * index) for index, line in enumerate(lines)}
     for line in sorted(lines, key=lambda each: not each.ideal):  # the ideal behind the real
         parts += _drawn(line, *places[id(line)], across, up)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _colour(line: Line, hues: Iterator[int]) -> str:
+def _color(line: Line, hues: Iterator[int]) -> str:
     if line.hue is None and line.ideal:
         return _IDEAL
-    return _COLOURS[(next(hues) if line.hue is None else line.hue) % len(_COLOURS)]
+    return _COLORS[(next(hues) if line.hue is None else line.hue) % len(_COLORS)]
 
 
-def _drawn(line: Line, colour: str, legend: float, across: "_Scale", up: "_Scale") -> list[str]:
+def _drawn(line: Line, color: str, legend: float, across: "_Scale", up: "_Scale") -> list[str]:
     """One line with its marks, and its entry in the legend."""
     places = [(across(x), up(y)) for x, y in line.points]
-    look = f'stroke="{colour}"' + ' class="ideal"' * line.ideal + ' class="dotted"' * (line.dotted and not line.ideal)
+    look = f'stroke="{color}"' + ' class="ideal"' * line.ideal + ' class="dotted"' * (line.dotted and not line.ideal)
     parts = [f'<polyline {look} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>']
     if not line.ideal:
         for (a, b), (x, y) in zip(places, line.points, strict=True):
             told = f"<title>{escape(line.name)}: {_spell(x)}, {y:.3g}</title>"
-            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{colour}">{told}</circle>')
+            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{color}">{told}</circle>')
     start = WIDTH - _RIGHT + 16
     parts.append(f'<polyline {look} points="{start},{legend:.1f} {start + 22},{legend:.1f}"/>')
     parts.append(f'<text x="{start + 28}" y="{legend + 4:.1f}">{escape(line.name)}</text>')

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from marlin_tools.checkpoint import hub_name
+from marlin_tools.checkpoint.reader import hub_name
 from marlin_tools.report.result import Result
 from marlin_tools.report.serving import commands
 from marlin_tools.report.text import facts, table

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from marlin_tools.evaluation.scores import Score, spell
 from marlin_tools.report.charts import columns
 from marlin_tools.report.page import TIMES, code, details, facts, page, paragraphs, section, table, tiles, verdict, words
 from marlin_tools.report.result import Result
 from marlin_tools.report.serving import commands
-from marlin_tools.stages.scores import Score, spell
 
 
 def model_page(result: Result) -> str:
@@ -20,7 +20,7 @@ def model_page(result: Result) -> str:
     tokens = result.manifest.get("calibration")
     read = "reading" if result.manifest.get("stage") == "finetune" else "calibrated on"
     text = f", {read} {tokens['tokens']:,} tokens of `{tokens['source']}`" if tokens else ", without calibration data"
-    stored = f"in the format `{result.facts['format']}`" if result.quantised else "with two of every four weights zero"
+    stored = f"in the format `{result.facts['format']}`" if result.quantized else "with two of every four weights zero"
     lead = words(f"`{result.base}` {stored}: {result.method}{text}.")
     parts = [tiles(_figures(result)), _before_and_after(result), _learning(result), _layers(result), _weights(result)]
     parts += [_costs(result.manifest.get("times", {})), _remarks(result), _serving(result), _origin(result)]
@@ -33,7 +33,7 @@ def model_page(result: Result) -> str:
 def _figures(result: Result) -> Iterator[tuple[str, str, str]]:
     """The numbers that most people come for."""
     total = result.facts["bytes"]["total"]
-    if result.quantised:
+    if result.quantized:
         before = result.before_bytes
         yield "Size", size(total), f"{before / total:.2f} × smaller than {size(before)} in 16 bits"
         yield (
@@ -81,7 +81,7 @@ def _before_and_after(result: Result) -> str:
         hint = "marlin-tools eval DIR --tasks ppl:wikitext2,mmlu --baseline ORIGINAL"
         return section(title, words("Nobody has measured this model yet.") + code(hint))
     rows = [_score_row(score) for score in evaluation.scores if score.part_of is None]
-    names = ("task", "metric", "INT4" if result.quantised else "2:4", "original", "difference", "recovery")
+    names = ("task", "metric", "INT4" if result.quantized else "2:4", "original", "difference", "recovery")
     parts = [score for score in evaluation.scores if score.part_of is not None]
     more = details(f"{len(parts)} parts of groups", table(names, map(_score_row, parts), "numbers")) if parts else ""
     how = evaluation.model
@@ -89,7 +89,7 @@ def _before_and_after(result: Result) -> str:
         f"± is one standard error; that of a difference is from the same items answered by both models. "
         f"Measured with backend `{how.get('backend')}` in {how.get('computed_in')} on {how.get('device')}."
     )
-    if how.get("format") != result.facts["format"] and result.quantised:
+    if how.get("format") != result.facts["format"] and result.quantized:
         about += f" The same codes and scales were measured, stored as `{how.get('format')}`."
     return section(
         title, table(names, rows, "numbers") + more + (paragraphs(evaluation.notes) if evaluation.notes else ""), about
@@ -150,7 +150,7 @@ def _layers(result: Result) -> str:
 
 def _taker(result: Result) -> str:
     """What the errors of the linears come from."""
-    if not result.quantised:
+    if not result.quantized:
         return "pruning has"
     return "pruning and rounding have" if (result.manifest.get("settings") or {}).get("sparsity") == "2:4" else "rounding has"
 
@@ -281,14 +281,14 @@ def _remarks(result: Result) -> str:
     if result.verification is not None:
         lines += [f"Check `{check.name}` failed: {check.detail}" for check in result.verification.checks if not check.ok]
         lines += [f"Check `{check.name}` was skipped: {check.detail}" for check in result.verification.checks if check.skipped]
-    elif result.quantised:
+    elif result.quantized:
         lines.append("Not verified in this run: `marlin-tools verify DIR` does.")
     nothing = "Nothing was left out, nothing fell back, no damping was raised, and no check was skipped."
     return section("Left out, replaced, refused", paragraphs(lines) if lines else f"<p>{nothing}</p>")
 
 
 def _serving(result: Result) -> str:
-    if not result.quantised:
+    if not result.quantized:
         next_steps = (
             "marlin-tools finetune DIR --teacher ORIGINAL\nmarlin-tools quantize DIR --sparsity keep --format marlin-24"
         )

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from marlin_tools.checkpoint import Checkpoint, hub_name
+from marlin_tools.checkpoint.manifest import read_manifest
+from marlin_tools.checkpoint.reader import Checkpoint, hub_name
+from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.manifest import read_manifest
 from marlin_tools.quantized import ZERO
-from marlin_tools.stages.inspect import inspect
-from marlin_tools.stages.scores import Evaluation
-from marlin_tools.stages.verify import Verification
+from marlin_tools.verification.inspect import inspect
+from marlin_tools.verification.verify import Verification
 
 SAMPLE = 32
 """Linears that are read for the histograms; smaller models are read whole."""
@@ -72,7 +72,7 @@ class Result:
     @property
     def scheme(self) -> str:
         """Bits and what shares a scale, for a headline."""
-        if not self.quantised:
+        if not self.quantized:
             return "2:4, 16 bits"
         sizes = self.facts["group_sizes"]
         groups = "per column" if sizes == [-1] else f"g{', '.join(map(str, sizes))}"
@@ -84,7 +84,7 @@ class Result:
         """Preset and algorithm in a few words."""
         settings, solver = self.manifest.get("settings") or {}, self.manifest.get("solver") or {}
         before = [_before(each) for each in self.manifest.get("history", ())]
-        if not self.quantised:
+        if not self.quantized:
             return ", then ".join([*before, _before(self.manifest)])
         kind = {"gptq": "GPTQ", "rtn": "round to nearest"}.get(str(solver.get("kind")), str(solver.get("kind", "unknown")))
         how = kind if settings.get("algorithm") else f"{kind}, preset {settings.get('preset', 'unknown')}"
@@ -96,7 +96,7 @@ class Result:
         return any(each.get("stage") == "finetune" for each in self.manifest.get("history", ()))
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the weights are codes and scales, rather than 16-bit numbers with zeros among them."""
         return self.facts["format"] is not None
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marlin_tools.stages.scores import Evaluation
-from marlin_tools.stages.verify import Verification
+from marlin_tools.evaluation.scores import Evaluation
+from marlin_tools.verification.verify import Verification
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

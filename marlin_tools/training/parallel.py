@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marlin_tools.crew import joined
-from marlin_tools.device import own_device, processes
+from marlin_tools.distributed.crew import joined
+from marlin_tools.distributed.device import own_device, processes
 
 _PATIENCE = timedelta(hours=12)
 """For how long a process waits for the others; the first one may have much text to write."""

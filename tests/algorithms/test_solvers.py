@@ -13,9 +13,9 @@ from marlin_tools.algorithms.hessian import Correction, Drift, reversed_cholesky
 from marlin_tools.algorithms.polish import descend, polish, refit, row_losses
 from marlin_tools.algorithms.scales import decode, encode, storable
 from marlin_tools.algorithms.sweep import sweep
-from marlin_tools.crew import Crew
+from marlin_tools.distributed.crew import Crew
 from marlin_tools.errors import NumericalError
-from marlin_tools.ops.solver import Polished
+from marlin_tools.ops.solver.kernels import Polished
 
 N, K, G = 24, 256, 128
 
@@ -101,7 +101,7 @@ def test_marlin_preset_is_the_published_recipe(problem: tuple[Tensor, Hessian]) 
 def test_factor_predicts_the_loss(problem: tuple[Tensor, Hessian]) -> None:
     """Σ R_ii² (t_i - q_i)² is tr(E H Eᵀ): what the sweep minimises is the real output error."""
     weight, hessian = problem
-    factor = hessian.factorise(0.01, "layer")
+    factor = hessian.factorize(0.01, "layer")
     seen: list[Tensor] = []
 
     class Rule:
@@ -207,7 +207,7 @@ def test_a_singular_hessian_is_solved(problem: tuple[Tensor, Hessian]) -> None:
     assert solved.output_error < 1e-2
 
 
-def test_damping_is_raised_until_the_factorisation_succeeds(problem: tuple[Tensor, Hessian]) -> None:
+def test_damping_is_raised_until_the_factorization_succeeds(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     indefinite = hessian.matrix - 0.05 * hessian.diagonal.mean() * torch.eye(K)
     solved = GPTQ(drift=0, damp=0.01).solve("layer", weight, Hessian(indefinite, 10), G, torch.float16)
@@ -296,7 +296,7 @@ def test_correction_is_the_least_squares_fit_of_the_original_output() -> None:
     weight = torch.randn(6, 12, generator=generator, dtype=torch.float64)
     inputs, outputs = (x0 - x).T @ x / 500, (x0 @ weight.T + h0 - x @ weight.T - h).T @ x / 500
     hessian, order = Hessian((x.T @ x / 500).float(), 500), torch.randperm(12, generator=generator)
-    factor = hessian.factorise(1e-9, "layer", order)
+    factor = hessian.factorize(1e-9, "layer", order)
     for drift, goal in [
         (Drift(inputs=inputs.float()), x0 @ weight.T),
         (Drift(outputs=outputs.float()), x0 @ weight.T + h0 - h),

@@ -8,7 +8,7 @@ from marlin_tools.backends import decoder as module
 from marlin_tools.backends import load
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.backends.native import NativeLinear, join, replace
-from marlin_tools.ops import decode
+from marlin_tools.ops.model import decode
 from marlin_tools.quantized import QuantizedLinear
 
 FAMILIES = {
@@ -55,7 +55,7 @@ def test_model_is_still_itself_afterwards(tiny_llama):
         assert torch.equal(expected, model(tokens).logits)
 
 
-def quantised(n, k, seed):
+def quantized(n, k, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
     return QuantizedLinear(codes, (torch.randn((n, k // 128), generator=generator) * 0.02).half(), 128)
@@ -64,7 +64,7 @@ def quantised(n, k, seed):
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_linears_give_their_outputs_side_by_side(bias):
     network = nn.ModuleList([nn.Linear(256, n, bias=bias).half() for n in (128, 64, 64)])
-    replace(network, {str(i): quantised(n, 256, i) for i, n in enumerate((128, 64, 64))})
+    replace(network, {str(i): quantized(n, 256, i) for i, n in enumerate((128, 64, 64))})
     x = torch.randn(3, 256).half()
     expected = torch.cat([part(x) for part in network], dim=-1)
     whole = join(list(network))
@@ -76,7 +76,7 @@ def test_joined_linears_give_their_outputs_side_by_side(bias):
 
 def test_unlike_linears_are_not_joined():
     network = nn.ModuleList([nn.Linear(256, 128).half(), nn.Linear(256, 96).half()])
-    replace(network, {"0": quantised(128, 256, 0), "1": quantised(96, 256, 1)})
+    replace(network, {"0": quantized(128, 256, 0), "1": quantized(96, 256, 1)})
     assert join(list(network)) is None  # 96 outputs fill one tile and a half
     assert isinstance(network[0], NativeLinear)
 
@@ -171,7 +171,7 @@ def test_graph_gives_the_logits_of_a_forward(tiny_model, family, dtype):
     model = load(tiny_model(family, **FAMILIES[family], **sizes), device="cuda", dtype=dtype)
     assert worst_difference(model) < 16 * torch.finfo(dtype).eps
     names = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in name}
-    weights = {name: quantised(m.out_features, m.in_features, i) for i, (name, m) in enumerate(names.items())}
+    weights = {name: quantized(m.out_features, m.in_features, i) for i, (name, m) in enumerate(names.items())}
     replace(model, {name: weight.to("cuda") for name, weight in weights.items()}, dtype)
     assert worst_difference(model, batch=3, read=9, steps=6) < 16 * torch.finfo(dtype).eps
 

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from marlin_tools import backends
 from marlin_tools.backends import BACKENDS, choose_backend, load
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.errors import DeviceError, ModelError, RecipeError
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.skeleton import skeleton
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -44,7 +44,7 @@ def test_values_that_are_not_finite_are_refused(tiny_llama, edit):
         load(tiny_llama, device="cpu")
 
 
-def test_a_quantised_linear_of_the_wrong_size_is_named(tiny_llama, write_int4, edit):
+def test_a_quantized_linear_of_the_wrong_size_is_named(tiny_llama, write_int4, edit):
     packed, _ = write_int4(tiny_llama, "gptq")
     edit(packed, {}, intermediate_size=1024)
 
@@ -52,7 +52,7 @@ def test_a_quantised_linear_of_the_wrong_size_is_named(tiny_llama, write_int4, e
         load(packed, device="cpu")
 
 
-def test_a_quantised_linear_that_the_model_lacks_is_named(tiny_llama, write_int4, edit):
+def test_a_quantized_linear_that_the_model_lacks_is_named(tiny_llama, write_int4, edit):
     packed, _ = write_int4(tiny_llama, "gptq")
     edit(packed, {}, num_hidden_layers=1)
 

@@ -9,7 +9,7 @@ from marlin_tools import backends
 from marlin_tools.backends import load
 from marlin_tools.backends.decoder import Decoder
 from marlin_tools.backends.native import NativeLinear, NativeSparseLinear
-from marlin_tools.stages.export import export
+from marlin_tools.compress.export import export
 
 TOKENS = torch.arange(24).view(2, 12) % 400
 

@@ -41,7 +41,7 @@ def test_dense_checkpoints_run_as_in_transformers(tiny_model, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ("reference", "reference-packed"))
-def test_every_family_runs_quantised(tiny_model, write_int4, family, backend):
+def test_every_family_runs_quantized(tiny_model, write_int4, family, backend):
     packed, plain = write_int4(tiny_model(family, **FAMILIES[family]), "compressed-tensors")
 
     assert torch.equal(expected(plain), logits(load(packed, device="cpu", backend=backend)))

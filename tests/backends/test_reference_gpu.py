@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlin_tools.backends import free_memory, load
-from marlin_tools.stages.evaluate import EvaluateSettings, evaluate
-from marlin_tools.stages.generate import GenerateSettings, generate
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+from marlin_tools.evaluation.generate import GenerateSettings, generate
 
 pytestmark = pytest.mark.gpu
 IDS = torch.randint(0, 512, (2, 100), generator=torch.Generator().manual_seed(0))

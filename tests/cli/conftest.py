@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import marlin_tools.planning
-import marlin_tools.run
+import marlin_tools.run.execute
+import marlin_tools.run.plan
 from marlin_tools.cli import main
-from marlin_tools.recipe import Recipe
+from marlin_tools.recipe.recipe import Recipe
 
 
 class Outcome(NamedTuple):
@@ -44,16 +44,16 @@ def asked(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Calla
     """Run a verb with an engine that only notes what it is told."""
     calls: list[Any] = []
 
-    def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> marlin_tools.planning.Plan:
+    def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> marlin_tools.run.plan.Plan:
         calls[:] = [recipe, out, {}]
-        return marlin_tools.planning.Plan(recipe, (), ())
+        return marlin_tools.run.plan.Plan(recipe, (), ())
 
-    def execute(planned: Any, emit: Any, **options: Any) -> marlin_tools.run.RunResult:
+    def execute(planned: Any, emit: Any, **options: Any) -> marlin_tools.run.execute.RunResult:
         calls[2] = options
-        return marlin_tools.run.RunResult()
+        return marlin_tools.run.execute.RunResult()
 
-    monkeypatch.setattr(marlin_tools.planning, "plan", plan)
-    monkeypatch.setattr(marlin_tools.run, "execute", execute)
+    monkeypatch.setattr(marlin_tools.run.plan, "plan", plan)
+    monkeypatch.setattr(marlin_tools.run.execute, "execute", execute)
 
     def call(*arguments: str | Path) -> Captured:
         outcome = cli(*arguments)

@@ -4,12 +4,15 @@ import json
 
 import pytest
 
-from marlin_tools.ops import compiler, cubin_cache
-from marlin_tools.ops.compiler import Binary, Resources
-from marlin_tools.stages import bench, bench_figures, bench_model, bench_quantize
-from marlin_tools.stages.bench import Measurement, Rates
-from marlin_tools.stages.bench_figures import Measured
-from marlin_tools.stages.bench_model import ModelBench, ModelMeasurement
+from marlin_tools.bench import decoding as bench_model
+from marlin_tools.bench import figures as bench_figures
+from marlin_tools.bench import kernels as bench
+from marlin_tools.bench import quantizing as bench_quantize
+from marlin_tools.bench.decoding import ModelBench, ModelMeasurement
+from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.kernels import Measurement, Rates
+from marlin_tools.ops.runtime import compiler, cubin_cache
+from marlin_tools.ops.runtime.compiler import Binary, Resources
 
 
 @pytest.fixture

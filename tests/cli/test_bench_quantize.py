@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools import cards
-from marlin_tools.report.bench_quantize import quantize_table
-from marlin_tools.stages import bench_quantize as stage
-from marlin_tools.stages.bench_quantize import BenchQuantizeSettings, Part, QuantizeBench
+from marlin_tools.bench import quantizing as stage
+from marlin_tools.bench.quantizing import BenchQuantizeSettings, Part, QuantizeBench
+from marlin_tools.checkpoint import cards
+from marlin_tools.report.quantizing import quantize_table
 
 MEASURED = QuantizeBench(
     settings=BenchQuantizeSettings(layers=3),

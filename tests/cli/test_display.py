@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from marlin_tools import report, ui
+from marlin_tools import report
+from marlin_tools.cli import ui
 from marlin_tools.errors import RecipeError
 from marlin_tools.events import Event
 
@@ -54,7 +55,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     assert LINES == _show(monkeypatch, io.StringIO())
 
 
-def test_bars_and_colours_on_a_terminal(monkeypatch):
+def test_bars_and_colors_on_a_terminal(monkeypatch):
     shown = _show(monkeypatch, Terminal())
 
     assert "\x1b[33mwarning:" in shown
@@ -62,7 +63,7 @@ def test_bars_and_colours_on_a_terminal(monkeypatch):
     assert "blocks 10/40" not in shown
 
 
-def test_no_colours_if_not_wanted(monkeypatch):
+def test_no_colors_if_not_wanted(monkeypatch):
     shown = _show(monkeypatch, Terminal(), NO_COLOR="1")
 
     assert "warning: damping" in shown
@@ -70,7 +71,7 @@ def test_no_colours_if_not_wanted(monkeypatch):
     assert "\x1b[36m" not in shown
 
 
-def test_every_line_of_an_error_is_labelled(capsys):
+def test_every_line_of_an_error_is_labeled(capsys):
     ui.complain(RecipeError("a\nb [red]", hint="c"))
 
     assert ("", "error: a\nerror: b [red]\nhint: c\n") == tuple(capsys.readouterr())

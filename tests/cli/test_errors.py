@@ -111,25 +111,25 @@ def test_error_text(cli, arguments, expected):
 
 
 def test_interruption_says_how_to_go_on(cli, monkeypatch):
-    import marlin_tools.planning
+    import marlin_tools.run.plan
 
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(marlin_tools.planning, "plan", interrupt)
+    monkeypatch.setattr(marlin_tools.run.plan, "plan", interrupt)
 
     assert (130, "", "error: interrupted\nhint: run the same command again: what is finished is kept\n") == cli("run", "demo")
     assert (130, "", "error: interrupted\nhint: run the same command again\n") == cli("generate", "demo", "--prompt", "x")
 
 
 def test_a_defect_shows_its_traceback(monkeypatch, tmp_path):
-    import marlin_tools.planning
+    import marlin_tools.run.plan
     from marlin_tools.cli import main
 
     def fail(*_args, **_options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(marlin_tools.planning, "plan", fail)
+    monkeypatch.setattr(marlin_tools.run.plan, "plan", fail)
     with pytest.raises(ZeroDivisionError):
         main(["run", "demo"])
 

@@ -9,9 +9,9 @@ import pytest
 from typer.main import get_command
 
 from marlin_tools.cli import app
+from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.data import SOURCES
 from marlin_tools.formats import FORMATS
-from marlin_tools.stages.quantize import QuantizeSettings
 
 
 def _leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,11 +168,11 @@ def test_flag_arrives(asked, verb, flag, place, value):
     ids=lambda verb: verb[0],
 )
 def test_strict_fails_on_a_warning(cli, asked, monkeypatch, verb):
-    import marlin_tools.run
+    import marlin_tools.run.execute
 
     asked(*verb)
     monkeypatch.setattr(
-        marlin_tools.run, "execute", lambda *_, **__: marlin_tools.run.RunResult(warnings=["damping was raised"])
+        marlin_tools.run, "execute", lambda *_, **__: marlin_tools.run.execute.RunResult(warnings=["damping was raised"])
     )
 
     assert 0 == cli(*verb).code

@@ -10,9 +10,9 @@ from typer.main import get_command
 
 from marlin_tools import __all__ as public_names
 from marlin_tools.cli import app
-from marlin_tools.recipe_files import bundled, load, load_all, tables
+from marlin_tools.recipe.files import bundled, load, load_all, tables
 from marlin_tools.resources import recipes_dir
-from marlin_tools.stages.engines import ENGINES
+from marlin_tools.verification.engines import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ROOT / "marlin_tools" / "formats" / "README.md"
@@ -75,8 +75,8 @@ def test_command_is_understood(asked, collected, command):
 @pytest.fixture
 def collected(cli, monkeypatch):
     """The recipes that `reproduce` would run."""
-    from marlin_tools import reproduce
     from marlin_tools.report.comparison import Comparison
+    from marlin_tools.run import reproduce
 
     def call(*words):
         found = []

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from marlin_tools import reproduce
 from marlin_tools.errors import DeviceError, NumericalError
-from marlin_tools.recipe_files import load
+from marlin_tools.recipe.files import load
+from marlin_tools.run import reproduce
 
 MINE = """\
 table: mine

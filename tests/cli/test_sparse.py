@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from marlin_tools.algorithms.masks import is_2_4
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.formats.stored import StoredLinears
 
 TEXT = "The boat left the harbour at dawn, and nine marlins were seen off the point. "

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from marlin_tools.data.calibrate import CalibrationSettings, calibrate, preview
 from marlin_tools.errors import DataError
 from marlin_tools.events import Event
-from marlin_tools.stages.calibrate import CalibrationSettings, calibrate, preview
 
 Write = Callable[..., Path]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from marlin_tools.data import samples
+from marlin_tools.data.calibrate import calibrate
 from marlin_tools.data.evaluation import evaluation_documents, load_text
 from marlin_tools.errors import DataError
-from marlin_tools.stages.calibrate import calibrate
 
 Write = Callable[..., Path]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from marlin_tools.stages.evaluate import EvaluateSettings, evaluate
-from marlin_tools.stages.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 
 QUESTIONS = [
     {

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlin_tools.errors import DataError
-from marlin_tools.stages.generate import GenerateSettings, generate
+from marlin_tools.evaluation.generate import GenerateSettings, generate
 
 
 def settings(**options):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from marlin_tools.errors import DataError, DeviceError, RecipeError
-from marlin_tools.stages import evaluate as stage
-from marlin_tools.stages.harness import influences
+from marlin_tools.evaluation import evaluate as stage
+from marlin_tools.evaluation.harness import influences
 
 SUBJECTS = {
     "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from marlin_tools.backends import load
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, DeviceError
-from marlin_tools.stages import perplexity
-from marlin_tools.stages.perplexity import trace
+from marlin_tools.evaluation import perplexity
+from marlin_tools.evaluation.perplexity import trace
 
 
 def windows(model, text, length):
@@ -57,13 +57,13 @@ def test_the_window_is_the_models_positions_unless_it_has_more_than_4096(model, 
 
 
 def test_divergence_and_agreement_are_those_of_the_plain_formula(model, int4, text, run):
-    original, quantised = (load(folder, device="cpu") for folder in (model, int4))
+    original, quantized = (load(folder, device="cpu") for folder in (model, int4))
     divergences, agreements, losses = [], [], []
     for ids in windows(model, text, 32):
-        p, q = predictions(original, ids), predictions(quantised, ids)
+        p, q = predictions(original, ids), predictions(quantized, ids)
         divergences.append(fmean(sum(a.exp() * (a - b)).item() for a, b in zip(p, q, strict=True)))
         agreements.append(fmean(float(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)))
-        losses.append((loss(quantised, ids), loss(original, ids)))
+        losses.append((loss(quantized, ids), loss(original, ids)))
     result = run(int4, text, baseline=model, seqlen=32)
     ppl, kl, top1 = (result.score(text, metric) for metric in ("perplexity", "kl", "top1"))
 

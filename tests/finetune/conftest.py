@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.stages.finetune import FinetuneSettings, finetune
-from marlin_tools.stages.prune import PruneSettings, prune
+from marlin_tools.training.finetune import FinetuneSettings, finetune
 
 SETTINGS = {
     "tokens": 8 * 4 * 32,
@@ -31,7 +31,7 @@ SCRIPT = """
 import sys
 import torch
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.stages.finetune import FinetuneSettings, finetune
+from marlin_tools.training.finetune import FinetuneSettings, finetune
 
 teacher, pruned, out, stop, device = sys.argv[1:]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, ModelError, NumericalError, OutputError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.stages.quantize import QuantizeSettings, quantize
 
 Run = Callable[..., Checkpoint]
 
@@ -114,7 +114,7 @@ def test_the_teacher_can_write_the_text(run: Run, tmp_path: Path) -> None:
     assert not same_files(out.path, run("other", text=None, sampled=15, seqlen=32, seed=1).path)
 
 
-def test_what_is_trained_can_be_quantised_with_its_zeros(run: Run, tokens: TokenSet, tmp_path: Path) -> None:
+def test_what_is_trained_can_be_quantized_with_its_zeros(run: Run, tokens: TokenSet, tmp_path: Path) -> None:
     tuned = run()
     settings = QuantizeSettings(preset="fast", sparsity="keep", format="marlin-24", device="cpu")
     stored = StoredLinears(quantize(tuned, tokens, settings, tmp_path / "int4"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 
 pytestmark = pytest.mark.gpu
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import DeviceError, RecipeError
-from marlin_tools.stages.finetune import FinetuneSettings, check_pair
+from marlin_tools.training.finetune import FinetuneSettings, check_pair
 from marlin_tools.training.parallel import team
 
 Start = Callable[..., subprocess.CompletedProcess[str]]

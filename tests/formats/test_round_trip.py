@@ -103,10 +103,10 @@ def test_strides_make_no_difference(draw_linear, name):
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("group_size", (-1, 128))
-def test_a_checkpoint_is_recognised_by_what_we_write(name, group_size):
+def test_a_checkpoint_is_recognized_by_what_we_write(name, group_size):
     config = EVERY[name].quantization_config(group_size, ["lm_head", "model.layers.0.mlp.down_proj"])
     assert find_format(config) is EVERY[name]
-    assert [other for other, each in EVERY.items() if each.recognise(config)] == [name]
+    assert [other for other, each in EVERY.items() if each.recognize(config)] == [name]
 
 
 @pytest.mark.parametrize("name", ("gptq", "compressed-tensors"))

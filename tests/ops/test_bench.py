@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from marlin_tools.backends.native import NativeLinear, NativeSparseLinear
+from marlin_tools.bench import kernels as bench
+from marlin_tools.bench.decoding import SCHEMES, random_model
+from marlin_tools.bench.kernels import BenchSettings, Measurement, Rates, ideal_microseconds
 from marlin_tools.errors import DeviceError, OutputError
-from marlin_tools.ops import dispatch, self_test
-from marlin_tools.stages import bench
-from marlin_tools.stages.bench import BenchSettings, Measurement, Rates, ideal_microseconds
-from marlin_tools.stages.bench_model import SCHEMES, random_model
+from marlin_tools.ops import self_test
+from marlin_tools.ops.linear import dispatch
 
 
 def measurement(kernel, m, speedup):

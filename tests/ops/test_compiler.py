@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import TARGETS, build, compiler, kernels
-from marlin_tools.ops.compiler import Binary, Resources, Source, compile_kernel, parse_resources
-from marlin_tools.ops.cubin_cache import CubinCache, default_dir
-from marlin_tools.ops.sparse_variants import SPARSE_TILES, SparseVariant
-from marlin_tools.ops.variants import TILES, Variant, capability_of
+from marlin_tools.ops import TARGETS, build, kernels
+from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES, SparseVariant
+from marlin_tools.ops.linear.variants import TILES, Variant, capability_of
+from marlin_tools.ops.runtime import compiler
+from marlin_tools.ops.runtime.compiler import Binary, Resources, Source, compile_kernel, parse_resources
+from marlin_tools.ops.runtime.cubin_cache import CubinCache, default_dir
 from marlin_tools.resources import kernels_dir
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -117,7 +118,7 @@ def test_no_header_is_included_but_our_own():
             assert (kernels_dir() / name).is_file()
 
 
-def test_serialised_tensor_cores_are_refused(monkeypatch):
+def test_serialized_tensor_cores_are_refused(monkeypatch):
     advice = "ptxas info : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
     assert compiler._FATAL_ADVICE.search(advice)
     assert compiler._FATAL_ADVICE.search("(C7508) Potential Performance Loss: 'setmaxnreg' ignored")
@@ -173,7 +174,7 @@ def compilations(monkeypatch):
         done.append((source, target))
         return Binary(b"image\nof " + target.encode(), "symbol", Resources(32, 0, 0, 16))
 
-    monkeypatch.setattr("marlin_tools.ops.cubin_cache.compile_kernel", fake)
+    monkeypatch.setattr("marlin_tools.ops.runtime.cubin_cache.compile_kernel", fake)
     return done
 
 
@@ -227,7 +228,7 @@ def _get_slowly(folder, log):
         return Binary(b"image", "symbol", Resources(32, 0, 0, 16))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("marlin_tools.ops.cubin_cache.compile_kernel", slow)
+        patch.setattr("marlin_tools.ops.runtime.cubin_cache.compile_kernel", slow)
         assert CubinCache(Path(folder)).get(SMALL.source("sm_80"), "sm_80").image == b"image"
 
 

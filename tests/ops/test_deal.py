@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from marlin_tools.ops.deal import Costs, best, deals, estimate
+from marlin_tools.ops.linear.deal import Costs, best, deals, estimate
 from marlin_tools.resources import kernels_dir
 
 CLUSTERS = {2: 66, 3: 40, 4: 32, 5: 24, 6: 20, 7: 16, 8: 16}
@@ -25,11 +25,11 @@ STUBS = {
         using u8 = unsigned char; using u16 = unsigned short; using u32 = unsigned; using u64 = unsigned long long;
         struct TensorMap { u64 opaque[16]; }; struct float4 { float x, y, z, w; };
     """,
-    "w4a16/problem.cuh": f'#define SCHEDULE_INLINE\n#include "{kernels_dir()}/w4a16/schedule.cuh"\n',
+    "linear/problem.cuh": f'#define SCHEDULE_INLINE\n#include "{kernels_dir()}/linear/schedule.cuh"\n',
 }
 PROGRAM = """
 #include <cstdio>
-#include "w4a16/stretch.cuh"
+#include "linear/stretch.cuh"
 void walk(const HopperProblem& p, unsigned units) {
     for (unsigned unit = 0; unit < units; ++unit)
         for (Stretch s = Stretch::first(p, unit, units);; s.next(p, units)) {

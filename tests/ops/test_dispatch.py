@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from marlin_tools.ops import dispatch
-from marlin_tools.ops.dispatch import CUBLAS, DENSE, Measured
-from marlin_tools.ops.variants import TARGETS, TILES, capability_of, dense_kernels
-from marlin_tools.ops.w4a16 import partition
-from marlin_tools.output import put
+from marlin_tools.checkpoint.output import put
+from marlin_tools.ops.linear import dispatch
+from marlin_tools.ops.linear.dispatch import CUBLAS, DENSE, Measured
+from marlin_tools.ops.linear.variants import TARGETS, TILES, capability_of, dense_kernels
+from marlin_tools.ops.linear.w4a16 import partition
 
 
 @pytest.fixture

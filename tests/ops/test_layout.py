@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_tools.ops import layout
+from marlin_tools.ops.linear import layout
 from marlin_tools.quantized import QuantizedLinear
 
 
@@ -57,7 +57,7 @@ def test_every_word_is_one_a_fragment():
     assert len(seen) == 3 * 64 * 128
 
 
-def test_a_lane_owns_eight_neighbouring_outputs():
+def test_a_lane_owns_eight_neighboring_outputs():
     for g in range(8):
         outputs = [8 * g + 2 * i + h for i in range(4) for h in range(2)]
         assert outputs == list(range(8 * g, 8 * g + 8))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from marlin_tools import ops
-from marlin_tools.ops import reference, sparse_reference, w4a16, w24a16
+from marlin_tools.ops.linear import reference, sparse_reference, w4a16, w24a16
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 
@@ -48,7 +48,7 @@ def make(family, n=72, k=256, group_size=128, dtype=torch.float16, m=3):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [128, 256])
 @pytest.mark.parametrize("m", [0, 1, 5])
-def test_reference_is_a_product_with_the_dequantised_weight(family, dtype, group_size, m):
+def test_reference_is_a_product_with_the_dequantized_weight(family, dtype, group_size, m):
     weight, packed, x = make(family, dtype=dtype, group_size=group_size, m=m)
     bias = torch.randn(72).to(dtype)
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from marlin_tools.ops.sparse_variants import SPARSE_TILES
+from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
 from marlin_tools.resources import kernels_dir
 
 TILES = {name: tile for name, tile in SPARSE_TILES.items() if tile.rounded}

@@ -14,7 +14,7 @@ from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 
-def quantised(n=96, k=256, group_size=128):
+def quantized(n=96, k=256, group_size=128):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
     scales = (torch.randn((n, k // group_size), generator=generator) * 0.02).to(torch.float16)
@@ -27,8 +27,8 @@ def model(bias=True, n=96, k=256):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 3, 256), (0, 256)])
-def test_same_as_a_linear_with_the_dequantised_weight(bias, shape):
-    network, weight = model(bias), quantised()
+def test_same_as_a_linear_with_the_dequantized_weight(bias, shape):
+    network, weight = model(bias), quantized()
     linear = network[0][0]
     linear.weight.data = weight.dequantize(torch.float16)
     x = torch.randn(shape).to(torch.float16)
@@ -43,7 +43,7 @@ def test_same_as_a_linear_with_the_dequantised_weight(bias, shape):
 
 def pruned(n=128, k=256, seed=0):
     """2:4 sparse."""
-    weight = quantised(n, k)
+    weight = quantized(n, k)
     quads = weight.codes.view(n, k // 4, 4).clone()
     quads.scatter_(2, torch.rand(quads.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=2)[..., :2], ZERO)
     return QuantizedLinear(quads.view(n, k), weight.scales, 128)
@@ -70,11 +70,11 @@ def test_sparse_linears_are_joined_among_themselves():
     assert type(whole) is NativeSparseLinear
     assert torch.equal(whole(x), expected)
     assert torch.equal(torch.cat([linear(x) for linear in sparse], dim=1), expected)
-    assert join([sparse[0], build(quantised(64), None, torch.device("cpu"), torch.float16)]) is None
+    assert join([sparse[0], build(quantized(64), None, torch.device("cpu"), torch.float16)]) is None
 
 
 def test_joined_linears_have_the_exponent_of_the_largest_scale():
-    layers = [quantised(64), quantised(64), quantised(64)]
+    layers = [quantized(64), quantized(64), quantized(64)]
     layers[1].scales.fill_(3.0)
     linears = [build(layer, None, torch.device("cpu"), torch.float16) for layer in layers]
 
@@ -87,7 +87,7 @@ def test_joined_linears_have_the_exponent_of_the_largest_scale():
 
 def test_says_what_it_is():
     network = model()
-    replace(network, {"0.0": quantised()})
+    replace(network, {"0.0": quantized()})
     assert "in_features=256, out_features=96, group_size=128, bias=True" in repr(network)
     assert len(list(network.parameters())) == 0
 
@@ -95,17 +95,17 @@ def test_says_what_it_is():
 def test_nothing_is_touched_when_one_layer_is_wrong():
     network = nn.ModuleDict({"good": nn.Linear(256, 96), "bad": nn.Linear(192, 64)})
     with pytest.raises(ModelError, match=r"`bad`: 192 inputs are not a multiple of 128"):
-        replace(network, {"good": quantised(), "bad": quantised(64, 192, 192)})
+        replace(network, {"good": quantized(), "bad": quantized(64, 192, 192)})
     assert isinstance(network["good"], nn.Linear)
 
 
 @pytest.mark.parametrize(
     ("name", "weight", "message"),
     [
-        ("0.7", quantised(), "no layer `0.7`"),
-        ("1", quantised(), "`1` is a ReLU"),
-        ("0.0", quantised(64), "96 x 256 in the model"),
-        ("0.0", quantised(group_size=64), "group_size 64 is neither"),
+        ("0.7", quantized(), "no layer `0.7`"),
+        ("1", quantized(), "`1` is a ReLU"),
+        ("0.0", quantized(64), "96 x 256 in the model"),
+        ("0.0", quantized(group_size=64), "group_size 64 is neither"),
     ],
 )
 def test_refuses_by_name(name, weight, message):
@@ -115,11 +115,11 @@ def test_refuses_by_name(name, weight, message):
 
 def test_refuses_other_activations():
     with pytest.raises(DeviceError, match=r"not torch\.float32"):
-        replace(model(), {"0.0": quantised()}, torch.float32)
+        replace(model(), {"0.0": quantized()}, torch.float32)
 
 
 @pytest.mark.gpu
-def test_model_on_the_kernels_gives_the_logits_of_its_dequantised_weights():
+def test_model_on_the_kernels_gives_the_logits_of_its_dequantized_weights():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=256,
@@ -135,7 +135,7 @@ def test_model_on_the_kernels_gives_the_logits_of_its_dequantised_weights():
     weights = {}
     for name in names:
         linear = network.get_submodule(name)
-        weights[name] = quantised(linear.out_features, linear.in_features).to("cuda")
+        weights[name] = quantized(linear.out_features, linear.in_features).to("cuda")
         linear.weight.data = weights[name].dequantize(torch.float16)
     tokens = torch.randint(0, 512, (2, 40), device="cuda")
     with torch.inference_mode():
@@ -170,7 +170,7 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("weight", [quantised(128), pruned(128)], ids=["dense", "sparse"])
+@pytest.mark.parametrize("weight", [quantized(128), pruned(128)], ids=["dense", "sparse"])
 def test_whoever_watches_still_sees_the_operator(weight):
     linear = build(weight, None, torch.device("cuda"), torch.float16)
     name = f"marlin_tools.{'w24a16' if weight.is_2_4() else 'w4a16'}_linear.default"

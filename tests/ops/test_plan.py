@@ -1,6 +1,6 @@
 """Plans: a thread keeps so many and no more."""
 
-from marlin_tools.ops import plan
+from marlin_tools.ops.linear import plan
 
 
 def test_a_thread_keeps_a_bounded_number_of_plans(monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from marlin_tools import ops
-from marlin_tools.ops import reference
-from marlin_tools.ops.hopper import powers
-from marlin_tools.ops.layout import exponent_of
+from marlin_tools.ops.linear import reference
+from marlin_tools.ops.linear.hopper import powers
+from marlin_tools.ops.linear.layout import exponent_of
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.resources import kernels_dir
 

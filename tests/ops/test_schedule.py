@@ -1,4 +1,4 @@
-"""`kernels/w4a16/schedule.cuh`, compiled for the host where there is a compiler and modelled in Python everywhere."""
+"""`kernels/linear/schedule.cuh`, compiled for the host where there is a compiler and modelled in Python everywhere."""
 
 import shutil
 import subprocess

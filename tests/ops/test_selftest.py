@@ -7,7 +7,7 @@ import torch
 
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import selftest
+from marlin_tools.ops.linear import selftest
 
 LINEAR = {"": ops.linear, "2:4 ": ops.sparse_linear}
 

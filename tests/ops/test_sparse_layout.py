@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_tools.ops import sparse_layout
+from marlin_tools.ops.linear import sparse_layout
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 

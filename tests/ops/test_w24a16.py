@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from marlin_tools.ops import dispatch, sparse_dispatch, w24a16
-from marlin_tools.ops.dispatch import Measured
-from marlin_tools.ops.sparse_variants import SPARSE_TILES, sparse_kernels
-from marlin_tools.ops.variants import TARGETS, capability_of
+from marlin_tools.ops.linear import dispatch, sparse_dispatch, w24a16
+from marlin_tools.ops.linear.dispatch import Measured
+from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES, sparse_kernels
+from marlin_tools.ops.linear.variants import TARGETS, capability_of
 from marlin_tools.resources import kernels_dir
 
 

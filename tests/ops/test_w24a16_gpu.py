@@ -5,12 +5,14 @@ import torch
 
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import dispatch, driver, linear_operator, sparse_dispatch, sparse_reference, w24a16
-from marlin_tools.ops.dispatch import CUBLAS
-from marlin_tools.ops.sparse_layout import PackedSparse, pack_sparse
-from marlin_tools.ops.sparse_variants import SPARSE_TILES
-from marlin_tools.ops.variants import TILES as TILE_SHAPES
-from marlin_tools.ops.variants import target_of
+from marlin_tools.ops.linear import dispatch, sparse_dispatch, sparse_reference, w24a16
+from marlin_tools.ops.linear import operator as linear_operator
+from marlin_tools.ops.linear.dispatch import CUBLAS
+from marlin_tools.ops.linear.sparse_layout import PackedSparse, pack_sparse
+from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
+from marlin_tools.ops.linear.variants import TILES as TILE_SHAPES
+from marlin_tools.ops.linear.variants import target_of
+from marlin_tools.ops.runtime import driver
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 pytestmark = pytest.mark.gpu

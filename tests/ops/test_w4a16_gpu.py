@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from marlin_tools import ops
+from marlin_tools.bench import timing
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import dispatch, driver, layout, linear_operator, reference, timing, w4a16
-from marlin_tools.ops.variants import TILES as SHAPES
+from marlin_tools.ops.linear import dispatch, layout, reference, w4a16
+from marlin_tools.ops.linear import operator as linear_operator
+from marlin_tools.ops.linear.variants import TILES as SHAPES
+from marlin_tools.ops.runtime import driver
 from marlin_tools.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +107,7 @@ def test_model_shapes(n, k):
 
 
 @pytest.mark.parametrize("m", [24, 48, 100, 200, 300, 700, 1500])
-def test_nothing_falls_below_dequantising_and_cublas(m):
+def test_nothing_falls_below_dequantizing_and_cublas(m):
     """Between the measured numbers of rows, and on a shape that no table has: the dispatched kernel against the fallback."""
     n, k = 6144, 4096
     packed = ops.pack(random_weight(n, k))

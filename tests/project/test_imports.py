@@ -16,13 +16,13 @@ PACKAGE = ROOT / "marlin_tools"
 
 # library -> the only files (or folders, ending in /) that may import it at all
 ONLY = {
-    "rich": ("ui.py",),
+    "rich": ("cli/ui.py",),
     "typer": ("cli/",),
-    "lm_eval": ("stages/harness.py", "stages/task_index.py", "backends/"),
+    "lm_eval": ("evaluation/harness.py", "evaluation/task_index.py", "backends/"),
     "matplotlib": ("plotting.py",),
 }
 # What `marlin-tools --help` loads, and what none of it may import at module level.
-LIGHT = ("__init__.py", "__main__.py", "cli/", "ui.py", "errors.py", "events.py", "resources.py")
+LIGHT = ("__init__.py", "__main__.py", "cli/", "errors.py", "events.py", "resources.py")
 HEAVY = {
     "cuda",
     "datasets",
@@ -87,15 +87,15 @@ def test_light_module_exists(name):
     ("rule", "name", "text", "problems"),
     (
         (fenced_imports, "run.py", "def f():\n    from rich.table import Table\n", 1),
-        (fenced_imports, "ui.py", "from rich.table import Table\n", 0),
-        (fenced_imports, "ui.py", "import typer\n", 1),
-        (fenced_imports, "stages/quantize.py", "import lm_eval.api\n", 1),
+        (fenced_imports, "cli/ui.py", "from rich.table import Table\n", 0),
+        (fenced_imports, "run/plan.py", "import typer\n", 1),
+        (fenced_imports, "compress/quantize.py", "import lm_eval.api\n", 1),
         (fenced_imports, "backends/native.py", "import lm_eval.api\n", 0),
         (heavy_imports, "cli/make.py", "import torch.nn\n", 1),
         (heavy_imports, "cli/make.py", "class C:\n    from torch import nn\n", 1),
         (heavy_imports, "cli/make.py", "try:\n    import torch\nexcept ImportError:\n    pass\n", 1),
         (heavy_imports, "cli/make.py", "def f():\n    import torch\n", 0),
-        (heavy_imports, "ui.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n", 0),
+        (heavy_imports, "cli/ui.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n", 0),
         (heavy_imports, "stream.py", "import torch\n", 0),
     ),
 )

@@ -108,7 +108,7 @@ def test_installed_wheel_finds_what_it_ships(installed, tmp_path, folder):
     assert _files(here) == _files(there) != set()
 
 
-def test_metadata_names_the_command_and_the_licence(wheel):
+def test_metadata_names_the_command_and_the_license(wheel):
     folder = f"marlin_tools-{marlin_tools.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f"{folder}/METADATA").decode()

@@ -10,13 +10,13 @@ import torch
 
 from marlin_tools.algorithms import PRUNERS
 from marlin_tools.algorithms.masks import is_2_4, magnitude
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import FormatError, ModelError, OutputError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.stages.prune import PruneSettings, prune
-from marlin_tools.stages.quantize import QuantizeSettings, quantize
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +192,7 @@ def test_shapes_that_the_sparse_format_cannot_hold_are_refused(
         )
 
 
-def test_a_quantised_model_cannot_be_pruned(
+def test_a_quantized_model_cannot_be_pruned(
     run: Callable[..., Checkpoint], to_int4: Callable[..., Checkpoint], tiny_llama: Path
 ) -> None:
     with pytest.raises(ModelError, match="already quantised"):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.stages.quantize import QuantizeSettings, quantize
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from marlin_tools.algorithms import PRESETS
-from marlin_tools.cards import CARDS, Card
+from marlin_tools.checkpoint.cards import CARDS, Card
+from marlin_tools.compress import forecast
+from marlin_tools.compress.floor import Work, least_seconds
+from marlin_tools.compress.forecast import Forecast, forecast_quantize
 from marlin_tools.errors import DeviceError
-from marlin_tools.stages import forecast
-from marlin_tools.stages.floor import Work, least_seconds
-from marlin_tools.stages.forecast import Forecast, forecast_quantize
-from marlin_tools.stages.inventory import take_inventory
+from marlin_tools.stream.inventory import take_inventory
 
 H100 = torch.device("cuda", 0)
 RATE = 7.4e14

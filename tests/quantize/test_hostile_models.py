@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, RecipeError
 
 Run = Callable[..., Checkpoint]
@@ -102,7 +102,7 @@ def test_config_and_weights_of_different_models(victim: Path, refused: Callable[
     refused(victim, ModelError, "config.json asks for")
 
 
-def test_dead_channels_and_zero_rows_are_quantised(victim: Path, run: Run) -> None:
+def test_dead_channels_and_zero_rows_are_quantized(victim: Path, run: Run) -> None:
     def kill(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.input_layernorm.weight"][7] = 0
         tensors["model.layers.0.mlp.gate_proj.weight"][11] = 0
@@ -128,14 +128,14 @@ def test_shapes_that_do_not_fit_name_the_layers(
     refused(narrow, RecipeError, "unknown format `marlim`", format="marlim")
 
 
-def test_a_quantised_model_is_not_quantised_again(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+def test_a_quantized_model_is_not_quantized_again(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
     first = run(tiny_llama, "first")
     with pytest.raises(ModelError, match="already quantised"):
         run(first.path, "second")
     assert not (tmp_path / "second").exists()
 
 
-def test_nothing_left_to_quantise(tiny_llama: Path, refused: Callable[..., MarlinToolsError]) -> None:
+def test_nothing_left_to_quantize(tiny_llama: Path, refused: Callable[..., MarlinToolsError]) -> None:
     refused(tiny_llama, ModelError, "no linear is left", ignore=(".*",))
     refused(tiny_llama, RecipeError, "no regular expression", ignore=("(",))
 

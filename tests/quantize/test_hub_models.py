@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from marlin_tools.checkpoint import ALIASES, Checkpoint
+from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.errors import ModelError
 from marlin_tools.formats.stored import StoredLinears
 
@@ -29,7 +29,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, s
     return put
 
 
-def test_an_alias_is_quantised_from_the_cache(
+def test_an_alias_is_quantized_from_the_cache(
     tiny_llama: Path, cached: Callable[[Path, str], Path], run: Callable[..., Checkpoint]
 ) -> None:
     snapshot = cached(tiny_llama, "meta-llama/Llama-2-7b-hf")

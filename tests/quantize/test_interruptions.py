@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, _Work, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import MarlinToolsError, ModelError, OutputError
-from marlin_tools.output import OutputDirectory
-from marlin_tools.stages.quantize import QuantizeSettings, _Work, quantize
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]
@@ -129,8 +129,8 @@ def test_a_shard_damaged_after_the_kill_is_made_again(
 SCRIPT = """
 import os, signal, sys, torch
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.output import OutputDirectory
-from marlin_tools.stages.quantize import QuantizeSettings, quantize
+from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 write, left = OutputDirectory._write, [int(sys.argv[3])]
 def dying(self, final, content):
     left[0] -= 1

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools import crew as crews
-from marlin_tools.crew import ALONE, Crew, Pairs, assembled
+from marlin_tools.distributed import crew as crews
+from marlin_tools.distributed.crew import ALONE, Crew, Pairs, assembled
 from marlin_tools.errors import DeviceError
 
 Digest = Callable[[Path], dict[str, str]]
@@ -33,7 +33,7 @@ import sys
 import torch
 from marlin_tools.algorithms import hessian
 from marlin_tools.cli import main
-from marlin_tools.stages.quantize import _Work
+from marlin_tools.compress.quantize import _Work
 
 hessian._SHARED, hessian._FACTOR_BLOCK = 200, 48  # one factorisation in four is shared
 model, text, out, presets, victim = sys.argv[1:]

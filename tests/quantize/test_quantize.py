@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from marlin_tools.algorithms import GPTQ, PRESETS
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.manifest import read_manifest
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, plan_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.manifest import read_manifest
-from marlin_tools.stages.quantize import QuantizeSettings, plan_quantize, quantize
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.background import Background
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.manifest import read_manifest
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, _Work, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.events import Event
-from marlin_tools.manifest import read_manifest
-from marlin_tools.read_ahead import ReadAhead
-from marlin_tools.stages.quantize import QuantizeSettings, _Work, quantize
 from marlin_tools.stopwatch import Stopwatch, apart, span
-from marlin_tools.stream import CHUNK_TOKENS, Group, LayerStream
+from marlin_tools.stream.background import Background
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group, LayerStream
+from marlin_tools.stream.read_ahead import ReadAhead
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]

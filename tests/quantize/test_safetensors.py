@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from marlin_tools.output import OutputDirectory
+from marlin_tools.checkpoint.output import OutputDirectory
 
 
 def tensors() -> dict[str, torch.Tensor]:

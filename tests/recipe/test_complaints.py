@@ -3,8 +3,8 @@
 import pytest
 
 from marlin_tools.errors import RecipeError
-from marlin_tools.recipe import Recipe
-from marlin_tools.recipe_files import load
+from marlin_tools.recipe.files import load
+from marlin_tools.recipe.recipe import Recipe
 
 BAD = """\
 name: my model

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from marlin_tools import cards
-from marlin_tools.cards import CARDS, Card, sketch
-from marlin_tools.checkpoint import ALIASES, Checkpoint
+from marlin_tools.checkpoint import cards
+from marlin_tools.checkpoint.cards import CARDS, Card, sketch
+from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import find_family
-from marlin_tools.planning import plan
-from marlin_tools.recipe import Recipe
-from marlin_tools.recipe_files import catalogue, load, tables
+from marlin_tools.recipe.files import catalog, load, tables
+from marlin_tools.recipe.recipe import Recipe
+from marlin_tools.run.plan import plan
 
 PARAMETERS = {  # as the hub counts them
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -52,7 +52,7 @@ def test_card_has_the_names_and_shapes_of_a_checkpoint(tiny_model, model_type, t
     assert saved.nbytes == card.nbytes
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue() if name not in tables()])
+@pytest.mark.parametrize("name", [name for name in catalog() if name not in tables()])
 def test_every_bundled_recipe_plans_offline(name):
     recipe = load(name)
     planned = plan(recipe, dry=True)

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from marlin_tools.checkpoint import ALIASES
+from marlin_tools.checkpoint.reader import ALIASES
 from marlin_tools.errors import RecipeError
-from marlin_tools.recipe import Recipe, schema, settle
-from marlin_tools.recipe_files import bundled, catalogue, find, load, overview, show, tables
+from marlin_tools.recipe.files import bundled, catalog, find, load, overview, show, tables
+from marlin_tools.recipe.recipe import Recipe, schema, settle
 from marlin_tools.resources import recipes_dir
 
-RECIPES = [name for name in catalogue() if name not in tables()]
+RECIPES = [name for name in catalog() if name not in tables()]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,7 +40,7 @@ def test_every_bundled_file_is_found_and_listed_in_the_readme():
 def test_the_list_names_every_recipe_once():
     names = [name.strip() for name, told in overview() if told]
 
-    assert sorted(catalogue()) == sorted(names)
+    assert sorted(catalog()) == sorted(names)
 
 
 def test_the_papers_recipe_says_what_the_paper_says():

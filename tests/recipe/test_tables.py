@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from marlin_tools.errors import RecipeError
-from marlin_tools.recipe import Recipe
-from marlin_tools.recipe_files import check, load, load_all, tables
+from marlin_tools.recipe.files import check, load, load_all, tables
+from marlin_tools.recipe.recipe import Recipe
 
 TABLE = """\
 table: mine

@@ -5,10 +5,10 @@ from html import unescape
 
 import pytest
 
-from marlin_tools.report import bench_pictures as pictures
+from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.kernels import BenchSettings, Measurement, Rates
+from marlin_tools.report import kernel_pictures as pictures
 from marlin_tools.report.figure import Axis, Line, chart
-from marlin_tools.stages.bench import BenchSettings, Measurement, Rates
-from marlin_tools.stages.bench_figures import Measured
 
 RATES = Rates(3e12, 6e14)
 
@@ -122,10 +122,10 @@ def test_models_weigh_layers_by_their_time():
     assert told(pictures.models(measured(results)), "m, ours") == ["1, 1.6"]
 
 
-def test_what_belongs_together_has_one_colour():
+def test_what_belongs_together_has_one_color():
     svg = pictures.peak(measured([*RESULTS, *SPARSE]))
-    colours = dict(zip(("ours", "ours 2:4"), dict.fromkeys(re.findall(r'<circle [^>]*fill="([^"]*)"', svg)), strict=True))
+    colors = dict(zip(("ours", "ours 2:4"), dict.fromkeys(re.findall(r'<circle [^>]*fill="([^"]*)"', svg)), strict=True))
     ideals = set(re.findall(r'<polyline stroke="([^"]*)" class="ideal"', svg))
 
-    assert ideals == set(colours.values())
+    assert ideals == set(colors.values())
     assert len(ideals) == 2

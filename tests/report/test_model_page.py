@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from marlin_tools import report
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.planning import plan
-from marlin_tools.recipe import Recipe
+from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.report.model_card import model_card
 from marlin_tools.report.page import TIMES, verdict, words
 from marlin_tools.report.result import gather
-from marlin_tools.run import execute
+from marlin_tools.run.execute import execute
+from marlin_tools.run.plan import plan
 
 VOID = {"meta", "br", "link", "img", "hr"}
 
@@ -233,7 +233,7 @@ SPARSE = [
 def test_every_model_of_a_chain_has_its_page(tmp_path):
     execute(plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": SPARSE}), tmp_path / "x"))
     pages = {name: (tmp_path / "x" / name / "report.html") for name in ("pruned", "finetuned", "marlin-24")}
-    pruned, finetuned, quantised = ("".join(read(path.read_text(encoding="utf-8")).text) for path in pages.values())
+    pruned, finetuned, quantized = ("".join(read(path.read_text(encoding="utf-8")).text) for path in pages.values())
 
     for text in (pruned, finetuned):
         assert "demo · 2:4, 16 bits" in text
@@ -246,5 +246,5 @@ def test_every_model_of_a_chain_has_its_page(tmp_path):
     kl = json.loads((tmp_path / "x" / "finetuned" / "manifest.json").read_text(encoding="utf-8"))["held_out_kl"]
     assert f"It began at {kl[0][1]:.4f} and ended at {kl[-1][1]:.4f} nats" in finetuned
     assert len(kl) == pages["finetuned"].read_text(encoding="utf-8").count("<title>after ")
-    assert "pruned to 2:4 (preset magnitude), then finetuned on 256 tokens" in quantised
+    assert "pruned to 2:4 (preset magnitude), then finetuned on 256 tokens" in quantized
     assert not (tmp_path / "x" / "pruned" / "README.md").exists()

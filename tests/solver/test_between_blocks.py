@@ -8,8 +8,8 @@ from torch import Tensor
 from marlin_tools.algorithms import GPTQ, Gram, Hessian, polish, sweep
 from marlin_tools.algorithms.polish import descend, refit
 from marlin_tools.algorithms.scales import decode, encode
-from marlin_tools.ops import solver
-from marlin_tools.ops.solver import BLOCK, Grid, Polished
+from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.ops.solver.kernels import BLOCK, Grid, Polished
 
 
 def problem(n: int, k: int) -> tuple[Tensor, Hessian]:
@@ -63,7 +63,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sweep(masked: bool) -> None:
     weight, hessian = problem(48, 2 * sweep.WIDE + 192)
     order = hessian.energy_order()
-    factor = hessian.factorise(0.01, "layer", order)
+    factor = hessian.factorize(0.01, "layer", order)
     group_of = (order // 64).to(torch.int32)
     scales = weight.view(48, -1, 64).abs().amax(dim=2) * (2 / 15)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5 if masked else None

@@ -4,9 +4,10 @@ import struct
 
 import pytest
 
-from marlin_tools.ops import TARGETS, solver
-from marlin_tools.ops.compiler import compile_kernel
-from marlin_tools.ops.rotation import ROTATE_KERNELS, RotateKernel
+from marlin_tools.ops import TARGETS
+from marlin_tools.ops.model.rotation import ROTATE_KERNELS, RotateKernel
+from marlin_tools.ops.runtime.compiler import compile_kernel
+from marlin_tools.ops.solver import kernels as solver
 
 SHARED_PER_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227}
 

@@ -10,7 +10,7 @@ from marlin_tools.algorithms import GPTQ, PRESETS, Gram, Hessian
 from marlin_tools.algorithms.hessian import Drift, reversed_cholesky
 from marlin_tools.algorithms.polish import polish, row_losses
 from marlin_tools.algorithms.scales import conditional, decode, diagonal, encode
-from marlin_tools.ops import products
+from marlin_tools.ops.solver import products
 from marlin_tools.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.gpu
@@ -115,7 +115,7 @@ def test_scale_search(group_size: int, dtype: torch.dtype, signed: bool) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_clip_search(dtype: torch.dtype) -> None:
     weight, hessian = problem(n=1000, k=256)
-    factor = hessian.factorise(0.1, "layer").upper
+    factor = hessian.factorize(0.1, "layer").upper
     for start in (0, 128):
         block = slice(start, start + 128)
         cpu = conditional(weight[:, block].contiguous(), factor[block, block], dtype)
@@ -252,7 +252,7 @@ def test_blocked_factor(k: int) -> None:
 
 def test_divide() -> None:
     weight, hessian = problem(n=64, k=2500)
-    factor = hessian.factorise(0.01, "layer")
+    factor = hessian.factorize(0.01, "layer")
     expected = weight.double() @ torch.linalg.inv(hessian.damped(0.01).double())
     for device in ("cpu", "cuda"):
         moved = dataclasses.replace(factor, upper=factor.upper.to(device))

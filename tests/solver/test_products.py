@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_tools.ops import products, solver
-from marlin_tools.ops.products import Parts
+from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.ops.solver import products
+from marlin_tools.ops.solver.products import Parts
 
 N, K, M = 24, 96, 40
 

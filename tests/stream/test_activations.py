@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from marlin_tools import activations
-from marlin_tools.activations import Activations, Room
+from marlin_tools.stream import activations
+from marlin_tools.stream.activations import Activations, Room
 
 GB = 10**9
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from marlin_tools import shortcuts
-from marlin_tools.ops.rotation import can_rotate
-from marlin_tools.shortcuts import short_rotation, shorten_norms
+from marlin_tools.ops.model.rotation import can_rotate
+from marlin_tools.stream import shortcuts
+from marlin_tools.stream.shortcuts import short_rotation, shorten_norms
 
 
 def model() -> LlamaForCausalLM:

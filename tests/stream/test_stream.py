@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import ModelError
 from marlin_tools.families import FAMILIES, find_family
-from marlin_tools.stream import Group, LayerStream
+from marlin_tools.stream.layer_stream import Group, LayerStream
 
 FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

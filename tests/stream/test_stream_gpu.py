@@ -8,18 +8,18 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from marlin_tools.activations import Room
 from marlin_tools.algorithms import PRESETS
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.families import find_family
-from marlin_tools.shortcuts import short_rotation, shorten_norms
-from marlin_tools.stream import LayerStream
+from marlin_tools.stream.activations import Room
+from marlin_tools.stream.layer_stream import LayerStream
+from marlin_tools.stream.shortcuts import short_rotation, shorten_norms
 
 pytestmark = pytest.mark.gpu
 
 
-def quantised(
+def quantized(
     path: Path, device: str, monkeypatch: pytest.MonkeyPatch, room: Room | None, dtype: str | None = None
 ) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint.open(path)
@@ -46,9 +46,9 @@ def quantised(
 
 
 def test_room_changes_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = quantised(tiny_llama, "cuda:0", monkeypatch, Room(residual=True, inputs=True))
+    everything = quantized(tiny_llama, "cuda:0", monkeypatch, Room(residual=True, inputs=True))
     for room in (Room(inner=0), Room(inner=1_200_000), Room(residual=False)):
-        other = quantised(tiny_llama, "cuda:0", monkeypatch, room)
+        other = quantized(tiny_llama, "cuda:0", monkeypatch, room)
         for name, value in everything.items():
             assert torch.equal(value, other[name]), (room, name)
 
@@ -60,7 +60,7 @@ def divergence(left: Tensor, right: Tensor) -> float:
 
 def test_gpu_and_cpu_agree(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the same arithmetic: on a GPU the stream is as wide as the model, on a CPU it is always float32."""
-    gpu, cpu = (quantised(tiny_llama, device, monkeypatch, None, "float32") for device in ("cuda:0", "cpu"))
+    gpu, cpu = (quantized(tiny_llama, device, monkeypatch, None, "float32") for device in ("cuda:0", "cpu"))
     shares = {name: float((cpu[name] != gpu[name]).float().mean()) for name in cpu if name not in {"logits", "original"}}
     print("codes that differ:", {name: f"{share:.1e}" for name, share in shares.items()})
     assert max(list(shares.values())[:3]) < 2e-4  # q, k, v of the first block: what they read has not met a rounded weight

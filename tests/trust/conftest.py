@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marlin_tools.compress.export import export
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.stages.export import export
-from marlin_tools.stages.quantize import QuantizeSettings, quantize
-from marlin_tools.stages.verify import verify
+from marlin_tools.verification.verify import verify
 
 
 @pytest.fixture(scope="session")

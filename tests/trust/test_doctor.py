@@ -11,8 +11,8 @@ import torch
 
 from marlin_tools.ops import CheckResult
 from marlin_tools.resources import demo_dir
-from marlin_tools.stages import doctor
-from marlin_tools.stages.doctor import diagnose
+from marlin_tools.verification import doctor
+from marlin_tools.verification.doctor import diagnose
 
 
 def fact(name):

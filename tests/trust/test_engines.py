@@ -2,12 +2,12 @@
 
 import pytest
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS
-from marlin_tools.stages.contents import Contents
-from marlin_tools.stages.engines import ENGINES, judge_checkpoint, judge_engines
-from marlin_tools.stages.inventory import take_inventory
+from marlin_tools.formats.contents import Contents
+from marlin_tools.stream.inventory import take_inventory
+from marlin_tools.verification.engines import ENGINES, judge_checkpoint, judge_engines
 
 
 def config(hidden, inner, heads, kv_heads, blocks=1, head_dim=None):

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.checkpoint import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.writer import ModelWriter
+from marlin_tools.compress import export as stage
+from marlin_tools.compress.export import export
 from marlin_tools.errors import FormatError, OutputError
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.model_writer import ModelWriter
-from marlin_tools.stages import export as stage
-from marlin_tools.stages.export import export
 
 DENSE = ("gptq", "marlin", "compressed-tensors")
 
@@ -223,7 +223,7 @@ def test_mixed_group_sizes_are_refused(copy, edit, tmp_path):
         export(source, "compressed-tensors", tmp_path / "out")
 
 
-def test_quantised_caches_are_refused(copy, edit_json, tmp_path):
+def test_quantized_caches_are_refused(copy, edit_json, tmp_path):
     source = copy("compressed-tensors")
     config = config_of(source)["quantization_config"] | {"kv_cache_scheme": {"num_bits": 8}}
     edit_json(source / "config.json", quantization_config=config)

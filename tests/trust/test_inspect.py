@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from marlin_tools.stages import inspect as stage
-from marlin_tools.stages.inspect import inspect, rows
+from marlin_tools.verification import inspect as stage
+from marlin_tools.verification.inspect import inspect, rows
 
 LINEARS = 2 * (4 * 256 * 256 + 3 * 256 * 512)
 EMBEDDINGS = 2 * 512 * 256
@@ -23,16 +23,16 @@ def test_dense(tiny_llama):
         "embeddings and norms": 2 * (EMBEDDINGS // 2 + NORMS),
         "total": 2 * (LINEARS + EMBEDDINGS + NORMS),
     } == facts["bytes"]
-    assert (None, 0, [], [], []) == tuple(facts[key] for key in ("format", "quantised", "kept", "worst", "engines"))
+    assert (None, 0, [], [], []) == tuple(facts[key] for key in ("format", "quantized", "kept", "worst", "engines"))
     assert (False, True, 14) == tuple(facts["sparsity"][key] for key in ("2:4", "exact", "linears"))
 
 
 @pytest.mark.parametrize("name", ("gptq", "marlin", "compressed-tensors"))
-def test_quantised(in_format, name):
+def test_quantized(in_format, name):
     facts = inspect(in_format(name))
 
     assert LINEARS + EMBEDDINGS + NORMS == facts["parameters"]
-    assert (name, [128], 14, []) == tuple(facts[key] for key in ("format", "group_sizes", "quantised", "kept"))
+    assert (name, [128], 14, []) == tuple(facts[key] for key in ("format", "group_sizes", "quantized", "kept"))
     assert facts["bytes"]["total"] == sum(size for kind, size in facts["bytes"].items() if kind != "total")
     assert LINEARS * (4 / 8 + 2 / 128) == pytest.approx(facts["bytes"]["quantised linears"], rel=0.04)
     assert ("noise", 4 * 96) == (facts["calibration"]["source"], facts["calibration"]["tokens"])
@@ -90,7 +90,7 @@ def test_large_models_are_sampled(in_format, monkeypatch):
 def test_another_tools_checkpoint(foreign):
     facts = inspect(foreign)
 
-    assert ("gptq", 14, None, None, []) == tuple(facts[k] for k in ("format", "quantised", "calibration", "solver", "worst"))
+    assert ("gptq", 14, None, None, []) == tuple(facts[k] for k in ("format", "quantized", "calibration", "solver", "worst"))
     assert 5 == len(facts["engines"])
 
 

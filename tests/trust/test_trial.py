@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.stages import trial
-from marlin_tools.stages.verify import verify
+from marlin_tools.verification import trial
+from marlin_tools.verification.verify import verify
 
 
 def change_reference(directory: Path, change) -> None:
@@ -101,7 +101,7 @@ def test_logits_that_overflow(monkeypatch):
     assert (False, "from the beginning: logits are not finite after 5 tokens") == (check.ok, check.detail)
 
 
-def test_a_model_too_large_to_dequantise_runs_packed(in_format, monkeypatch, failures):
+def test_a_model_too_large_to_dequantize_runs_packed(in_format, monkeypatch, failures):
     load, tried = trial.backends.load, []
 
     def cramped(checkpoint, *, device, backend):

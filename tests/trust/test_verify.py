@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from marlin_tools.compress.export import export
 from marlin_tools.errors import FormatError, ModelError
-from marlin_tools.stages.export import export
-from marlin_tools.stages.verify import verify
+from marlin_tools.verification.verify import verify
 
 LINEAR = "model.layers.1.mlp.up_proj"
 ALL = ("files", "config", "inventory", "size", "scales", "zero points", "codes", "hashes", "logits", "generation")
@@ -140,7 +140,7 @@ def test_missing_tensor(damaged, edit, name, check, detail, failures):
     assert detail in found[check]
 
 
-def test_a_linear_that_nobody_quantised(damaged, edit, failures):
+def test_a_linear_that_nobody_quantized(damaged, edit, failures):
     with edit(damaged, f"{LINEAR}.qweight") as tensors:
         for suffix in ("qweight", "qzeros", "scales", "g_idx"):
             del tensors[f"{LINEAR}.{suffix}"]

@@ -1,0 +1,118 @@
+"""What a model would be, without its weights: enough to plan with, offline and at once.
+
+A card is the part of a config.json that decides shapes, written down here for the models that recipes name. transformers' own
+modules, made on the meta device, say which tensors follow from it, so a card and a checkpoint have the same names and shapes.
+A model of the hub that has no card is planned from its config.json, a few kilobytes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlin_tools.checkpoint.reader import Checkpoint, Stored, hub_name
+from marlin_tools.errors import ModelError
+
+_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _card(model_type: str, dtype: str, sizes: tuple[int, ...], *, tied: bool = False) -> dict[str, Any]:
+    return {"model_type": model_type, "dtype": dtype, "tie_word_embeddings": tied, **dict(zip(_KEYS, sizes, strict=True))}
+
+
+CARDS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": _card("llama", "float16", (4096, 11008, 32, 32, 32, 128, 32000, 4096)),
+    "meta-llama/Llama-2-13b-hf": _card("llama", "float16", (5120, 13824, 40, 40, 40, 128, 32000, 4096)),
+    "meta-llama/Llama-2-70b-hf": _card("llama", "float16", (8192, 28672, 80, 64, 8, 128, 32000, 4096)),
+    "meta-llama/Meta-Llama-3-8B": _card("llama", "bfloat16", (4096, 14336, 32, 32, 8, 128, 128256, 8192)),
+    "meta-llama/Llama-3.1-8B": _card("llama", "bfloat16", (4096, 14336, 32, 32, 8, 128, 128256, 131072)),
+    "meta-llama/Llama-3.1-70B": _card("llama", "bfloat16", (8192, 28672, 80, 64, 8, 128, 128256, 131072)),
+    "meta-llama/Llama-3.2-1B": _card("llama", "bfloat16", (2048, 8192, 16, 32, 8, 64, 128256, 131072), tied=True),
+    "mistralai/Mistral-7B-v0.3": _card("mistral", "bfloat16", (4096, 14336, 32, 32, 8, 128, 32768, 32768)),
+    "Qwen/Qwen2.5-7B": _card("qwen2", "bfloat16", (3584, 18944, 28, 28, 4, 128, 152064, 131072)),
+    "Qwen/Qwen3-8B": _card("qwen3", "bfloat16", (4096, 12288, 36, 32, 8, 128, 151936, 40960)),
+    "google/gemma-2-9b": _card("gemma2", "float32", (3584, 14336, 42, 16, 8, 256, 256000, 8192), tied=True),
+}
+
+
+class Card(Checkpoint):
+    """A checkpoint of which names, shapes and sizes are known, and nothing can be read."""
+
+    def __init__(self, config: dict[str, Any], origin: str) -> None:
+        self.path = Path(origin)
+        self.origin = origin
+        self.config = config
+        self._tensors = _tensors(config, self.dtype)
+
+
+def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], object]) -> Checkpoint:
+    """The model that `ref` names, from disk if it is there, else from its card or its config.json; no weights are fetched."""
+    if isinstance(ref, Checkpoint):
+        return ref
+    repository, revision = hub_name(str(ref))
+    if str(ref) == "demo" or Path(ref).expanduser().is_dir() or repository.count("/") != 1:
+        return Checkpoint.open(ref, accept)
+    if (cached := _cached(repository, revision, str(ref))) is not None:
+        accept(cached.config)
+        return cached
+    config = CARDS.get(repository) or _config_of_the_hub(repository, revision)
+    accept(config)
+    return Card(config, str(ref))
+
+
+def _cached(repository: str, revision: str | None, origin: str) -> Checkpoint | None:
+    """The model in the hub's cache, if all of it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Checkpoint(Path(snapshot_download(repository, revision=revision, local_files_only=True)), origin)
+    except (LocalEntryNotFoundError, ModelError):
+        return None
+
+
+def _config_of_the_hub(repository: str, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        content = json.loads(Path(hf_hub_download(repository, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"`{repository}` has no built-in shape card, is not in the local cache, and its config.json cannot be fetched",
+            hint=f"check the spelling, the network and HF_TOKEN; models with a card: {', '.join(CARDS)}",
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"`{repository}`: config.json is not a JSON object", hint="is this a model repository?")
+    return content
+
+
+def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
+    """Every tensor that a checkpoint with this config has, as transformers makes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
+    try:
+        settings = AutoConfig.for_model(config["model_type"], **known)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except (KeyError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"config.json is not understood by transformers: {reason}", hint="update transformers") from error
+    left_out = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    return {
+        name: Stored(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }

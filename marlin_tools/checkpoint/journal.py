@@ -1,0 +1,61 @@
+"""What a run has finished so far, beside the files it has finished, so that a killed run loses at most the block in work.
+
+`<out>.partial/state/run.json` holds the fingerprint of everything that decides the result: model, tokens, settings, code
+revision. `state/block-00000.json` is written after the block's shard and holds the shard's sha256, so a half-written block
+never counts.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.errors import OutputError
+
+
+def fingerprint_of(**facts: Any) -> str:
+    """sha256 of the facts in canonical JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Journal:
+    """The finished blocks of one run."""
+
+    def __init__(self, output: OutputDirectory, fingerprint: str) -> None:
+        self._output = output
+        run = output.state / "run.json"
+        begun = json.loads(run.read_text())["fingerprint"] if run.is_file() and output.work.exists() else None
+        if begun == fingerprint:
+            return
+        if begun is not None and not output.overwrite:
+            raise OutputError(
+                f"`{output.partial}` holds an unfinished run with another model, calibration or settings",
+                hint="repeat the command that began it, or start over with `--no-resume`",
+            )
+        output.clear()
+        output.work.mkdir()
+        output.write_state("run.json", json.dumps({"fingerprint": fingerprint}))
+
+    def finished(self, index: int, shard: Path) -> dict[str, Any] | None:
+        """The entry of block `index` if its shard is on disk exactly as it was written."""
+        entry = self._output.state / self._name(index)
+        if not entry.is_file() or not shard.is_file():
+            return None
+        content: dict[str, Any] = json.loads(entry.read_text())
+        return content if content["sha256"] == _sha256(shard) else None
+
+    def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
+        """Block `index` is done; from here on a resumed run skips it."""
+        complete = {**entry, "sha256": _sha256(shard)}
+        self._output.write_state(self._name(index), json.dumps(complete))
+        return complete
+
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"block-{index:05d}.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

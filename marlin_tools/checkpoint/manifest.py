@@ -1,0 +1,83 @@
+"""manifest.json: how a result came to be. Everything outside `times` is the same for the same inputs on the same machine.
+
+`times` is also the only part that is written to again: `times.stages` says of each stage that the result has been through how
+long it took and how much memory the process had used by its end.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from marlin_tools import __version__
+from marlin_tools.checkpoint.output import OutputDirectory, put
+
+NAME = "manifest.json"
+_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "datasets", "lm-eval", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """What computed this."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of what makes a result a model, by path inside it: all its files but the manifest, and the stored reference."""
+    hashes = {}
+    for file in sorted((*directory.glob("*"), *directory.glob("verify/*"))):
+        if file.is_file() and file.name != NAME:
+            with file.open("rb") as stream:
+                hashes[file.relative_to(directory).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def write_manifest(
+    output: OutputDirectory, stage: str, facts: Mapping[str, Any], times: Mapping[str, Any], warnings: Sequence[str]
+) -> None:
+    """Write manifest.json into a result that is being made, with the hashes of the files that it has by now."""
+    content = {
+        "tool": {"name": "marlin-tools", "version": __version__},
+        "stage": stage,
+        **facts,
+        "versions": versions(),
+        "warnings": list(warnings),
+        "files": file_hashes(output.work),
+        "times": times,
+    }
+    output.write_text(NAME, json.dumps(content, indent=1) + "\n")
+
+
+def history(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """`history` for the manifest of what is made from this model: our stages that it has been through, first to last."""
+    content = read_manifest(directory)
+    if content is None:
+        return {}
+    here = {key: content[key] for key in ("stage", "model", "settings") if key in content}
+    return {"history": [*content.get("history", []), here]}
+
+
+def record_stage(directory: Path, stage: str, cost: Mapping[str, float]) -> None:
+    """Note in `times` what a stage of a finished result has cost; does nothing where there is no manifest."""
+    content = read_manifest(directory)
+    if content is None:
+        return
+    content["times"].setdefault("stages", {})[stage] = {key: round(value, 2) for key, value in cost.items()}
+    put(directory / NAME, json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a finished result, if there is a readable one."""
+    try:
+        content = json.loads((directory / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

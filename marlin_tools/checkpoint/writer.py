@@ -1,0 +1,50 @@
+"""Write a complete Hugging Face model directory, shard by shard, without ever holding it whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.reader import Checkpoint
+
+
+class ModelWriter:
+    """Shards, index, companions, and config.json last: without it nothing loads the directory by accident."""
+
+    def __init__(self, output: OutputDirectory, shards: int) -> None:
+        self.output = output
+        self._shards = shards
+
+    def shard_name(self, index: int) -> str:
+        """The file name of shard `index`, counted from 0."""
+        return f"model-{index + 1:05d}-of-{self._shards:05d}.safetensors"
+
+    def shard_path(self, index: int) -> Path:
+        """Where shard `index` lies while the directory is being made."""
+        return self.output.work / self.shard_name(index)
+
+    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write shard `index` whole."""
+        self.output.write_tensors(self.shard_name(index), tensors)
+
+    def finish(self, source: Checkpoint, quantization_config: dict[str, Any] | None) -> None:
+        """Write the index, take over the companions of `source`, and write config.json."""
+        from safetensors import safe_open
+
+        weight_map: dict[str, str] = {}
+        total = 0
+        for index in range(self._shards):
+            with safe_open(self.shard_path(index), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    weight_map[name] = self.shard_name(index)
+            total += self.shard_path(index).stat().st_size
+        index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self.output.write_text("model.safetensors.index.json", json.dumps(index_json, indent=1) + "\n")
+        for companion in source.companions():
+            self.output.copy(companion)
+        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        if quantization_config is not None:
+            config["quantization_config"] = quantization_config
+        self.output.write_text("config.json", json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,122 @@
+"""What people see: events as lines and bars on stderr, errors with their hint, results on stdout. The only importer of rich.
+
+Bars appear on a terminal only; elsewhere a long count is reported at every quarter of it. rich itself honours `NO_COLOR`.
+Results are written as they are, without colour or wrapping, so that what a script reads is what a person sees.
+"""
+
+import json
+import os
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from marlin_tools.errors import MarlinToolsError, OutputError
+from marlin_tools.events import Event
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+_STYLES = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
+
+
+def write(text: str) -> None:
+    """A result, as it is."""
+    try:
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail again at the end
+        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            raise OutputError(f"the result cannot be written to stdout: {error.strerror}") from error
+
+
+def write_json(document: Any) -> None:
+    """A result as the one JSON document on stdout."""
+    write(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def note(text: str) -> None:
+    """A fact worth a line, on stderr."""
+    _stderr().print(text)
+
+
+def complain(error: MarlinToolsError) -> None:
+    """`error:` for every line of the message, then `hint:`."""
+    console = _stderr()
+    for line in error.message.splitlines():
+        _labeled(console, "error", line)
+    if error.hint:
+        _labeled(console, "hint", error.hint)
+
+
+def _stderr() -> "Console":
+    from rich.console import Console
+
+    # The stream of now: a library that is kept quiet has sys.stderr taken away for a while, our bars stay.
+    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _labeled(console: "Console", label: str, text: str) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((f"{label}:", _STYLES[label]), f" {text}"))
+
+
+class Display:
+    """Takes the events of a run; a context, so that its bars are gone when the result is written."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = _stderr()
+        self._live = sys.stderr.isatty()
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", style="dim"),
+        )
+        self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._live)
+        self._tasks: dict[str, TaskID] = {}
+        self._quarters: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if event.kind == "progress":
+            self._advance(event)
+        elif event.kind in _STYLES:
+            _labeled(self._console, event.kind, event.text)
+        elif event.kind == "stage":
+            self._clear()
+            self._console.print(event.text, style="bold")
+        else:
+            self._console.print(f"  {event.text}")
+
+    def _advance(self, event: Event) -> None:
+        if not event.total:  # what is being worked on, within the count that runs
+            for task in list(self._tasks.values())[-1:]:
+                self._bars.update(task, detail=event.text)
+        elif self._live:
+            if event.text not in self._tasks:
+                self._tasks[event.text] = self._bars.add_task(event.text, total=event.total, detail="")
+            self._bars.update(self._tasks[event.text], completed=event.done, total=event.total)
+        else:
+            quarter = 4 * event.done // event.total
+            if quarter > self._quarters.get(event.text, 0):
+                self._console.print(f"  {event.text} {event.done}/{event.total}")
+            self._quarters[event.text] = quarter
+
+    def _clear(self) -> None:
+        """A new stage counts anew."""
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks, self._quarters = {}, {}

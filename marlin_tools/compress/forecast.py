@@ -1,0 +1,270 @@
+"""What a run will take, from shapes alone, and how far off that was.
+
+Time is the floor of each part (`floor.py`), taken at the rate that this machine shows for a matrix product at this moment,
+times what the part was measured to take of its floor; what is not arithmetic, the walk along the columns and the search for
+scales, has constants of its own. Memory is that of the moment at which most is alive.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from marlin_tools.algorithms import GPTQ, RTN, Pruner
+from marlin_tools.algorithms.gptq import SLAB
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.floor import Work, least_seconds
+from marlin_tools.distributed.crew import ALONE, PARTS, SLABS, Crew, expected
+from marlin_tools.distributed.device import matmul_rate, peak_memory
+from marlin_tools.errors import DeviceError, OutputError
+from marlin_tools.stream.activations import Room
+from marlin_tools.stream.inventory import Inventory, Target
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS
+
+_TAKES = {
+    "cuda": {
+        "forward": 1.4,
+        "hessian": 1.45,
+        "drift": 1.16,
+        "factor": 1.8,
+        "correct": 2.6,
+        "sweep": 2.1,
+        "polish": 2,
+        "judge": 3,
+    },
+    "cpu": {"forward": 1.8, "hessian": 3.6, "drift": 1.8, "factor": 1, "correct": 4, "sweep": 2, "polish": 4, "judge": 2},
+}
+"""Seconds of each part over those of its floor: on an H100 with the shapes of Llama-2-7B and 70B, and on a CPU."""
+_SEARCH_NS = {"cpu": 0.55, "cuda": 0.001}
+"""Nanoseconds per weight and scale candidate."""
+_COLUMN_US = {"cpu": 25.0, "cuda": 0.8}
+"""Microseconds per column of the sweep and of each pass of coordinate descent, on top of the arithmetic."""
+_CORNER_US = {"cpu": 0.0, "cuda": 1.8}
+"""Microseconds per column of the factorisation, whose diagonal blocks fill no GPU."""
+_FIT_PRODUCTS = 40
+"""Matrix products of a least-squares fit, in half products: about ten steps of two."""
+_START = {"cpu": 1.0, "cuda": 2.5}
+"""Seconds until the first block and after the last one, whatever the model."""
+_HASHED = {"cpu": 1e9, "cuda": 4e9}
+"""Bytes of a checkpoint that are read and hashed in a second; machines with a GPU have more cores for it."""
+_PROCESS_GB = {"cpu": 0.75, "cuda": 2.9}
+"""Host memory of the process with its libraries loaded."""
+_PINNED = 1.1
+"""Host memory of a GPU run, in bytes of a block: the next one on its way in, the last one on its way out."""
+_ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
+"""What the allocator keeps beyond what is asked for."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Peak memory, disk and time of a run, and what was assumed; `done` is what happens to the linears.
+
+    Of several processes, each needs this memory.
+    """
+
+    device: torch.device
+    host_gb: float
+    gpu_gb: float | None
+    disk_gb: float
+    seconds: float
+    linears: int
+    kept: int
+    done: str
+    processes: int = 1
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def minutes(self) -> float:
+        """Expected minutes."""
+        return self.seconds / 60
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What and how much, for people."""
+        rows = [("linears", f"{self.linears} {self.done}, {self.kept} kept as they are"), ("device", str(self.device))]
+        each = ""
+        if self.processes > 1:
+            whose = "each with a GPU of its own" if self.gpu_gb is not None else "on the CPU"
+            rows[-1] = ("devices", f"{self.processes} processes, {whose}")
+            each = ", in each process"
+        rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak{each}"))
+        if self.gpu_gb is not None:
+            rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak{each}"))
+        rows += [
+            ("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"),
+            ("time", _spell(self.seconds)),
+        ]
+        return rows
+
+    def check(self, out: Path) -> None:
+        """Refuse what cannot end well."""
+        parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+        free = shutil.disk_usage(parent).free / 1e9
+        if free < self.disk_gb:
+            raise OutputError(
+                f"`{out}` needs {self.disk_gb:.1f} GB, {free:.1f} GB are free", hint="free some disk or choose another `-o DIR`"
+            )
+        if self.gpu_gb is not None:
+            available = torch.cuda.mem_get_info(self.device)[0] / 1e9
+            if available < self.gpu_gb:
+                raise DeviceError(
+                    f"`{self.device}` has {available:.1f} GB free, the run needs about {self.gpu_gb:.1f} GB",
+                    hint="use fewer or shorter samples (`--num-samples`, `--seqlen`), or another `--device`",
+                )
+
+    def compare(self, seconds: float) -> dict[str, dict[str, float]]:
+        """Forecast and reality side by side; goes into the manifest and to the user."""
+        real = {"seconds": seconds, **peak_memory(self.device)}
+        expected = {"seconds": self.seconds, "host_gb": self.host_gb} | (
+            {"gpu_gb": self.gpu_gb} if self.gpu_gb is not None else {}
+        )
+        return {
+            "forecast": {key: round(value, 2) for key, value in expected.items()},
+            "real": {key: round(value, 2) for key, value in real.items()},
+        }
+
+
+def in_words(times: Mapping[str, Mapping[str, float]]) -> str:
+    """What `compare` found, in one line."""
+    units = {"seconds": "{:.0f} s", "host_gb": "{:.1f} GB of host memory", "gpu_gb": "{:.1f} GB of GPU memory"}
+    real, expected = times["real"], times["forecast"]
+    return "took " + ", ".join(f"{units[key].format(real[key])} (forecast {expected[key]:.1f})" for key in expected)
+
+
+def forecast_quantize(
+    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+) -> Forecast:
+    """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 0.52, "quantised", crew=expected()), device)
+
+
+def forecast_prune(
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    solver: Pruner,
+    tokens: int,
+    longest: int,
+    device: torch.device,
+    passes: int = 0,
+) -> Forecast:
+    """The same for pruning; `passes` is how often each block is trained on all tokens."""
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", passes), device)
+
+
+def _spell(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What goes through a run: tokens, training passes over them, what comes out per weight, what that is called, by whom."""
+
+    tokens: int
+    longest: int
+    bytes_per_weight: float
+    done: str
+    passes: int = 0
+    crew: Crew = ALONE
+
+    @property
+    def rows(self) -> int:
+        """Among how many the rows are shared."""
+        return min(self.crew.size, SLABS)
+
+    @property
+    def walks(self) -> int:
+        """How often the columns are walked along for the rows of one process."""
+        return SLABS // self.rows if self.crew.cuts else 1
+
+    def share(self, part: str) -> int:
+        """Among how many a part of the work is shared."""
+        by_text = {"forward", "hessian", "drift"}
+        return self.crew.size if part in by_text else 1 if part == "factor" else self.rows
+
+
+def _forecast(
+    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device
+) -> Forecast:
+    on_gpu = device.type == "cuda"
+    groups = inventory.reads_same_input()
+    work = Work(groups, int(checkpoint.config["hidden_size"]), load.tokens, load.longest)
+    rate = matmul_rate(device, torch.float16 if on_gpu else torch.float32)
+    takes = _TAKES[device.type]
+    floor = least_seconds(work, solver, rate, device)
+    per_block = sum(takes[part] * seconds / load.share(part) for part, seconds in floor.items())
+    per_block += sum(_beside_products(group, solver, device, rate, load) for group in groups if group)
+    per_block += (3 * load.passes + 3 * bool(load.passes)) * takes["forward"] * 2 * work.weights * load.tokens / rate
+    stored = sum(t.n * t.k for t in inventory.targets)
+    working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, load) / 1e9
+    process = _PROCESS_GB[device.type]
+    return Forecast(
+        device=device,
+        host_gb=process + (_PINNED * 2 * work.weights / 1e9 if on_gpu else working),
+        gpu_gb=working if on_gpu else None,
+        disk_gb=(checkpoint.nbytes - 2 * stored + stored * load.bytes_per_weight) / 1e9,
+        seconds=_START[device.type] + per_block * inventory.blocks + checkpoint.nbytes / _HASHED[device.type],
+        linears=len(inventory.targets),
+        kept=len(inventory.kept),
+        done=load.done,
+        processes=load.crew.size,
+    )
+
+
+def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device, load: _Load) -> float:
+    """The most that is alive at once: what flows, what stays of it inside a branch, the block, and one group's solution."""
+    on_gpu = device.type == "cuda"
+    element = 2 if on_gpu else 4
+    weights = work.weights * element * (1 + on_gpu + bool(solver.drift))
+    if isinstance(solver, RTN) or not work.tokens:
+        return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
+    tokens = work.tokens // load.crew.size
+    flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + (load.passes > 0))
+    room = Room.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else Room()
+    residual = flowing if room.residual else 0
+    chunk = min(max(CHUNK_TOKENS, work.longest), tokens) * element
+    sums = (PARTS // load.crew.size).bit_length() if load.crew.cuts else 0
+    most = 0
+    for group in work.groups:
+        k = group[0].k if group else 0
+        inner = min(room.inner, tokens * k * element)
+        kept = inner if len(group) == 1 else residual if room.inputs else 0
+        solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.crew.cuts else 1) if group else 0
+        summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
+        most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
+    return weights + most
+
+
+def _solver_bytes(group: Sequence[Target], *, on_gpu: bool, slabs: int = 1) -> int:
+    """H, the same in another order and in float64; then about ten float32 matrices of as many rows as are solved at a time."""
+    n, k = sum(t.n for t in group), group[0].k
+    rows = min(n // slabs, max(1, SLAB // k)) if on_gpu else n // slabs
+    return 2 * n * k + max(16 * k * k, 12 * k * k + 40 * rows * k)
+
+
+def _beside_products(
+    group: Sequence[Target], solver: RTN | GPTQ | Pruner, device: torch.device, rate: float, load: _Load
+) -> float:
+    """Seconds of the walks along the columns, of the search for scales, and of what only pruning does."""
+    n, k = sum(t.n for t in group) // load.rows, group[0].k
+    column = _COLUMN_US[device.type] * 1e-6
+    moved = 0.0 if device.type == "cuda" else n * 128 * 4 / 20e9  # the block of columns behind each
+    if isinstance(solver, RTN):
+        return 0.0
+    if isinstance(solver, Pruner):
+        rounds, sweeps = solver.fit + solver.reselect, (solver.mask == "sparsegpt") + solver.reselect
+        by_torch = _COLUMN_US["cpu"] * 1e-6 * 3 * k * sweeps
+        return n * k * k * (sweeps + _FIT_PRODUCTS * rounds) / (0.5 * rate) + by_torch + moved * k * sweeps
+    candidates = {"absmax": 1, "conditional": 76 * (1 + 128 / 8), "diagonal": 71}[solver.scales]
+    walks = max(_slabs(n, k, device), load.walks) * (1 + solver.polish)
+    corners = k * _CORNER_US[device.type] * 1e-6
+    return n * k * candidates * _SEARCH_NS[device.type] * 1e-9 + k * walks * (column + moved) + corners
+
+
+def _slabs(n: int, k: int, device: torch.device) -> int:
+    """How often a group of this size is walked through, a slab of rows at a time."""
+    return -(-n // max(1, SLAB // k)) if device.type == "cuda" else 1

@@ -1,0 +1,98 @@
+"""Stage `calibrate`: calibration text -> the token sequences that prune, finetune and quantize observe.
+
+    tokens = calibrate("c4", checkpoint, num_samples=128, seqlen=2048, seed=0)
+
+Read next: `data/samples.py` for the two shapes of samples and what a seed means.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from marlin_tools.data.render import ChatTemplate, Encoder
+from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, pack
+from marlin_tools.data.sources import Corpus, Shape, find_corpus
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import DataError
+from marlin_tools.events import Emit, Event, silent
+from marlin_tools.settings import Settings
+
+if TYPE_CHECKING:
+    from marlin_tools.checkpoint.reader import Checkpoint
+
+WINDOW = 2048
+"""Length of packed windows when nobody names one."""
+
+
+class CalibrationSettings(Settings):
+    """What to calibrate on.
+
+    source         a name in `data.sources.SOURCES`, a file, or `hf:owner/name[:config][@split]`
+    num_samples    windows or documents
+    seqlen         window length, or the longest document kept; by default 2048 or 4096, and never more than the model has
+    seed           packed: 0 takes the first windows in order, any other draws from all of them; documents: every seed draws
+    shape          "auto" packs if `seqlen` is given, and else does what suits the source (documents for `redpajama` alone)
+    chat_template  "auto" renders conversations if the tokenizer has a template; "on" insists; "off" never does
+    """
+
+    source: str = "demo"
+    num_samples: int = Field(default=128, ge=1)
+    seqlen: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    shape: Literal["auto"] | Shape = "auto"
+    chat_template: ChatTemplate = "auto"
+
+
+def calibrate(source: str | CalibrationSettings, checkpoint: "Checkpoint", *, emit: Emit = silent, **options: Any) -> TokenSet:
+    """Token sequences for one model. `source` is a name with fields of `CalibrationSettings` as `options`, or all settings."""
+    if isinstance(source, str):
+        source = CalibrationSettings(source=source, **options)
+    elif options:
+        raise TypeError(f"options belong into the settings: {', '.join(options)}")
+    emit(Event("stage", "calibrate"))
+    tokens = _collect(source, checkpoint, emit)
+    for note in tokens.notes:
+        emit(Event("note", note))
+    emit(Event("result", f"{len(tokens.sequences)} sequences, {tokens.tokens} tokens", data=tokens.describe()))
+    return tokens
+
+
+def preview(settings: CalibrationSettings, checkpoint: "Checkpoint", count: int = 3) -> list[str]:
+    """The first samples exactly as the model will read them: template, special tokens and cuts included."""
+    few = settings.model_copy(update={"num_samples": min(count, settings.num_samples)})
+    tokenizer = checkpoint.tokenizer()
+    return [str(tokenizer.decode(sequence.tolist())) for sequence in _collect(few, checkpoint, silent).sequences]
+
+
+def expect(settings: CalibrationSettings, checkpoint: "Checkpoint") -> tuple[int, int]:
+    """(tokens, longest sequence) at most: what a plan can know before any text is tokenised."""
+    length = _length(
+        settings, checkpoint, WINDOW if _shape(settings, find_corpus(settings.source)()) == "packed" else LONGEST_DOCUMENT
+    )
+    return settings.num_samples * length, length
+
+
+def _collect(settings: CalibrationSettings, checkpoint: "Checkpoint", emit: Emit) -> TokenSet:
+    open_corpus = find_corpus(settings.source)
+    encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.config["vocab_size"])
+    emit(Event("note", f"calibration text: `{settings.source}`"))
+    corpus = open_corpus()
+    if _shape(settings, corpus) == "packed":
+        return pack(corpus, encode, _length(settings, checkpoint, WINDOW), settings.num_samples, settings.seed)
+    return choose(corpus, encode, _length(settings, checkpoint, LONGEST_DOCUMENT), settings.num_samples, settings.seed)
+
+
+def _shape(settings: CalibrationSettings, corpus: Corpus) -> Shape:
+    if settings.shape != "auto":
+        return settings.shape
+    return "packed" if settings.seqlen is not None else corpus.shape
+
+
+def _length(settings: CalibrationSettings, checkpoint: "Checkpoint", usual: int) -> int:
+    longest = int(checkpoint.config.get("max_position_embeddings", usual))
+    if settings.seqlen is None:
+        return min(usual, longest)
+    if settings.seqlen > longest:
+        message = f"sequence length {settings.seqlen} is more than the {longest} positions of the model"
+        raise DataError(message, hint=f"use `--seqlen {longest}`")
+    return settings.seqlen

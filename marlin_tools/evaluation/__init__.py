@@ -1,0 +1,1 @@
+"""What a model can do: tasks through lm-eval, perplexity and divergence on text, and text that it generates."""

@@ -1,0 +1,289 @@
+"""Stage `evaluate`: what a model still knows, and what compression has cost it beside the original.
+
+    evaluate("runs/llama2-7b-int4", EvaluateSettings(tasks=("mmlu", "ppl:wikitext2")), baseline="llama2-7b")
+
+`ppl:...` names a text, whose token perplexity is measured as in the Marlin paper (`perplexity.py`); all other names are lm-eval
+tasks (`harness.py`). Both models run through the same backends with the same code in the same process. Names, files and lengths
+are checked before any model is loaded. Read next: `scores.py` for what comes out.
+"""
+
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from marlin_tools.backends import free_memory, load
+from marlin_tools.checkpoint.manifest import versions
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.data.evaluation import evaluation_documents
+from marlin_tools.data.render import Encoder
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import DataError, DeviceError
+from marlin_tools.evaluation.perplexity import score_text, tokens_per_batch, trace
+from marlin_tools.evaluation.scores import Evaluation, Score
+from marlin_tools.events import Emit, Event, silent
+from marlin_tools.formats import find_format
+from marlin_tools.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from marlin_tools.evaluation.harness import Harness
+
+WINDOW = 4096
+"""Length of perplexity windows when nobody names one and the model has as many positions."""
+
+ITEM_TOKENS = 1024
+"""How long the items of a task are assumed to be when a batch size is chosen."""
+
+MAX_BATCH = 64
+
+
+class EvaluateSettings(Settings):
+    """What to measure, and on what.
+
+    tasks         lm-eval tasks, groups and tags; `ppl:wikitext2`, `ppl:redpajama`, `ppl:demo` or `ppl:FILE` for texts
+    num_fewshot   examples before each question; None is the task's own number
+    limit         only the first so many items of a task and sequences of a text; below 1 a share of them
+    batch_size    items per forward; `auto` is chosen from the free memory and halved when it runs out
+    seqlen        window of the perplexity; by default 4096, or the model's positions if it has fewer
+    include_path  directories with lm-eval tasks of your own
+    backend       what runs the quantised linears: a name in `backends.BACKENDS`
+    device        auto, cpu, cuda or cuda:N
+    seed          of everything that lm-eval draws, above all the few-shot examples
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: float | None = Field(default=None, gt=0)
+    batch_size: Literal["auto"] | int = Field(default="auto")
+    seqlen: int | None = Field(default=None, ge=2)
+    include_path: tuple[Path, ...] = ()
+    backend: str = "auto"
+    device: str = "auto"
+    seed: int = Field(default=1234, ge=0, lt=2**32)
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, size: Literal["auto"] | int) -> Literal["auto"] | int:
+        if size != "auto" and size < 1:
+            raise ValueError(f"batch_size is `auto` or at least 1, not {size}")
+        return size
+
+    @property
+    def texts(self) -> list[str]:
+        """The names that stand for texts, each once."""
+        return [name for name in dict.fromkeys(self.tasks) if name.startswith("ppl:")]
+
+    @property
+    def questions(self) -> list[str]:
+        """The names that are lm-eval's business, each once."""
+        return [name for name in dict.fromkeys(self.tasks) if not name.startswith("ppl:")]
+
+
+def evaluate(
+    model: str | Path | Checkpoint,
+    settings: EvaluateSettings,
+    *,
+    baseline: str | Path | Checkpoint | None = None,
+    emit: Emit = silent,
+) -> Evaluation:
+    """Score a model on every task, beside `baseline` if one is given."""
+    emit(Event("stage", "evaluate"))
+    begin = time.perf_counter()
+    notes: list[str] = []
+
+    def remember(event: Event) -> None:
+        if event.kind == "warning":
+            notes.append(event.text)
+        emit(event)
+
+    checkpoint = Checkpoint.open(model)
+    original = Checkpoint.open(baseline) if baseline is not None else None
+    run = _Run(settings, checkpoint, original, remember)
+    scores = run.scores()
+    result = Evaluation(
+        scores=tuple(_in_order(scores, settings)),
+        model=run.subject.describe(),
+        baseline=run.original.describe() if run.original is not None else None,
+        settings=settings.model_dump(mode="json"),
+        versions=versions(),
+        notes=tuple(dict.fromkeys(notes)),
+        seconds=time.perf_counter() - begin,
+    )
+    emit(Event("result", f"{len(result.scores)} scores", data=result.describe()))
+    return result
+
+
+def unavailable(model: str | Path | Checkpoint, settings: EvaluateSettings, emit: Emit = silent) -> dict[str, str]:
+    """The tasks whose data cannot be had here, and why; looks at one after the other only if they do not all work together."""
+    checkpoint = Checkpoint.open(model)
+    try:
+        _Run(settings, checkpoint, None, emit)
+    except DataError:
+        return dict(_missing_data(checkpoint, settings, emit))
+    return {}
+
+
+def _missing_data(checkpoint: Checkpoint, settings: EvaluateSettings, emit: Emit) -> Iterator[tuple[str, str]]:
+    for task in dict.fromkeys(settings.tasks):
+        try:
+            _Run(settings.model_copy(update={"tasks": (task,)}), checkpoint, None, emit)
+        except DataError as error:
+            yield task, error.message
+
+
+@dataclass
+class _Side:
+    """One of the two models, how it was run, and what it answered."""
+
+    checkpoint: Checkpoint
+    how: Mapping[str, Any] = field(default_factory=dict)
+    answers: Any = None
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it."""
+        quantized = self.checkpoint.quantization
+        return {
+            "origin": self.checkpoint.origin,
+            "fingerprint": self.checkpoint.fingerprint,
+            "format": find_format(quantized).name if quantized is not None else None,
+            "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            **self.how,
+        }
+
+
+class _Run:
+    """One evaluation. Making it checks everything that can be checked without a model."""
+
+    def __init__(self, settings: EvaluateSettings, checkpoint: Checkpoint, original: Checkpoint | None, emit: Emit) -> None:
+        self.settings, self.emit = settings, emit
+        self.subject = _Side(checkpoint)
+        self.original = _Side(original) if original is not None else None
+        self.tokenizer = checkpoint.tokenizer()
+        self.bos = Encoder(self.tokenizer).bos
+        self.harness = self._harness()
+        self.texts = {name: self._tokens(name) for name in settings.texts}
+        if original is not None and self.texts:
+            self._check_vocabulary(original)
+
+    def scores(self) -> list[Score]:
+        """Ask the model, ask the baseline, read the texts with both in memory; without texts only one is there at a time."""
+        found: list[Score] = []
+        model = self._load_and_ask(self.subject)
+        base = None
+        if self.original is not None:
+            if not self.texts:
+                model = None
+                gc.collect()  # modules refer to each other; the memory is needed now
+            base = self._load_and_ask(self.original, beside=model is not None)
+        for name, tokens in self.texts.items():
+            assert model is not None
+            budget = tokens_per_batch(model, 1 if base is None else 2)
+            traces = trace(model, base, tokens, budget, self.emit)
+            found += score_text(name, traces, self._text_details(tokens))
+        if self.harness is not None:
+            from marlin_tools.evaluation.harness import read_scores
+
+            common = {"bos": "as the tokenizer does: " + ("one per item" if self.bos else "none"), "seed": self.settings.seed}
+            other = self.original.answers if self.original is not None else None
+            found += read_scores(self.harness, self.subject.answers, other, common)
+        return found
+
+    def _load_and_ask(self, side: _Side, *, beside: bool = False) -> "PreTrainedModel":
+        def hear(event: Event) -> None:
+            if "backend" in event.data:
+                side.how = event.data
+            self.emit(event)
+
+        try:
+            model = load(side.checkpoint, device=self.settings.device, backend=self.settings.backend, emit=hear)
+        except DeviceError as error:
+            if not beside:
+                raise
+            hint = "both models read the texts at a time: use a larger GPU, `--device cpu`, or leave `--baseline` out"
+            raise DeviceError(error.message, hint=hint) from error
+        if self.harness is not None:
+            batch = self.settings.batch_size
+            size = choose_batch(model, self.emit) if batch == "auto" else batch
+            side.answers = self.harness.ask(model, side.checkpoint.tokenizer(), size, self.settings.limit, self.emit)
+        return model
+
+    def _harness(self) -> "Harness | None":
+        if not self.settings.questions:
+            return None
+        from marlin_tools.evaluation.harness import Harness
+
+        asked = self.settings
+        return Harness(asked.questions, asked.include_path, asked.num_fewshot, asked.seed, self.emit)
+
+    def _tokens(self, name: str) -> TokenSet:
+        """The sequences of a text, as many as `limit` says."""
+        config = self.subject.checkpoint.config
+        longest = int(config.get("max_position_embeddings", WINDOW))
+        seqlen = self.settings.seqlen or min(WINDOW, longest)
+        if seqlen > longest:
+            message = f"window length {seqlen} is more than the {longest} positions of the model"
+            raise DataError(message, hint=f"use `--seqlen {longest}`")
+        tokens = evaluation_documents(name, self.tokenizer, seqlen=seqlen, vocab_size=config["vocab_size"])
+        for note in tokens.notes:
+            self.emit(Event("note", note))
+        return _first(tokens, self.settings.limit)
+
+    def _check_vocabulary(self, original: Checkpoint) -> None:
+        """Predictions can be compared word by word only if both models mean the same words."""
+        sizes = self.subject.checkpoint.config["vocab_size"], original.config["vocab_size"]
+        if sizes[0] != sizes[1] or original.tokenizer().get_vocab() != self.tokenizer.get_vocab():
+            names = self.subject.checkpoint.origin, original.origin
+            raise DataError(
+                f"the vocabularies of `{names[0]}` ({sizes[0]} words) and `{names[1]}` ({sizes[1]} words) differ",
+                hint="on a text, a model can only be compared with the one that it was made from",
+            )
+
+    def _text_details(self, tokens: TokenSet) -> dict[str, object]:
+        """Everything that a perplexity depends on besides the model."""
+        count = len(tokens.sequences)
+        return {
+            "on": f"{count} windows of {tokens.longest} tokens" if tokens.packed else f"{count} documents",
+            "what": "token perplexity: exp(mean over sequences of the mean token loss), float32 loss",
+            "tokens": tokens.tokens,
+            "sequences": count,
+            "seqlen": tokens.longest,
+            "stride": tokens.longest if tokens.packed else None,
+            "shape": "windows of one text, no overlap, remainder dropped" if tokens.packed else "documents, each alone",
+            "bos": ("one at the start" if tokens.packed else "one per document") if self.bos else "none",
+            "fingerprint": tokens.fingerprint,
+            "notes": list(tokens.notes),
+        }
+
+
+def choose_batch(model: "PreTrainedModel", emit: Emit) -> int:
+    """Items per forward: their logits in the model's type and in float32 and their activations fill half of the free memory."""
+    config = model.config
+    element = torch.finfo(model.dtype).bits // 8
+    per_token = (element + 4) * config.vocab_size + 20 * element * config.hidden_size
+    items = free_memory(model.device) // 2 // (per_token * min(ITEM_TOKENS, config.max_position_embeddings))
+    size = 1 << (max(1, min(MAX_BATCH, items)).bit_length() - 1)
+    emit(Event("note", f"batch size {size}: items of {ITEM_TOKENS} tokens in half of the free memory, at most {MAX_BATCH}"))
+    return size
+
+
+def _first(tokens: TokenSet, limit: float | None) -> TokenSet:
+    """The first sequences, counted as lm-eval counts items."""
+    if limit is None:
+        return tokens
+    count = int(limit) if limit >= 1 else -int(-limit * len(tokens.sequences) // 1)
+    return TokenSet(
+        tokens.sequences[:count], tokens.source, tokens.packed, tokens.documents, notes=(*tokens.notes, f"limit {limit:g}")
+    )
+
+
+def _in_order(scores: list[Score], settings: EvaluateSettings) -> list[Score]:
+    """As the user named the tasks; the parts of groups and tags follow in lm-eval's order."""
+    place = {name: number for number, name in enumerate(settings.tasks)}
+    return sorted(scores, key=lambda score: place.get(score.task, len(place)))

@@ -1,0 +1,114 @@
+"""Stage `generate`: continue a prompt; greedy, and the same text every time, unless a temperature is given."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from marlin_tools.backends import load
+from marlin_tools.backends.decoder import Decoder, refusal
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.data.render import Encoder
+from marlin_tools.errors import DataError
+from marlin_tools.events import Emit, Event, silent
+from marlin_tools.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class GenerateSettings(Settings):
+    """How to continue.
+
+    max_new_tokens   at most; the end-of-text token ends earlier
+    temperature      0 takes the likeliest token each time; above 0 draws, with `seed`
+    backend, device  as in `backends.load`
+    """
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    backend: str = "auto"
+    device: str = "auto"
+
+
+def generate(
+    model: str | Path | Checkpoint, prompt: str, settings: GenerateSettings | None = None, *, emit: Emit = silent
+) -> str:
+    """What the model writes after `prompt`, without the prompt. An empty prompt starts from the BOS token."""
+    settings = settings or GenerateSettings()
+    emit(Event("stage", "generate"))
+    checkpoint = Checkpoint.open(model)
+    tokenizer = checkpoint.tokenizer()
+    ids = Encoder(tokenizer, "off", checkpoint.config["vocab_size"])(prompt)
+    if not len(ids):
+        if tokenizer.bos_token_id is None:
+            raise DataError("the prompt is empty, and the tokenizer has no BOS token to start from", hint="give a `--prompt`")
+        ids = torch.tensor([tokenizer.bos_token_id])
+    room = int(checkpoint.config.get("max_position_embeddings", len(ids) + settings.max_new_tokens)) - len(ids)
+    if room < 1:
+        raise DataError(f"the prompt has {len(ids)} tokens, as many as the model has positions", hint="shorten the prompt")
+    if room < settings.max_new_tokens:
+        emit(Event("note", f"{room} tokens are left to the model, {settings.max_new_tokens} asked for"))
+    loaded = load(checkpoint, device=settings.device, backend=settings.backend, emit=emit)
+    new = min(room, settings.max_new_tokens)
+    ends = _ends(loaded)
+    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        if loaded.device.type == "cuda" and (reason := refusal(loaded, len(ids) + new)) is None:
+            written = [*ids.tolist(), *_decode(Decoder(loaded, 1, len(ids) + new), ids, new, ends, settings.temperature)]
+        else:
+            if loaded.device.type == "cuda":
+                emit(Event("note", f"without a CUDA graph, slowly: {reason}"))
+            written = _with_transformers(loaded, ids, new, tokenizer, settings.temperature)
+    # Decoded together with the prompt, because some tokenizers drop the space before the first word that they are given.
+    before, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (written[: len(ids)], written))
+    text = (
+        whole.removeprefix(before)
+        if whole.startswith(before)
+        else str(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
+    )
+    emit(Event("result", f"{len(written) - len(ids)} tokens", data={"tokens": len(written) - len(ids)}))
+    return text
+
+
+def _decode(decoder: Decoder, ids: Tensor, new: int, ends: set[int], temperature: float) -> Iterator[int]:
+    """Token by token, until one of `ends` or so many."""
+    logits = decoder.read(ids[None].to(decoder.device))
+    for left in range(new - 1, -1, -1):
+        token = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0] if temperature else logits.argmax(-1)
+        yield int(token)
+        if not left or int(token) in ends:
+            return
+        logits = decoder.step(token)
+
+
+def _with_transformers(
+    model: "PreTrainedModel", ids: Tensor, new: int, tokenizer: "PreTrainedTokenizerBase", temperature: float
+) -> list[int]:
+    from transformers import GenerationConfig
+
+    draws = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    end = model.generation_config.eos_token_id
+    how = GenerationConfig(
+        max_new_tokens=new,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _one(end),
+        **draws,
+    )
+    given = ids[None].to(model.device)
+    written: list[int] = model.generate(given, attention_mask=torch.ones_like(given), generation_config=how)[0].tolist()
+    return written
+
+
+def _ends(model: "PreTrainedModel") -> set[int]:
+    end = model.generation_config.eos_token_id
+    return set() if end is None else set(end) if isinstance(end, list) else {end}
+
+
+def _one(end: int | list[int] | None) -> int | None:
+    return end[0] if isinstance(end, list) else end

@@ -1,0 +1,118 @@
+"""Every kernel against the reference, on the GPU at hand, in seconds: what `doctor` shows, and what a GPU that nobody has
+measured must pass before its results are used.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_tools.errors import DeviceError
+from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
+from marlin_tools.ops.linear.layout import pack
+from marlin_tools.ops.linear.sparse_layout import pack_sparse
+from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
+from marlin_tools.ops.linear.variants import ELEMENTS, TARGETS, TILES, Tile, target_of
+from marlin_tools.quantized import ZERO, QuantizedLinear
+
+_N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One kernel: whether it may be used, and the evidence or the reason."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Kernels for one kind of weight, and what they are compared with."""
+
+    mark: str
+    tables: dispatch.Tables
+    tiles: Mapping[str, Tile]
+    pack: Callable[[QuantizedLinear], Any]
+    multiply_with: Callable[[str, Tensor, Any], Tensor]
+    exact: Callable[..., Tensor]
+    error_bound: Callable[..., Tensor]
+
+
+_FAMILIES = (
+    _Family("", dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
+    _Family(
+        "2:4 ",
+        sparse_dispatch.SPARSE,
+        SPARSE_TILES,
+        pack_sparse,
+        w24a16.multiply_with,
+        sparse_reference.exact,
+        sparse_reference.error_bound,
+    ),
+)
+
+
+def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
+    """Compile, run and compare all kernels on a device; a kernel that fails is a result, not an exception."""
+    if not torch.cuda.is_available():
+        raise DeviceError("torch finds no CUDA device", hint="the kernels need one; `--backend reference` runs on a CPU")
+    device = torch.device("cuda", torch.device(device).index or 0)
+    results = []
+    for family in _FAMILIES:
+        for dtype in ELEMENTS:
+            for group_size in (128, _K):
+                packed = family.pack(_weight(group_size, device))
+                for choice in family.tables.choices_on(target_of(device)):
+                    scales = "g128" if group_size == 128 else "column"
+                    name = f"{family.mark}{choice} {str(dtype).removeprefix('torch.')} {scales}"
+                    results.append(_check(name, family, choice, packed, dtype))
+    return results
+
+
+@cache
+def require_trust(device_index: int) -> None:
+    """On a GPU whose target is not tested in advance, run the self-test once and refuse to go on if a kernel fails."""
+    device = torch.device("cuda", device_index)
+    if target_of(device) in TARGETS:
+        return
+    failed = [result for result in self_test(device) if not result.passed]
+    if failed:
+        raise DeviceError(
+            f"the native kernels are wrong on `{torch.cuda.get_device_name(device)}`: {failed[0].name}: {failed[0].detail}",
+            hint="use `--backend reference`, and report this with the output of `marlin-tools doctor --json`",
+        )
+
+
+def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> CheckResult:
+    try:
+        worst = max(_errors(family, choice, packed, dtype))
+    except DeviceError as error:
+        return CheckResult(name, passed=False, detail=error.message)
+    limit = 64.0 if choice == dispatch.CUBLAS else 1.0  # cuBLAS multiplies weights that were rounded to 16 bits
+    return CheckResult(name, worst <= limit, f"largest error {worst:.2f} of the bound")
+
+
+def _errors(family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> Iterator[float]:
+    generator = torch.Generator(packed.codes.device).manual_seed(0)
+    tile = family.tiles.get(choice)
+    rounded = tile is not None and tile.rounded
+    for m in _ROWS:
+        x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
+        y = family.multiply_with(choice, x, packed)
+        error = (y - family.exact(x, packed, rounded=rounded)).abs() / family.error_bound(x, packed, rounded=rounded)
+        yield float("inf") if error.isnan().any() else error.max().item()
+
+
+def _weight(group_size: int, device: torch.device) -> QuantizedLinear:
+    """2:4 sparse, so that all kernels can read it."""
+    generator = torch.Generator(device).manual_seed(1)
+    codes = torch.randint(0, 16, (_N, _K // 4, 4), dtype=torch.uint8, device=device, generator=generator)
+    dropped = torch.rand(codes.shape, device=device, generator=generator).argsort(dim=2)[..., :2]
+    codes.scatter_(2, dropped, ZERO)
+    scales = torch.randn((_N, _K // group_size), device=device, generator=generator) * 0.02
+    return QuantizedLinear(codes.view(_N, _K), scales.to(torch.float16), group_size)

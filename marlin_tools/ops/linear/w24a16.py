@@ -1,0 +1,96 @@
+"""`marlin_tools::w24a16_linear`: activations in 16 bits, weights 2:4 sparse in 4 bits, registered with torch.
+
+The sparse counterpart of `w4a16.py`, which explains the rings; the packed weights are those of `sparse_layout.py`.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from marlin_tools.ops.linear import sparse_dispatch, sparse_reference
+from marlin_tools.ops.linear.deal import Costs, Deal, deals
+from marlin_tools.ops.linear.dispatch import CUBLAS
+from marlin_tools.ops.linear.hopper import HopperPlan
+from marlin_tools.ops.linear.layout import TILE_N
+from marlin_tools.ops.linear.operator import LinearOperator
+from marlin_tools.ops.linear.plan import LEAST_BUSY, Partition, PartitionPlan, Plan
+from marlin_tools.ops.linear.sparse_layout import WORDS, PackedSparse
+from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES, SparseTile, SparseVariant
+from marlin_tools.ops.linear.variants import OVERLAP_CAPABILITY
+from marlin_tools.ops.runtime import driver
+
+
+class _Cycles(NamedTuple):
+    """What the Hopper kernel's deals cost, fitted to measured times of all of them: a packed tile and group by tokens, and at
+    least; sums over blocks through global memory and through a cluster, by the size of a block's tile relative to 128 x 256;
+    and per block of a cluster.
+    """
+
+    per_token: float
+    least: float
+    shared: float
+    shared_size: float
+    split: float
+    split_size: float
+    split_each: float
+
+
+_EXACT = _Cycles(3.5, 150.0, 4000.0, 20000.0, 1000.0, 2500.0, 600.0)
+_ROUNDED = _Cycles(3.7, 130.0, 2500.0, 27500.0, 1300.0, 1200.0, 520.0)
+_BAD_CLUSTERS = {7}  # always slower than of six: too few find seven partners while the kernel before still runs
+
+
+class _SparseHopperPlan(HopperPlan):
+    """The sparse Hopper kernel is launched like the dense one; what its steps and sums cost was measured on an H100."""
+
+    def alternatives(self) -> list[Deal]:
+        tiles, groups, places, clusters = self._room()
+        clusters = {size: count for size, count in clusters.items() if size not in _BAD_CLUSTERS}
+        return deals(tiles, groups, places, clusters)
+
+    def _costs(self) -> Costs:
+        tile = self._tile
+        cycles = _ROUNDED if tile.rounded else _EXACT
+        size = tile.outputs * tile.tokens / (128 * 256)
+        step = tile.outputs / TILE_N * max(cycles.least, cycles.per_token * tile.tokens)
+        shared, split = cycles.shared + cycles.shared_size * size, cycles.split + cycles.split_size * size
+        return Costs(shared / step, split / step, cycles.split_each / step, super()._costs().shared_step)
+
+
+def partition(tile: SparseTile, tiles: int, groups: int, multiprocessors: int, capability: int) -> Partition:
+    """Whole tiles, or one tile per cluster of `split` blocks, where that wastes little, else steps of one group: stream-K.
+
+    The first two need no sums over global memory, which cost some microseconds at the end of a kernel.
+    """
+    rounds = -(-tiles // multiprocessors)
+    if tiles >= LEAST_BUSY * rounds * multiprocessors:
+        return min(tiles, multiprocessors), 1, tiles
+    for split in range(2, tile.splits + 1) if capability >= OVERLAP_CAPABILITY else ():
+        if LEAST_BUSY * multiprocessors <= tiles * split <= multiprocessors and groups >= tile.along_k * split:
+            return tiles * split, split, tiles
+    return max(1, min(multiprocessors, tiles * groups)), 0, tiles * groups
+
+
+def _variant(choice: str, dtype: torch.dtype, scales: Tensor) -> SparseVariant:
+    if choice == CUBLAS:
+        return SparseVariant("dequantize-24", dtype)
+    return SparseVariant("w24a16", dtype, choice, grouped=scales.shape[1] > 1)
+
+
+def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
+    tile = SPARSE_TILES[choice]
+    if tile.kernel == "hopper":
+        return _SparseHopperPlan(tile, function, x, codes, out_features)
+    return PartitionPlan(tile, partial(partition, tile), function, x, codes, out_features)
+
+
+OPERATOR = LinearOperator("w24a16_linear", WORDS, sparse_dispatch.SPARSE, _variant, _plan, sparse_reference.w24a16_linear)
+prepare_sparse, multiply_with, dequantize_sparse = OPERATOR.prepare, OPERATOR.multiply_with, OPERATOR.dequantize
+check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
+
+
+def sparse_linear(x: Tensor, weight: PackedSparse, bias: Tensor | None = None) -> Tensor:
+    """Compute x [M, K] times the weight, transposed, plus bias."""
+    return OPERATOR(x, weight.codes, weight.scales, bias, weight.out_features, weight.exponent)

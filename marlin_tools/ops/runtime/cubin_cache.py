@@ -1,0 +1,105 @@
+"""Compiled kernels on disk, so that only the first run of a version on a machine compiles.
+
+One file per kernel and target, named by the content key of everything that determines it. A file holds a line of JSON
+(symbol, resources, checksum) and the image after it. It is written under another name, flushed to disk and renamed, so a
+reader sees a whole file or none; a lock keeps parallel processes from compiling the same thing. Where the folder cannot be
+written, compiled kernels stay in memory.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from marlin_tools.ops.runtime.compiler import Binary, Resources, Source, compile_kernel
+
+_log = logging.getLogger(__name__)
+
+
+def default_dir() -> Path:
+    """`$MARLIN_TOOLS_CACHE`, or `marlin-tools/kernels` in the user's cache folder."""
+    chosen = os.environ.get("MARLIN_TOOLS_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marlin-tools" / "kernels"
+
+
+class CubinCache:
+    """A folder of compiled kernels; `get` returns one and compiles it if nobody has."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = default_dir() if folder is None else folder
+        self._in_memory: dict[str, Binary] = {}
+
+    def has(self, source: Source, target: str) -> bool:
+        """True when `get` will not compile."""
+        key = source.key(target)
+        return key in self._in_memory or self._read(key) is not None
+
+    def get(self, source: Source, target: str) -> Binary:
+        """The kernel compiled for `target`."""
+        key = source.key(target)
+        binary = self._in_memory.get(key) or self._read(key)
+        if binary is None:
+            with self._locked(key) as writable:
+                binary = (self._read(key) if writable else None) or compile_kernel(source, target)
+                if writable:
+                    self._publish(key, binary)
+        self._in_memory[key] = binary
+        return binary
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.kernel"
+
+    def _read(self, key: str) -> Binary | None:
+        try:
+            head, _, image = self._path(key).read_bytes().partition(b"\n")
+        except OSError:
+            return None
+        try:
+            return _parse(head, image)
+        except (ValueError, KeyError, TypeError):
+            _log.warning("`%s` is damaged and is compiled again", self._path(key))
+            return None
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[bool]:
+        """Holds the lock of one key; yields False where the folder is not ours to write."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / f"{key}.lock").open("w")
+        except OSError as error:
+            _log.info("`%s` cannot be written (%s): compiled kernels stay in memory", self.folder, error.strerror)
+            yield False
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield True
+
+    def _publish(self, key: str, binary: Binary) -> None:
+        head = {
+            "symbol": binary.symbol,
+            "resources": asdict(binary.resources),
+            "sha256": hashlib.sha256(binary.image).hexdigest(),
+        }
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{key}.", suffix=".new", delete=False) as file:
+                file.write(json.dumps(head).encode() + b"\n" + binary.image)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(file.name).replace(self._path(key))
+        except OSError as error:
+            _log.info("`%s` cannot be written (%s): compiled kernels stay in memory", self.folder, error.strerror)
+
+
+def _parse(head: bytes, image: bytes) -> Binary:
+    entry = json.loads(head)
+    if entry["sha256"] != hashlib.sha256(image).hexdigest():
+        raise ValueError("checksum")
+    return Binary(image, entry["symbol"], Resources(**entry["resources"]))

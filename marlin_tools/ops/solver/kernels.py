@@ -1,0 +1,228 @@
+"""The solver's kernels: what happens inside one block of columns, for all rows at once and without asking the host anything.
+
+Between the blocks there are matrix products, which torch does; `algorithms/sweep.py` and `algorithms/polish.py` hold the same
+steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes are uint8.
+"""
+
+import struct
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from marlin_tools.ops.linear.variants import target_of
+from marlin_tools.ops.runtime import driver
+from marlin_tools.ops.runtime.compiler import Source
+
+BLOCK = 128
+"""Columns per block."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Group sizes for which the kernels search and refit scales; wider groups span blocks."""
+
+_ROWS = 32
+_SQUARE_BYTES = 4 * BLOCK * BLOCK
+_COARSE = torch.linspace(1.10, 0.50, 31).tolist()
+_FINE = torch.linspace(-0.018, 0.018, 9).tolist()
+_CLIPS = [1 - step / 100 for step in range(76)]
+
+
+@dataclass(frozen=True)
+class Routine:
+    """One compiled kernel of the solver; `layout` is its argument as `struct` spells it."""
+
+    file: str
+    expression: str
+    layout: str
+    shared_bytes: int
+    threads: int = field(default=256, init=False)
+    overlaps: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> str:
+        """As shown to users."""
+        return f"solver-{self.expression.replace('_kernel', '').replace('<', '-').replace('>', '').replace(', ', '-')}"
+
+    def source(self, target: str) -> Source:
+        """What to compile; the same for every target."""
+        return Source(f"solver/{self.file}", self.expression)
+
+    def dynamic_shared_bytes(self, target: str) -> int:
+        """What the launch must ask for."""
+        return self.shared_bytes
+
+
+def _sweep(*, masked: bool) -> Routine:
+    return Routine("sweep.cu", f"sweep_kernel<{str(masked).lower()}>", "8P3q4i", _SQUARE_BYTES)
+
+
+def _descend(group_size: int, *, masked: bool) -> Routine:
+    inside = group_size if group_size in GROUP_SIZES else 0
+    return Routine("descend.cu", f"descend_kernel<{inside}, {str(masked).lower()}>", "8P3q4i", _SQUARE_BYTES)
+
+
+def _search(group_size: int) -> Routine:
+    return Routine("search.cu", f"search_kernel<{group_size}>", f"3Pq4i{len(_COARSE) + len(_FINE)}f", 0)
+
+
+def _cut(each: int) -> Routine:
+    return Routine("cut.cu", f"cut_kernel<{each}>", "5P2q2i", 0)
+
+
+_CLIP = Routine("clip.cu", "clip_kernel", f"3Pq4i{len(_CLIPS)}f", _SQUARE_BYTES + 4 * (BLOCK * (_ROWS + 4) + 8 * _ROWS))
+
+ROUTINES = (
+    *(_sweep(masked=masked) for masked in (False, True)),
+    *(_descend(group_size, masked=masked) for group_size in (0, *GROUP_SIZES) for masked in (False, True)),
+    *(_search(group_size) for group_size in GROUP_SIZES),
+    _CLIP,
+    *(_cut(each) for each in (1, 4)),
+)
+"""Every kernel of the solver."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of every column, in the order in which the columns are walked.
+
+    scales    [N, groups]
+    group_of  int32 [K], which scale a column has
+    mask      bool [N, K], False where the value must be zero; or None
+    """
+
+    scales: Tensor
+    group_of: Tensor
+    mask: Tensor | None = None
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether the kernels compute with this tensor; otherwise the same steps are done in torch."""
+    return tensor.is_cuda and tensor.dtype == torch.float32
+
+
+def search_scales(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
+    """[N, groups]: see `algorithms.scales.diagonal`. A scale beyond float16 comes out infinite."""
+    n, groups, size = weight_ngb.shape
+    scales_ng = torch.empty(n, groups, device=weight_ngb.device)
+    _launch(
+        _search(size),
+        _blocks(n * groups),
+        weight_ngb,
+        *(_address(weight_ngb), _address(energy_gb.contiguous()), _address(scales_ng)),
+        *(groups * size, n, groups, int(signed), int(dtype == torch.bfloat16)),
+        *(*_COARSE, *_FINE),
+    )
+    return scales_ng
+
+
+def clip_scales(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N]: see `algorithms.scales.conditional`. A scale beyond float16 comes out infinite."""
+    n, width = weight_nb.shape
+    assert width == BLOCK, width
+    scales_n = torch.empty(n, device=weight_nb.device)
+    _launch(
+        _CLIP,
+        _blocks(n),
+        weight_nb,
+        *(_address(weight_nb), factor_bb.data_ptr(), _address(scales_n)),
+        *(factor_bb.stride(0), n, 1, int(dtype == torch.bfloat16), 0),
+        *_CLIPS,
+    )
+    return scales_n
+
+
+def sweep_block(
+    weight_nk: Tensor, owed_nb: Tensor, feedback_bb: Tensor, grid: Grid, codes_nk: Tensor, errors_nk: Tensor, start: int
+) -> None:
+    """Round the columns from `start` on; `owed` is what earlier columns left them to pay. Fills codes and errors."""
+    n, k = weight_nk.shape
+    width = min(BLOCK, k - start)
+    mask = grid.mask
+    _launch(
+        _sweep(masked=mask is not None),
+        _blocks(n),
+        weight_nk,
+        *(_address(weight_nk, start), owed_nb.data_ptr(), feedback_bb.data_ptr(), _address(grid.scales)),
+        *(_address(grid.group_of, start), 0 if mask is None else _address(mask, start)),
+        *(_address(codes_nk, start), _address(errors_nk, start)),
+        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, width, grid.scales.shape[1], 0),
+    )
+
+
+@dataclass(frozen=True)
+class Polished:
+    """What a polish works on, changed in place.
+
+    `errors` is weight minus value, `scales` [N, groups]; codes stay where `mask` is False.
+    """
+
+    weight: Tensor
+    codes: Tensor
+    scales: Tensor
+    errors: Tensor
+    mask: Tensor | None = None
+
+
+def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+    """Refit the scales of the groups of one block, then its codes; returns by how much the errors changed [N, B]."""
+    n, k = state.weight.shape
+    width = min(BLOCK, k - start)
+    groups = state.scales.shape[1]
+    change_nb = torch.empty(n, width, device=state.weight.device)
+    _launch(
+        _descend(k // groups, masked=state.mask is not None),
+        _blocks(n),
+        state.weight,
+        *(_address(state.weight, start), gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr()),
+        *(0 if state.mask is None else _address(state.mask, start), _address(state.scales, start * groups // k)),
+        *(_address(state.codes, start), _address(state.errors, start), change_nb.data_ptr()),
+        *(k, gradient_nb.stride(0), width, n, width, groups, int(dtype == torch.bfloat16)),
+    )
+    return change_nb
+
+
+def cut(matrix: Tensor, factors: tuple[Tensor | None, Tensor | None], high: Tensor, low: Tensor | None) -> None:
+    """Fill `high` and `low`, float16, with matrix · factors: the upper and the lower half of its bits.
+
+    The factors are for rows and for columns. The memory of all runs along the rows; rows may be parts of longer ones.
+    """
+    rows, columns = matrix.shape
+    tensors = (matrix, high, *(() if low is None else (low,)))
+    assert all(x.stride(1) == 1 for x in tensors), [x.stride() for x in tensors]
+    assert low is None or low.stride() == high.stride(), (low.stride(), high.stride())
+    aligned = all(x.stride(0) % 4 == 0 and x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors)
+    each = 4 if aligned and columns % 4 == 0 else 1
+    _launch(
+        _cut(each),
+        -(-rows * (columns // each) // _cut(each).threads),
+        matrix,
+        matrix.data_ptr(),
+        *(0 if factor is None else _address(factor) for factor in factors),
+        *(high.data_ptr(), 0 if low is None else low.data_ptr()),
+        *(matrix.stride(0), high.stride(0), rows, columns),
+    )
+
+
+def _address(tensor: Tensor, offset: int = 0) -> int:
+    """Where element `offset` of the first row lies."""
+    assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+    return tensor.data_ptr() + offset * tensor.element_size()
+
+
+_launches: dict[tuple[Routine, int, int], driver.Launch] = {}
+
+
+def _blocks(rows: int) -> int:
+    """Thread blocks for so many rows, with eight lanes for each."""
+    return -(-rows // _ROWS)
+
+
+def _launch(routine: Routine, blocks: int, on: Tensor, *values: float) -> None:
+    """One launch on the current stream of the tensor's device."""
+    device = on.device
+    key = (routine, blocks, device.index)
+    launch = _launches.get(key)
+    if launch is None:
+        function = driver.loaded(routine, device, target_of(device))
+        launch = _launches[key] = driver.Launch(function, struct.Struct(routine.layout), blocks)
+    launch(driver.current_stream(device.index), *values)

@@ -1,0 +1,213 @@
+"""From a name or a path to a checked recipe: files with one recipe, tables with a row for each, bundled or the user's own.
+
+A row of a table is a recipe like any other: `marlin-tools run ROW` runs it, `recipes show ROW` prints it written out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from marlin_tools.errors import RecipeError
+from marlin_tools.recipe import yaml_reader as recipe_yaml
+from marlin_tools.recipe.recipe import Recipe, schema
+from marlin_tools.recipe.table import Table, check_table, expand, is_table
+from marlin_tools.recipe.yaml_reader import Document, near
+from marlin_tools.resources import recipes_dir
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe stands: a file, and which row of it if the file is a table."""
+
+    path: Path
+    row: str | None = None
+
+
+def load(ref: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """One recipe, with `a.b=value` overrides; reports all that is wrong with it at once."""
+    place = find(ref)
+    document = _read(place.path)
+    if is_table(document):
+        table = check_table(document)
+        if place.row is None:
+            names = ", ".join(row.name for row in table.rows)
+            hint = f"run one of its rows ({names}), or all of them: marlin-tools reproduce {ref}"
+            raise RecipeError(f"`{ref}` is a table of {len(table.rows)} recipes", hint=hint)
+        return _row(document, table, place.row, overrides)
+    return _recipe(document, overrides)
+
+
+def load_all(ref: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
+    """What is named, a recipe or all rows of a table, each after the control that it has.
+
+    An override of a stage goes to the recipes that have this stage; it is an error if none has it.
+    """
+    overrides = tuple(overrides)
+    recipes = list(_with_controls(find(ref), overrides).values())
+    there = {stage.stage for recipe in recipes for stage in recipe.stages}
+    for override in overrides:
+        head = override.partition("=")[0].partition(".")[0]
+        if head in _stage_names() - there:
+            raise RecipeError(
+                f"`--set {override}`: no recipe here has a stage `{head}`", hint=f"there are: {', '.join(sorted(there))}"
+            )
+    return recipes
+
+
+@cache
+def _stage_names() -> frozenset[str]:
+    """Every word that can stand after `stage:`."""
+    return frozenset(schema()["properties"]["stages"]["items"]["discriminator"]["mapping"])
+
+
+def _fitting(document: Document, overrides: Iterable[str]) -> list[str]:
+    """The overrides without those of stages that a recipe does not have."""
+    stages = document.data.get("stages")
+    there = {stage.get("stage") for stage in stages if isinstance(stage, dict)} if isinstance(stages, list) else set()
+    absent = _stage_names() - there
+    return [override for override in overrides if override.partition("=")[0].partition(".")[0] not in absent]
+
+
+def _with_controls(place: Place, overrides: tuple[str, ...]) -> dict[str, Recipe]:
+    """By name, in the order in which they have to run."""
+    document = _read(place.path)
+    if not is_table(document):
+        recipe = _recipe(document, _fitting(document, overrides))
+        before = {} if recipe.control is None else _with_controls(_control(recipe), overrides)
+        return before | {recipe.name: recipe}
+    table = check_table(document)
+    names = [row.name for row in table.rows]
+    found: dict[str, Recipe] = {}
+    for name in [place.row] if place.row else names:
+        recipe = _row(document, table, name, overrides, fitting=True)
+        if recipe.control is not None and recipe.control not in found:
+            above = Place(place.path, recipe.control) if recipe.control in names else _control(recipe)
+            found |= _with_controls(above, overrides)
+        found.setdefault(name, recipe)
+    return found
+
+
+def _control(recipe: Recipe) -> Place:
+    """Where the bundled recipe stands that has to hold first."""
+    known = catalog()
+    if recipe.control not in known:
+        hint = near(str(recipe.control), list(known))
+        raise RecipeError(
+            f"recipe `{recipe.name}`: its control `{recipe.control}` is no row beside it and no bundled recipe", hint=hint
+        )
+    return known[recipe.control]
+
+
+def check(ref: str | Path) -> int:
+    """Read a file or a bundled recipe and everything in it; how many recipes that are, or all that is wrong with them."""
+    document = _read(find(ref).path)
+    if not is_table(document):
+        return len([_recipe(document, ())])
+    table = check_table(document)
+    problems: list[str] = []
+    for row in table.rows:
+        try:
+            _row(document, table, row.name, ())
+        except RecipeError as error:
+            problems += error.message.splitlines()
+    if problems:  # a mistake in a shared recipe is one of every row
+        raise RecipeError("\n".join(sorted(dict.fromkeys(problems), key=recipe_yaml.position)))
+    return len(load_all(ref))
+
+
+def find(ref: str | Path) -> Place:
+    """The place of a recipe or table: a path, a bundled name, or a row of a bundled table."""
+    path = Path(ref)
+    if path.is_file():
+        return Place(path)
+    known = catalog()
+    if str(ref) not in known:
+        close = get_close_matches(str(ref), known, n=1)
+        hint = (f"did you mean `{close[0]}`? " if close else "") + "`marlin-tools recipes list` names all of them"
+        raise RecipeError(f"`{ref}` is no recipe file and no bundled recipe", hint=hint)
+    return known[str(ref)]
+
+
+def bundled() -> dict[str, Path]:
+    """The files that ship with the package, recipes and tables, by name."""
+    return {path.stem: path for path in sorted(recipes_dir().glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def tables() -> dict[str, Table]:
+    """The bundled tables by name."""
+    documents = {name: _read(path) for name, path in bundled().items()}
+    return {name: check_table(document) for name, document in documents.items() if is_table(document)}
+
+
+@cache
+def catalog() -> dict[str, Place]:
+    """Everything bundled that has a name: files, then the rows of tables."""
+    files = {name: Place(path) for name, path in bundled().items()}
+    return files | {row.name: Place(files[name].path, row.name) for name, table in tables().items() for row in table.rows}
+
+
+def overview() -> list[tuple[str, str]]:
+    """For people: every bundled file and what it is for, the rows of tables beneath it with their models."""
+    known = tables()
+    lines = []
+    for name, path in bundled().items():
+        if name not in known:
+            lines.append((name, load(path).description))
+            continue
+        table = known[name]
+        lines.append((name, f"{len(table.rows)} recipes: {table.description}"))
+        for row in table.rows:
+            told = row.description or table.recipes[row.like].get("description", row.like)
+            lines.append((f"  {row.name}", f"{row.model}: {told}"))
+    return lines
+
+
+def show(ref: str | Path) -> str:
+    """A file as it is, or a row of a table as the recipe that it stands for."""
+    place = find(ref)
+    return place.path.read_text(encoding="utf-8") if place.row is None else load(ref).dump()
+
+
+def _read(path: Path) -> Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"`{path}` cannot be read: {error}") from error
+    return recipe_yaml.parse(text, str(path))
+
+
+def _recipe(document: Document, overrides: Iterable[str]) -> Recipe:
+    for override in overrides:
+        _override(document, override)
+    return recipe_yaml.validate(Recipe, document)
+
+
+def _row(document: Document, table: Table, name: str, overrides: Iterable[str], *, fitting: bool = False) -> Recipe:
+    row = next(row for row in table.rows if row.name == name)
+    recipe, own = expand(document, table, row)
+    for path, value, origin in own:
+        _put(recipe, path, value, origin)
+    return _recipe(recipe, _fitting(recipe, overrides) if fitting else overrides)
+
+
+def _override(document: Document, text: str) -> None:
+    """`quantize.damp=0.05`."""
+    name, separator, value = text.partition("=")
+    origin = f"--set {text}"
+    if not separator or not all(name.split(".")):
+        raise RecipeError(f"`{origin}`: not of the form `a.b=value`", hint="for example: --set quantize.damp=0.05")
+    _put(document, name, recipe_yaml.parse_value(value), origin)
+
+
+def _put(document: Document, name: str, value: Any, origin: str) -> None:
+    """Set a value at a path of keys and indices; the name of a stage stands for its place in `stages`."""
+    path: tuple[str | int, ...] = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+    stages = document.data.get("stages")
+    if isinstance(stages, list) and path[0] not in Recipe.model_fields:
+        places = [index for index, stage in enumerate(stages) if isinstance(stage, dict) and stage.get("stage") == path[0]]
+        if places:
+            path = ("stages", places[0], *path[1:])
+    document.put(path, value, origin)

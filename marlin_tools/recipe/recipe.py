@@ -1,0 +1,293 @@
+"""A recipe: one model and the stages it goes through, as one checked value.
+
+Every verb of the command line builds a recipe, every file in `recipes/` is one, and every output directory holds the one that
+made it, so there is a single way in which anything is run. A stage is the settings of its module and the word `stage`:
+
+    name: demo
+    model: demo
+    calibrate: {source: demo}
+    stages:
+      - {stage: quantize, preset: default}
+      - {stage: evaluate, tasks: [demo_qa], baseline: demo}
+
+Read next: `files.py`, which finds and reads them; `run/`, which plans and executes them.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from marlin_tools.compress.prune import PruneSettings
+from marlin_tools.compress.quantize import QuantizeSettings
+from marlin_tools.data.calibrate import CalibrationSettings
+from marlin_tools.evaluation.evaluate import EvaluateSettings
+from marlin_tools.evaluation.generate import GenerateSettings
+from marlin_tools.formats import FORMATS
+from marlin_tools.recipe import yaml_reader as recipe_yaml
+from marlin_tools.recipe.yaml_reader import Document
+from marlin_tools.settings import Settings
+from marlin_tools.training.finetune import FinetuneSettings, LearningSettings
+
+PAPER_DOCUMENTS = 256
+"""How many documents the paper calibrates on."""
+
+DEMO_WINDOWS = 64
+"""How many windows of 1024 tokens the embedded text surely has."""
+
+
+TRAINING_WINDOWS, TRAINING_LENGTH = 8192, 1024
+"""How much text is trained on when nobody says how much."""
+
+DENSE = {"prune": "pruned", "finetune": "finetuned"}
+"""Stages that make a model in 16 bits, and what their directory is called beside others."""
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"unknown format `{name}`; known: {', '.join(FORMATS)}")
+    return name
+
+
+class PruneStage(PruneSettings):
+    """Make the model 2:4 sparse; calibration is a section of its own."""
+
+    stage: Literal["prune"]
+
+    @property
+    def settings(self) -> PruneSettings:
+        """What the stage function takes."""
+        return PruneSettings.model_validate(self.model_dump(exclude={"stage"}))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
+
+
+class FinetuneStage(LearningSettings):
+    """Let the sparse model learn from `teacher`, by default the recipe's model, on `text`, by default the calibration text."""
+
+    stage: Literal["finetune"]
+    teacher: str | None = None
+    text: CalibrationSettings | None = None
+
+    def settings_for(self, model: str) -> FinetuneSettings:
+        """What the stage function takes in a recipe of this model."""
+        chosen = self.model_dump(exclude={"stage", "teacher", "text"})
+        return FinetuneSettings.model_validate(chosen | {"teacher": self.teacher or model})
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text: not if it has a text of its own, or the teacher writes one."""
+        return self.text is None and not self.sampled
+
+
+class QuantizeStage(QuantizeSettings):
+    """Quantise the model; calibration is a section of its own."""
+
+    stage: Literal["quantize"]
+
+    _format = field_validator("format")(_known_format)
+
+    @property
+    def settings(self) -> QuantizeSettings:
+        """What the stage function takes."""
+        return QuantizeSettings.model_validate(self.model_dump(exclude={"stage"}))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
+
+
+class ExportStage(Settings):
+    """Write the quantised model in other formats."""
+
+    stage: Literal["export"]
+    formats: tuple[Annotated[str, AfterValidator(_known_format)], ...] = Field(min_length=1)
+
+
+class EvaluateStage(EvaluateSettings):
+    """Measure the model, and `baseline` as well, if one is named."""
+
+    stage: Literal["evaluate"]
+    baseline: str | None = None
+
+    @property
+    def settings(self) -> EvaluateSettings:
+        """What the stage function takes."""
+        return EvaluateSettings.model_validate(self.model_dump(exclude={"stage", "baseline"}))
+
+
+class VerifyStage(Settings):
+    """Check every directory that the run has written, or the model itself if it has written none."""
+
+    stage: Literal["verify"]
+
+
+class GenerateStage(GenerateSettings):
+    """Continue a text."""
+
+    stage: Literal["generate"]
+    prompt: str
+
+    @property
+    def settings(self) -> GenerateSettings:
+        """What the stage function takes."""
+        return GenerateSettings.model_validate(self.model_dump(exclude={"stage", "prompt"}))
+
+
+Making = PruneStage | FinetuneStage | QuantizeStage
+"""Stages that make another model, in the only order that makes sense."""
+
+Stage = Making | ExportStage | EvaluateStage | VerifyStage | GenerateStage
+
+
+class Expectation(Settings):
+    """A number that was published, and how far from it a measured one may lie.
+
+    task, metric   which score; the first of the task if no metric is named
+    value          as a score is written: accuracy as a share of 1
+    tolerance      left out: shown beside the measured one, never judged
+    note           why it cannot be judged, or what the tolerance rests on
+    """
+
+    task: str
+    metric: str | None = None
+    value: float = Field(allow_inf_nan=False)
+    tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    note: str = ""
+
+
+class Recipe(Settings):
+    """One model and what happens to it.
+
+    name         names the output: `runs/<name>-<scheme>`
+    model        a directory, a hub id or an alias
+    description  one line for `recipes list`
+    source       where the settings and the expected numbers come from
+    deviations   in what it differs from its source
+    calibrate    by default what suits the model and the preset, see `settle`
+    stages       in the order in which they run
+    expect       what `reproduce` compares the scores with
+    control      the recipe, usually of the unquantised model, that has to hold before this one means anything
+    """
+
+    name: str = Field(pattern=r"^[\w][\w.+-]*$")
+    model: str
+    description: str = ""
+    source: str = ""
+    deviations: tuple[str, ...] = ()
+    calibrate: CalibrationSettings | None = None
+    stages: tuple[Annotated[Stage, Field(discriminator="stage")], ...] = Field(min_length=1)
+    expect: tuple[Expectation, ...] = ()
+    control: str | None = None
+
+    @model_validator(mode="after")
+    def _one_model_each(self) -> Self:
+        _check_order(self.making)
+        if sum(isinstance(stage, EvaluateStage) for stage in self.stages) > 1:
+            raise ValueError("a recipe evaluates once, all tasks together: `evaluate` may stand in `stages` once")
+        for name in self.formats:
+            if self.formats.count(name) > 1:
+                raise ValueError(f"format `{name}` would be written twice")
+        for expected in self.expect:
+            if expected.task not in self.tasks:
+                measured = ", ".join(self.tasks) or "nothing"
+                raise ValueError(f"`expect` names task `{expected.task}`, which no stage measures; measured: {measured}")
+        return self
+
+    @property
+    def quantize(self) -> QuantizeStage | None:
+        """The stage that makes the quantised model."""
+        return next((stage for stage in self.stages if isinstance(stage, QuantizeStage)), None)
+
+    @property
+    def making(self) -> tuple[Making, ...]:
+        """The stages that make another model, in their order."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Making))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Everything that the recipe measures."""
+        return tuple(task for stage in self.stages if isinstance(stage, EvaluateStage) for task in stage.tasks)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """How the quantised models that the run writes are stored, in this order."""
+        made = (self.quantize.format,) if self.quantize else ()
+        return made + tuple(name for stage in self.stages if isinstance(stage, ExportStage) for name in stage.formats)
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """What the run writes, in this order; each is a model directory of its own."""
+        return tuple(DENSE[stage.stage] for stage in self.making if stage.stage in DENSE) + self.formats
+
+    @property
+    def scheme(self) -> str:
+        """How the weights are stored: bits and what shares a scale, and whether half of them are zero."""
+        if self.quantize is None:
+            return "-".join(self.formats) or next((f"2of4-{name}" for name in reversed(self.made)), "")
+        bits = "int4-channel" if self.quantize.group_size == -1 else f"int4-g{self.quantize.group_size}"
+        return bits if self.quantize.sparsity is None else f"2of4-{bits}"
+
+    def dump(self) -> str:
+        """As YAML, with every setting written out."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        content["stages"] = [{"stage": stage["stage"], **stage} for stage in content["stages"]]
+        return recipe_yaml.dump({key: value for key, value in content.items() if value not in ("", [])})
+
+
+def _check_order(making: tuple[Making, ...]) -> None:
+    """Each at most once, each after what it builds on, and nothing undone by what follows."""
+    names = [stage.stage for stage in making]
+    order = {"prune": "prunes", "finetune": "finetunes", "quantize": "quantises"}
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"a recipe {order[name]} once: `{name}` may stand in `stages` once")
+    if names != sorted(names, key=list(order).index):
+        raise ValueError(f"`stages` has {', then '.join(names)}: the order is {', '.join(order)}")
+    last = making[-1] if making else None
+    if isinstance(last, QuantizeStage) and len(making) > 1 and last.sparsity is None:
+        raise ValueError(f"`quantize` after `{names[-2]}` would lose the zeros: give it `sparsity: keep`")
+
+
+def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Choose the calibration that nobody chose, and say so.
+
+    The embedded model gets the embedded text, the paper's preset what the paper took, everything else C4.
+    """
+    stage = recipe.quantize
+    if not any(each.needs_data for each in recipe.making):
+        unused = recipe.calibrate is not None and recipe.making
+        names = [f"`{each.stage}`" if isinstance(each, FinetuneStage) else f"preset `{each.preset}`" for each in recipe.making]
+        notes = [f"{' and '.join(names)} looks at no data: calibration settings have no effect"] if unused else []
+        return recipe.model_copy(update={"calibrate": None}), notes
+    given = recipe.calibrate.model_dump(exclude_unset=True) if recipe.calibrate else {}
+    if "source" in given:
+        chosen: dict[str, Any] = {}
+    elif recipe.model == "demo":
+        chosen = {"source": "demo"}
+    elif stage and stage.preset == "marlin":
+        chosen = {"source": "redpajama", "num_samples": PAPER_DOCUMENTS}
+    else:
+        chosen = {"source": "c4"}
+    if "num_samples" not in given and {**chosen, **given}["source"] == "demo":
+        chosen["num_samples"] = DEMO_WINDOWS
+    elif "num_samples" not in given and all(isinstance(each, FinetuneStage) for each in recipe.making):
+        chosen |= {"num_samples": TRAINING_WINDOWS, "seqlen": given.get("seqlen", TRAINING_LENGTH)}
+    settings = CalibrationSettings.model_validate({**chosen, **given})
+    shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
+    notes = [f"calibrating on `{settings.source}`, {shape}; choose with `--calib` and `--num-samples`"] if chosen else []
+    return recipe.model_copy(update={"calibrate": settings}), notes
+
+
+def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str]) -> Recipe:
+    """A recipe from plain data; `origins` says for each path which option it comes from."""
+    return recipe_yaml.validate(Recipe, Document(dict(data), dict(origins)))
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of recipe files, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,179 @@
+"""The benchmarks as pictures: the paper's figures, and the curves of all kernels over the batch size.
+
+Ideal lines follow the paper: bytes or arithmetic, whichever takes longer, at the rates that this GPU reached in the same run.
+What belongs together has one colour: a contestant and its ideal, or the dense and the sparse kernel on one model.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from math import exp, log
+from typing import Any
+
+from marlin_tools.bench.decoding import ModelBench
+from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.kernels import (
+    BASELINE,
+    DENSE,
+    DEQUANTIZED,
+    SPARSE,
+    BenchSettings,
+    Measurement,
+    geometric_means,
+    ideal_microseconds,
+    timed_kernels,
+)
+from marlin_tools.report.figure import Axis, Line, chart
+from marlin_tools.resources import kernels_dir
+
+_BATCH = Axis("batch size", 2)
+_HUES = {DENSE: 0, SPARSE: 1}
+_IDEALS = {DENSE: ("ideal INT4", 4.125, 1.0), SPARSE: ("ideal INT4 2:4", 3.125, 0.5)}
+"""Name, bits per weight with scales and positions, and the part of the arithmetic that is done."""
+
+
+def draw(measured: Measured) -> dict[str, str]:
+    """SVG documents by what follows the name of the measurement in their file names."""
+    if measured.figure is not None:
+        return {"": FIGURES[measured.figure](measured)}
+    return {"-speedup": speedup(measured), "-roofline": share_of_roofline(measured)}
+
+
+def peak(measured: Measured) -> str:
+    """Speed-up over 16 bits on one large matrix, against the batch size."""
+    some = measured.results[0]
+    lines = []
+    for kernel in (kernel for kernel in timed_kernels(measured.results) if kernel in _IDEALS):
+        mine = sorted((float(r.m), r.speedup) for r in measured.results if r.kernel == kernel)
+        ideal = _ideals(measured, some, kernel, [m for m, _ in mine])
+        lines += [
+            Line(kernel, mine, hue=_HUES[kernel]),
+            Line(_IDEALS[kernel][0], ideal, hue=_HUES[kernel], ideal=True),
+        ]
+    title = f"Speed-up over FP16, {some.k} x {some.n}, group size 128"
+    return chart(title, measured.gpu, _BATCH, Axis("speed-up"), lines)
+
+
+def sustained(measured: Measured) -> str:
+    """The same on a GPU that is warm from work."""
+    busy = f"{measured.gpu}, kept busy before every measurement"
+    return peak(Measured(measured.figure, busy, measured.settings, measured.rates, measured.host, measured.results))
+
+
+def models(measured: Measured) -> str:
+    """Speed-up over all linears of a block, model by model, against the batch size; dotted for sparse weights."""
+    results = measured.results
+    lines = []
+    for hue, model in enumerate(dict.fromkeys(r.model for r in results)):
+        mine = [r for r in results if r.model == model]
+        for kernel in (kernel for kernel in timed_kernels(results) if kernel in _IDEALS):
+            points = []
+            for m in sorted({r.m for r in mine}):
+                base, taken = (sum(r.microseconds for r in mine if (r.kernel, r.m) == (name, m)) for name in (BASELINE, kernel))
+                points += [(float(m), base / taken)] if taken else []
+            name = f"{model.removeprefix('paper-')}, {kernel}"
+            lines.append(Line(name, points, hue=hue, dotted=kernel == SPARSE))
+    title = f"Speed-up over FP16, all linears of a block ({measured.rates.bandwidth / 1e12:.2f} TB/s)"
+    return chart(title, measured.gpu, _BATCH, Axis("speed-up"), lines)
+
+
+def roofline(measured: Measured) -> str:
+    """TFLOP/s against operations per byte, for square matrices of several sizes."""
+    lines, intensities, rates = [], [], measured.rates
+    for k, n in dict.fromkeys((r.k, r.n) for r in measured.results):
+        points = []
+        for r in (r for r in measured.results if (r.k, r.n, r.kernel) == (k, n, DENSE)):
+            moved = r.terabytes_per_second * r.microseconds * 1e6
+            points.append((2 * r.m * n * k / moved, 2 * r.m * n * k / r.microseconds / 1e6))
+        intensities += [x for x, _ in points]
+        lines.append(Line(f"{k} x {n}", points))
+    ridge = rates.flops / rates.bandwidth
+    corners = sorted({min(intensities), min(max(ridge, min(intensities)), max(intensities)), max(intensities)})
+    roof = [(x, min(x * rates.bandwidth, rates.flops) / 1e12) for x in corners]
+    lines.append(Line("roofline", roof, ideal=True))
+    title = "INT4 products against the roofline"
+    return chart(title, measured.gpu, Axis("operations per byte", 2), Axis("TFLOP/s", 10), lines)
+
+
+FIGURES: dict[str, Callable[[Measured], str]] = {"peak": peak, "sustained": sustained, "models": models, "roofline": roofline}
+
+
+def speedup(measured: Measured) -> str:
+    """Geometric means over the shapes against the batch size, beside what others reach."""
+    results = measured.results
+    lines = _curves(measured, lambda kernel: geometric_means(results, kernel))
+    peers = _peers("speedup", measured)
+    return chart("Speed-up over FP16, geometric mean", _about(measured, peers), _BATCH, Axis("speed-up"), lines + peers)
+
+
+def share_of_roofline(measured: Measured) -> str:
+    """The least time that bytes or arithmetic need over the time taken: geometric means over the shapes."""
+
+    def means(kernel: str) -> dict[int, float]:
+        logs: dict[int, list[float]] = {}
+        for r in measured.results:
+            if r.kernel == kernel:
+                logs.setdefault(r.m, []).append(log(r.roofline))
+        return {m: exp(sum(each) / len(each)) for m, each in logs.items()}
+
+    lines, peers = _curves(measured, means), _peers("roofline", measured)
+    title = "Share of the roofline, geometric mean"
+    return chart(title, _about(measured, peers), _BATCH, Axis("least time / time taken"), lines + peers)
+
+
+def model(bench: ModelBench) -> str:
+    """Tokens per second over those in FP16, against the batch size, beside what is published."""
+    batches = bench.settings.batches
+    lines = [
+        Line(scheme, [(float(batch), bench.speedup(scheme, batch)) for batch in batches])
+        for scheme in bench.settings.schemes
+        if scheme != "fp16"
+    ]
+    known = [(float(batch), published) for batch in batches if (published := bench.published(batch)) is not None]
+    if known:
+        lines.append(Line("int4, published (A10)", known, ideal=True))
+    title = f"{bench.shape}: tokens per second over FP16"
+    remark = f"{bench.device}, {bench.settings.tokens_in} tokens in, {bench.settings.tokens_out} out, CUDA graphs"
+    return chart(title, remark, _BATCH, Axis("speed-up"), lines)
+
+
+def _ideals(measured: Measured, shape: Measurement, kernel: str, batches: Sequence[float]) -> list[tuple[float, float]]:
+    """The speed-up by bytes and arithmetic alone."""
+    _, bits, density = _IDEALS[kernel]
+
+    def least(m: float, bits: float, density: float) -> float:
+        return ideal_microseconds(int(m), shape.k, shape.n, bits, measured.rates, density=density)
+
+    return [(m, least(m, 16, 1.0) / least(m, bits, density)) for m in batches]
+
+
+def _about(measured: Measured, peers: Sequence[Line]) -> str:
+    settings = measured.settings
+    group = "per column" if settings.group_size == -1 else f"group size {settings.group_size}"
+    others = "; * measured on another one" if peers else ""
+    return f"{', '.join(settings.models)}, {settings.dtype}, {group}; {measured.gpu}{others}"
+
+
+def _curves(measured: Measured, means: Callable[[str], dict[int, float]]) -> list[Line]:
+    """One for every contestant but the fallback, which is for many rows only."""
+    shown = [kernel for kernel in timed_kernels(measured.results) if kernel != DEQUANTIZED]
+    return [
+        Line(kernel, [(float(m), mean) for m, mean in sorted(means(kernel).items())], hue=_HUES.get(kernel, 2))
+        for kernel in shown
+    ]
+
+
+def _peers(what: str, measured: Measured) -> list[Line]:
+    """Curves of other projects' kernels, as `kernels/peers.json` has them, where this run can be compared with them."""
+    known: dict[str, Any] = json.loads((kernels_dir() / "peers.json").read_text(encoding="utf-8"))
+    standard = BenchSettings()
+    same = (measured.settings.models, measured.settings.dtype, measured.settings.group_size) == (
+        standard.models,
+        standard.dtype,
+        standard.group_size,
+    )
+    if not same or known["gpu"] not in measured.gpu:
+        return []
+    return [
+        Line(f"{name} *", [(float(m), value) for m, value in curve.items()], hue=3 + i, dotted=True)
+        for i, (name, curve) in enumerate(known[what].items())
+    ]

@@ -1,0 +1,1 @@
+"""Whether a result is what it says: its files, its values, its outputs, and what other engines can load."""

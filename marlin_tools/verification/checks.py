@@ -1,0 +1,206 @@
+"""What `verify` finds in the files of a quantised checkpoint, without running the model."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_tools.checkpoint.manifest import file_hashes, read_manifest
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import skeleton
+from marlin_tools.errors import FormatError, MarlinToolsError, ModelError
+from marlin_tools.families import find_family
+from marlin_tools.formats import find_format
+from marlin_tools.formats.bits import unpack_nibbles
+from marlin_tools.formats.contents import Contents, keeps
+from marlin_tools.formats.gptq import Gptq
+from marlin_tools.formats.stored import StoredLinears
+
+_UNREAD = re.compile(r"rotary_emb\.inv_freq$|\.attn\.masked_bias$")
+"""Buffers that older checkpoints store and nobody reads."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `detail` names what is wrong, or says what was found; `skipped` if there was nothing."""
+
+    name: str
+    ok: bool
+    detail: str
+    skipped: bool = False
+
+
+def judge(name: str, problems: list[str], fine: str) -> Check:
+    """Failed with the first three problems, or fine."""
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return Check(name, not problems, "; ".join(problems[:3]) + more if problems else fine)
+
+
+def check_files(checkpoint: Checkpoint) -> Check:
+    """Opening has found every shard as long as its header says; here, the index is held against the headers."""
+    index = checkpoint.path / "model.safetensors.index.json"
+    if not index.is_file():
+        return Check("files", ok=True, detail=_extent(checkpoint))
+    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+    names = set(checkpoint.names())
+    problems = [
+        f"`{name}` is not in `{file}`, where the index has it"
+        for name, file in places.items()
+        if name not in names or checkpoint.stored(name).file.name != file
+    ]
+    problems += [f"the index does not know `{name}`" for name in sorted(names - set(places))]
+    return judge("files", problems, _extent(checkpoint))
+
+
+def _extent(checkpoint: Checkpoint) -> str:
+    return f"{len(checkpoint.names())} tensors, {checkpoint.nbytes / 1e6:.1f} MB"
+
+
+def check_config(checkpoint: Checkpoint) -> Check:
+    """Whether config.json describes a model that can be read, and the quantised linears that are there."""
+    declared = checkpoint.quantization or {}
+    try:
+        find_family(checkpoint.config)
+        layout = find_format(declared)
+        skeleton(checkpoint, checkpoint.dtype)
+        contents = Contents(checkpoint)
+        grids = contents.grids
+    except MarlinToolsError as error:
+        return Check("config", ok=False, detail=error.message)
+    sizes = _declared_group_sizes(declared)
+    problems = [] if grids else [f"no linear is stored as `{layout.name}`, which `quantization_config` names"]
+    problems += [
+        f"`{name}` has groups of {grid.group_size}, `quantization_config` says {_listing(sizes)}"
+        for name, grid in grids.items()
+        if grid.group_size not in sizes and not (grid.group_size == grid.k and -1 in sizes)
+    ]
+    found = _listing(contents.group_sizes)
+    return judge("config", problems, f"{checkpoint.config['model_type']}, `{layout.name}`, group_size {found}")
+
+
+def _declared_group_sizes(config: Mapping[str, Any]) -> set[int]:
+    """What quantization_config says, -1 for per column."""
+    schemes = [group["weights"] for group in (config.get("config_groups") or {}).values()] or [config]
+    return {int(scheme.get("group_size") or -1) for scheme in schemes}
+
+
+def _listing(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(sizes)))
+
+
+class Subject:
+    """A checkpoint whose headers can be read, under examination."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.family = find_family(checkpoint.config)
+        self.stored = StoredLinears(checkpoint)
+        self.contents = Contents(checkpoint)
+        self.grids = self.contents.grids
+        self.manifest = read_manifest(checkpoint.path) or {}
+
+    def inventory(self) -> Check:
+        """Every tensor of the model is there, every linear is quantised or meant not to be, and nothing is left over."""
+        names = set(self.checkpoint.names())
+        expected = {name: tuple(tensor.shape) for name, tensor in skeleton(self.checkpoint, torch.float16).state_dict().items()}
+        problems = []
+        for name, grid in self.grids.items():
+            shape = expected.pop(f"{name}.weight", None)
+            if shape != (grid.n, grid.k):
+                problems.append(f"`{name}` is {grid.n} x {grid.k}, the model has {shape or 'no such linear'}")
+        head = f"{self.family.head}.weight"
+        if self.config.get("tie_word_embeddings") and head not in names:
+            expected.pop(head, None)
+        for name, shape in expected.items():
+            if name not in names:
+                problems.append(f"`{name}` is missing")
+            elif self.checkpoint.shape(name) != shape:
+                problems.append(f"`{name}` is {list(self.checkpoint.shape(name))}, the model has {list(shape)}")
+        left = sorted(names - set(expected) - self.stored.tensors)
+        problems += [f"`{name}` is unknown to the model" for name in left if self._matters(name)]
+        plain = [name for name in self._linears() if name not in self.grids]
+        problems += [f"`{name}` is not quantised and not listed as kept" for name in plain if not self._kept(name)]
+        try:
+            self.checkpoint.tokenizer()
+        except ModelError as error:
+            problems.append(error.message)
+        return judge("inventory", problems, f"{len(self.grids)} linears quantised, {len(plain)} kept, nothing left over")
+
+    def _linears(self) -> list[str]:
+        blocks = range(int(self.config["num_hidden_layers"]))
+        return [self.family.block_prefix(i) + linear for i in blocks for linear in self.family.linears]
+
+    def _kept(self, name: str) -> bool:
+        return name in self.manifest.get("kept", {}) or keeps(self.checkpoint.quantization or {}, name)
+
+    def _matters(self, name: str) -> bool:
+        """Some writers store buffers that nobody reads, and a bias of zeros for every linear."""
+        zeros = name.endswith(".bias") and not bool(self.checkpoint.read(name).any())
+        return not zeros and _UNREAD.search(name) is None
+
+    def size(self) -> Check:
+        """Whether the quantised linears take the space that their codes, 3 bits if 2:4 and else 4, and their scales take."""
+        bits = 3 if self.stored.format.name == "marlin-24" else 4
+        suffixes = self.stored.format.suffixes
+        stored = sum(self.checkpoint.stored(f"{name}.{suffix}").nbytes for name in self.grids for suffix in suffixes)
+        full = sum(2 * grid.n * grid.k for grid in self.grids.values())
+        expected = sum(2 * grid.n * grid.k * (bits / 16 + 1 / grid.group_size) for grid in self.grids.values())
+        sizes = _listing(self.contents.group_sizes)
+        detail = f"linears take {stored / full:.1%} of 16 bits, {expected / full:.1%} expected for group_size {sizes}"
+        return Check("size", abs(stored / expected - 1) < 0.1, detail)
+
+    def values(self) -> Iterator[Check]:
+        """Scales, zero points and codes of every linear, one linear in memory at a time."""
+        problems: dict[str, list[str]] = {"scales": [], "zero points": [], "codes": []}
+        sparse = 0
+        for name in self.grids:
+            tensors = self.stored.raw(name)
+            problems["scales"] += _bad_scales(name, tensors)
+            if wrong := self._wrong_zeros(name, tensors):
+                problems["zero points"].append(wrong)
+                continue
+            try:
+                sparse += self.stored.read(name).is_2_4()
+            except FormatError as error:
+                problems["codes"].append(error.message)
+        yield judge("scales", problems["scales"], "all finite and nonzero")
+        if isinstance(self.stored.format, Gptq):
+            yield judge("zero points", problems["zero points"], f"{self.stored.format.stored_zero} everywhere")
+        yield judge("codes", problems["codes"], f"all legal, {sparse} of {len(self.grids)} linears 2:4 sparse")
+
+    def _wrong_zeros(self, name: str, tensors: Mapping[str, Tensor]) -> str | None:
+        """What stands in the place of the zero point that this version of `gptq` stores."""
+        if not isinstance(self.stored.format, Gptq):
+            return None
+        right = self.stored.format.stored_zero
+        found = unpack_nibbles(tensors["qzeros"])
+        wrong = found[found != right]
+        return f"`{name}.qzeros` holds {int(wrong[0])}, not {right}" if len(wrong) else None
+
+    def hashes(self) -> Check:
+        """Whether the files are those that the manifest was written beside."""
+        recorded: dict[str, str] = self.manifest.get("files", {})
+        if not recorded:
+            return Check("hashes", ok=True, detail="no manifest with hashes", skipped=True)
+        found = file_hashes(self.checkpoint.path)
+        problems = [
+            f"`{name}` is {'not what was written' if name in found else 'missing'}"
+            for name, value in recorded.items()
+            if found.get(name) != value
+        ]
+        return judge("hashes", problems, f"{len(recorded)} files are as they were written")
+
+
+def _bad_scales(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Scales that are infinite, NaN or zero."""
+    problems = []
+    for suffix, tensor in tensors.items():
+        bad = tensor[~torch.isfinite(tensor) | (tensor == 0)] if tensor.is_floating_point() else tensor[:0]
+        if bad.numel():
+            problems.append(f"`{name}.{suffix}` holds {bad[0].item():g} ({bad.numel()} of {tensor.numel()})")
+    return problems

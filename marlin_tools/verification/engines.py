@@ -1,0 +1,222 @@
+"""Which inference engine loads a checkpoint, on how many GPUs, and if not, why: known from config.json and shapes alone.
+
+Under tensor parallelism of size T an engine splits a branch of a block so that only one sum has to travel: the linears that
+enter it by their outputs (q, k, v, gate, up: N/T rows per rank), the one that leaves it by its inputs (o, down: K/T columns per
+rank, whose scales must not be cut). What enters together is fused into one matrix, so it is quantised together or not at all.
+
+The table was read off released packages and their maintainers' decisions; `AS_OF` says when. What was not found counts as "no".
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from marlin_tools import __version__, ops
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.families import Branch, Family, known_family
+from marlin_tools.formats.contents import Contents
+
+AS_OF = "2026-09"
+SIZES = (1, 2, 4, 8)
+
+Linears = Mapping[str, tuple[int, int]]
+"""(N, K) by full name."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine at one version.
+
+    loads      format -> what has to be installed beside it ("" for nothing)
+    refuses    format -> why not; a format in neither is unknown to it
+    splits     whether it runs INT4 linears tensor-parallel
+    marlin     whether it multiplies with Marlin kernels: groups of 32, 64, 128 or per column, tiles of 64 x 128
+    pads       whether it fills up incomplete tiles with zeros instead of refusing them
+    """
+
+    name: str
+    version: str
+    loads: Mapping[str, str]
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    splits: bool = False
+    marlin: bool = False
+    pads: bool = False
+
+
+ENGINES = (
+    Engine(
+        "vLLM",
+        "0.33.0",
+        {"gptq": "", "compressed-tensors": ""},
+        {"marlin": "removed in 0.10.2, last read by 0.10.1.1", "marlin-24": "removed in 0.16.0, last read by 0.15"},
+        splits=True,
+        marlin=True,
+        pads=True,
+    ),
+    Engine(
+        "SGLang",
+        AS_OF,
+        {"gptq": "", "compressed-tensors": ""},
+        {"marlin": "has a check for it, but loading it is unverified", "marlin-24": "removed in 2025-09"},
+        splits=True,
+        marlin=True,
+    ),
+    Engine(
+        "transformers",
+        "5.17",
+        {"gptq": "gptqmodel", "compressed-tensors": "compressed-tensors"},
+        {"marlin": "has no reader for it", "marlin-24": "compressed-tensors dropped it in 0.15.0"},
+    ),
+    Engine(
+        "GPTQModel",
+        "7.3.4",
+        {"gptq": "", "marlin": ""},
+        {"compressed-tensors": "no reader for it was found", "marlin-24": "has no reader for it"},
+    ),
+    Engine("marlin-tools", __version__, dict.fromkeys(("gptq", "compressed-tensors", "marlin", "marlin-24"), "")),
+)
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """`sizes` are the tensor-parallel sizes at which it loads, `reasons` say why not for all others, `notes` what to know."""
+
+    engine: str
+    version: str
+    sizes: tuple[int, ...]
+    reasons: dict[int, str]
+    notes: tuple[str, ...]
+
+    @property
+    def loads(self) -> bool:
+        """Whether it loads at all."""
+        return bool(self.sizes)
+
+    def __str__(self) -> str:
+        if not self.sizes:
+            return "no: " + next(iter(self.reasons.values()))
+        parts = [f"tp {', '.join(map(str, self.sizes))}"]
+        if self.reasons:
+            parts.append(f"not {', '.join(map(str, self.reasons))}: {next(iter(self.reasons.values()))}")
+        return "; ".join([*parts, *self.notes])
+
+
+def judge_engines(
+    config: Mapping[str, Any], family: Family, linears: Linears, kept: Collection[str], layout: str, group_size: int
+) -> tuple[EngineVerdict, ...]:
+    """One verdict per engine on a model whose `linears` are or would be quantised and whose `kept` ones are not.
+
+    `layout` is the name of the format, `group_size` -1 for per column.
+    """
+    return tuple(_judge(engine, _Model(config, family, linears, frozenset(kept), group_size), layout) for engine in ENGINES)
+
+
+def judge_checkpoint(contents: Contents) -> tuple[EngineVerdict, ...]:
+    """The same for a quantised checkpoint; no verdict where its headers or its family do not allow one."""
+    try:
+        linears = {name: (grid.n, grid.k) for name, grid in contents.grids.items()}
+    except (FormatError, ModelError):
+        return ()
+    if (family := known_family(contents.checkpoint.config)) is None or contents.stored is None or not linears:
+        return ()
+    layout, group_size = contents.stored.format.name, max(contents.group_sizes)
+    return judge_engines(contents.checkpoint.config, family, linears, contents.plain, layout, group_size)
+
+
+@dataclass(frozen=True)
+class _Model:
+    config: Mapping[str, Any]
+    family: Family
+    linears: Linears
+    kept: frozenset[str]
+    group_size: int
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Attention heads, key-value heads, and the outputs of one."""
+        heads = int(self.config["num_attention_heads"])
+        kv_heads = int(self.config.get("num_key_value_heads") or heads)
+        return heads, kv_heads, int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+
+    def branches(self) -> list[tuple[str, Branch]]:
+        """Every branch of every block, with what its linears' names begin with."""
+        blocks = range(int(self.config["num_hidden_layers"]))
+        return [(f"{self.family.block_prefix(i)}{branch.body}.", branch) for i in blocks for branch in self.family.branches]
+
+
+def _judge(engine: Engine, model: _Model, layout: str) -> EngineVerdict:
+    needs = engine.loads.get(layout)
+    refusal = None if needs is not None else engine.refuses.get(layout, f"format `{layout}` is unknown to it")
+    reasons = {size: reason for size in SIZES if (reason := refusal or _why_not(engine, model, size))}
+    sizes = tuple(size for size in SIZES if size not in reasons)
+    notes = [f"needs `{needs}`"] if needs and sizes else []
+    parts = [(*branch, size) for branch in model.branches() for size in sizes] if engine.pads else []
+    if any(_incomplete_tile(model, *part, turned=True) for part in parts):
+        notes.append("fills up incomplete tiles with zeros and warns")
+    if engine.name == "marlin-tools":
+        notes += _own_notes(model)
+    return EngineVerdict(engine.name, engine.version, sizes, reasons, tuple(notes))
+
+
+def _own_notes(model: _Model) -> list[str]:
+    """Our kernels have limits, our reference backend has none."""
+    for name, (_, k) in model.linears.items():
+        if reason := ops.limits(k, k if model.group_size == -1 else model.group_size):
+            return [f"with the reference backend only: `{name}`: {reason}"]
+    return []
+
+
+def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
+    """Why the engine cannot run the model on `size` GPUs, or None."""
+    if not engine.splits:
+        return "runs INT4 linears on one GPU at a time" if size > 1 else None
+    if engine.marlin and model.group_size not in (-1, 32, 64, 128):
+        return f"Marlin kernels have groups of 32, 64, 128 or per column, not {model.group_size}"
+    heads, kv_heads, _ = model.heads
+    if heads % size:
+        return f"{heads} attention heads do not divide among {size}"
+    if max(kv_heads, size) % min(kv_heads, size):
+        return f"{kv_heads} key-value heads do not divide among {size}"
+    for prefix, branch in model.branches():
+        if reason := _cut(model, prefix, branch, size) or (not engine.pads and _incomplete_tile(model, prefix, branch, size)):
+            return reason
+    return None
+
+
+def _cut(model: _Model, prefix: str, branch: Branch, size: int) -> str | None:
+    """What a split would tear apart: a fused matrix, a linear, a group of columns."""
+    entries = [prefix + name for name in branch.entry]
+    plain = [name for name in entries if name in model.kept]
+    if plain and len(plain) < len(entries):
+        return f"`{plain[0]}` is not quantised, but fused with linears that are"
+    for name in entries:
+        if name in model.linears and model.linears[name][0] % size and not branch.attends:
+            return f"`{name}`: {model.linears[name][0]} outputs do not divide among {size}"
+    leaving = prefix + branch.exit
+    if leaving not in model.linears:
+        return None
+    k = model.linears[leaving][1]
+    unit = 8 if model.group_size == -1 else model.group_size
+    if k % size:
+        return f"`{leaving}`: {k} inputs do not divide among {size}"
+    if k // size % unit:
+        return f"`{leaving}`: {k // size} inputs per rank are not a multiple of {'8' if unit == 8 else f'group_size {unit}'}"
+    return None
+
+
+def _incomplete_tile(model: _Model, prefix: str, branch: Branch, size: int, *, turned: bool = False) -> str | None:
+    """Which matrix of a rank is no whole number of tiles of 64 outputs x 128 inputs; `turned` allows 128 x 64 as well."""
+    entries = [prefix + name for name in branch.entry if prefix + name in model.linears]
+    leaving = prefix + branch.exit
+    matrices: dict[str, tuple[int, int]] = {}
+    if entries:
+        least = model.heads[2] if branch.attends else 0  # key-value heads are repeated where there are more ranks than heads
+        outputs = sum(max(model.linears[name][0] // size, least) for name in entries)
+        matrices[entries[0]] = (outputs, model.linears[entries[0]][1])
+    if leaving in model.linears:
+        matrices[leaving] = (model.linears[leaving][0], model.linears[leaving][1] // size)
+    for name, (n, k) in matrices.items():
+        if (n % 64 or k % 128) and not (turned and n % 128 == 0 and k % 64 == 0):
+            fused = " with what is fused to it" if name != leaving and len(entries) > 1 else ""
+            return f"`{name}`{fused}: {n} outputs by {k} inputs per rank are not whole tiles of 64 by 128"
+    return None

@@ -1,0 +1,89 @@
+"""Stage `verify`: whether a directory is a complete, legal and working INT4 model, and which engines will load it.
+
+Three kinds of checks, in this order: headers (files, config, inventory, size), every stored value (scales, zero points, codes,
+hashes), and the model at work (its logits against those stored when it was quantised, and some greedy tokens). A check that
+finds something names the tensor. A bad checkpoint fails checks; only what is no checkpoint at all is an error.
+
+Read next: `checks.py` for what lies on disk, `trial.py` for what the model computes, `engines.py` for who loads it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.events import Emit, Event, silent
+from marlin_tools.formats.contents import Contents
+from marlin_tools.verification.checks import Check, Subject, check_config, check_files
+from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint
+from marlin_tools.verification.trial import try_model
+
+__all__ = ["Check", "Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of a directory, and what each engine will make of it."""
+
+    checks: tuple[Check, ...]
+    engines: tuple[EngineVerdict, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check.ok for check in self.checks)
+
+
+def verify(directory: str | Path | Checkpoint, *, device: str = "cpu", emit: Emit = silent) -> Verification:
+    """Check a quantised model directory; the model itself runs on `device`."""
+    emit(Event("stage", "verify"))
+    checks: list[Check] = []
+    for check in _checks(directory, device):
+        checks.append(check)
+        emit(Event("progress", check.name, len(checks), data={"ok": check.ok, "detail": check.detail}))
+    readable = all(check.ok for check in checks if check.name in {"files", "config"})
+    engines = judge_checkpoint(Contents(Checkpoint.open(directory))) if readable else ()
+    failed = [check.name for check in checks if not check.ok]
+    emit(Event("result", f"failed: {', '.join(failed)}" if failed else f"{len(checks)} checks passed"))
+    return Verification(tuple(checks), engines)
+
+
+def _checks(directory: str | Path | Checkpoint, device: str) -> Iterator[Check]:
+    """All checks in order; those that would only repeat that something before them is unreadable are left out."""
+    try:
+        checkpoint = Checkpoint.open(directory)
+    except ModelError as error:
+        if not _looks_like_a_model(Path(str(directory)).expanduser()):
+            raise
+        yield Check("files", ok=False, detail=error.message)
+        return
+    if checkpoint.quantization is None:
+        raise FormatError(
+            f"`{checkpoint.origin}` is not quantised", hint=f"`marlin-tools inspect {checkpoint.origin}` describes any model"
+        )
+    yield check_files(checkpoint)
+    config = check_config(checkpoint)
+    yield config
+    if not config.ok:
+        return
+    subject = Subject(checkpoint)
+    inventory = subject.inventory()
+    yield inventory
+    yield subject.size()
+    codes_are_legal = True
+    for check in subject.values():
+        codes_are_legal &= check.ok or check.name == "scales"
+        yield check
+    yield subject.hashes()
+    if inventory.ok and codes_are_legal:
+        yield from try_model(checkpoint, device)
+
+
+def _looks_like_a_model(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and any(path.glob("*.safetensors"))
