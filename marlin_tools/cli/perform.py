@@ -52,6 +52,8 @@ def perform(
     with ui.Display() as display:
         planned = plan(recipe, output, dry=dry_run)
         result = None if dry_run else execute(planned, display if leads() else silent, **again)
+        if result and leads():
+            report.write_pages(result)
     if not leads():
         return 0
     if result is None:

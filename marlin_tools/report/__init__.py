@@ -7,7 +7,10 @@ what the pages are made of.
 """
 
 from pathlib import Path
+from typing import Protocol
 
+from marlin_tools.checkpoint.output import put
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.report.comparison import as_text
 from marlin_tools.report.model_card import model_card
@@ -16,7 +19,26 @@ from marlin_tools.report.result import gather
 from marlin_tools.report.text import diagnosis, facts, plan, summary, table
 from marlin_tools.verification.verify import Verification
 
-__all__ = ["as_text", "diagnosis", "facts", "pages", "plan", "summary", "table"]
+__all__ = ["as_text", "diagnosis", "facts", "pages", "plan", "summary", "table", "write_pages"]
+
+
+class RunResult(Protocol):
+    """What a run has led to: `run.execute.RunResult`."""
+
+    outputs: list[Path]
+    shown: list[Path]
+    evaluation: Evaluation | None
+    verifications: dict[Path, Verification]
+
+
+def write_pages(result: RunResult) -> None:
+    """A page, and a model card if it is quantised, in every directory that a run has made or measured."""
+    quantized = [path for path in result.outputs if Checkpoint.open(path).quantization is not None]
+    measured = result.evaluation if {*result.shown} & {*quantized} else None  # holds for the other formats as well
+    for path in dict.fromkeys((*result.outputs, *result.shown)):
+        evaluation = measured if path in quantized else None
+        for name, text in pages(path, result.verifications.get(path), evaluation).items():
+            put(path / name, text)
 
 
 def pages(directory: Path, verification: Verification | None = None, evaluation: Evaluation | None = None) -> dict[str, str]:

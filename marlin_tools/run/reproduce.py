@@ -12,16 +12,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from marlin_tools.checkpoint.output import explained, folder, put
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
 from marlin_tools.evaluation.scores import Evaluation
+from marlin_tools.evaluation.stages import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import load_all
-from marlin_tools.recipe.recipe import EvaluateStage, Expectation, Recipe, Stage
+from marlin_tools.recipe.recipe import Expectation, Recipe
 from marlin_tools.report.comparison import Comparison, Finding, Outcome, as_markdown
 from marlin_tools.report.comparison_page import comparison_page
 from marlin_tools.run.execute import RunResult, execute
@@ -125,7 +127,7 @@ class _Row:
         found: dict[str, str] = {}
         for stage in self.recipe.stages:
             if isinstance(stage, EvaluateStage):
-                found |= unavailable(checkpoint, stage.settings)
+                found |= unavailable(checkpoint, stage)
         return found
 
     def _outcome(
@@ -168,7 +170,7 @@ def _without(recipe: Recipe, missing: dict[str, str]) -> Recipe:
     """The recipe without the tasks that cannot be had; a stage that has none left is not run."""
     if not missing:
         return recipe
-    stages: list[Stage] = []
+    stages: list[Any] = []
     for stage in recipe.stages:
         if isinstance(stage, EvaluateStage):
             tasks = tuple(task for task in stage.tasks if task not in missing)

@@ -9,7 +9,7 @@ from marlin_tools.compress import forecast
 from marlin_tools.compress.floor import Work, least_seconds
 from marlin_tools.compress.forecast import Forecast, forecast_quantize
 from marlin_tools.errors import DeviceError
-from marlin_tools.stream.inventory import take_inventory
+from marlin_tools.stream.inventory import take_linears
 
 H100 = torch.device("cuda", 0)
 RATE = 7.4e14
@@ -24,7 +24,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expected(name: str, layers: int, preset: str = "default", tokens: int = 128 * 2048) -> Forecast:
     card = Card(CARDS[name] | {"num_hidden_layers": layers}, name)
-    inventory = take_inventory(card, (), 128, "compressed-tensors")
+    inventory = take_linears(card, ())
     return forecast_quantize(card, inventory, PRESETS[preset], tokens, 2048, H100)
 
 
@@ -58,7 +58,7 @@ def test_what_costs_more_is_said_to() -> None:
 def test_floor_of_one_linear_by_hand() -> None:
     """One linear alone: 2 N K operations a token and path, K² for its Gram matrix, of which half is needed."""
     card = Card(CARDS["meta-llama/Llama-2-7b-hf"] | {"num_hidden_layers": 1}, "7b")
-    target = next(t for t in take_inventory(card, (), 128, "compressed-tensors").targets if t.name.endswith("o_proj"))
+    target = next(t for t in take_linears(card, ()).targets if t.name.endswith("o_proj"))
     work = Work([[target]], target.k, 1000, 100)
     n, k = target.n, target.k
     parts = least_seconds(work, PRESETS["default"], 1e12, H100)
