@@ -18,7 +18,8 @@ struct FewTokens : SparseWarp<T, E, kGrouped> {
     static constexpr int kBatches = kTwoParts ? 1 : 2, kHalves = 2 / kBatches;
 
     float part[kTwoParts ? 2 : 1][T::kFragments][4];  // of one packed tile and group
-    u32 a[2][2 * kHalves][4], positions[2][kHalves];  // weights of this batch and the next: k32 steps; positions of 64 inputs each
+    u32 a[2][2 * kHalves][4];                         // weights of this batch and the next: k32 steps
+    u32 positions[2][kHalves];                        // of theirs, 64 inputs each
     Vec16 codes[2];  // of two neighbouring fragments: [half of a group]
     uint2 places[2];
 
