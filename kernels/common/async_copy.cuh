@@ -10,19 +10,16 @@ __device__ __forceinline__ void copy_async(u32 shared, const void* global) {
 
 // The same under a predicate instead of a branch, which would matter where tensor cores work asynchronously.
 __device__ __forceinline__ void copy_async_if(bool wanted, u32 shared, const void* global) {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.b32 wanted, %2, 0;\n"
-        "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
-        "}\n" ::"r"(shared),
-        "l"(global), "r"(static_cast<int>(wanted))
-        : "memory");
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.b32 wanted, %2, 0;\n"
+                 "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
+                 "}\n" ::"r"(shared),
+                 "l"(global), "r"(static_cast<int>(wanted))
+                 : "memory");
 }
 
-__device__ __forceinline__ void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `kPending` of the newest groups are in flight.
 template <int kPending>

@@ -1,10 +1,11 @@
-// The two activation types. An element type knows how eight 4-bit codes become one A fragment, as integers or times their scales, how
-// to multiply it, and how float32 sums become outputs; nothing else in the kernels depends on it.
+// The two activation types. An element type knows how eight 4-bit codes become one A fragment, as integers or times their
+// scales, how to multiply it, and how float32 sums become outputs; nothing else in the kernels depends on it.
 //
 // Codes times scales cost one operation for two weights besides the masks. A code alone in the low bits of a 16-bit float is a
 // subnormal number, that many times the smallest one, without the bias that an exponent would bring along. So
 //     code * factor - offset,   the factor being the scale over the smallest number, the offset eight scales,
-// is (code - 8) * scale, rounded once. For factors to be finite, all weights are made smaller by a power of two that the sums get back.
+// is (code - 8) * scale, rounded once. For factors to be finite, all weights are made smaller by a power of two that the sums
+// get back.
 #pragma once
 
 #include "common/types.cuh"
@@ -22,32 +23,33 @@ __device__ __forceinline__ float half_to_float(u16 h) {
     return f;
 }
 
-// Two codes, planted, times the factor of one row, low or high, plus the offset of the same row. Written so that one instruction picks
-// the halves of both operands by itself.
-#define SCALED(TYPE, ROW, WEIGHTS, CODES)                                                                 \
-    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"                                            \
-        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n"                                  \
-        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n"                                  \
-        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                                                      \
-        : "=r"(WEIGHTS)                                                                                   \
+// Two codes, planted, times the factor of one row, low or high, plus the offset of the same row. Written so that one
+// instruction picks the halves of both operands by itself.
+#define SCALED(TYPE, ROW, WEIGHTS, CODES)                                 \
+    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"            \
+        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n" \
+        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n" \
+        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                      \
+        : "=r"(WEIGHTS)                                                   \
         : "r"(CODES), "r"(scales.factors), "r"(scales.offsets))
 
 // Eight codes times their scales, made smaller by the type's power of two.
-#define SCALED_WEIGHTS(TYPE)                                                                              \
-    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {            \
-        _Pragma("unroll") for (int p = 0; p < 4; p += 2) {                                                \
-            SCALED(TYPE, "low", a[p], q & 0x000F000F);                                                    \
-            SCALED(TYPE, "high", a[p + 1], q & 0x00F000F0);                                               \
-            q >>= 8;                                                                                      \
-        }                                                                                                 \
+#define SCALED_WEIGHTS(TYPE)                                                                  \
+    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32(&a)[4]) { \
+        _Pragma("unroll") for (int p = 0; p < 4; p += 2) {                                    \
+            SCALED(TYPE, "low", a[p], q & 0x000F000F);                                        \
+            SCALED(TYPE, "high", a[p + 1], q & 0x00F000F0);                                   \
+            q >>= 8;                                                                          \
+        }                                                                                     \
     }
 
 struct Half {
     static constexpr float kQuantum = 1.f;
 
-    // Codes 0..15 become the exact integers -8..7, two per register, times kQuantum. Nibble p of `q` is the low and nibble p + 4 the
-    // high element of register p. 0x6400 is 1024 with a mantissa step of 1, so a code planted in its low bits reads 1024 + q;
-    // planted four bits higher it reads 1024 + 16 q. The bias leaves in one exact operation. Nine instructions for eight codes.
+    // Codes 0..15 become the exact integers -8..7, two per register, times kQuantum. Nibble p of `q` is the low and nibble p +
+    // 4 the high element of register p. 0x6400 is 1024 with a mantissa step of 1, so a code planted in its low bits reads 1024
+    // + q; planted four bits higher it reads 1024 + 16 q. The bias leaves in one exact operation. Nine instructions for eight
+    // codes.
     __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) {
         constexpr u32 kMagic = 0x64006400, k1032 = 0x64086408, kSixteenth = 0x2C002C00, kMinus72 = 0xD480D480;
 #pragma unroll
@@ -63,9 +65,11 @@ struct Half {
     struct Scales {
         u32 factors, offsets;
 
-        // Both scales, and -2^(3 - exponent) twice: `exponent_of` in ops/linear/layout.py says which exponent keeps factors finite.
+        // Both scales, and -2^(3 - exponent) twice: `exponent_of` in ops/linear/layout.py says which exponent keeps factors
+        // finite.
         __device__ __forceinline__ void set(u32 pair, u32 minus_eight_shrunk) {
-            constexpr u32 kPlanted = 0xE800F800, kRest = 0x54005400;  // -2^15 and -2^11, 2^6: in two steps, as 2^21 is no float16
+            constexpr u32 kPlanted = 0xE800F800,
+                          kRest = 0x54005400;  // -2^15 and -2^11, 2^6: in two steps, as 2^21 is no float16
             asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(offsets) : "r"(pair), "r"(minus_eight_shrunk));
             asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(factors) : "r"(offsets), "r"(kPlanted));
             asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(factors) : "r"(kRest));
@@ -96,8 +100,8 @@ struct Half {
 struct Bfloat16 {
     static constexpr float kQuantum = 1.f / 64;
 
-    // As above. Seven mantissa bits leave no room for a second code, so codes are planted as subnormal numbers, which lose their
-    // smallness and their bias in one operation: 2^-133 and 2^-129 times 2^127 and 2^123 are kQuantum. Nine instructions.
+    // As above. Seven mantissa bits leave no room for a second code, so codes are planted as subnormal numbers, which lose
+    // their smallness and their bias in one operation: 2^-133 and 2^-129 times 2^127 and 2^123 are kQuantum. Nine instructions.
     __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) {
         constexpr u32 kLow = 0x7F007F00, kHigh = 0x7D007D00, kMinusEight = 0xBE00BE00;
 #pragma unroll
@@ -108,13 +112,14 @@ struct Bfloat16 {
         }
     }
 
-    // As above. The scales are rounded to bfloat16, as engines hold them that run a model in this type. Its range is so wide that one
-    // exponent, 22, serves all of them.
+    // As above. The scales are rounded to bfloat16, as engines hold them that run a model in this type. Its range is so wide
+    // that one exponent, 22, serves all of them.
     struct Scales {
         u32 factors, offsets;
 
         __device__ __forceinline__ void set(u32 pair, u32) {
-            constexpr u32 kPlanted = 0x75007700, kMinusEightShrunk = 0xB600B600, kMinusZero = 0x80008000;  // 2^111 and 2^107, -2^-19
+            constexpr u32 kPlanted = 0x75007700, kMinusEightShrunk = 0xB600B600,
+                          kMinusZero = 0x80008000;  // 2^111 and 2^107, -2^-19
             const u32 rounded = Bfloat16::round_pair(half_to_float(pair & 0xFFFF), half_to_float(pair >> 16));
             asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(factors) : "r"(rounded), "r"(kPlanted), "r"(kMinusZero));
             asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(offsets) : "r"(rounded), "r"(kMinusEightShrunk), "r"(kMinusZero));

@@ -6,15 +6,16 @@
 
 #include "linear/stretch.cuh"
 
-template <int kTokens_,       // tokens per block: 8 to 128
-          int kWarpgroups_,   // warpgroups that multiply, side by side along the outputs
-          int kTiles_,        // packed tiles of 64 outputs of each of them: 1, 2 or 4
-          int kSlots_,        // slots of the ring, one group of 128 inputs each
-          int kResident_,     // blocks that must fit on a multiprocessor
-          int kPackedBytes_,  // of a packed tile
+template <int kTokens_,            // tokens per block: 8 to 128
+          int kWarpgroups_,        // warpgroups that multiply, side by side along the outputs
+          int kTiles_,             // packed tiles of 64 outputs of each of them: 1, 2 or 4
+          int kSlots_,             // slots of the ring, one group of 128 inputs each
+          int kResident_,          // blocks that must fit on a multiprocessor
+          int kPackedBytes_,       // of a packed tile
           bool kRounded_ = false>  // scales are applied to the weights, which rounds them to 16 bits; else to the sums
 struct HopperTile {
-    static constexpr int kTokens = kTokens_, kWarpgroups = kWarpgroups_, kTiles = kTiles_, kSlots = kSlots_, kResident = kResident_;
+    static constexpr int kTokens = kTokens_, kWarpgroups = kWarpgroups_, kTiles = kTiles_, kSlots = kSlots_,
+                         kResident = kResident_;
     static constexpr int kPackedBytes = kPackedBytes_;
     static constexpr bool kRounded = kRounded_;
     static constexpr int kMultiplyThreads = 128 * kWarpgroups, kThreads = kMultiplyThreads + 128, kWarps = 4 * kWarpgroups;
@@ -32,11 +33,12 @@ struct HopperTile {
     // Slots whose weights are asked for before the activations may be. Where the tensor cores are the limit, activations should
     // not queue behind many of them.
     static constexpr int kAhead = kTokens > 32 ? 2 : kSlots;
-    // Registers per thread at the launch; then the copying warpgroup gives away most of its own to the others. (If it gave too few
-    // they would wait for ever.)
+    // Registers per thread at the launch; then the copying warpgroup gives away most of its own to the others. (If it gave too
+    // few they would wait for ever.)
     static constexpr int kRegisters = 65536 / (kThreads * kResident) / 8 * 8, kCopyRegisters = 24;
     static constexpr int kMultiplyRegisters = (kRegisters * (kWarpgroups + 1) - kCopyRegisters) / kWarpgroups / 8 * 8;
-    // Blocks of a cluster exchange their sums by copies from shared to shared memory: faster than from registers where there are many.
+    // Blocks of a cluster exchange their sums by copies from shared to shared memory: faster than from registers where there
+    // are many.
     static constexpr bool kStaged = kRounded && kTokens > 64;
     static_assert(kMultiplyRegisters <= 248, "a thread's limit");
     static_assert(kSlotBytes % 1024 == 0, "aligned boxes");
@@ -73,7 +75,9 @@ struct Cursor {
     int first_token, tile_n;  // tile_n: first packed tile
     bool more = true;
 
-    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first(p, blockIdx.x, gridDim.x)) { begin(p); }
+    __device__ __forceinline__ explicit Cursor(const HopperProblem& p) : at(Stretch::first(p, blockIdx.x, gridDim.x)) {
+        begin(p);
+    }
 
     __device__ __forceinline__ void begin(const HopperProblem& p) {
         group = at.begin;

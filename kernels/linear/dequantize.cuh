@@ -1,8 +1,8 @@
 // What dequantising dense and sparse weights has in common: the argument, the scales, the way out.
 //
-// One block per packed tile of 64 outputs x 128 inputs. Half a byte or less of a weight is read and two are written: the writes are
-// what costs, so the tile is turned in shared memory and leaves in full 256-byte rows. There chunk c (8 inputs) of row r lies at chunk
-// c ^ (r / 8), which spreads the writes over the banks.
+// One block per packed tile of 64 outputs x 128 inputs. Half a byte or less of a weight is read and two are written: the writes
+// are what costs, so the tile is turned in shared memory and leaves in full 256-byte rows. There chunk c (8 inputs) of row r
+// lies at chunk c ^ (r / 8), which spreads the writes over the banks.
 #pragma once
 
 #include "common/element.cuh"
@@ -31,7 +31,8 @@ __device__ __forceinline__ void write_turned(const Weights& w, const u8* turned,
     for (int c = threadIdx.x; c < kTileRows * kGroup / 8; c += kThreads) {
         const int row = c / 16, chunk = c % 16;
         if (tile_n * kTileRows + row < w.rows)
-            *reinterpret_cast<Vec16*>(w.out + (tile_n * kTileRows + row) * stride + static_cast<u64>(group) * 256 + chunk * 16) =
+            *reinterpret_cast<Vec16*>(w.out + (tile_n * kTileRows + row) * stride + static_cast<u64>(group) * 256 +
+                                      chunk * 16) =
                 *reinterpret_cast<const Vec16*>(turned + row * (kGroup * 2) + (chunk ^ (row / 8)) * 16);
     }
 }

@@ -14,9 +14,10 @@ __device__ __forceinline__ void add(float (&to)[4], const float4& v) {
 
 __device__ __forceinline__ float4 as_vector(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// Adds the sums of the blocks that share a tile, of which this is number `me`; piece `piece` of `pieces` of it, in fragment order, which only this function
-// has to understand. True for the warp that arrives last: it then holds the complete sums, added in the order of the blocks,
-// whoever was last. No block ever waits for another, so none can deadlock; the counter returns to zero for the next call.
+// Adds the sums of the blocks that share a tile, of which this is number `me`; piece `piece` of `pieces` of it, in fragment
+// order, which only this function has to understand. True for the warp that arrives last: it then holds the complete sums,
+// added in the order of the blocks, whoever was last. No block ever waits for another, so none can deadlock; the counter
+// returns to zero for the next call.
 template <class P, class S, int kFragments>
 __device__ __forceinline__ bool sum_over_blocks(const P& p, const S& at, u32 me, int piece, int pieces, int lane,
                                                 float (&sums)[kFragments][4]) {

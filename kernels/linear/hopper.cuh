@@ -1,7 +1,8 @@
-// The Hopper kernels, dense and sparse, without their products: the warps that multiply, what becomes of their sums, and the kernel.
+// The Hopper kernels, dense and sparse, without their products: the warps that multiply, what becomes of their sums, and the
+// kernel.
 //
-// A warpgroup's 64 kTiles outputs are 4 kTiles fragments of 16; each of its warps takes kTiles neighbours, one for each of its packed
-// tiles. So a lane's 2 kTiles outputs are neighbours, too.
+// A warpgroup's 64 kTiles outputs are 4 kTiles fragments of 16; each of its warps takes kTiles neighbours, one for each of its
+// packed tiles. So a lane's 2 kTiles outputs are neighbours, too.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -9,8 +10,9 @@
 #include "linear/copier.cuh"
 #include "linear/finish.cuh"
 
-// One of the warps that multiply. `Outputs` is how a kernel keeps what this lane's neighbouring outputs are scaled by, and their bias:
-// made of (p, tile_n, fragment, lane), it has the first output `n` and `round(low, high, r)` for two outputs of a token.
+// One of the warps that multiply. `Outputs` is how a kernel keeps what this lane's neighbouring outputs are scaled by, and
+// their bias: made of (p, tile_n, fragment, lane), it has the first output `n` and `round(low, high, r)` for two outputs of a
+// token.
 template <class T>
 struct HopperWarp {
     static constexpr int kOutputs = 2 * T::kTiles;  // of a lane
@@ -27,12 +29,13 @@ struct HopperWarp {
 
     // Of this lane's two outputs in packed tile `r`.
     __device__ __forceinline__ u32 load_scales(u32 slot, int r) const {
-        return *reinterpret_cast<const u32*>(memory + T::kScalesAt + slot * T::kSlotScaleBytes + tile * kScaleBytes + lane / 4 * 16 +
-                                             (fragment + r) * 4);
+        return *reinterpret_cast<const u32*>(memory + T::kScalesAt + slot * T::kSlotScaleBytes + tile * kScaleBytes +
+                                             lane / 4 * 16 + (fragment + r) * 4);
     }
 
     // Adds a group's sums, scaled.
-    __device__ __forceinline__ static void collect(float (&into)[T::kFragments][4], float (&from)[T::kFragments][4], u32 scales) {
+    __device__ __forceinline__ static void collect(float (&into)[T::kFragments][4], float (&from)[T::kFragments][4],
+                                                   u32 scales) {
         sums_are_ready(from);
         const float low = half_to_float(scales & 0xFFFF), high = half_to_float(scales >> 16);
 #pragma unroll
@@ -43,7 +46,7 @@ struct HopperWarp {
 
     // True if the sums are those of all blocks that share the tile, or become so here.
     __device__ __forceinline__ bool complete(const Stretch& at) {
-        auto& flat = reinterpret_cast<float(&)[T::kTiles * T::kFragments][4]>(sums);
+        auto& flat = reinterpret_cast<float (&)[T::kTiles * T::kFragments][4]>(sums);
         return at.whole(p) || sum_over_blocks(p, at, blockIdx.x, warp, T::kWarps, lane, flat);
     }
 
@@ -60,8 +63,8 @@ struct HopperWarp {
         store(outputs, first_token + f * 8 + lane % 4 * 2, v);
     }
 
-    // Every block of the cluster sums and stores its share of the n8 blocks. The rings are done with: sums are exchanged there, in
-    // pieces, which are what a warp of one block has for another block.
+    // Every block of the cluster sums and stores its share of the n8 blocks. The rings are done with: sums are exchanged there,
+    // in pieces, which are what a warp of one block has for another block.
     template <class Outputs>
     __device__ __forceinline__ void sum_over_cluster(const Stretch& at) {
         const u32 split = p.split, rank = blockIdx.x % split;

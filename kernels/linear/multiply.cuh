@@ -4,8 +4,9 @@
 #include "common/element.cuh"
 #include "linear/problem.cuh"
 
-// One warp's sums of 64 outputs x (8 kBlocks) tokens, float[4 * kBlocks][4]: fragment i * kBlocks + b belongs to m16 tile i and n8 block b. Lane
-// 4 g + t holds, of tokens 8 b + 2 t and the next, outputs 8 g + 2 i (elements 0, 1) and 8 g + 2 i + 1 (elements 2, 3).
+// One warp's sums of 64 outputs x (8 kBlocks) tokens, float[4 * kBlocks][4]: fragment i * kBlocks + b belongs to m16 tile i and
+// n8 block b. Lane 4 g + t holds, of tokens 8 b + 2 t and the next, outputs 8 g + 2 i (elements 0, 1) and 8 g + 2 i + 1
+// (elements 2, 3).
 template <int kFragments>
 __device__ __forceinline__ void clear(float (&sums)[kFragments][4]) {
 #pragma unroll

@@ -6,10 +6,10 @@
 #define SCHEDULE_INLINE __device__ __forceinline__
 #include "linear/schedule.cuh"
 
-constexpr int kThreads = 256;    // eight warps
+constexpr int kThreads = 256;  // eight warps
 constexpr int kWarps = kThreads / 32;
-constexpr int kGroup = 128;      // inputs per scale and per packed tile
-constexpr int kTileRows = 64;    // outputs per packed tile
+constexpr int kGroup = 128;    // inputs per scale and per packed tile
+constexpr int kTileRows = 64;  // outputs per packed tile
 constexpr int kTileBytes = kTileRows * kGroup / 2;
 constexpr int kHalfBytes = kTileBytes / 2;  // a packed tile is two halves of 64 inputs, each in one piece
 constexpr int kScaleBytes = kTileRows * 2;
@@ -24,9 +24,9 @@ struct Problem {
     float4* partials;  // two tiles of partial sums per block
     u32* arrivals;     // up to eight counters per block, zero between calls
     int m, n, tiles_n, groups;
-    int token_tiles;   // ceil(m / tokens of a tile)
-    int split;         // 0: stream-K. Else blocks work on whole tiles in clusters of so many, which split the inputs evenly
-    Schedule schedule; // of steps over blocks, or of tiles over clusters
+    int token_tiles;    // ceil(m / tokens of a tile)
+    int split;          // 0: stream-K. Else blocks work on whole tiles in clusters of so many, which split the inputs evenly
+    Schedule schedule;  // of steps over blocks, or of tiles over clusters
 };
 
 // A stretch of one output tile that a block computes: groups `begin` to `end`. What a block does is a list of these.

@@ -57,7 +57,9 @@ struct Stretch {
         return s;
     }
 
-    __device__ __forceinline__ bool more(const HopperProblem& p) const { return left > 0 || next_whole < static_cast<u32>(p.tiles); }
+    __device__ __forceinline__ bool more(const HopperProblem& p) const {
+        return left > 0 || next_whole < static_cast<u32>(p.tiles);
+    }
 
     // To the next stretch; only if there are more.
     __device__ __forceinline__ void next(const HopperProblem& p, u32 units) {

@@ -1,14 +1,14 @@
-// The scale of each group, judged by Σ h_j (w_j - q_j)², h = mean energy of the input channels: a coarse pass over ratios of the
-// widest scale that the grid could need, in both signs, and a fine pass around the best.
+// The scale of each group, judged by Σ h_j (w_j - q_j)², h = mean energy of the input channels: a coarse pass over ratios of
+// the widest scale that the grid could need, in both signs, and a fine pass around the best.
 #include "solver/grid.cuh"
 
 constexpr int kCoarse = 31, kFine = 9;
 
 struct SearchArguments {
-    const float* weight;      // [N, K]
-    const float* energy;      // [K]
-    float* scales;            // [N, groups]
-    long long stride;         // K
+    const float* weight;  // [N, K]
+    const float* energy;  // [K]
+    float* scales;        // [N, groups]
+    long long stride;     // K
     int rows;
     int groups;
     int is_signed;

@@ -1,5 +1,5 @@
-// Packed 2:4-sparse weights back to a plain [N, K] matrix, rounded once from the float32 product: the path for many rows hands it
-// to cuBLAS.
+// Packed 2:4-sparse weights back to a plain [N, K] matrix, rounded once from the float32 product: the path for many rows hands
+// it to cuBLAS.
 #include "w24a16/sparse.cuh"
 #include "linear/dequantize.cuh"
 
@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
         const u32 positions = word >> (h * 16 + t * 4);
         const float first = static_cast<int>(codes & 15) - 8, second = static_cast<int>(codes >> 16 & 15) - 8;
         const u32 kept = E::round_pair(first * scale[h], second * scale[h]);
-        const u64 quad = static_cast<u64>(kept & 0xFFFF) << (positions & 3) * 16 | static_cast<u64>(kept >> 16) << (positions >> 2 & 3) * 16;
+        const u64 quad = static_cast<u64>(kept & 0xFFFF) << (positions & 3) * 16 | static_cast<u64>(kept >> 16)
+                                                                                       << (positions >> 2 & 3) * 16;
         const int row = g * 8 + i * 2 + h, chunk = jj * 8 + step * 4 + c * 2 + t / 2;
         *reinterpret_cast<u64*>(turned + row * (kGroup * 2) + (chunk ^ g) * 16 + t % 2 * 8) = quad;
     }

@@ -1,7 +1,7 @@
 // Up to 32 tokens: scales are applied to sums, in float32, so weights are exact.
 //
-// A group of 128 inputs is only four products of a packed tile, so there are two sets of sums of a group: one is scaled while the
-// tensor cores fill the other.
+// A group of 128 inputs is only four products of a packed tile, so there are two sets of sums of a group: one is scaled while
+// the tensor cores fill the other.
 #pragma once
 
 #include "w24a16/outputs.cuh"
@@ -20,7 +20,7 @@ struct FewTokens : SparseWarp<T, E, kGrouped> {
     float part[kTwoParts ? 2 : 1][T::kFragments][4];  // of one packed tile and group
     u32 a[2][2 * kHalves][4];                         // weights of this batch and the next: k32 steps
     u32 positions[2][kHalves];                        // of theirs, 64 inputs each
-    Vec16 codes[2];  // of two neighbouring fragments: [half of a group]
+    Vec16 codes[2];                                   // of two neighbouring fragments: [half of a group]
     uint2 places[2];
 
     __device__ __forceinline__ void begin() { convert(0, 0); }
@@ -104,7 +104,8 @@ struct FewTokens : SparseWarp<T, E, kGrouped> {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             const u64 box = tokens + (first + half) * (T::kBoxBytes / 16);
-            Product::template multiply<0>(into, a[buffer][2 * half], box, positions[buffer][half], !kGrouped || first + half > 0);
+            Product::template multiply<0>(into, a[buffer][2 * half], box, positions[buffer][half],
+                                          !kGrouped || first + half > 0);
             Product::template multiply<1>(into, a[buffer][2 * half + 1], box + 64 / 16, positions[buffer][half], true);
         }
         warpgroup_commit();

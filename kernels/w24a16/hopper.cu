@@ -1,7 +1,8 @@
 // y[M, N] = x[M, K] * W[N, K]^T (+ bias), W 2:4-sparse in 4 bits, on Hopper.
 //
-// The dense Hopper kernel (w4a16/hopper.cu) with sparse products: weights are the sparse operand A of wgmma.sp, dequantised into
-// registers, their positions beside them. One thread of a warpgroup of its own issues copies, the others multiply and drift apart.
+// The dense Hopper kernel (w4a16/hopper.cu) with sparse products: weights are the sparse operand A of wgmma.sp, dequantised
+// into registers, their positions beside them. One thread of a warpgroup of its own issues copies, the others multiply and
+// drift apart.
 #include "w24a16/few.cuh"
 #include "w24a16/many.cuh"
 

@@ -1,7 +1,8 @@
-// From 64 tokens on: scales are applied to the weights, each of which is rounded once (`rounded_weight` in ops/linear/reference.py).
+// From 64 tokens on: scales are applied to the weights, each of which is rounded once (`rounded_weight` in
+// ops/linear/reference.py).
 //
-// So nobody reads the sums before a tile is done, and no warpgroup waits for anything but its own weights: while products run, the
-// weights of the next are converted. With one scale per output these are integers, and the sums are scaled at the end.
+// So nobody reads the sums before a tile is done, and no warpgroup waits for anything but its own weights: while products run,
+// the weights of the next are converted. With one scale per output these are integers, and the sums are scaled at the end.
 #pragma once
 
 #include "w24a16/outputs.cuh"
@@ -26,7 +27,8 @@ struct ManyTokens : SparseWarp<T, E, kGrouped> {
 
         __device__ __forceinline__ constexpr explicit Batch(int n)
             : number(n % kBatches), buffer(number % kBuffers), portion(number / kPortion), half(portion / kPairs),
-              neighbour(number % kNeighbours), r(portion % kPairs * kNeighbours + neighbour), step(number % kPortion / kNeighbours) {}
+              neighbour(number % kNeighbours), r(portion % kPairs * kNeighbours + neighbour),
+              step(number % kPortion / kNeighbours) {}
 
         __device__ __forceinline__ constexpr bool begins_portion() const { return number % kPortion == 0; }
     };
@@ -84,7 +86,8 @@ struct ManyTokens : SparseWarp<T, E, kGrouped> {
         hold(batch);
         warpgroup_fence();
         if (batch.step == 0) Product::template multiply<0>(sums[batch.r], a[batch.buffer][0], box, places, true);
-        if (batch.step + kSteps == 2) Product::template multiply<1>(sums[batch.r], a[batch.buffer][kSteps - 1], box + 64 / 16, places, true);
+        if (batch.step + kSteps == 2)
+            Product::template multiply<1>(sums[batch.r], a[batch.buffer][kSteps - 1], box + 64 / 16, places, true);
         warpgroup_commit();
     }
 

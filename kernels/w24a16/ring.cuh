@@ -1,5 +1,5 @@
-// A block's ring of shared-memory slots, and what fills it. A slot is up to kGroups groups of 128 inputs: packed tiles, their scales,
-// activations. One barrier per slot tells that it is full and that another is empty.
+// A block's ring of shared-memory slots, and what fills it. A slot is up to kGroups groups of 128 inputs: packed tiles, their
+// scales, activations. One barrier per slot tells that it is full and that another is empty.
 #pragma once
 
 #include "common/async_copy.cuh"
@@ -9,7 +9,7 @@
 template <int kThreads_, int kTokens_, int kTiles_, int kGroups_, int kRowStep_, int kUnitStep_>
 struct Slot {
     static constexpr int kThreads = kThreads_, kTokens = kTokens_;
-    static constexpr int kTiles = kTiles_;     // packed tiles side by side along the outputs
+    static constexpr int kTiles = kTiles_;  // packed tiles side by side along the outputs
     static constexpr int kGroups = kGroups_;
     static constexpr int kRowStep = kRowStep_;    // bytes from token to token
     static constexpr int kUnitStep = kUnitStep_;  // bytes from 8 inputs to the next 8
@@ -26,11 +26,10 @@ struct SlotCursor {
     int group;
     bool more = true;
 
-    __device__ __forceinline__ explicit SlotCursor(const Problem& p) : segment(Segment::first<S::kTiles>(p)), group(segment.begin) {}
+    __device__ __forceinline__ explicit SlotCursor(const Problem& p)
+        : segment(Segment::first<S::kTiles>(p)), group(segment.begin) {}
 
-    __device__ __forceinline__ int count() const {
-        return segment.end - group < S::kGroups ? segment.end - group : S::kGroups;
-    }
+    __device__ __forceinline__ int count() const { return segment.end - group < S::kGroups ? segment.end - group : S::kGroups; }
 
     // True when the slot after this one belongs to another segment, or there is none.
     __device__ __forceinline__ bool advance(const Problem& p) {
@@ -111,8 +110,9 @@ struct Loader {
         for (int first = 0; first < S::kTokens; first += kRows, from += jump)
 #pragma unroll
             for (int across = 0; across < 4 * kAcross; across += 4 * kWarpsAcross)
-                copy_async_if(first < rows_left && unit + across < units && (first + kRows <= S::kTokens || first + row < S::kTokens),
-                              to + first * S::kRowStep + across * S::kUnitStep, from + across * 16);
+                copy_async_if(
+                    first < rows_left && unit + across < units && (first + kRows <= S::kTokens || first + row < S::kTokens),
+                    to + first * S::kRowStep + across * S::kUnitStep, from + across * 16);
     }
 };
 

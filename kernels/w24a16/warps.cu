@@ -66,7 +66,7 @@ struct Block {
     // This warp's group of a slot.
     __device__ __forceinline__ void multiply(u32 slot) {
         float part[T::kFragments][4];
-        float(&into)[T::kFragments][4] = kGrouped ? part : sums;
+        float (&into)[T::kFragments][4] = kGrouped ? part : sums;
         if constexpr (kGrouped) clear(part);
         const int tile = warp_n * T::kGroups + warp_k;
         const u8* const codes = ring + slot + tile * kSparseTile;
@@ -99,8 +99,8 @@ struct Block {
         }
     }
 
-    // The sums of the blocks that split the inputs of the cluster's only tile meet in the first of them, in order of rank, behind
-    // its ring.
+    // The sums of the blocks that split the inputs of the cluster's only tile meet in the first of them, in order of rank,
+    // behind its ring.
     __device__ __forceinline__ void sum_over_cluster(bool holds_sums) {
         const u32 rank = blockIdx.x % p.split;
         const auto place = [&](u32 r) {
@@ -116,12 +116,14 @@ struct Block {
         if (holds_sums && rank == 0) {
             for (int r = 1; r < p.split; ++r)
 #pragma unroll
-                for (int f = 0; f < T::kFragments; ++f) add(sums[f], *reinterpret_cast<const float4*>(ring + place(r) + f * 512));
+                for (int f = 0; f < T::kFragments; ++f)
+                    add(sums[f], *reinterpret_cast<const float4*>(ring + place(r) + f * 512));
         }
     }
 
     __device__ __forceinline__ void finish(const Segment& segment, bool clustered) {
-        if (clustered ? blockIdx.x % p.split == 0 : segment.whole(p) || sum_over_blocks(p, segment, blockIdx.x, warp, T::kFinishers, lane, sums))
+        if (clustered ? blockIdx.x % p.split == 0
+                      : segment.whole(p) || sum_over_blocks(p, segment, blockIdx.x, warp, T::kFinishers, lane, sums))
             store<E, kGrouped, T::kBlocks>(p, segment.tile_n + warp_n,
                                            segment.token_tile * T::kTokens + warp_t * T::kBlocks * 8, lane, sums);
     }

@@ -5,10 +5,10 @@
 // from the first product to the store, so the only thing that they share is the ring, and they drift apart: while
 // one dequantises, scales or stores, the tensor cores work for the other.
 //
-// Up to 32 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a
-// second set of sums and half an instruction per token, output and group, and the products must end before each scaling.
-// From 64 tokens on, they are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing:
-// products follow each other without a pause.
+// Up to 32 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That
+// costs a second set of sums and half an instruction per token, output and group, and the products must end before each
+// scaling. From 64 tokens on, they are applied to the weights as these are converted, which rounds them to 16 bits and costs
+// next to nothing: products follow each other without a pause.
 #include "linear/hopper.cuh"
 
 template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
@@ -49,8 +49,8 @@ struct Multiplier : HopperWarp<T> {
         if constexpr (T::kRounded) begin();
     }
 
-    // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot. The slot
-    // before is done with once the first batch of this one is all that runs.
+    // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot. The
+    // slot before is done with once the first batch of this one is all that runs.
     __device__ __forceinline__ void flow(bool more) {
         const u32 shared = shared_address(memory), slot = place.slot, before = place.slot_before();
         const u64 tokens = swizzled_descriptor(shared + slot * T::kSlotBytes);

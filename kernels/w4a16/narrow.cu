@@ -33,7 +33,7 @@ struct Stream {
     const Problem& p;
     const int lane, warp_n, warp_k;
     Segment segment;
-    int groups_left;   // of this warp in the segment; 0 at the end of the run
+    int groups_left;  // of this warp in the segment; 0 at the end of the run
     int half;
     u32 tile;          // the packed tile of the next half group
     const u8* tokens;  // this lane's 16 bytes of it, first row
@@ -171,7 +171,7 @@ struct Warp {
     // The next group of this warp. The last of a segment leaves its second slot empty: it serves as scratch first.
     __device__ __forceinline__ void multiply_group(bool last) {
         float part[T::kFragments][4];
-        float(&into)[T::kFragments][4] = kGrouped ? part : sums;
+        float (&into)[T::kFragments][4] = kGrouped ? part : sums;
         const u8* const own = memory + warp * T::kRingBytes;
         const u32 tokens = ring + T::kTokensAt + token_offset<T::kBlocks, T::kRowBytes>(lane);
         if constexpr (kGrouped) clear(part);

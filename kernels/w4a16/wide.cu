@@ -5,12 +5,12 @@
 #include "linear/finish.cuh"
 
 // How a block's eight warps share the work of one slot. kWarpsN * kWarpsT * kWarpsK = 8.
-template <int kBlocks_,    // n8 token blocks per warp; a warp computes 64 outputs x (8 kBlocks) tokens
-          int kWarpsN_,    // warps side by side along the outputs, 64 each
-          int kWarpsT_,    // warps side by side along the tokens; each dequantises the same weights again
-          int kWarpsK_,    // warps that split the inputs of a slot; their sums meet in shared memory at the end of a tile
-          int kGroups_,    // groups of 128 inputs per slot
-          int kSlots_>     // slots of the ring; all but one are in flight
+template <int kBlocks_,  // n8 token blocks per warp; a warp computes 64 outputs x (8 kBlocks) tokens
+          int kWarpsN_,  // warps side by side along the outputs, 64 each
+          int kWarpsT_,  // warps side by side along the tokens; each dequantises the same weights again
+          int kWarpsK_,  // warps that split the inputs of a slot; their sums meet in shared memory at the end of a tile
+          int kGroups_,  // groups of 128 inputs per slot
+          int kSlots_>   // slots of the ring; all but one are in flight
 struct Wide {
     static constexpr int kBlocks = kBlocks_, kWarpsN = kWarpsN_, kWarpsT = kWarpsT_, kWarpsK = kWarpsK_;
     static constexpr int kGroups = kGroups_, kSlots = kSlots_;
@@ -37,11 +37,10 @@ struct SlotCursor {
     int group;
     bool more = true;
 
-    __device__ __forceinline__ explicit SlotCursor(const Problem& p) : segment(Segment::first<T::kWarpsN>(p)), group(segment.begin) {}
+    __device__ __forceinline__ explicit SlotCursor(const Problem& p)
+        : segment(Segment::first<T::kWarpsN>(p)), group(segment.begin) {}
 
-    __device__ __forceinline__ int count() const {
-        return segment.end - group < T::kGroups ? segment.end - group : T::kGroups;
-    }
+    __device__ __forceinline__ int count() const { return segment.end - group < T::kGroups ? segment.end - group : T::kGroups; }
 
     // True when the slot after this one belongs to another segment, or there is none.
     __device__ __forceinline__ bool advance(const Problem& p) {
@@ -189,7 +188,7 @@ struct Block {
         const int half0 = warp_k * T::kHalves, group = half0 / 2, tile = warp_n * T::kGroups + group;
         if (group >= count) return;
         float part[4 * T::kBlocks][4];
-        float(&into)[4 * T::kBlocks][4] = kGrouped ? part : sums;
+        float (&into)[4 * T::kBlocks][4] = kGrouped ? part : sums;
         if constexpr (kGrouped) clear(part);
         const u32 tokens = shared_address(slot) + T::kTokensAt + warp_t * T::kBlocks * 8 * T::kRowBytes + half0 * kGroup +
                            token_offset<T::kBlocks, T::kRowBytes>(lane);
