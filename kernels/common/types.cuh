@@ -30,3 +30,22 @@ __device__ __forceinline__ void let_next_kernel_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// Where a member lies in a struct, as `offsetof` would tell, which NVRTC lacks: `offset_of<S>(&kOverlay<S>.whole.member)`. For
+// the assertions that the host adds to every kernel (`Kernel.guards` in ops/runtime/kernel.py).
+template <class S>
+union Overlay {
+    u8 bytes[sizeof(S)];
+    S whole;
+    constexpr Overlay() : bytes() {}
+};
+
+template <class S>
+static Overlay<S> kOverlay;
+
+template <class S>
+constexpr int offset_of(const volatile void* member) {
+    int place = 0;
+    while (member != static_cast<const volatile void*>(&kOverlay<S>.bytes[place])) ++place;
+    return place;
+}

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.resources import kernels_dir
 
 TILES = {name: tile for name, tile in SPARSE_TILES.items() if tile.rounded}
@@ -195,7 +195,7 @@ def headers(tmp_path_factory):
 @pytest.mark.parametrize("name", TILES)
 def test_products_get_their_weights_and_keep_them(headers, name):
     tile = TILES[name]
-    types = f"-DTILE=Tile<{tile.tokens},{tile.warpgroups},{tile.along_n // tile.warpgroups},{tile.slots(90)}>"
+    types = f"-DTILE=Tile<{tile.tokens},{tile.consumers},{tile.along_n // tile.consumers},{tile.stages(90)}>"
     program = headers / name
     command = ["g++", "-std=c++17", "-O1", "-w", types, f"-I{headers}", "-o", program, headers / "main.cpp"]
     subprocess.run(command, check=True)

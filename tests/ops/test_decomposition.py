@@ -1,19 +1,19 @@
-"""How the Hopper kernel's work is dealt out: `Stretch` of `stretch.cuh`, compiled for the host, must do every step once."""
+"""How the Hopper kernel's work is cut: `Stretch` of `stretch.cuh`, compiled for the host, must do every step once."""
 
 import shutil
 import subprocess
 
 import pytest
 
-from marlin_tools.ops.linear.deal import Costs, best, deals, estimate
+from marlin_tools.ops.linear.decomposition import Costs, best, decompositions, estimate
 from marlin_tools.resources import kernels_dir
 
 CLUSTERS = {2: 66, 3: 40, 4: 32, 5: 24, 6: 20, 7: 16, 8: 16}
 CASES = [
-    (tiles, groups, places)
+    (tiles, groups, sms)
     for tiles in (1, 2, 16, 43, 96, 131, 132, 133, 265, 700)
     for groups in (1, 2, 7, 32)
-    for places in (1, 66, 132)
+    for sms in (1, 66, 132)
 ]
 
 # What the header takes from CUDA and from the headers that it includes.
@@ -66,8 +66,8 @@ def program(tmp_path_factory):
 
 
 def test_every_step_once(program):
-    asked = [(d, case[1]) for case in CASES for d in deals(*case, CLUSTERS)]
-    lines = "".join(f"{d.units} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
+    asked = [(d, case[1]) for case in CASES for d in decompositions(*case, CLUSTERS)]
+    lines = "".join(f"{d.ctas} {d.split} {d.tiles} {d.shared_tiles} {groups}\n" for d, groups in asked)
     out = subprocess.run([program], input=lines, check=True, capture_output=True, text=True).stdout
     answers = out.split("end\n")[:-1]
     assert len(answers) == len(asked)
@@ -90,9 +90,9 @@ def test_every_step_once(program):
 
 
 def test_a_unit_leaves_at_most_two_partial_sums(program):
-    for tiles, groups, places in CASES:
-        d = deals(tiles, groups, places, {})[-1]
-        asked = f"{d.units} 1 {d.tiles} {d.shared_tiles} {groups}\n"
+    for tiles, groups, sms in CASES:
+        d = decompositions(tiles, groups, sms, {})[-1]
+        asked = f"{d.ctas} 1 {d.tiles} {d.shared_tiles} {groups}\n"
         out = subprocess.run([program], input=asked, check=True, capture_output=True, text=True)
         kinds = [
             (unit, begin == "0")
@@ -103,10 +103,10 @@ def test_a_unit_leaves_at_most_two_partial_sums(program):
 
 
 def cheapest(tiles, clusters, costs):
-    return best(deals(tiles, 32, 132, clusters), 32, costs)
+    return best(decompositions(tiles, 32, 132, clusters), 32, costs)
 
 
-def test_the_cheapest_deal_is_taken():
+def test_the_cheapest_way_is_taken():
     free, dear = Costs(shared=0, split=0), Costs(shared=1000, split=1000)
 
     assert cheapest(96, {}, free).shared_tiles == 96
@@ -119,7 +119,7 @@ def test_the_cheapest_deal_is_taken():
 
 
 def test_sharing_out_pays_less_where_activations_are_read_again():
-    choices = deals(256, 224, 132, {})
+    choices = decompositions(256, 224, 132, {})
 
     assert best(choices, 224, Costs(shared=10, split=0)).shared_tiles == 256  # 435 steps instead of 448
     assert best(choices, 224, Costs(shared=10, split=0, shared_step=1.1)).shared_tiles == 0
