@@ -27,7 +27,7 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Partial sums of other blocks: read from L2, where they were published, never from this multiprocessor's L1.
+// Partial sums of other CTAs: read from L2, where they were published, never from this SM's L1.
 __device__ __forceinline__ float4 load_published(const float4* global) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -37,8 +37,8 @@ __device__ __forceinline__ float4 load_published(const float4* global) {
     return v;
 }
 
-// Counts this block in at a counter in global memory and returns how many were there before. Releases what the block wrote,
-// and acquires what the blocks before it wrote; a barrier on either side extends both to all threads.
+// Counts this CTA in at a counter in global memory and returns how many were there before. Releases what the CTA wrote,
+// and acquires what the CTAs before it wrote; a barrier on either side extends both to all threads.
 __device__ __forceinline__ u32 arrive(u32* counter) {
     u32 before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");

@@ -15,7 +15,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// Programmatic dependent launch: blocks of this kernel may start while the previous kernel of the stream still runs.
+// Programmatic dependent launch: CTAs of this kernel may start while the previous kernel of the stream still runs.
 // Whatever that kernel may write (activations) or still use (scratch) is touched only after `wait_for_previous_kernel`.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -14,9 +14,9 @@ __device__ __forceinline__ void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// So many threads of a block wait for each other, at another barrier than all of them.
+// So many threads of a CTA wait for each other, at another barrier than all of them.
 template <int kThreads>
-__device__ __forceinline__ void threads_meet() {
+__device__ __forceinline__ void named_barrier_sync() {
     asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
 }
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ void sums_are_ready(float (&sums)[kFragments][4]) {
 }
 
 // Operand B with the 128-byte swizzle: rows of 64 inputs, eight rows make a unit of 1 KB in which the 16-byte pieces of row r
-// lie at piece ^ r, as the copy engine writes them. `shared` is 1 KB aligned. Plus 2 (32 bytes / 16) per 16 inputs further on.
+// lie at piece ^ r, as the TMA unit writes them. `shared` is 1 KB aligned. Plus 2 (32 bytes / 16) per 16 inputs further on.
 __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
     return static_cast<u64>(shared >> 4) | 1ull << 16 | static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
 }

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) clip_kernel(const ClipArguments a) {
         weight[i] = a.weight[row * kColumns + column_of(lane, i / 4, i % 4)];
         widest = fmaxf(widest, fabsf(weight[i]));
     }
-    widest = row_max(widest) * (2.0f / 15.0f);
+    widest = row_max(widest) * (2.0f / (kLevels - 1));
     float best = storable(widest, a.bfloat16), best_cost = __int_as_float(0x7f800000);
 
     // Warps w and 7 - w share a scheduler's work evenly: their triangles add up to the same.

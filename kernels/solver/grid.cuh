@@ -13,10 +13,11 @@ constexpr int kOwned = kColumns / kLanes;  // columns per lane
 constexpr int kThreads = 256;
 constexpr int kRows = kThreads / kLanes;  // rows per thread block
 constexpr float kZero = 8.0f;             // the code of the value 0
+constexpr int kLevels = 16;               // codes that there are
 
-// The nearest code 0..15 of a value, ties to even, exactly as torch computes it on a CPU.
+// The nearest code of a value, ties to even, exactly as torch computes it on a CPU.
 __device__ __forceinline__ float encode(float value, float scale) {
-    return fminf(fmaxf(rintf(__fdiv_rn(value, scale)) + kZero, 0.0f), 15.0f);
+    return fminf(fmaxf(rintf(__fdiv_rn(value, scale)) + kZero, 0.0f), kLevels - 1.0f);
 }
 
 // Two roundings, as on a CPU: contracted into a subtraction the product would be exact.

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) search_kernel(const SearchArguments 
         energy[i] = a.energy[column];
         widest = fmaxf(widest, fabsf(weight[i]));
     }
-    widest = row_max(widest) * 0.125f;
+    widest = row_max(widest) * (1.0f / kZero);
     float best = storable(widest, a.bfloat16), best_cost = __int_as_float(0x7f800000), best_ratio = 1.0f;
 
     const auto consider = [&](float ratio, float sign) {

@@ -38,22 +38,22 @@ SPARSE_PRODUCT(Bfloat16, "bf16")
 #undef SPARSE_PRODUCT
 
 // Two k32 steps. `half` is half a packed tile, `tokens` the shared address of the tokens' 64 inputs plus `token_offset<1>`.
-template <class E, int kBlocks, int kRowBytes>
-__device__ __forceinline__ void multiply_sparse_half(float (&sums)[4 * kBlocks][4], const u8* half, u32 tokens, int lane) {
+template <class E, int kN8, int kRowBytes>
+__device__ __forceinline__ void multiply_sparse_half(float (&sums)[4 * kN8][4], const u8* half, u32 tokens, int lane) {
     const Vec16* const own = reinterpret_cast<const Vec16*>(half) + lane;
     const Vec16 q[2] = {own[0], own[32]}, positions = own[64];  // q[m16 tile / 2].word[m16 tile % 2 * 2 + step]
     const auto step = [&](auto selector) {
         constexpr int kStep = decltype(selector)::value;
-        u32 b[kBlocks][4];
+        u32 b[kN8][4];
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) load_matrices(b[n], tokens + n * 8 * kRowBytes + kStep * 64);
+        for (int n = 0; n < kN8; ++n) load_matrices(b[n], tokens + n * 8 * kRowBytes + kStep * 64);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             u32 a[4];
             E::dequantize(q[i / 2].word[i % 2 * 2 + kStep], a);
 #pragma unroll
-            for (int n = 0; n < kBlocks; ++n)
-                SparseProduct<E>::template multiply<kStep>(sums[i * kBlocks + n], a, b[n], positions.word[i]);
+            for (int n = 0; n < kN8; ++n)
+                SparseProduct<typename E::Operand>::template multiply<kStep>(sums[i * kN8 + n], a, b[n], positions.word[i]);
         }
     };
     step(Constant<0>{});

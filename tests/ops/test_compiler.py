@@ -12,6 +12,7 @@ import torch
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, build, kernels
+from marlin_tools.ops.linear.layout import GROUP
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, sparse_kernel
 from marlin_tools.ops.linear.tiles import TILES, dense_kernel, dequantizing_kernel
 from marlin_tools.ops.runtime import compiler
@@ -27,7 +28,7 @@ SMALL, OTHER = (dequantizing_kernel("w4a16", torch.float16, target) for target i
 
 
 def product(tile, target="compute_90a"):
-    return dense_kernel(tile, torch.float16, target, grouped=True)
+    return dense_kernel(tile, torch.float16, target, GROUP)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +114,7 @@ def test_large_tiles_scale_weights_and_others_sums():
 def test_sparse_tiles_from_64_tokens_on_scale_weights():
     for name, tile in SPARSE_TILES.items():
         if tile.kernel == "hopper":
-            text = compile_kernel(sparse_kernel(name, torch.float16, "compute_90a", grouped=True)).image
+            text = compile_kernel(sparse_kernel(name, torch.float16, "compute_90a", GROUP)).image
             assert (b"mul.rn.f16x2" in text) == tile.rounded
 
 
@@ -129,6 +130,38 @@ def test_serialized_tensor_cores_are_refused(monkeypatch):
     assert compiler._FATAL_ADVICE.search(advice)
     assert compiler._FATAL_ADVICE.search("(C7508) Potential Performance Loss: 'setmaxnreg' ignored")
     assert not compiler._FATAL_ADVICE.search("ptxas info : Used 128 registers, used 1 barriers, 128 bytes smem")
+
+
+@pytest.mark.parametrize("tile", ["8x64", "32x128", "8x128-tma"])
+def test_a_size_that_differs_does_not_compile(tile):
+    """Tiles, packed weights, shared memory, counters: whatever Python computes as C++ does."""
+    kernel = dense_kernel(tile, torch.float16, "compute_90a", GROUP)
+    assert len(kernel.mirrors) >= 9
+    for what, value in kernel.mirrors:
+        with pytest.raises(DeviceError, match="static assertion failed with"):
+            compile_kernel(dataclasses.replace(kernel, mirrors=((what, value + 1),)))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda fields: fields.replace("m:i n:i", "n:i m:i"), "member|kOverlay"),
+        (lambda fields: fields.replace("bias:Q ", ""), "whole.y"),
+        (lambda fields: fields.replace("token_tiles:i", "token_tiles:q"), "whole.token_tiles|whole.split"),
+        (lambda fields: f"{fields} more:Q", "more"),
+    ],
+)
+def test_an_argument_that_is_laid_out_otherwise_does_not_compile(change, what):
+    kernel = product("8x64", "compute_80")
+    wrong = dataclasses.replace(kernel.arguments, fields=change(kernel.arguments.fields))
+    with pytest.raises(DeviceError, match=what):
+        compile_kernel(dataclasses.replace(kernel, arguments=wrong, mirrors=()))
+
+
+def test_every_kernel_is_guarded():
+    for _, kernel in kernels("sm_90a"):
+        assert f"sizeof({kernel.arguments.name}) == {kernel.arguments.size}" in kernel.guards
+        assert "kThreads == " in kernel.guards
 
 
 def test_unknown_target():

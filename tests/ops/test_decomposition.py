@@ -1,4 +1,4 @@
-"""How the Hopper kernel's work is cut: `Stretch` of `stretch.cuh`, compiled for the host, must do every step once."""
+"""How the Hopper kernel's work is cut: `HopperWork` of `hopper_work.cuh`, compiled for the host, must do every step once."""
 
 import shutil
 import subprocess
@@ -18,34 +18,34 @@ CASES = [
 
 # What the header takes from CUDA and from the headers that it includes.
 STUBS = {
-    "common/bulk_copy.cuh": """
+    "common/tma.cuh": """
         #pragma once
         #define __device__
         #define __forceinline__ inline
         using u8 = unsigned char; using u16 = unsigned short; using u32 = unsigned; using u64 = unsigned long long;
         struct TensorMap { u64 opaque[16]; }; struct float4 { float x, y, z, w; };
     """,
-    "linear/problem.cuh": f'#define SCHEDULE_INLINE\n#include "{kernels_dir()}/linear/schedule.cuh"\n',
+    "linear/problem.cuh": f'#define WORK_INLINE\n#include "{kernels_dir()}/linear/work_range.cuh"\n',
 }
 PROGRAM = """
 #include <cstdio>
-#include "linear/stretch.cuh"
-void walk(const HopperProblem& p, unsigned units) {
-    for (unsigned unit = 0; unit < units; ++unit)
-        for (Stretch s = Stretch::first(p, unit, units);; s.next(p, units)) {
-            std::printf("%u %u %d %d\\n", unit, s.tile, s.begin, s.end);
+#include "linear/hopper_work.cuh"
+void walk(const HopperProblem& p, unsigned ctas) {
+    for (unsigned cta = 0; cta < ctas; ++cta)
+        for (HopperWork s = HopperWork::first(p, cta, ctas);; s.next(p, ctas)) {
+            std::printf("%u %u %d %d\\n", cta, s.tile, s.begin, s.end);
             if (!s.more(p)) break;
         }
     std::printf("end\\n");
 }
 int main() {
     HopperProblem p = {};
-    unsigned units, steps;
-    while (std::scanf("%u %d %d %d %d", &units, &p.split, &p.tiles, &p.shared_tiles, &p.groups) == 5) {
+    unsigned ctas, steps;
+    while (std::scanf("%u %d %d %d %d", &ctas, &p.split, &p.tiles, &p.shared_tiles, &p.tiles_k) == 5) {
         p.token_tiles = 1;
-        steps = p.shared_tiles * p.groups;
-        p.schedule = Schedule{steps / units, steps % units};
-        walk(p, units);
+        steps = p.shared_tiles * p.tiles_k;
+        p.schedule = Schedule{steps / ctas, steps % ctas};
+        walk(p, ctas);
     }
 }
 """
@@ -55,7 +55,7 @@ int main() {
 def program(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no host compiler")
-    folder = tmp_path_factory.mktemp("stretch")
+    folder = tmp_path_factory.mktemp("work")
     for name, text in STUBS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -75,28 +75,28 @@ def test_every_step_once(program):
         done: dict[tuple[int, int], int] = {}
         parts: dict[int, list[tuple[int, int]]] = {}
         for line in answer.splitlines():
-            unit, tile, begin, end = map(int, line.split())
+            cta, tile, begin, end = map(int, line.split())
             assert 0 <= begin < end <= groups, (d, line)
             for group in range(begin, end):
                 assert (tile, group) not in done
-                done[tile, group] = unit
+                done[tile, group] = cta
             if end - begin < groups:
-                parts.setdefault(tile, []).append((unit, begin))
+                parts.setdefault(tile, []).append((cta, begin))
         assert set(done) == {(tile, group) for tile in range(d.tiles) for group in range(groups)}
         assert all(tile < d.shared_tiles for tile in parts)  # where partial sums are looked for
         if d.split > 1:
             assert set(parts) == set(range(d.shared_tiles))
-            assert all({unit // d.split for unit, _ in found} == {tile} for tile, found in parts.items())  # one cluster
+            assert all({cta // d.split for cta, _ in found} == {tile} for tile, found in parts.items())  # one cluster
 
 
-def test_a_unit_leaves_at_most_two_partial_sums(program):
+def test_a_cta_leaves_at_most_two_partial_sums(program):
     for tiles, groups, sms in CASES:
         d = decompositions(tiles, groups, sms, {})[-1]
         asked = f"{d.ctas} 1 {d.tiles} {d.shared_tiles} {groups}\n"
         out = subprocess.run([program], input=asked, check=True, capture_output=True, text=True)
         kinds = [
-            (unit, begin == "0")
-            for unit, _, begin, end in (line.split() for line in out.stdout.splitlines()[:-1])
+            (cta, begin == "0")
+            for cta, _, begin, end in (line.split() for line in out.stdout.splitlines()[:-1])
             if int(end) - int(begin) < groups
         ]
         assert len(kinds) == len(set(kinds))

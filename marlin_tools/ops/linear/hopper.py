@@ -11,8 +11,10 @@ from marlin_tools.ops.linear.layout import TILE_N
 from marlin_tools.ops.linear.plan import Plan, sm_count
 from marlin_tools.ops.linear.tiles import Tile
 from marlin_tools.ops.runtime import driver
+from marlin_tools.ops.runtime.scratch import COUNTER_BYTES
 from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.ops.runtime.tensor_map import TensorMap
+from marlin_tools.quantized import ZERO
 
 # Microseconds on an H100, fitted to the measured times of all decompositions: a step of a packed tile, by tokens (fewer if
 # weights are rounded) and at least; then sums over CTAs, at all and by the size of a CTA's tile relative to 128 x 256, through
@@ -61,6 +63,7 @@ class HopperPlan(Plan):
         """Cut the work like this."""
         self.decomposition = chosen
         tile = self._tile
+        assert chosen.ctas * tile.counters * 4 <= COUNTER_BYTES, (chosen, tile)
         self._launch = driver.Launch(self._function, chosen.ctas, chosen.split)
         self._map = TensorMap(self._launch.argument, self._m, self._k, tile.tokens)
         schedule = divmod(chosen.shared_tiles * self._groups, chosen.ctas)
@@ -79,8 +82,8 @@ class HopperPlan(Plan):
 
 @cache
 def powers(exponent: int) -> tuple[int, float]:
-    """Twice the float16 -2^(3 - exponent), in one register, and 2^exponent."""
-    (bits,) = struct.unpack("<H", struct.pack("<e", -(2.0 ** (3 - exponent))))
+    """Twice the float16 of minus the zero point times 2^-exponent, in one register, and 2^exponent."""
+    (bits,) = struct.unpack("<H", struct.pack("<e", -ZERO * 2.0**-exponent))
     return bits * 0x10001, 2.0**exponent
 
 

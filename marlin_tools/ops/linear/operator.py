@@ -36,7 +36,7 @@ class LinearOperator:
 
     words      int32 of a packed tile
     tables     which kernel multiplies
-    kernel     the one for a choice, a type of activations, scales and a target; for cuBLAS the one that dequantises
+    kernel     the one for a choice, a type of activations, a group of inputs and a target; for cuBLAS the one that dequantises
     plan       how a tile's kernel is launched for x, codes and a number of outputs
     reference  the operation in plain torch
     """
@@ -46,7 +46,7 @@ class LinearOperator:
         name: str,
         words: int,
         tables: Tables,
-        kernel: Callable[[str, torch.dtype, Tensor, str], Kernel],
+        kernel: Callable[[str, torch.dtype, int, str], Kernel],
         plan: Callable[[str, driver.Function, Tensor, Tensor, int], Plan],
         reference: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor],
     ) -> None:
@@ -81,7 +81,7 @@ class LinearOperator:
         device = weight.codes.device
         choices = self._tables.possible(gpu_of(device), weight.out_features, weight.in_features)
         for choice in (*choices, CUBLAS) if weight.exponent > MOST_ROUNDED else choices:
-            driver.loaded(self._kernel(choice, dtype, weight.scales, target_of(device)), device)
+            driver.loaded(self._kernel(choice, dtype, group_of(weight.codes, weight.scales), target_of(device)), device)
         torch.cuda.synchronize(device)  # the kernels fetch weights ahead of stream order: these must be complete
 
     def multiply_with(
@@ -178,7 +178,7 @@ class LinearOperator:
         return scales.shape[1] > 1 and dtype == torch.float16 and self._tables.tiles[choice].rounded
 
     def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
-        function = driver.loaded(self._kernel(choice, x.dtype, scales, target), x.device)
+        function = driver.loaded(self._kernel(choice, x.dtype, group_of(codes, scales), target), x.device)
         return self._plan(choice, function, x, codes, out_features)
 
     def _through_cublas(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -202,10 +202,17 @@ class LinearOperator:
 
     def _dequantize_rows(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         tiles, groups, _ = codes.shape
-        launch = driver.launch_of(self._kernel(CUBLAS, out.dtype, scales, target_of(out.device)), out.device, tiles * groups)
+        launch = driver.launch_of(
+            self._kernel(CUBLAS, out.dtype, group_of(codes, scales), target_of(out.device)), out.device, tiles * groups
+        )
         stream = driver.current_stream(out.device.index)
         launch(stream, codes.data_ptr(), scales.data_ptr(), out.data_ptr(), groups, scales.shape[1], out.shape[0])
 
 
 def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int) -> Tensor:  # noqa: ARG001
     return x.new_empty((x.shape[0], out_features))
+
+
+def group_of(codes: Tensor, scales: Tensor) -> int:
+    """Inputs that share a scale, 0 if all of K do: then it is applied once, at the end."""
+    return 0 if scales.shape[1] == 1 else codes.shape[1] * TILE_K // scales.shape[1]

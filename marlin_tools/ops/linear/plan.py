@@ -80,6 +80,7 @@ class PortablePlan(Plan):
         tiles = token_tiles * -(-tiles_n // tile.along_n)
         assert tiles * groups < 2**31, (x.shape, codes.shape)
         way = decompose(tiles, groups, sm_count(self._device_index), capability_of(function.kernel.target))
+        assert way.ctas * tile.counters * 4 <= COUNTER_BYTES, (way, tile)
         self._launch = driver.Launch(function, way.ctas, way.split)
         schedule = divmod(tiles * groups if way.stream_k else tiles, way.ctas // way.split)
         self._sizes = (*self._shape, tiles_n, groups, token_tiles, 0 if way.stream_k else way.split, *schedule)

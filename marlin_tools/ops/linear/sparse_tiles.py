@@ -81,13 +81,13 @@ SPARSE_TILES = {
 
 
 @cache
-def sparse_kernel(tile: str, dtype: torch.dtype, target: str, *, grouped: bool) -> Kernel:
-    """The kernel of a sparse tile."""
-    return product_kernel("w24a16", SPARSE_TILES[tile], dtype, target, grouped=grouped)
+def sparse_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel:
+    """The kernel of a sparse tile, for scales per `group` of inputs or, with 0, per output."""
+    return product_kernel("w24a16", SPARSE_TILES[tile], dtype, target, group)
 
 
 def sparse_kernels(target: str) -> list[Kernel]:
     """Every sparse kernel that exists for a target."""
     found = choices(SPARSE_TILES, target)
-    products = [sparse_kernel(name, dtype, target, grouped=grouped) for name, dtype, grouped in found]
+    products = [sparse_kernel(name, dtype, target, group) for name, dtype, group in found]
     return products + [dequantizing_kernel("w24a16", dtype, target) for dtype in ELEMENTS]

@@ -11,30 +11,32 @@ from functools import cache
 
 import torch
 
-from marlin_tools.ops.linear.layout import TILE_K, TILE_N
-from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
+from marlin_tools.ops.linear.layout import GROUP, LEVELS, TILE_K, TILE_N, WORDS
+from marlin_tools.ops.runtime.kernel import ELEMENTS, MAP_BYTES, Arguments, Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY, capability_of
+from marlin_tools.quantized import ZERO
 
 PROBLEM = Arguments(
     "Problem",
-    "x:Q codes:Q scales:Q bias:Q y:Q partials:Q arrivals:Q m:i n:i tiles_n:i groups:i token_tiles:i split:i "
+    "x:Q codes:Q scales:Q bias:Q y:Q partials:Q arrivals:Q m:i n:i tiles_n:i tiles_k:i token_tiles:i split:i "
     "schedule.run:I schedule.longer:I",
 )
 """Of the kernels for any GPU, in `kernels/linear/problem.cuh`."""
 
 HOPPER_PROBLEM = Arguments(
     "HopperProblem",
-    "codes:Q scales:Q bias:Q y:Q partials:Q arrivals:Q m:i n:i tiles_n:i groups:i token_tiles:i split:i tiles:i "
-    "shared_tiles:i schedule.run:I schedule.longer:I minus_eight_shrunk:I growth:f",
+    "codes:Q scales:Q bias:Q y:Q partials:Q arrivals:Q m:i n:i tiles_n:i tiles_k:i token_tiles:i split:i tiles:i "
+    "shared_tiles:i schedule.run:I schedule.longer:I offset_per_scale:I growth:f",
     mapped=True,
 )
-"""Of the Hopper kernels, in `kernels/linear/stretch.cuh`."""
+"""Of the Hopper kernels, in `kernels/linear/hopper_work.cuh`."""
 
-WEIGHTS = Arguments("Weights", "codes:Q scales:Q out:Q groups:i scale_groups:i rows:i")
+WEIGHTS = Arguments("Weights", "codes:Q scales:Q out:Q tiles_k:i scale_groups:i rows:i")
 """Of the kernels that dequantise, in `kernels/linear/dequantize.cuh`."""
 
 # Shared memory in KiB that one CTA may use, by compute capability; one KiB more per SM is the driver's.
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+_THREADS = 256  # of a CTA, but for Hopper's
 _MOST_STAGES = {"narrow": 4, "wide": 4, "warps": 8, "hopper": 12}
 
 
@@ -70,7 +72,7 @@ class Tile(ABC):
     @property
     def threads(self) -> int:
         """Threads per CTA."""
-        return 128 * (self.consumers + 1) if self.kernel == "hopper" else 256
+        return 128 * (self.consumers + 1) if self.kernel == "hopper" else _THREADS
 
     @property
     def rounded(self) -> bool:
@@ -94,6 +96,11 @@ class Tile(ABC):
     def partial_bytes(self) -> int:
         """Float32 sums of one tile."""
         return self.outputs * self.tokens * 4
+
+    @property
+    def counters(self) -> int:
+        """Arrival counters of a CTA with stream-K: one for each warp that holds sums at the end of a tile."""
+        return 4 * self.consumers if self.kernel == "hopper" else self.along_n * self.along_t
 
     @property
     @abstractmethod
@@ -142,6 +149,30 @@ class Tile(ABC):
     @abstractmethod
     def _expression(self, stages: int, ctas: int) -> str:
         """The C++ type of the kernels for any GPU."""
+
+    def mirrors(self, capability: int) -> tuple[tuple[str, int], ...]:
+        """Constants of the C++ type that Python computes as well."""
+        c, staged = self.expression(capability), self.stages(capability) * self.stage_bytes
+        if self.kernel != "hopper":
+            pipelines = "kWarps" if self.kernel == "narrow" else "1"
+            return (
+                (f"{c}::kTokens", self.tokens),
+                (f"{c}::kWarpsN * kTileRows", self.outputs),
+                (f"{c}::kWarpsK", self.along_k),
+                (f"{pipelines} * {c}::kStages * {c}::kStageBytes", staged),
+                (f"{c}::kWarpsN * {c}::kTokens * kTileRows * 4", self.partial_bytes),
+            )
+        return (
+            ("sizeof(TensorMap)", MAP_BYTES),
+            (f"{c}::kTokens", self.tokens),
+            (f"{c}::kCtaTiles * kTileRows", self.outputs),
+            (f"{c}::kThreads", self.threads),
+            (f"{c}::kSharedBytes", self.shared_bytes(capability)),
+            (f"{c}::kConsumerWarps", self.counters),
+            (f"{c}::kConsumerWarps * {c}::kTiles * {c}::kFragments * 512", self.partial_bytes),
+            (f"{c}::kRounded", int(self.rounded)),
+            (f"{c}::kStaged", int(self.staged)),
+        )
 
 
 @dataclass(frozen=True)
@@ -202,41 +233,62 @@ TILES = {
 """By name: rows of activations x outputs per CTA."""
 
 
+_PACKED = {"w4a16": ("kTileBytes", 4 * WORDS), "w24a16": ("kSparseTile", 3 * WORDS)}  # bytes of a packed tile, by family
+
+
 @cache
-def dense_kernel(tile: str, dtype: torch.dtype, target: str, *, grouped: bool) -> Kernel:
-    """The kernel of a dense tile."""
-    return product_kernel("w4a16", TILES[tile], dtype, target, grouped=grouped)
+def dense_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel:
+    """The kernel of a dense tile, for scales per `group` of inputs or, with 0, per output."""
+    return product_kernel("w4a16", TILES[tile], dtype, target, group)
 
 
 @cache
 def dequantizing_kernel(family: str, dtype: torch.dtype, target: str) -> Kernel:
     """What turns packed weights back to 16 bits."""
-    name = "-".join(["dequantize", *(["24"] if family == "w24a16" else []), str(dtype).removeprefix("torch.")])
-    return Kernel(name, target, f"{family}/dequantize.cu", f"dequantize_kernel<{ELEMENTS[dtype]}>", 256, WEIGHTS)
+    return Kernel(
+        "-".join(["dequantize", *(["24"] if family == "w24a16" else []), str(dtype).removeprefix("torch.")]),
+        target,
+        f"{family}/dequantize.cu",
+        f"dequantize_kernel<{types_of(dtype, dtype, dtype)}>",
+        _THREADS,
+        WEIGHTS,
+        mirrors=_constants(family),
+    )
 
 
-def product_kernel(family: str, tile: Tile, dtype: torch.dtype, target: str, *, grouped: bool) -> Kernel:
+def product_kernel(family: str, tile: Tile, dtype: torch.dtype, target: str, group: int) -> Kernel:
     """What multiplies with a tile."""
     capability = capability_of(target)
     return Kernel(
-        "-".join([family, tile.name, str(dtype).removeprefix("torch."), "g128" if grouped else "column"]),
+        "-".join([family, tile.name, str(dtype).removeprefix("torch."), f"g{group}" if group else "column"]),
         target,
         f"{family}/{tile.kernel}.cu",
-        f"{tile.kernel}_kernel<{tile.expression(capability)}, {ELEMENTS[dtype]}, {str(grouped).lower()}>",
+        f"{tile.kernel}_kernel<{tile.expression(capability)}, {types_of(dtype, dtype, dtype)}, {group}>",
         tile.threads,
         HOPPER_PROBLEM if tile.kernel == "hopper" else PROBLEM,
         tile.shared_bytes(capability),
         overlaps=True,
+        mirrors=(*_constants(family), *tile.mirrors(capability)),
     )
+
+
+def types_of(activation: torch.dtype, operand: torch.dtype, output: torch.dtype) -> str:
+    """The C++ types of activations, of what tensor cores multiply and of outputs; and the grid of the codes."""
+    names = (ELEMENTS[dtype] for dtype in (activation, operand, output))
+    return f"Types<{', '.join(names)}, Grid<{ZERO}, {LEVELS}>>"
+
+
+def _constants(family: str) -> tuple[tuple[str, int], ...]:
+    return ("kTileRows", TILE_N), ("kTileColumns", TILE_K), ("kThreads", _THREADS), _PACKED[family]
 
 
 def dense_kernels(target: str) -> list[Kernel]:
     """Every dense kernel that exists for a target."""
-    products = [dense_kernel(name, dtype, target, grouped=grouped) for name, dtype, grouped in choices(TILES, target)]
+    products = [dense_kernel(name, dtype, target, group) for name, dtype, group in choices(TILES, target)]
     return products + [dequantizing_kernel("w4a16", dtype, target) for dtype in ELEMENTS]
 
 
-def choices(tiles: Mapping[str, Tile], target: str) -> list[tuple[str, torch.dtype, bool]]:
+def choices(tiles: Mapping[str, Tile], target: str) -> list[tuple[str, torch.dtype, int]]:
     """Every tile that exists for a target, with all types and kinds of scales."""
     names = [name for name, tile in tiles.items() if tile.runs_on(capability_of(target))]
-    return [(name, dtype, grouped) for name in names for dtype in ELEMENTS for grouped in (True, False)]
+    return [(name, dtype, group) for name in names for dtype in ELEMENTS for group in (GROUP, 0)]

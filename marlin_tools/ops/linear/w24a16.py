@@ -75,10 +75,10 @@ def decompose(tile: SparseTile, tiles: int, groups: int, sms: int, capability: i
     return Decomposition(max(1, min(sms, tiles * groups)), 1, tiles, tiles)
 
 
-def _kernel(choice: str, dtype: torch.dtype, scales: Tensor, target: str) -> Kernel:
+def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     if choice == CUBLAS:
         return dequantizing_kernel("w24a16", dtype, target)
-    return sparse_kernel(choice, dtype, target, grouped=scales.shape[1] > 1)
+    return sparse_kernel(choice, dtype, target, group)
 
 
 def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:

@@ -35,10 +35,10 @@ def decompose(tile: DenseTile, tiles: int, groups: int, sms: int, capability: in
     return Decomposition(max(1, min(sms, tiles * groups)), 1, tiles, tiles)
 
 
-def _kernel(choice: str, dtype: torch.dtype, scales: Tensor, target: str) -> Kernel:
+def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     if choice == dispatch.CUBLAS:
         return dequantizing_kernel("w4a16", dtype, target)
-    return dense_kernel(choice, dtype, target, grouped=scales.shape[1] > 1)
+    return dense_kernel(choice, dtype, target, group)
 
 
 def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:

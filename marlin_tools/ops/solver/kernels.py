@@ -13,9 +13,13 @@ from torch import Tensor
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Arguments, Kernel
 from marlin_tools.ops.runtime.target import target_of
+from marlin_tools.quantized import ZERO
 
 BLOCK = 128
 """Columns per block."""
+
+LEVELS = 16
+"""Codes of the grid."""
 
 GROUP_SIZES = (32, 64, 128)
 """Group sizes for which the kernels search and refit scales; wider groups span blocks."""
@@ -56,7 +60,7 @@ def _kernel(target: str, what: str, arguments: Arguments, *template: object, sha
     """`what` is the file, and the kernel's name."""
     parameters = [str(parameter).lower() for parameter in template]
     expression = f"{what}_kernel" + (f"<{', '.join(parameters)}>" if parameters else "")
-    mirrors = (("kThreads", _THREADS), *(() if what == "cut" else (("kColumns", BLOCK), ("kRows", _ROWS))))
+    grid = (("kColumns", BLOCK), ("kRows", _ROWS), ("kZero", ZERO), ("kLevels", LEVELS))
     return Kernel(
         "-".join(["solver", what, *parameters]),
         target,
@@ -65,7 +69,7 @@ def _kernel(target: str, what: str, arguments: Arguments, *template: object, sha
         _THREADS,
         arguments,
         shared_bytes,
-        mirrors=mirrors,
+        mirrors=(("kThreads", _THREADS), *(() if what == "cut" else grid)),
     )
 
 
