@@ -44,11 +44,16 @@ def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tens
 def read_shaped(checkpoint: Checkpoint, name: str, shape: Sequence[int], *, pinned: bool = False) -> Tensor:
     """One stored tensor as it is, if it has this shape; in pinned memory for a copy to a GPU."""
     if checkpoint.shape(name) != tuple(shape):
-        raise ModelError(
-            f"`{name}` is {checkpoint.shape(name)} in the checkpoint, config.json asks for {tuple(shape)}",
-            hint="config.json and weights do not belong together; download the model again",
-        )
+        raise mismatched(name, checkpoint.shape(name), shape)
     return checkpoint.read_pinned(name) if pinned else checkpoint.read(name)
+
+
+def mismatched(name: str, found: Sequence[int], asked: Sequence[int]) -> ModelError:
+    """What to raise for a weight of another shape."""
+    return ModelError(
+        f"`{name}` is {tuple(found)} in the checkpoint, config.json asks for {tuple(asked)}",
+        hint="config.json and weights do not belong together; download the model again",
+    )
 
 
 def damaged(name: str) -> ModelError:

@@ -278,7 +278,7 @@ class BlockWork(ABC):
         Holds nothing but what is to be written, so that the new weights can go. A block's seconds are those since the one
         before it.
         """
-        index, prefix = block.index, block.prefix
+        index = block.index
         stored = {f"{name}.{suffix}": tensor for name, each in made.items() for suffix, tensor in each.stored.items()}
         records = [each.record for each in made.values()]
         ready = self._copies.mark()
@@ -287,7 +287,7 @@ class BlockWork(ABC):
             with apart("write"):
                 fetched = self._copies.fetch(stored, ready)
                 stored.clear()
-                self.writer.write_shard(index, self._untouched(prefix, {record["name"] for record in records}) | fetched)
+                self.writer.write_shard(index, self._untouched(index) | fetched)
                 before, self._since = self._since, time.perf_counter()
                 facts = {"linears": records, "seconds": round(self._since - before, 3)}
                 entries.append(journal.record(index, self.writer.shard_path(index), facts))
@@ -318,6 +318,7 @@ class BlockWork(ABC):
                 continue
             self.emit(Event("progress", group.names[-1]))
             for name, each in self.solve(group).items():
+                each.record.update(group.facts)
                 made[name] = each
                 group.replace(name, each.weight)
         return self.settle(block, made)
@@ -331,15 +332,13 @@ class BlockWork(ABC):
                 group.replace(name, self.restored(stored, group.weight(name)))
         block.skip()
 
-    def _untouched(self, prefix: str, made: set[str]) -> dict[str, Tensor]:
+    def _untouched(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block that are as they were."""
-        names = [n for n in self.checkpoint.names() if n.startswith(prefix) and n.removesuffix(".weight") not in made]
-        return {name: self.checkpoint.read(name) for name in names}
+        return {name: ref.read(self.checkpoint) for name, ref in self.inventory.untouched(index).items()}
 
     def _rest(self) -> dict[str, Tensor]:
         """Everything that belongs to no block: embeddings, final norm, head."""
-        blocks = tuple(self.inventory.family.block_prefix(i) for i in range(self.inventory.blocks))
-        return {name: self.checkpoint.read(name) for name in self.checkpoint.names() if not name.startswith(blocks)}
+        return {name: ref.read(self.checkpoint) for name, ref in self.inventory.untouched(None).items()}
 
 
 def record_of(name: str, shape: tuple[int, int], *, output: float | None, weight: float, damp: float | None) -> dict[str, Any]:

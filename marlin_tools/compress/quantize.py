@@ -205,5 +205,4 @@ class _Work(BlockWork):
 
     def quantization_config(self) -> dict[str, Any]:
         """What the format wants to be recognised by."""
-        kept = [*self.inventory.kept, self.inventory.family.head]
-        return self.format.quantization_config(self.settings.group_size, kept)
+        return self.format.quantization_config(self.settings.group_size, self.inventory.unquantized)
