@@ -22,6 +22,9 @@ from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.events import Emit, Event, silent
+from marlin_tools.families import known_family
+from marlin_tools.families.experts import split_experts
+from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 
@@ -94,6 +97,8 @@ def load(
     place = pick_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
     shell = skeleton(checkpoint, dtype)
+    if (family := known_family(checkpoint.config)) is not None:
+        split_experts(shell, family)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
     name, reason = choose_backend(backend, shell, linears, place)
     how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": _spell(dtype)}
@@ -116,7 +121,7 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
     tried = []
-    quantized = frozenset(linears.names if linears else ())
+    quantized = sum(grid_of(linears, name).n * grid_of(linears, name).k for name in linears.names) if linears else 0
     candidates = [name] if name != "auto" else list(BACKENDS) if quantized else ["reference"]
     for candidate in candidates:
         backend = BACKENDS[candidate]
@@ -143,13 +148,11 @@ def free_memory(device: torch.device) -> int:
     raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
 
 
-def _bytes(model: "PreTrainedModel", quantized: frozenset[str], backend: Backend) -> int:
-    """What the weights take on the device."""
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        packed = backend.bits and name.removesuffix(".weight") in quantized
-        total += parameter.numel() * (backend.bits / 8 if packed else parameter.element_size())
-    return int(total)
+def _bytes(model: "PreTrainedModel", quantized: int, backend: Backend) -> int:
+    """What the weights take on the device, so many of which are quantised."""
+    full = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    saved = model.dtype.itemsize - backend.bits / 8 if backend.bits else 0.0
+    return int(full - quantized * saved)
 
 
 def _spell(dtype: torch.dtype) -> str:

@@ -113,8 +113,10 @@ class Family:
         """The branches of a block in which these modules are present; where none is whole, the first is missed by name."""
 
         def whole(branch: Branch) -> bool:
-            wanted = branch.linears(1) if branch.experts is None else [f"{branch.body}.{branch.experts.path}"]
-            return all(present(name) for name in wanted)
+            experts = branch.experts
+            parts = [*branch.linears()] if experts is None else [f"{branch.body}.{experts.path}"]
+            parts += [f"{branch.body}.{experts.shared}"] if experts is not None and experts.shared is not None else []
+            return all(present(name) for name in parts)
 
         return tuple(next((branch for branch in slot if whole(branch)), slot[0]) for slot in self.slots())
 

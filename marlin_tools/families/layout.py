@@ -19,7 +19,7 @@ from torch import Tensor
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
-from marlin_tools.families import EXPERTS, Branch, Experts, Family, find_family, text_config
+from marlin_tools.families import EXPERTS, NESTED, Branch, Experts, Family, find_family, text_config
 
 _MISMATCH = "config.json and weights do not belong together; download the model again"
 
@@ -166,12 +166,20 @@ class Layout:
             index = (*index, slice(None), rows) if turned else (*index, rows)
         return WeightRef(tensor, index, turned)
 
-    def outside(self, name: str) -> str:
-        """The stored name of a parameter that belongs to no block; `name` as in the model of transformers."""
+    def place(self, name: str) -> WeightRef:
+        """Where any parameter of transformers' model lies; experts are those of `families.experts`."""
         family = self.family
+        if found := re.match(rf"{re.escape(family.decoder)}\.{family.blocks}\.(\d+)\.", name):
+            return self.weight(int(found[1]), name[found.end() :])
         if name.startswith(f"{family.decoder}."):
-            return f"{family.stored or family.decoder}.{name.removeprefix(f'{family.decoder}.')}"
-        return family.head + name.removeprefix("lm_head") if name.startswith("lm_head.") else name
+            return WeightRef(f"{family.stored or family.decoder}.{name.removeprefix(f'{family.decoder}.')}")
+        head = re.match(r"(language_model\.)?lm_head\.", name)
+        return WeightRef(f"{family.head}.{name[head.end() :]}" if head else name)
+
+    def foreign(self, name: str) -> bool:
+        """Whether a stored tensor belongs to something beside the language model: what sees, hears or predicts ahead."""
+        inside = name.startswith((f"{self.family.stored or self.family.decoder}.", f"{self.family.head}."))
+        return not inside and self.checkpoint.config.get("model_type") in NESTED
 
     def _renamed(self, name: str) -> str:
         """A name inside a block as checkpoints have it."""
@@ -183,7 +191,7 @@ class Layout:
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family of a checkpoint, with the names that its tensors really have."""
     family = find_family(checkpoint.config)
-    named = (family.decoder, *_DECODERS) if checkpoint.config.get("text_config") else (family.decoder,)
+    named = (family.decoder, *_DECODERS) if checkpoint.config.get("model_type") in NESTED else (family.decoder,)
     stored = next((name for name in named if f"{name}.{family.embedding}.weight" in checkpoint), family.decoder)
     heads = (family.head, *_HEADS)
     head = next((name for name in heads if any(f"{name}.{kind}" in checkpoint for kind in _KINDS)), family.head)

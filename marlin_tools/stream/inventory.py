@@ -65,13 +65,11 @@ class Inventory:
     def unquantized(self) -> list[str]:
         """The names of all linears that stay as they are, as config.json has to list them."""
         found = list(self.kept)
-        inside = tuple(self.family.block_prefix(i) for i in range(self.blocks))
-        decoder = f"{self.family.stored or self.family.decoder}."
+        embedding = f"{self.family.stored or self.family.decoder}.{self.family.embedding}"
         for name in self.checkpoint.names():
             linear = name.removesuffix(".weight")
-            ours = name.startswith(decoder) and not name.startswith(inside)  # embeddings
-            known = linear in self.names or linear in self.kept or linear == self.family.head
-            if linear != name and not ours and not known and len(self.checkpoint.shape(name)) == 2:
+            known = linear in self.names or linear in self.kept or linear in {embedding, self.family.head}
+            if linear != name and not known and len(self.checkpoint.shape(name)) == 2:
                 found.append(linear)
         return [*found, self.family.head]
 
