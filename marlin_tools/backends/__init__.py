@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.families import known_family
-from marlin_tools.families.experts import split_experts
+from marlin_tools.families.experts import shell
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
@@ -96,16 +94,14 @@ def load(
     checkpoint = Checkpoint.open(model)
     place = pick_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
-    shell = skeleton(checkpoint, dtype)
-    if (family := known_family(checkpoint.config)) is not None:
-        split_experts(shell, family)
+    empty = shell(checkpoint, dtype)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
-    name, reason = choose_backend(backend, shell, linears, place)
+    name, reason = choose_backend(backend, empty, linears, place)
     how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": _spell(dtype)}
     kind = f"backend `{name}` ({reason})" if linears else "no quantised linears"
     emit(Event("note", f"`{checkpoint.origin}` on {place} in {_spell(dtype)}: {kind}", data=how))
     try:
-        return fill(shell, checkpoint, linears, BACKENDS[name].function(), place, emit)
+        return fill(empty, checkpoint, linears, BACKENDS[name].function(), place, emit)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"`{checkpoint.origin}` does not fit into the memory of {place}", hint=_SMALLER) from error
 

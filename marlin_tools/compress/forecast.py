@@ -192,7 +192,7 @@ def _forecast(
 ) -> Forecast:
     on_gpu = device.type == "cuda"
     groups = inventory.reads_same_input()
-    work = Work(groups, int(checkpoint.config["hidden_size"]), load.tokens, load.longest)
+    work = Work(groups, int(checkpoint.text_config["hidden_size"]), load.tokens, load.longest)
     rate = matmul_rate(device, torch.float16 if on_gpu else torch.float32)
     takes = _TAKES[device.type]
     floor = least_seconds(work, solver, rate, device)

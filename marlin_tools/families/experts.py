@@ -6,12 +6,18 @@ what transformers computes in eager mode: the gating is its own code, and the su
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.families import Family
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import skeleton
+from marlin_tools.families import Family, known_family
+from marlin_tools.families.layout import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Look = Callable[[Tensor, Tensor, Tensor], None]
 """Told what experts are called with: (tokens [T, H], who is called [T, top k], with which weight [T, top k])."""
@@ -119,3 +125,17 @@ def _split(fused: nn.Module, *, transposed: bool, scales_inputs: bool) -> SplitE
     with torch.device("meta"):
         own = SplitExperts(fused, (count, hidden, inner), bias=hasattr(fused, "down_proj_bias"), scales_inputs=scales_inputs)
     return own.eval()
+
+
+def shell(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model of config.json without weights, with experts of our own; as transformers makes it for a family not known."""
+    model = skeleton(checkpoint, dtype)
+    if (family := known_family(checkpoint.config)) is not None:
+        split_experts(model, family)
+    return model
+
+
+def stored_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the language model has when its experts are stored one by one."""
+    tensors = shell(layout.checkpoint, torch.float16).state_dict()
+    return {layout.place(name).tensor: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
-from marlin_tools.families import EXPERTS, NESTED, Branch, Experts, Family, find_family, text_config
+from marlin_tools.families import EXPERTS, NESTED, Branch, Experts, Family, find_family
 
 _MISMATCH = "config.json and weights do not belong together; download the model again"
 
@@ -68,7 +68,7 @@ class Layout:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.config: dict[str, Any] = text_config(checkpoint.config)
+        self.config: dict[str, Any] = checkpoint.text_config
         self.family: Family = family_of(checkpoint)
         self.blocks = int(self.config.get("num_hidden_layers", 0))
         self._chosen: dict[int, tuple[Branch, ...]] = {}

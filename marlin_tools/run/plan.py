@@ -196,5 +196,7 @@ class _Looker:
         yield from ((f"kept `{name}`", reason) for name, reason in planned.inventory.kept.items())
         kept = planned.inventory.kept
         for name in recipe.formats:
-            for verdict in judge_engines(checkpoint.config, planned.inventory.family, shapes, kept, name, stage.group_size):
+            for verdict in judge_engines(
+                checkpoint.text_config, planned.inventory.family, shapes, kept, name, stage.group_size
+            ):
                 yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)

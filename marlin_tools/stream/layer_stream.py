@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.crew import ALONE, Crew
 from marlin_tools.families import Branch, Family
-from marlin_tools.families.experts import split_experts
+from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.stream.activations import Activations, Room
 from marlin_tools.stream.branch import BranchWalk, Flow
@@ -227,8 +226,7 @@ class LayerStream:
         self.dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
         self.layout = Layout(checkpoint)
         self.family: Family = self.layout.family
-        self.model = skeleton(checkpoint, self.dtype)
-        split_experts(self.model, self.family)
+        self.model = shell(checkpoint, self.dtype)
         shorten_norms(self.model, device, self.dtype)
         shorten_rotations(self.model, device, self.dtype)
         self.hidden: Activations | None = None
