@@ -191,7 +191,7 @@ def quantize(
             said = "what is kept of a dense linear is chosen by torch, column by column; all else is done by kernels"
             emit(Event("note", said))
         store = Quantized(FORMATS[settings.format], plan.checkpoint)
-        config = store.format.quantization_config(settings.group_size, [*plan.inventory.kept, plan.inventory.family.head])
+        config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
         facts = {"format": settings.format}
         drifts = solver.drift > 0
         job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, crew)

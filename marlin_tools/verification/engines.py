@@ -120,7 +120,7 @@ def judge_checkpoint(contents: Contents) -> tuple[EngineVerdict, ...]:
     if (family := known_family(contents.checkpoint.config)) is None or contents.stored is None or not linears:
         return ()
     layout, group_size = contents.stored.format.name, max(contents.group_sizes)
-    return judge_engines(contents.checkpoint.config, family, linears, contents.plain, layout, group_size)
+    return judge_engines(contents.checkpoint.text_config, family, linears, contents.plain, layout, group_size)
 
 
 @dataclass(frozen=True)

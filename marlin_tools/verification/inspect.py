@@ -35,7 +35,7 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "family": config.get("model_type"),
         "supported": family is not None,
-        "blocks": config.get("num_hidden_layers"),
+        "blocks": checkpoint.text_config.get("num_hidden_layers"),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "parameters": _parameters(contents),
         "bytes": _bytes(contents),
