@@ -43,6 +43,7 @@ class SplitExperts(nn.Module):
         for number in range(count):
             self.add_module(str(number), Expert(hidden, inner, bias=bias, dtype=dtype))
         self.count, self.scales_inputs = count, scales_inputs
+        self.act_fn: Any = None
         self._interleaved = not getattr(fused, "is_concatenated", True)
         for name in ("act_fn", "alpha", "limit"):
             if hasattr(fused, name):
@@ -92,15 +93,18 @@ class WeighedBefore(nn.Module):
 
     def __init__(self, whole: nn.Module) -> None:
         super().__init__()
-        self.router, self.experts, self.shared_expert = whole.router, whole.experts, whole.shared_expert
-        self.top_k: int = whole.top_k  # type: ignore[assignment]
+        self.router: Any = whole.router
+        self.experts: Any = whole.experts
+        self.shared_expert: Any = whole.shared_expert
+        self.top_k: Any = whole.top_k
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs and the router's logits, as the original gives them."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores, logits = self.router(tokens)
         weights, chosen = scores.topk(self.top_k, dim=-1)
-        return self.shared_expert(tokens) + self.experts(tokens, chosen, weights), logits
+        out: Tensor = self.shared_expert(tokens) + self.experts(tokens, chosen, weights)
+        return out, logits
 
 
 def split_experts(model: nn.Module, family: Family) -> None:
@@ -110,7 +114,7 @@ def split_experts(model: nn.Module, family: Family) -> None:
             continue
         blocks: Any = getattr(model.get_submodule(family.decoder), family.blocks)
         for block in blocks:
-            body = getattr(block, branch.body, None)
+            body: Any = getattr(block, branch.body, None)
             fused = getattr(body, branch.experts.path, None)
             if isinstance(fused, nn.Module) and hasattr(fused, "gate_up_proj"):
                 own = _split(fused, transposed=branch.experts.transposed, scales_inputs=not hasattr(fused, "_apply_gate"))
@@ -120,8 +124,8 @@ def split_experts(model: nn.Module, family: Family) -> None:
 
 
 def _split(fused: nn.Module, *, transposed: bool, scales_inputs: bool) -> SplitExperts:
-    shape = tuple(fused.down_proj.shape)  # type: ignore[union-attr,arg-type]
-    count, hidden, inner = (shape[0], shape[2], shape[1]) if transposed else shape
+    down: Any = fused.down_proj
+    count, hidden, inner = (down.shape[0], down.shape[2], down.shape[1]) if transposed else down.shape
     with torch.device("meta"):
         own = SplitExperts(fused, (count, hidden, inner), bias=hasattr(fused, "down_proj_bias"), scales_inputs=scales_inputs)
     return own.eval()

@@ -262,7 +262,7 @@ class LayerStream:
                 yield Block(self, index, module)
                 module.to("meta")
 
-    def _wanted(self) -> Iterator[dict[str, torch.Size]]:
+    def _wanted(self) -> Iterator[dict[str, Asked]]:
         """The weights of block after block: full names and shapes."""
         for index, module in enumerate(self._blocks):
             weights = _weights_of(module)

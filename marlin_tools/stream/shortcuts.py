@@ -51,7 +51,8 @@ def shorten_rotations(model: nn.Module, device: torch.device, dtype: torch.dtype
         return 0
     rotating = [module for module in model.modules() if _rotates(type(module))]
     for module in rotating:
-        module.__class__ = _rotating_shortly(type(module))  # type: ignore[assignment]
+        kind: Any = type(module)
+        module.__class__ = _rotating_shortly(kind)
     return len(rotating)
 
 
