@@ -134,9 +134,6 @@ def quantize(
             "revision": REVISION,
             "settings": settings.model_dump(exclude={"preset", "algorithm", "damp", "negative_scales"}),
         }
-        if settings.sparsity == "2:4" and device.type == "cuda":
-            said = "what is kept of a dense linear is chosen by torch, column by column; all else is done by kernels"
-            emit(Event("note", said))
         job = Job("quantize", plan, seen, solver, settings, identity, {"format": settings.format}, device, crew)
         return make(job, _Work, out, emit, overwrite=overwrite, resume=resume)
 

@@ -1,7 +1,7 @@
 """The solver's kernels: what happens inside one block of columns, for all rows at once and without asking the host anything.
 
-Between the blocks there are matrix products, which torch does; `algorithms/sweep.py` and `algorithms/polish.py` hold the same
-steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes are uint8.
+Between the blocks there are matrix products, which torch does; `algorithms/sweep.py`, `polish.py`, `pruning.py` and `support.py`
+hold the same steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes are uint8.
 """
 
 import struct
@@ -69,6 +69,8 @@ def _cut(each: int) -> Routine:
     return Routine("cut.cu", f"cut_kernel<{each}>", "5P2q2i", 0)
 
 
+_CHOOSE = Routine("choose.cu", "choose_kernel", "7P3q2i", _SQUARE_BYTES)
+_RESELECT = Routine("reselect.cu", "reselect_kernel", "6P3q3if", _SQUARE_BYTES + 4 * 6 * BLOCK)
 _CLIP = Routine("clip.cu", "clip_kernel", f"3Pq4i{len(_CLIPS)}f", _SQUARE_BYTES + 4 * (BLOCK * (_ROWS + 4) + 8 * _ROWS))
 
 ROUTINES = (
@@ -76,6 +78,8 @@ ROUTINES = (
     *(_descend(group_size, masked=masked) for group_size in (0, *GROUP_SIZES) for masked in (False, True)),
     *(_search(group_size) for group_size in GROUP_SIZES),
     _CLIP,
+    _CHOOSE,
+    _RESELECT,
     *(_cut(each) for each in (1, 4)),
 )
 """Every kernel of the solver."""
@@ -177,6 +181,61 @@ def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, star
         *(0 if state.mask is None else _address(state.mask, start), _address(state.scales, start * groups // k)),
         *(_address(state.codes, start), _address(state.errors, start), change_nb.data_ptr()),
         *(k, gradient_nb.stride(0), width, n, width, groups, int(dtype == torch.bfloat16)),
+    )
+    return change_nb
+
+
+def choose_block(
+    weight_nk: Tensor,
+    owed_nb: Tensor,
+    feedback_bb: Tensor,
+    diagonal_k: Tensor,
+    placed: tuple[Tensor, Tensor, Tensor],
+    start: int,
+) -> None:
+    """Keep two of every four columns from `start` on, as `algorithms.pruning.TwoOfFour` does.
+
+    `placed` is what is filled: masks, values, errors [N, K]. `owed` is what earlier columns left to pay.
+    """
+    n, k = weight_nk.shape
+    mask_nk, value_nk, errors_nk = placed
+    _launch(
+        _CHOOSE,
+        _blocks(n),
+        weight_nk,
+        *(_address(weight_nk, start), owed_nb.data_ptr(), feedback_bb.data_ptr(), _address(diagonal_k, start)),
+        *(_address(mask_nk, start), _address(value_nk, start), _address(errors_nk, start)),
+        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, min(BLOCK, k - start)),
+    )
+
+
+@dataclass(frozen=True)
+class Quads:
+    """What `reselect_block` works on, changed in place.
+
+    values, mask   [N, K]; two of every four are kept
+    inverses       [K/4, 6, 4]: see `algorithms.support.pair_inverses`
+    preference     by how much another pair must gain more than the present one, relatively
+    """
+
+    values: Tensor
+    mask: Tensor
+    inverses: Tensor
+    preference: float
+
+
+def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, start: int, walks: int) -> Tensor:
+    """Choose every quad of one block again, `walks` times over; returns by how much the errors changed [N, B]."""
+    n, k = state.values.shape
+    width = min(BLOCK, k - start)
+    change_nb = torch.empty(n, width, device=state.values.device)
+    _launch(
+        _RESELECT,
+        _blocks(n),
+        state.values,
+        *(gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr(), _address(state.inverses, 6 * start)),
+        *(_address(state.values, start), _address(state.mask, start), change_nb.data_ptr()),
+        *(k, gradient_nb.stride(0), width, n, width, walks, state.preference),
     )
     return change_nb
 
