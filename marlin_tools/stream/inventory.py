@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, ModelError, RecipeError
-from marlin_tools.families import Family
+from marlin_tools.families import Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
 
@@ -107,6 +107,7 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
+    _refuse_experts(layout)
     patterns = [_compile(pattern) for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
@@ -122,6 +123,20 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
     return Inventory(layout, tuple(targets), kept)
+
+
+def _refuse_experts(layout: Layout) -> None:
+    """Experts that the type of the model does not have are told by their tensors: a config.json may name numbers of experts
+    that mean nothing."""
+    if any(branch.experts is not None for branch in layout.family.branches):
+        return
+    prefix = layout.family.block_prefix(0).removesuffix("0.")
+    if (expert := next((n for n in layout.checkpoint.names() if n.startswith(prefix) and ".experts." in n), None)) is not None:
+        kind = layout.checkpoint.config.get("model_type")
+        raise ModelError(
+            f"`{layout.checkpoint.origin}` is a mixture of experts (`{expert}`), which model type `{kind}` is not",
+            hint=f"types that work: {', '.join(known_types())}",
+        )
 
 
 def check_quads(inventory: Inventory) -> None:
