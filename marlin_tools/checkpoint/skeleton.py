@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ModelError, Translated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,16 +18,13 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of config.json on the meta device: all modules, no weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
+    refused = Translated(ModelError, what, "update transformers, or check config.json")
+    with refused:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"`{checkpoint.path / 'config.json'}` is not understood by transformers: {str(error).splitlines()[0]}",
-            hint="update transformers, or check config.json",
-        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), warnings.catch_warnings():
+    with refused, torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()

@@ -68,7 +68,7 @@ def _complain(error: MarlinToolsError) -> int:
     from marlin_tools.cli import ui
 
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:  # several processes write to one terminal
-        error.message = f"process {os.environ['RANK']}: {error.message}"
+        error.lines = tuple(f"process {os.environ['RANK']}: {line}" for line in error.lines)
     ui.complain(error)
     return 2
 

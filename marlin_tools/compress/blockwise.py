@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
-from marlin_tools.checkpoint.manifest import history, read_manifest, write_manifest
+from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter
@@ -137,11 +137,11 @@ def make(
     plan.forecast.check(Path(out))
     crew, begin = job.crew, time.perf_counter()
     run = job.fingerprint if crew.leads else ""
-    finished = crew.leads and not overwrite and (read_manifest(Path(out)) or {}).get("fingerprint") == run
+    finished = crew.leads and not overwrite and holds(Path(out), run)
     if crew.decide(choice=finished):
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
-    output = OutputDirectory(out, overwrite=overwrite, resume=resume)
+    output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=(plan.checkpoint.path,))
     with output if crew.leads else nullcontext():
         work = work_of(job, output, Journal(output, run) if crew.leads else None, emit)
         entries = work.run()

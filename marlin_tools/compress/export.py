@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.journal import fingerprint_of
-from marlin_tools.checkpoint.manifest import read_manifest, write_manifest
+from marlin_tools.checkpoint.manifest import holds, read_manifest, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter
@@ -48,13 +48,14 @@ def export(
     work = _Conversion(checkpoint, target, emit)
     work.check()
     run = fingerprint_of(stage="export", source=checkpoint.fingerprint, format=format)
-    if not overwrite and (finished := read_manifest(Path(out))) and finished.get("fingerprint") == run:
+    if not overwrite and holds(Path(out), run):
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
-    with OutputDirectory(out, overwrite=overwrite) as output:
+    facts = work.facts(run)
+    with OutputDirectory(out, overwrite=overwrite, sources=(checkpoint.path,)) as output:
         begin = time.perf_counter()
         work.run(output)
-        write_manifest(output, "export", work.facts(run), {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)
+        write_manifest(output, "export", facts, {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)
         output.publish()
     emit(Event("result", f"`{out}` holds {len(work.contents.grids)} linears as `{format}`"))
     return Checkpoint.open(out)
