@@ -176,4 +176,3 @@ def _entries(file: Path, header: dict[str, Any], begin: int) -> Iterator[tuple[s
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
-

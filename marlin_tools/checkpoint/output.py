@@ -52,36 +52,48 @@ def check_output(out: Path | str, sources: Iterable[Path | str] = (), *, overwri
     Decided before the work. Only a directory whose manifest says that we wrote it is ever replaced, never one that is or holds
     a source (a model, baseline, teacher or text of the run) or the working directory, and nothing in it that is not ours.
     """
-    path = place = Path(out).expanduser()
+    path = Path(out).expanduser()
     if not path.name or path.name == ".." or "\0" in str(out):
         raise OutputError(f"`{out}` is no name for a result", hint="give it a directory of its own: `-o DIR`")
     try:
-        if path.is_symlink():
-            raise OutputError(f"`{path}` is a link, and results replace what they are named", hint=ELSEWHERE)
-        resolved = path.resolve()
-        _check_apart(path, resolved, sources)
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"`{path}` is a file, not a directory", hint=ELSEWHERE)
-        if path.is_dir() and any(path.iterdir()):
-            stranger = _not_ours(path)
-            if stranger is not None:
-                raise OutputError(f"`{path}` exists and is not empty, and {stranger}", hint=f"it is never replaced; {ELSEWHERE}")
-            if not overwrite:
-                raise OutputError(f"`{path}` exists and is not empty", hint="use `--overwrite`, or another `-o DIR`")
-        longest = len(os.fsencode(path.name + ".partial"))
-        if longest > 255:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        while not place.exists():
-            place = place.parent
-        for there in (path.parent, path.with_name(path.name + ".partial")) if path.parent.exists() else (place,):
-            if there.exists() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-                raise OSError(errno.EACCES if there.is_dir() else errno.ENOTDIR, "not a directory that can be written to")
+        _check_apart(path, sources)
+        _check_replaceable(path, overwrite=overwrite)
+        _check_writable(path)
     except OSError as error:
         raise explained(error, path) from error
     return path
 
 
-def _check_apart(path: Path, resolved: Path, sources: Iterable[Path | str]) -> None:
+def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+    if path.is_symlink():
+        raise OutputError(f"`{path}` is a link, and results replace what they are named", hint=ELSEWHERE)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"`{path}` is a file, not a directory", hint=ELSEWHERE)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if stranger := _not_ours(path):
+        raise OutputError(f"`{path}` exists and is not empty, and {stranger}", hint=f"it is never replaced; {ELSEWHERE}")
+    if not overwrite:
+        raise OutputError(f"`{path}` exists and is not empty", hint="use `--overwrite`, or another `-o DIR`")
+
+
+def _check_writable(path: Path) -> None:
+    """Raise what making it, and what is worked on beside it, would raise."""
+    partial = path.with_name(path.name + ".partial")
+    if len(os.fsencode(partial.name)) > 255:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    place = partial if partial.exists() else partial.parent
+    while not place.exists():
+        place = place.parent
+    for there in (place, path.parent):
+        if there.exists() and not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if there.exists() and not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_apart(path: Path, sources: Iterable[Path | str]) -> None:
+    resolved = path.resolve()
     if Path.cwd().is_relative_to(resolved):
         raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
     for source in sources:
@@ -103,7 +115,9 @@ def _not_ours(directory: Path) -> str | None:
         known = entry.name in BESIDE or entry.name.endswith(".tmp") or entry.name in listed or entry.name in folders
         if not known:
             return f"`{entry.name}` in it is no part of a result"
-        if entry.name in folders and (more := sorted(e.name for e in entry.iterdir() if f"{entry.name}/{e.name}" not in listed)):
+        if entry.name in folders and (
+            more := sorted(e.name for e in entry.iterdir() if f"{entry.name}/{e.name}" not in listed)
+        ):
             return f"`{entry.name}/{more[0]}` in it is no part of a result"
     return None
 

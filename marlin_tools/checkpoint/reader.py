@@ -54,7 +54,9 @@ class Checkpoint:
         self.config = read_config(path)
         self._tensors = read_headers(path)
         shapes = {name: stored.shape for name, stored in self._tensors.items()}
-        agree(self.config, Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()}), path / "config.json")
+        agree(
+            self.config, Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()}), path / "config.json"
+        )
 
     @classmethod
     def open(cls, ref: "str | Path | Checkpoint", accept: Callable[[dict[str, Any]], object] | None = None) -> "Checkpoint":
@@ -208,7 +210,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory, every key that we use of its right kind."""
     file = path / "config.json"
     if not file.exists():
-        raise ModelError(f"`{path}` holds no config.json", hint="a Hugging Face model directory has config.json and *.safetensors")
+        raise ModelError(
+            f"`{path}` holds no config.json", hint="a Hugging Face model directory has config.json and *.safetensors"
+        )
     config = read_object(file)
     check_config(config, file)
     return config

@@ -1,7 +1,7 @@
 """The modules of a model without its weights, and the checks under which a stored tensor becomes one of its weights."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +46,13 @@ def read_shaped(checkpoint: Checkpoint, name: str, shape: Sequence[int], *, pinn
             hint="config.json and weights do not belong together; download the model again",
         )
     return checkpoint.read_pinned(name) if pinned else checkpoint.read(name)
+
+
+def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse a model with NaN or infinity in one of these tensors: those that are taken over as they are."""
+    for name in names:
+        if checkpoint.stored(name).dtype.is_floating_point and not bool(torch.isfinite(checkpoint.read(name)).all()):
+            raise damaged(name)
 
 
 def damaged(name: str) -> ModelError:

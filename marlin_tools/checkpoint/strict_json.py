@@ -62,8 +62,7 @@ def parse(content: bytes | str, where: str, kind: type[MarlinToolsError] = Model
         value = json.loads(
             text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_without_repetition
         )
-        if _depth_exceeds(value, DEEPEST):
-            raise ValueError(f"nested deeper than {DEEPEST} levels")
+        _check_depth(value)
         if "\\u" in text:  # the only way to a lone half of a surrogate pair, which no file can hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
@@ -75,7 +74,9 @@ def parse(content: bytes | str, where: str, kind: type[MarlinToolsError] = Model
     return value
 
 
-def conforms(model: type[BaseModel], value: Any, where: str, kind: type[MarlinToolsError] = ModelError, hint: str = HINT) -> None:
+def conforms(
+    model: type[BaseModel], value: Any, where: str, kind: type[MarlinToolsError] = ModelError, hint: str = HINT
+) -> None:
     """Raise `kind` with the first key of `value` that is not what `model` says."""
     try:
         model.model_validate(value)
@@ -120,10 +121,11 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def _check_depth(value: Any) -> None:
     """Level by level, so that no nesting can exhaust the stack."""
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(limit):
+    for _ in range(DEEPEST):
         parts = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
         level = [inner for inner in parts if isinstance(inner, dict | list)]
-    return bool(level)
+    if level:
+        raise ValueError(f"nested deeper than {DEEPEST} levels")

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
-from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.data.tokens import TokenSet
@@ -134,7 +135,10 @@ def make(
     plan = job.plan
     for name, reason in plan.inventory.kept.items():
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
+    check_output(out, (plan.checkpoint.path,), overwrite=True)
     plan.forecast.check(Path(out))
+    solved = {f"{name}.weight" for name in plan.inventory.names}  # these are looked at when they are read
+    check_finite(plan.checkpoint, (name for name in plan.checkpoint.names() if name not in solved))
     crew, begin = job.crew, time.perf_counter()
     run = job.fingerprint if crew.leads else ""
     finished = crew.leads and not overwrite and holds(Path(out), run)

@@ -16,7 +16,7 @@ from typing import Any
 from marlin_tools import report
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, record_stage, versions
-from marlin_tools.checkpoint.output import put
+from marlin_tools.checkpoint.output import check_output, folder, put
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.export import export
 from marlin_tools.compress.prune import prune
@@ -89,6 +89,7 @@ def execute(
 ) -> RunResult:
     """Run the stages. With `start`, those before it are taken as they are and the others are run again."""
     _check_processes(planned)
+    _check_outputs(planned)
     run = _Run(planned, emit, resume=resume)
     for note in planned.notes:
         emit(Event("note", note))
@@ -109,6 +110,20 @@ def _check_processes(planned: Plan) -> None:
             f"stage `{alone[0]}` runs in one process, `torchrun` has started {processes()}",
             hint="run it without `torchrun`; `quantize` (into one format) and `finetune` can share their work",
         )
+
+
+def _check_outputs(planned: Plan) -> None:
+    """Every place that the run will write to, before any work: nothing of others lies there, and it can be written to."""
+    if not leads():
+        return
+    stages, text = planned.recipe.stages, planned.recipe.calibrate
+    read = [planned.recipe.model, *([text.source] if text else [])]
+    read += [name for each in stages for key in ("baseline", "teacher") if (name := getattr(each, key, None))]
+    read += [task.removeprefix("ppl:") for task in planned.recipe.tasks]
+    there = [name for name in read if name != "demo" and Path(name).expanduser().exists()]
+    for step in planned.steps:
+        for path in step.outputs.values():
+            check_output(path, there, overwrite=True)  # whether a result of ours may go is asked for stage by stage
 
 
 def _position(planned: Plan, start: str | None) -> int:
@@ -228,6 +243,8 @@ class _Run:
         checkpoint = Checkpoint.open(step.model)
         own = read_manifest(checkpoint.path) is not None
         home = checkpoint.path if own else self.home
+        if home:
+            folder(home, "the scores are kept beside the model: evaluate a copy that can be written to")
         run = _evaluation_fingerprint(stage, checkpoint)
         if home and not overwrite and (found := _read(home / EVALUATION)).get("fingerprint") == run:
             self.emit(Event("note", f"`{home / EVALUATION}` already holds this evaluation; nothing to do"))

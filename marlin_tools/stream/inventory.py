@@ -3,10 +3,10 @@
 Everything that could stop a run after hours is refused here in a second, naming the layers.
 """
 
-import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, ModelError, RecipeError
 from marlin_tools.families import Family, find_family
@@ -75,7 +75,7 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
     blocks = int(checkpoint.config.get("num_hidden_layers", 0))
-    patterns = [_compile(pattern) for pattern in ignore]
+    patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for name in (family.block_prefix(i) + linear for i in range(blocks) for linear in family.linears):
@@ -107,15 +107,6 @@ def check_format(name: str) -> str:
             f"unknown format `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"known formats: {', '.join(FORMATS)}"
         )
     return name
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"`--ignore {pattern}` is no regular expression: {error}", hint="for example: --ignore 'down_proj$'"
-        ) from error
 
 
 def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from hostile_files import CONFIG, MANIFEST, QUANTIZATION, header, safetensors, tensors, write_json, write_model
 
+from hostile_files import CONFIG, MANIFEST, QUANTIZATION, header, safetensors, tensors, write_json, write_model
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
@@ -39,7 +39,9 @@ def test_the_undamaged_model_opens(model: Path) -> None:
 # ---- names and links --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "a\nb", "x" * 300, ".x"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "a\nb", "x" * 300, ".x"]
+)
 def test_an_index_names_files_of_its_directory(model: Path, name: str) -> None:
     (model.parent / "x.safetensors").write_bytes((model / SHARD).read_bytes())
     places = json.loads((model / INDEX).read_text())["weight_map"]
@@ -107,9 +109,9 @@ BROKEN = {
 @pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer_config.json", "manifest.json"])
 def test_json_that_is_none(model: Path, name: str, text: str) -> None:
     (model / name).write_text(text)
+    read = {"manifest.json": read_manifest, "tokenizer_config.json": lambda model: Checkpoint.open(model).tokenizer()}
     with pytest.raises(ModelError, match=BROKEN[text]) as refusal:
-        Checkpoint.open(model).tokenizer() if name.startswith("tokenizer") else Checkpoint.open(model)
-        read_manifest(model)
+        read.get(name, Checkpoint.open)(model)
     assert name in refusal.value.message
     assert len(refusal.value.message) <= 500
 
