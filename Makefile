@@ -6,13 +6,16 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+MINUTES ?= 5
+KILLS ?= 200
+SEED ?= 0
 VENV := .venv
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduce test lint fix types test-gpu measure size lock clean
+.PHONY: help venv demo reproduce test fuzz kill lint fix types test-gpu measure size lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -38,6 +41,12 @@ reproduce: $(READY) ## the recipes of the embedded model against the numbers in 
 
 test: lint types ## everything that needs no GPU: style, types, layers, tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"
+
+fuzz: $(READY) ## mutated files against every reader, MINUTES=5 of them
+	@$(BIN)/python tests/fuzz/campaign.py --minutes $(MINUTES) --seed $(SEED)
+
+kill: $(READY) ## KILLS=200 runs that are killed, continued, and compared byte for byte
+	@$(BIN)/python tests/kill/campaign.py --count $(KILLS) --seed $(SEED)
 
 lint: $(READY) ## ruff, its formatter, and the direction of imports
 	@$(BIN)/ruff check

@@ -21,6 +21,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
 from marlin_tools.checkpoint.headers import Stored, check_inside, read_headers
 from marlin_tools.checkpoint.strict_json import read_object
+from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files
 from marlin_tools.errors import ModelError, Translated
 from marlin_tools.resources import demo_dir
 
@@ -149,9 +150,7 @@ class Checkpoint:
         """The model's own tokenizer; never runs code from the checkpoint."""
         from transformers import AutoTokenizer
 
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-            if (self.path / name).exists():
-                read_object(self.path / name)
+        check_tokenizer_files(self.path)
         hint = "tokenizer.json or tokenizer.model must lie beside config.json"
         with Translated(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", hint):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
