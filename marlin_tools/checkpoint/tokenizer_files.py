@@ -34,7 +34,7 @@ class TokenizerFile(_Part):
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Refuse files that are no bounded JSON, and vocabularies whose ids leave wide gaps, through which the library would walk."""
+    """Refuse files that are no bounded JSON, and vocabularies whose ids leave wide gaps, in which the library gets lost."""
     for name in _SETTINGS:
         if (directory / name).exists():
             read_object(directory / name)
