@@ -26,6 +26,7 @@ from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from marlin_tools.data.offline import give_up_early
 from marlin_tools.errors import DataError, DeviceError, RecipeError
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.evaluation.task_index import index_tasks
@@ -208,6 +209,7 @@ def _check_names(names: Sequence[str], manager: TaskManager) -> None:
 
 def _load(names: list[str], manager: TaskManager) -> dict[str, Any]:
     """The tasks, groups and tags of these names with their data."""
+    give_up_early()
     try:
         return dict(manager.load(names))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, HfHubHTTPError) as error:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
-from marlin_tools.checkpoint.output import put
+from marlin_tools.checkpoint.output import folder, put
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import pick_device
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
@@ -39,6 +39,8 @@ class EvaluateStage(EvaluateSettings, Stage):
         checkpoint = work.model
         own = read_manifest(checkpoint.path) is not None
         home = checkpoint.path if own else work.home
+        if home:
+            folder(home, "the scores are kept beside the model: evaluate a copy that can be written to")
         work.shown += [checkpoint.path] if own else []
         fingerprint = self.fingerprint(checkpoint)
         if home and not work.overwrite and (found := _read(home / EVALUATION)).get("fingerprint") == fingerprint:

@@ -3,11 +3,11 @@
 Everything that could stop a run after hours is refused here in a second, naming the layers.
 """
 
-import re
 from dataclasses import dataclass
 
+from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import FormatError, ModelError, RecipeError
+from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import Family
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
@@ -61,6 +61,11 @@ class Inventory:
         return {name: ref for name, ref in (plain | split).items() if name.removesuffix(".weight") not in names}
 
     @property
+    def kept_tensors(self) -> set[str]:
+        """The tensors that are taken over as they are, wholly or in part."""
+        return {ref.tensor for index in (None, *range(self.blocks)) for ref in self.untouched(index).values()}
+
+    @property
     def unquantized(self) -> list[str]:
         """The names of all linears that stay as they are, as config.json has to list them."""
         found = list(self.kept)
@@ -107,7 +112,7 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
-    patterns = [_compile(pattern) for pattern in ignore]
+    patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for index in range(layout.blocks):
@@ -131,15 +136,6 @@ def check_quads(inventory: Inventory) -> None:
         raise FormatError(
             f"2:4 needs inputs in fours: {', '.join(uneven[:3])}{more}", hint="leave these layers out with `--ignore REGEX`"
         )
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"`--ignore {pattern}` is no regular expression: {error}", hint="for example: --ignore 'down_proj$'"
-        ) from error
 
 
 def _matrix(checkpoint: Checkpoint, ref: WeightRef) -> tuple[int, int]:
