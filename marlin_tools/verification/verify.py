@@ -35,6 +35,15 @@ class Verification:
         """Whether no check failed."""
         return all(check.ok for check in self.checks)
 
+    @property
+    def counted(self) -> str:
+        """How many checks passed, failed and were not run: one that did not run is no pass."""
+        skipped = sum(check.skipped for check in self.checks)
+        passed = sum(check.ok for check in self.checks) - skipped
+        failed = sum(not check.ok for check in self.checks)
+        counts = {f"{passed} passed": True, f"{failed} failed": failed, f"{skipped} skipped": skipped}
+        return ", ".join(text for text, shown in counts.items() if shown)
+
 
 def verify(directory: str | Path | Checkpoint, *, device: str = "cpu", emit: Emit = silent) -> Verification:
     """Check a quantised model directory; the model itself runs on `device`."""
