@@ -60,4 +60,5 @@ def perform(
         return 0
     parts = result.outputs, result.evaluation, result.verifications, result.text
     ui.write_json(result.describe()) if as_json else ui.write(report.summary(*parts))
-    return int(not result.ok or (strict and bool(result.warnings)))
+    doubtful = result.warnings or any(each.skipped for each in result.verifications.values())
+    return int(not result.ok or (strict and bool(doubtful)))

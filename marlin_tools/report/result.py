@@ -246,8 +246,8 @@ class Result:
         lines += [f"`{name}` was left as it is: {reason}" for name, reason in self.manifest.get("kept", {}).items()]
         lines += [f"Calibration: {note}" for note in (self.calibration or {}).get("notes", ())]
         for check in self.verification.checks if self.verification else ():
-            lines += [f"Check `{check.name}` failed: {check.detail}"] if not check.ok else []
-            lines += [f"Check `{check.name}` was skipped: {check.detail}"] if check.skipped else []
+            verb = "was skipped" if check.skipped else "failed"
+            lines += [f"Check `{check.name}` {verb}: {check.detail}"] if check.skipped or not check.ok else []
         return lines + ["Not verified in this run."] * (self.verification is None and self.quantized)
 
     @property
