@@ -1,6 +1,5 @@
 """Everything that is known of a model directory, in one value: what the page and the model card are written from."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
+from marlin_tools.evaluation.record import read_record
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import ZERO
@@ -270,7 +270,7 @@ class Result:
 def gather(directory: Path, verification: Verification | None, evaluation: Evaluation | None = None) -> Result:
     """Read a model directory; what is not there is None or empty. Its own evaluation goes before one that is handed over."""
     checkpoint = Checkpoint.open(directory)
-    content = _json(directory / "evaluation.json")
+    content = read_record(directory)
     return Result(
         manifest=read_manifest(directory) or {},
         facts=inspect(checkpoint),
@@ -288,15 +288,6 @@ def _before(entry: Mapping[str, Any]) -> str:
         return f"finetuned on {settings.get('tokens', 0):,} tokens with the original as the teacher"
     trained = f" and {settings['reconstruct']} passes of training by block" if settings.get("reconstruct") else ""
     return f"pruned to 2:4 (preset {settings.get('preset', 'unknown')}{trained})"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """An evaluation; empty if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _weights(checkpoint: Checkpoint) -> Weights:

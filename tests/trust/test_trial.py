@@ -90,7 +90,7 @@ def generation(directory):
 
 
 def test_a_model_that_repeats_itself_as_its_original_does_is_right(tmp_path):
-    """The embedded model writes its end mark after the beginning mark alone, and so it does with all but `down_proj` in INT4."""
+    """After the beginning mark alone the embedded model ends at once, and so it does with all but `down_proj` in INT4."""
     settings = QuantizeSettings(preset="rtn", format="gptq", ignore=("down_proj",), device="cpu")
     check = generation(quantize("demo", None, settings, tmp_path / "out").path)
 
