@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
-from marlin_tools.algorithms.solved import Errors, errors_of
+from marlin_tools.algorithms.solution import Losses, Solution, solve_all
 from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.ops.solver.kernels import Grid
@@ -31,15 +31,6 @@ class Placed:
 
     value: Tensor
     mask: Tensor
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What `Pruner.prune` returns: the sparse weight, how well that went, and the damping really used."""
-
-    placed: Placed
-    errors: Errors
-    damp: float | None
 
 
 class Pruner(Settings):
@@ -70,30 +61,44 @@ class Pruner(Settings):
         """Whether later groups of a block see the pruned outputs of earlier ones."""
         return self.sequential
 
-    def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Pruned:
-        """Prune one weight [N, K] to 2:4."""
-        n, k = weight.shape
+    def problem(self, name: str, hessian: Hessian | None, dtype: torch.dtype = torch.float32) -> "PruningProblem":
+        """What all rows of a group share; `dtype` is that of the result."""
         placing = self.placing(name, hessian)
-        natural = torch.arange(k, device=weight.device)
         correction = None
         if hessian is not None and hessian.drift is not None and self.drift:
+            natural = torch.arange(len(hessian.matrix), device=hessian.matrix.device)
             correction = Correction(hessian.drift, placing.known_factor, natural, self.drift)
-        step = max(1, _SLAB // k) if weight.is_cuda else n
-        placed, errors = [], []
-        for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):
-            original = target = weight[rows].float()
-            if correction is not None:
-                target = correction.aim(weight[rows], rows)
-            placed.append(placing.place(target, rows))
-            errors.append(errors_of(original, target, placed[-1].value, hessian))
-        value, mask = torch.cat([each.value for each in placed]), torch.cat([each.mask for each in placed])
-        return Pruned(Placed(value, mask), Errors.join(errors), placing.factor.damp if placing.factor else None)
+        return PruningProblem(hessian, placing, correction, dtype)
+
+    def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Solution:
+        """Prune one weight [N, K] to 2:4."""
+        return solve_all(self.problem(name, hessian), weight)
 
     def placing(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "Placing":
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
         return Placing(self, hessian, None if hessian is None else hessian.factorize(self.damp, name), fixed_nk)
+
+
+@dataclass(frozen=True)
+class PruningProblem:
+    """A group of linears to be pruned."""
+
+    hessian: Hessian | None
+    placing: "Placing"
+    correction: Correction | None
+    dtype: torch.dtype
+    slab: int = _SLAB
+
+    def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
+        """Rows never talk to each other: any of them can be pruned alone."""
+        original = target = weight_nk.float()
+        if self.correction is not None:
+            target = self.correction.aim(weight_nk, rows)
+        value = self.placing.place(target, rows).value
+        damp = self.placing.factor.damp if self.placing.factor else None
+        return Solution(value.to(self.dtype), Losses.of(original, target, value, self.hessian), damp)
 
 
 class Placing:

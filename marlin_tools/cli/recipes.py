@@ -63,7 +63,8 @@ def reproduce(
         ui.write_json(steps) if json else ui.write("\n\n".join(texts))
         return 0
     with ui.Display() as display:
-        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite)
+        shown = report.write_pages
+        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite, finished=shown)
     ui.note(f"`{write_comparison(comparison)}` shows it")
     ui.write_json(comparison.describe()) if json else ui.write(as_text(comparison))
     return comparison.code

@@ -120,7 +120,7 @@ def evaluate(
         scores=tuple(_in_order(scores, settings)),
         model=run.subject.describe(),
         baseline=run.original.describe() if run.original is not None else None,
-        settings=settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json", exclude={"stage", "baseline"}),
         versions=versions(),
         notes=tuple(dict.fromkeys([*run.code, *notes])),
         seconds=time.perf_counter() - begin,

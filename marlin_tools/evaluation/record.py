@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,45 @@ from marlin_tools.resources import demo_dir
 NAME = "evaluation.json"
 
 
-def evaluate_into(
-    home: Path,
-    model: Checkpoint,
-    settings: EvaluateSettings,
-    *,
-    baseline: str | None = None,
-    overwrite: bool = False,
-    emit: Emit = silent,
-) -> tuple[Evaluation, bool]:
-    """The scores of a model, and whether they were measured now; whether `home` can be written is seen before any work."""
-    folder(home, hint="measure a copy of the model, or make its directory writable")
-    run = _fingerprint(model, settings, baseline)
-    found = read_record(home)
-    if not overwrite and found.get("fingerprint") == run:
-        emit(Event("note", f"`{home / NAME}` already holds this evaluation; nothing to do"))
-        return Evaluation.restore(found), False
-    measured = evaluate(model, settings, baseline=baseline, emit=emit)
-    content = {"fingerprint": run, **measured.describe()}
-    del content["times"]  # the only part that differs from run to run
-    put(home / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return measured, True
+class Record:
+    """The measurement of a model in the directory `home`, or nowhere; that it can be written is seen before any work."""
+
+    def __init__(self, home: Path | None, model: Checkpoint, settings: EvaluateSettings, baseline: str | None) -> None:
+        self.home, self.model, self.settings, self.baseline = home, model, settings, baseline
+        if home is not None:
+            folder(home, hint="measure a copy of the model, or make its directory writable")
+
+    def found(self, emit: Emit = silent) -> Evaluation | None:
+        """An earlier measurement, if nothing that decides it has changed."""
+        if self.home is None or (found := read_record(self.home)).get("fingerprint") != self.fingerprint:
+            return None
+        emit(Event("note", f"`{self.home / NAME}` already holds this evaluation; nothing to do"))
+        return Evaluation.restore(found)
+
+    def measure(self, emit: Emit = silent) -> Evaluation:
+        """Measure, and write it down."""
+        measured = evaluate(self.model, self.settings, baseline=self.baseline, emit=emit)
+        if self.home is not None:
+            content = {"fingerprint": self.fingerprint, **measured.describe()}
+            del content["times"]  # the only part that differs from run to run
+            put(self.home / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return measured
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Everything that decides the numbers: weights, settings, device, versions, contents of local texts and tasks."""
+        asked = self.settings
+        texts = [Path(task.removeprefix("ppl:")) for task in asked.tasks if task.startswith("ppl:")]
+        folders = (demo_dir() / "tasks", *asked.include_path)
+        files = [*texts, *(path for each in folders for path in sorted(each.rglob("*")))]
+        return fingerprint_of(
+            model=self.model.fingerprint,
+            baseline=Checkpoint.open(self.baseline).fingerprint if self.baseline else None,
+            settings=asked.model_dump(mode="json", exclude={"stage", "baseline"}),
+            device=_device(asked.device),
+            files={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
+            versions=versions(),
+        )
 
 
 def read_record(home: Path) -> dict[str, Any]:
@@ -48,21 +67,6 @@ def read_record(home: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _fingerprint(model: Checkpoint, settings: EvaluateSettings, baseline: str | None) -> str:
-    """Everything that decides the numbers: weights, settings, device, versions and the contents of local texts and tasks."""
-    texts = [Path(task.removeprefix("ppl:")) for task in settings.tasks if task.startswith("ppl:")]
-    folders = (demo_dir() / "tasks", *settings.include_path)
-    files = [*texts, *(path for each in folders for path in sorted(each.rglob("*")))]
-    return fingerprint_of(
-        model=model.fingerprint,
-        baseline=Checkpoint.open(baseline).fingerprint if baseline else None,
-        settings=settings.model_dump(mode="json"),
-        device=_device(settings.device),
-        files={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
-        versions=versions(),
-    )
 
 
 def _device(name: str) -> str:

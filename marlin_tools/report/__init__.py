@@ -17,10 +17,10 @@ from marlin_tools.report.result import gather
 from marlin_tools.report.text import diagnosis, facts, plan, summary, table
 from marlin_tools.verification.verify import Verification
 
-__all__ = ["Run", "diagnosis", "facts", "pages", "plan", "summary", "table", "write_pages"]
+__all__ = ["diagnosis", "facts", "pages", "plan", "summary", "table", "write_pages"]
 
 
-class Run(Protocol):
+class RunResult(Protocol):
     """What a run has led to, as far as pages show it; `shown` are the directories that were measured."""
 
     outputs: list[Path]
@@ -29,7 +29,7 @@ class Run(Protocol):
     verifications: dict[Path, Verification]
 
 
-def write_pages(run: Run) -> dict[Path, list[Step]]:
+def write_pages(run: RunResult) -> dict[Path, list[Step]]:
     """Give every directory of a run its page and its card, and say for each what to do next.
 
     A measurement of one format holds for the others of the same run, whose weights are the same.

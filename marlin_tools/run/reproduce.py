@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from marlin_tools.checkpoint.output import explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
+from marlin_tools.evaluation.stages import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import load_all
-from marlin_tools.recipe.recipe import EvaluateStage, Recipe, Stage
+from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.run.execute import RunResult, execute
 from marlin_tools.run.plan import RUNS, plan
 from marlin_tools.run.verdict import Comparison, Outcome, findings
@@ -119,7 +121,7 @@ class _Row:
         found: dict[str, str] = {}
         for stage in self.recipe.stages:
             if isinstance(stage, EvaluateStage):
-                found |= unavailable(checkpoint, stage.settings)
+                found |= unavailable(checkpoint, stage)
         return found
 
     def _outcome(
@@ -162,7 +164,7 @@ def _without(recipe: Recipe, missing: dict[str, str]) -> Recipe:
     """The recipe without the tasks that cannot be had; a stage that has none left is not run."""
     if not missing:
         return recipe
-    stages: list[Stage] = []
+    stages: list[Any] = []
     for stage in recipe.stages:
         if isinstance(stage, EvaluateStage):
             tasks = tuple(task for task in stage.tasks if task not in missing)

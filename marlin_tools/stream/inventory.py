@@ -5,7 +5,6 @@ Everything that could stop a run after hours is refused here in a second, naming
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, ModelError, RecipeError
@@ -47,11 +46,8 @@ class Inventory:
         return [[first[name] for name in group if name in first] for group in groups]
 
 
-def take_inventory(
-    checkpoint: Checkpoint, ignore: tuple[str, ...], group_size: int, format_name: str, *, sparse: bool | None = None
-) -> Inventory:
-    """Find the linears and check each against the grid and the format; `sparse` says whether they will be, if that is known."""
-    inventory = take_linears(checkpoint, ignore)
+def check_limits(inventory: Inventory, group_size: int, format_name: str, *, sparse: bool | None = None) -> None:
+    """Hold each linear against the grid and the format; `sparse` says whether they will be, if that is known."""
     limits = FORMATS[format_name].limits
     judged = [(t, limits(t.n, t.k, group_size, sparse=sparse)) for t in inventory.targets]
     refused = [f"`{target.name}`: {reason}" for target, reason in judged if reason]
@@ -63,7 +59,6 @@ def take_inventory(
             if sparse is False and not any(limits(t.n, t.k, group_size, sparse=True) for t in inventory.targets)
             else "use another `--format`, `--group-size -1` (per column), or leave these layers out with `--ignore REGEX`",
         )
-    return inventory
 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
@@ -97,16 +92,6 @@ def check_quads(inventory: Inventory) -> None:
         raise FormatError(
             f"2:4 needs inputs in fours: {', '.join(uneven[:3])}{more}", hint="leave these layers out with `--ignore REGEX`"
         )
-
-
-def check_format(name: str) -> str:
-    """The name of a format that exists, or an error with the nearest one."""
-    if name not in FORMATS:
-        near = get_close_matches(name, FORMATS, n=1)
-        raise RecipeError(
-            f"unknown format `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"known formats: {', '.join(FORMATS)}"
-        )
-    return name
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -64,6 +64,14 @@ class Group:
         """All weights of the group under each other: rows are independent, so they are solved in one go."""
         return torch.cat([self.weight(name) for name in self.names])
 
+    def rows(self) -> Iterator[tuple[str, slice]]:
+        """Where each linear's rows lie in `stacked`."""
+        start = 0
+        for name in self.names:
+            stop = start + len(self.weight(name))
+            yield name, slice(start, stop)
+            start = stop
+
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on the stream computes with `weight`."""
         self._modules[name].weight.data.copy_(weight)

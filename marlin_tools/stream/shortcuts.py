@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.ops.linear.variants import ELEMENTS
 from marlin_tools.ops.model.decode import MOST_COLUMNS, add_norm
 from marlin_tools.ops.model.rotation import can_rotate, rotate
+from marlin_tools.ops.runtime.kernel import ELEMENTS
 
 _ROTATION = "apply_rotary_pos_emb"
 """What transformers' models call it, each in its own module."""

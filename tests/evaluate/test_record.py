@@ -9,14 +9,16 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError
 from marlin_tools.evaluation import record
 from marlin_tools.evaluation.evaluate import EvaluateSettings
-from marlin_tools.evaluation.record import evaluate_into
+from marlin_tools.evaluation.record import Record
 
 
 @pytest.fixture
 def measure(model, text, tmp_path):
     def call(home=tmp_path / "home", **settings):
         chosen = EvaluateSettings(tasks=(text,), device="cpu", seqlen=32, **settings)
-        return evaluate_into(home, Checkpoint.open(model), chosen)
+        found = Record(home, Checkpoint.open(model), chosen, None)
+        earlier = found.found()
+        return earlier or found.measure(), earlier is None
 
     return call
 

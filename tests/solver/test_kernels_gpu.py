@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, Gram, Hessian
-from marlin_tools.algorithms.hessian import Drift, reversed_cholesky
+from marlin_tools.algorithms.hessian import Drift
 from marlin_tools.algorithms.polish import polish, row_losses
 from marlin_tools.algorithms.scales import conditional, decode, diagonal, encode
 from marlin_tools.ops.solver import products
+from marlin_tools.ops.solver.cholesky import reversed_cholesky
 from marlin_tools.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.gpu

@@ -1,5 +1,5 @@
-// The end of an output tile: sums of several blocks become one, sums become outputs. All of it is the work of single warps,
-// each with its own piece of the tile, so nothing here stops the rest of a block.
+// The end of an output tile: sums of several CTAs become one, sums become outputs. All of it is the work of single warps,
+// each with its own piece of the tile, so nothing here stops the rest of a CTA.
 #pragma once
 
 #include "common/async_copy.cuh"
@@ -14,15 +14,16 @@ __device__ __forceinline__ void add(float (&to)[4], const float4& v) {
 
 __device__ __forceinline__ float4 as_vector(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// Adds the sums of the blocks that share a tile, of which this is number `me`; piece `piece` of `pieces` of it, in fragment order, which only this function
-// has to understand. True for the warp that arrives last: it then holds the complete sums, added in the order of the blocks,
-// whoever was last. No block ever waits for another, so none can deadlock; the counter returns to zero for the next call.
+// Adds the sums of the CTAs that share a tile, of which this is number `me`; piece `piece` of `pieces` of it, in fragment
+// order, which only this function has to understand. True for the warp that arrives last: it then holds the complete sums,
+// added in the order of the CTAs, whoever was last. No CTA ever waits for another, so none can deadlock; the counter
+// returns to zero for the next call.
 template <class P, class S, int kFragments>
-__device__ __forceinline__ bool sum_over_blocks(const P& p, const S& at, u32 me, int piece, int pieces, int lane,
-                                                float (&sums)[kFragments][4]) {
-    const u32 start = at.tile * p.groups;
-    const u32 first = p.schedule.block_of(start), last = p.schedule.block_of(start + p.groups - 1);
-    // A block begins at most one tile that it does not end and ends at most one that it does not begin: two places.
+__device__ __forceinline__ bool reduce_over_ctas(const P& p, const S& at, u32 me, int piece, int pieces, int lane,
+                                                 float (&sums)[kFragments][4]) {
+    const u32 start = at.tile * p.tiles_k;
+    const u32 first = p.schedule.cta_of(start), last = p.schedule.cta_of(start + p.tiles_k - 1);
+    // A CTA begins at most one tile that it does not end and ends at most one that it does not begin: two places.
     const auto place = [&](u32 block, bool begins) {
         return p.partials + ((static_cast<u64>(block) * 2 + begins) * pieces + piece) * (kFragments * 32) + lane;
     };
@@ -58,21 +59,21 @@ __device__ __forceinline__ bool sum_over_blocks(const P& p, const S& at, u32 me,
     return true;
 }
 
-// Outputs first_n to first_n + 63 of tokens first_token on. A lane holds eight neighbouring outputs of two tokens per n8 block:
+// Outputs first_n to first_n + 63 of tokens first_token on. A lane holds eight neighbouring outputs of two tokens per n8 tile:
 // two 16-byte stores.
-template <class E, bool kGrouped, int kBlocks>
+template <class E, int kGroup, int kN8>
 __device__ __forceinline__ void store(const Problem& p, int tile_n, int first_token, int lane,
-                                      const float (&sums)[4 * kBlocks][4]) {
+                                      const float (&sums)[4 * kN8][4]) {
     const int n = tile_n * kTileRows + lane / 4 * 8;
     if (n >= p.n) return;
     float scale[8], bias[8];
 #pragma unroll
     for (int o = 0; o < 8; ++o) {
-        scale[o] = (kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o])) / E::kQuantum;
-        bias[o] = p.bias != nullptr && n + o < p.n ? E::widen(p.bias[n + o]) : 0.f;
+        scale[o] = (kGroup > 0 ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o])) / E::kQuantum;
+        bias[o] = p.bias != nullptr && n + o < p.n ? E::Output::widen(p.bias[n + o]) : 0.f;
     }
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kN8; ++b)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int token = first_token + b * 8 + lane % 4 * 2 + e;
@@ -80,8 +81,8 @@ __device__ __forceinline__ void store(const Problem& p, int tile_n, int first_to
             Vec16 v;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                v.word[i] = E::round_pair(sums[i * kBlocks + b][e] * scale[2 * i] + bias[2 * i],
-                                          sums[i * kBlocks + b][2 + e] * scale[2 * i + 1] + bias[2 * i + 1]);
+                v.word[i] = E::Output::round_pair(sums[i * kN8 + b][e] * scale[2 * i] + bias[2 * i],
+                                                  sums[i * kN8 + b][2 + e] * scale[2 * i + 1] + bias[2 * i + 1]);
             u8* const to = p.y + (static_cast<u64>(token) * p.n + n) * 2;
             if (p.n % 8 == 0) {
                 *reinterpret_cast<Vec16*>(to) = v;
