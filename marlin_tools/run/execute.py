@@ -4,7 +4,7 @@
 makes it again. Pages for people are not made here: `report.write_pages` makes them of a `RunResult`.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class RunResult:
 
     def describe(self) -> dict[str, Any]:
         """As plain data; what did not happen is not in it."""
-        verifications = {str(path): {"ok": each.ok, **asdict(each)} for path, each in self.verifications.items()}
+        verifications = {str(path): each.describe() for path, each in self.verifications.items()}
         content = {
             "outputs": [str(path) for path in self.outputs],
             "evaluation": self.evaluation.describe() if self.evaluation else None,
