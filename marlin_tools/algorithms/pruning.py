@@ -2,8 +2,9 @@
 
 SparseGPT is the column sweep with a rule that rounds nothing: at the first column of a quad it looks at what the quad's four
 columns should hold by now, gives up the two whose loss R[j, j]² t_j² is smallest, and every later column pays for them. That is
-greedy twice over, in the positions and in the values. Two exact steps follow unless they are switched off: quad by quad the pair
-of positions and values that lowers the loss, several times over, and the least-squares weights on what is then kept (`support.py`).
+greedy twice over, in the positions and in the values. Two exact steps follow unless they are switched off: quad by quad the
+pair of positions and values that lowers the loss, several times over, and the least-squares weights on what is then kept
+(`support.py`).
 """
 
 from dataclasses import dataclass

@@ -8,13 +8,13 @@ MXFP4 values are exact in bfloat16. FP8 values are multiplied in float32 and rou
 
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.reader import Checkpoint, Stored
+from marlin_tools.checkpoint.headers import Stored
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
 
 _SCALES = "_scale_inv"
@@ -91,11 +91,6 @@ class Expanded(Checkpoint):
     def fingerprint(self) -> str:
         """That of the files as they are."""
         return self._source.fingerprint
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The files that hold the tensors."""
-        return sorted({tensor.file for tensor in self._tensors.values()})
 
 
 def _from_fp8(name: str, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:

@@ -1,14 +1,14 @@
 """The modules of a model without its weights, and the checks under which a stored tensor becomes one of its weights."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ModelError, Translated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,18 +18,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
+    what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
+    refused = Translated(ModelError, what, "update transformers, or check config.json")
+    with refused:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"`{checkpoint.path / 'config.json'}` is not understood by transformers: {str(error).splitlines()[0]}",
-            hint="update transformers, or check config.json",
-        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config
     maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
-    with torch.device("meta"), warnings.catch_warnings():
+    with refused, torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=_attention(config))
     if nested:
@@ -71,6 +68,13 @@ def mismatched(name: str, found: Sequence[int], asked: Sequence[int]) -> ModelEr
         f"`{name}` is {tuple(found)} in the checkpoint, config.json asks for {tuple(asked)}",
         hint="config.json and weights do not belong together; download the model again",
     )
+
+
+def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse a model with NaN or infinity in one of these tensors: those that are taken over as they are."""
+    for name in names:
+        if checkpoint.stored(name).dtype.is_floating_point and not bool(torch.isfinite(checkpoint.read(name)).all()):
+            raise damaged(name)
 
 
 def damaged(name: str) -> ModelError:

@@ -3,11 +3,16 @@
 Everything that could stop a run after hours is refused here in a second, naming the layers.
 """
 
-import re
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+from torch import Tensor
+
+from marlin_tools.checkpoint.expanded import expanded
+from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import FormatError, ModelError, RecipeError
+from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
@@ -15,11 +20,12 @@ from marlin_tools.formats import FORMATS
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that will be quantised: N outputs, K inputs."""
+    """A linear that will be quantised: N outputs, K inputs, and where its weight lies."""
 
     name: str
     n: int
     k: int
+    ref: WeightRef | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,18 @@ class Inventory:
         """The names of all targets."""
         return frozenset(target.name for target in self.targets)
 
+    @cached_property
+    def _refs(self) -> dict[str, WeightRef]:
+        return {target.name: target.ref or WeightRef(f"{target.name}.weight") for target in self.targets}
+
+    def weight(self, name: str) -> Tensor:
+        """The weight [N, K] of a target, as it is stored."""
+        return self._refs[name].read(self.checkpoint)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that the weight of a target is stored in."""
+        return self.checkpoint.stored(self._refs[name].tensor).dtype
+
     def untouched(self, index: int | None) -> dict[str, WeightRef]:
         """What is written as it was, by the name that it is written under: of a block, or (None) of all that is in none.
 
@@ -59,6 +77,11 @@ class Inventory:
         taken = {ref.tensor for ref in split.values()}
         plain = {name: WeightRef(name) for name in every if name.startswith(prefix) and name not in taken}
         return {name: ref for name, ref in (plain | split).items() if name.removesuffix(".weight") not in names}
+
+    @property
+    def kept_tensors(self) -> set[str]:
+        """The tensors that are taken over as they are, wholly or in part."""
+        return {ref.tensor for index in (None, *range(self.blocks)) for ref in self.untouched(index).values()}
 
     @property
     def unquantized(self) -> list[str]:
@@ -101,25 +124,26 @@ def check_limits(inventory: Inventory, group_size: int, format_name: str, *, spa
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     """Find the linears of `checkpoint`, and those that the user wants left alone."""
-    layout = Layout(checkpoint)
+    layout = Layout(checkpoint := expanded(checkpoint))
     if checkpoint.quantization is not None:
         raise ModelError(
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
     _refuse_experts(layout)
-    patterns = [_compile(pattern) for pattern in ignore]
+    patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for index in range(layout.blocks):
         for linear in (linear for group in layout.groups(index) for linear in group):
             name = layout.linear(index, linear)
-            n, k = _matrix(checkpoint, layout.weight(index, f"{linear}.weight"))
+            ref = layout.weight(index, f"{linear}.weight")
+            n, k = _matrix(checkpoint, ref)
             matched = next((p.pattern for p in patterns if p.search(name)), None)
             if matched is not None:
                 kept[name] = f"matches --ignore {matched}"
             else:
-                targets.append(Target(name, n, k))
+                targets.append(Target(name, n, k, ref))
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
     return Inventory(layout, tuple(targets), kept)
@@ -146,15 +170,6 @@ def check_quads(inventory: Inventory) -> None:
         raise FormatError(
             f"2:4 needs inputs in fours: {', '.join(uneven[:3])}{more}", hint="leave these layers out with `--ignore REGEX`"
         )
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"`--ignore {pattern}` is no regular expression: {error}", hint="for example: --ignore 'down_proj$'"
-        ) from error
 
 
 def _matrix(checkpoint: Checkpoint, ref: WeightRef) -> tuple[int, int]:

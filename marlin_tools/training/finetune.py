@@ -25,7 +25,7 @@ from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
-from marlin_tools.checkpoint.manifest import history, read_manifest, write_manifest
+from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
@@ -125,20 +125,20 @@ def plan_finetune(model: str | Path | Checkpoint, settings: FinetuneSettings) ->
     check_pair(student, teacher, settings)
     check_mask(student)
     inventory = take_linears(student, ())
-    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(student, inventory)))
+    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(inventory)))
 
 
 def check_mask(student: Checkpoint) -> None:
     """Refuse a model without zeros to keep; reads no further than the first linear that has them."""
-    if next(_sparse_linears(student, take_linears(student, ())), None) is None:
+    if next(_sparse_linears(take_linears(student, ())), None) is None:
         raise ModelError(
             f"`{student.origin}` has no 2:4 sparse linear, so there is no mask to keep",
             hint="prune it first: `marlin-tools prune`",
         )
 
 
-def _sparse_linears(student: Checkpoint, inventory: Inventory) -> Iterator[str]:
-    return (target.name for target in inventory.targets if is_2_4(student.read(f"{target.name}.weight")))
+def _sparse_linears(inventory: Inventory) -> Iterator[str]:
+    return (target.name for target in inventory.targets if is_2_4(inventory.weight(target.name)))
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint, settings: FinetuneSettings) -> None:
@@ -212,10 +212,11 @@ def finetune(
             device=crew.device.type,
             torch=torch.__version__,
         )
-        if not overwrite and (finished := read_manifest(Path(out))) and finished.get("fingerprint") == run:
+        if not overwrite and holds(Path(out), run):
             say(Event("note", f"`{out}` already holds this result; nothing to do"))
             return Checkpoint.open(out)
-        output = OutputDirectory(out, overwrite=overwrite, resume=resume)
+        sources = plan.student.path, plan.teacher.path
+        output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=sources)
         with output if crew.leads else nullcontext():
             if crew.leads:
                 Journal(output, run)

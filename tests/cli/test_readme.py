@@ -75,8 +75,8 @@ def test_command_is_understood(asked, collected, command):
 @pytest.fixture
 def collected(cli, monkeypatch):
     """The recipes that `reproduce` would run."""
-    from marlin_tools.report.comparison import Comparison
     from marlin_tools.run import reproduce
+    from marlin_tools.run.verdict import Comparison
 
     def call(*words):
         found = []

@@ -1,7 +1,7 @@
 """The solver's kernels: what happens inside one block of columns, for all rows at once and without asking the host anything.
 
-Between the blocks there are matrix products, which torch does; `algorithms/sweep.py`, `polish.py`, `pruning.py` and `support.py`
-hold the same steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes are uint8.
+Between the blocks there are matrix products, which torch does. `algorithms/` holds the same steps in plain torch, and those
+define what is right. All matrices are float32 and contiguous, codes are uint8.
 """
 
 from dataclasses import dataclass
