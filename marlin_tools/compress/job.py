@@ -93,7 +93,7 @@ def compress(
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     check_output(out, (plan.checkpoint.path,), overwrite=True)
     plan.forecast.check(Path(out))
-    check_finite(plan.checkpoint, sorted(plan.inventory.kept_tensors))
+    check_finite(plan.inventory.checkpoint, sorted(plan.inventory.kept_tensors))
     run = job.fingerprint if crew.leads else ""
     finished = crew.leads and not overwrite and holds(Path(out), run)
     if crew.decide(choice=finished):

@@ -12,8 +12,9 @@ from torch import Tensor
 from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import foreign_linears
 from marlin_tools.errors import FormatError, ModelError
-from marlin_tools.families import Family, known_types
+from marlin_tools.families import NESTED, Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
 
@@ -85,7 +86,11 @@ class Inventory:
 
     @property
     def unquantized(self) -> list[str]:
-        """The names of all linears that stay as they are, as config.json has to list them."""
+        """The names of all linears that stay as they are, as config.json has to list them.
+
+        What stands beside a language model is listed by its tensors and by transformers' modules, where these differ: some
+        engines go by the one, some by the other.
+        """
         found = list(self.kept)
         embedding = f"{self.family.stored or self.family.decoder}.{self.family.embedding}"
         for name in self.checkpoint.names():
@@ -93,7 +98,9 @@ class Inventory:
             known = linear in self.names or linear in self.kept or linear in {embedding, self.family.head}
             if linear != name and not known and len(self.checkpoint.shape(name)) == 2:
                 found.append(linear)
-        return [*found, self.family.head]
+        nested = self.checkpoint.config.get("model_type") in NESTED
+        modules = [*(foreign_linears(self.checkpoint) if nested else ()), *({"lm_head"} - {self.family.head})]
+        return [*found, *(name for name in modules if name not in found), self.family.head]
 
     @property
     def checkpoint(self) -> Checkpoint:
