@@ -30,7 +30,7 @@ def _what(result: Result) -> Iterator[str]:
     kept = len(result.manifest.get("kept", {}))
     yield f"# {result.base.rpartition('/')[2]}, {result.scheme}"
     yield ""
-    yield f"`{result.base}` with {result.facts['quantised']} linears in INT4, stored as `{result.facts['format']}`:"
+    yield f"`{result.base}` with {result.facts['quantized']} linears in INT4, stored as `{result.facts['format']}`:"
     yield f"{result.bits:.2f} bits per weight, scales included."
     same = "Embeddings and the head" if result.finetuned else "Embeddings, norms and the head"
     yield f"{same} are as in the original" + (f", as are {kept} linears." if kept else ".")

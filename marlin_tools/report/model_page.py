@@ -39,7 +39,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str, str]]:
         yield (
             "Quantised linears",
             f"{result.bits:.2f} bits",
-            f"per weight, scales included; {result.facts['quantised']} linears",
+            f"per weight, scales included; {result.facts['quantized']} linears",
         )
     elif sparsity := result.facts["sparsity"]:
         where = f"of the weights of {sparsity['linears']} linears; {size(total)} in all"
