@@ -40,6 +40,12 @@ reproduce: $(READY) ## the recipes of the embedded model against the numbers in 
 test: lint types ## everything that needs no GPU: style, types, layers, tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"
 
+fuzz: $(READY) ## mutated files against every reader, MINUTES=5 of them
+	@$(BIN)/python tests/fuzz/campaign.py --minutes $(MINUTES) --seed $(SEED)
+
+kill: $(READY) ## KILLS=200 runs that are killed, continued, and compared byte for byte
+	@$(BIN)/python tests/kill/campaign.py --count $(KILLS) --seed $(SEED)
+
 lint: $(READY) ## ruff, its formatter, clang-format for the kernels, and the direction of imports
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check || { echo "hint: \`make fix\` formats these files" >&2; exit 1; }

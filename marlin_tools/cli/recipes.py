@@ -116,15 +116,16 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
     from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
-    problems, fine = [], []
+    problems: list[str] = []
+    fine: list[str] = []
     for file in files:
         try:
             count = recipe_files.check(file)
             fine.append(f"{file}: ok" + (f", {count} recipes" if count > 1 else ""))
         except RecipeError as error:
-            problems.append(error.message)
+            problems += error.lines
     if problems:
-        raise RecipeError("\n".join(problems), hint="`marlin-tools recipes schema` describes every key")
+        raise RecipeError.of(problems, hint="`marlin-tools recipes schema` describes every key")
     ui.write("\n".join(fine))
     return 0
 

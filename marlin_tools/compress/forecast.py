@@ -192,7 +192,7 @@ def _forecast(
 ) -> Forecast:
     on_gpu = device.type == "cuda"
     groups = inventory.reads_same_input()
-    work = Work(groups, int(checkpoint.config["hidden_size"]), load.tokens, load.longest)
+    work = Work(groups, int(checkpoint.text_config["hidden_size"]), load.tokens, load.longest)
     stored = sum(t.n * t.k for t in inventory.targets)
     working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, load) / 1e9
     process = _PROCESS_GB[device.type]

@@ -12,9 +12,10 @@ import torch
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
-from marlin_tools.checkpoint.manifest import history, read_manifest, write_manifest
-from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.manifest import history, holds, write_manifest
+from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
@@ -90,13 +91,15 @@ def compress(
     plan, crew, begin = job.prepared, job.crew, time.perf_counter()
     for name, reason in plan.inventory.kept.items():
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
+    check_output(out, (plan.checkpoint.path,), overwrite=True)
     plan.forecast.check(Path(out))
+    check_finite(plan.checkpoint, sorted(plan.inventory.kept_tensors))
     run = job.fingerprint if crew.leads else ""
-    finished = crew.leads and not overwrite and (read_manifest(Path(out)) or {}).get("fingerprint") == run
+    finished = crew.leads and not overwrite and holds(Path(out), run)
     if crew.decide(choice=finished):
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
-    output = OutputDirectory(out, overwrite=overwrite, resume=resume)
+    output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=(plan.checkpoint.path,))
     with output if crew.leads else nullcontext():
         journal = Journal(output, run) if crew.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)

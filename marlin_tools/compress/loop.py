@@ -69,6 +69,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 continue
             entering = stream.hidden.copy() if method.refine and stream.hidden is not None else None
             solutions: dict[str, Solution] = {}
+            facts: dict[str, dict[str, Any]] = {}
             for group in block.groups(staged=method.staged):
                 if not group.names:
                     continue
@@ -81,13 +82,16 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                         parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
                 solution = Solution.join(parts).map(lambda own, n=n: crew.gather(own, n))  # type: ignore[misc]
                 for name, rows in group.rows():
+                    facts[name] = group.facts
                     solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
                     group.replace(name, solutions[name].value(group.weight(name).dtype))
             found: dict[str, Any] = {}
             if method.refine and entering is not None:
                 solutions, found = method.refine(block, entering, solutions)
             if crew.leads:
-                records = [record_of(name, each) | method.note(name, each) | found for name, each in solutions.items()]
+                records = [
+                    record_of(name, each) | method.note(name, each) | facts[name] | found for name, each in solutions.items()
+                ]
                 with span("pack"):
                     stored = {f"{n}.{s}": t for n, each in solutions.items() for s, t in store.tensors(n, each).items()}
                 behind.hand_over(shards.writing(block.index, stored, records))

@@ -187,11 +187,8 @@ def quantize(
             "revision": REVISION,
             "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
         }
-        if settings.sparsity == "2:4" and device.type == "cuda":
-            said = "what is kept of a dense linear is chosen by torch, column by column; all else is done by kernels"
-            emit(Event("note", said))
         store = Quantized(FORMATS[settings.format], plan.checkpoint)
-        config = store.format.quantization_config(settings.group_size, [*plan.inventory.kept, plan.inventory.family.head])
+        config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
         facts = {"format": settings.format}
         drifts = solver.drift > 0
         job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, crew)

@@ -69,7 +69,7 @@ class Shards:
             with apart("write"):
                 fetched = self._copies.fetch(stored, ready)
                 stored.clear()
-                self._writer.write_shard(index, self._untouched(index, {record["name"] for record in records}) | fetched)
+                self._writer.write_shard(index, self._untouched(index) | fetched)
                 before, self._since = self._since, time.perf_counter()
                 facts = {"linears": records, "seconds": round(self._since - before, 3)}
                 self.entries.append(journal.record(index, self._writer.shard_path(index), facts))
@@ -78,9 +78,7 @@ class Shards:
 
     def write_rest(self) -> None:
         """Everything that belongs to no block: embeddings, final norm, head."""
-        blocks = tuple(self._inventory.family.block_prefix(i) for i in range(self._inventory.blocks))
-        rest = {name: self._source.read(name) for name in self._source.names() if not name.startswith(blocks)}
-        self._writer.write_shard(self._inventory.blocks, rest)
+        self._writer.write_shard(self._inventory.blocks, self._untouched(None))
 
     def writing_reference(self, stream: LayerStream) -> Callable[[], None]:
         """Keep what the new model puts out for a few tokens, for later checks."""
@@ -88,8 +86,6 @@ class Shards:
         reference = {"tokens": ids, "logits": logits}
         return lambda: self._writer.output.write_tensors("verify/reference.safetensors", reference)
 
-    def _untouched(self, index: int, made: set[str]) -> dict[str, Tensor]:
-        """All tensors of a block that are as they were."""
-        prefix = self._inventory.family.block_prefix(index)
-        names = [n for n in self._source.names() if n.startswith(prefix) and n.removesuffix(".weight") not in made]
-        return {name: self._source.read(name) for name in names}
+    def _untouched(self, index: int | None) -> dict[str, Tensor]:
+        """All tensors of a block, or of none, that are as they were."""
+        return {name: reference.read(self._source) for name, reference in self._inventory.untouched(index).items()}

@@ -74,7 +74,7 @@ def expected_tokens(settings: CalibrationSettings, checkpoint: "Checkpoint") -> 
 
 def _collect(settings: CalibrationSettings, checkpoint: "Checkpoint", emit: Emit) -> TokenSet:
     open_corpus = find_corpus(settings.source)
-    encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.config["vocab_size"])
+    encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.text_config.get("vocab_size"))
     emit(Event("note", f"calibration text: `{settings.source}`"))
     corpus = open_corpus()
     if _shape(settings, corpus.shape) == "packed":
@@ -89,7 +89,7 @@ def _shape(settings: CalibrationSettings, usual: Shape) -> Shape:
 
 
 def _length(settings: CalibrationSettings, checkpoint: "Checkpoint", usual: int) -> int:
-    longest = int(checkpoint.config.get("max_position_embeddings", usual))
+    longest = int(checkpoint.text_config.get("max_position_embeddings") or usual)
     if settings.seqlen is None:
         return min(usual, longest)
     if settings.seqlen > longest:

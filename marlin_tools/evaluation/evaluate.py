@@ -237,7 +237,7 @@ class _Run:
 
     def _tokens(self, name: str) -> TokenSet:
         """The sequences of a text, as many as `limit` says."""
-        config = self.subject.checkpoint.config
+        config = self.subject.checkpoint.text_config
         longest = int(config.get("max_position_embeddings", WINDOW))
         seqlen = self.settings.seqlen or min(WINDOW, longest)
         if seqlen > longest:
@@ -250,7 +250,7 @@ class _Run:
 
     def _check_vocabulary(self, original: Checkpoint) -> None:
         """Predictions can be compared word by word only if both models mean the same words."""
-        sizes = self.subject.checkpoint.config["vocab_size"], original.config["vocab_size"]
+        sizes = self.subject.checkpoint.text_config["vocab_size"], original.text_config["vocab_size"]
         if sizes[0] != sizes[1] or original.tokenizer().get_vocab() != self.tokenizer.get_vocab():
             names = self.subject.checkpoint.origin, original.origin
             raise DataError(

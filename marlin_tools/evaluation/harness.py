@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from marlin_tools.data.offline import give_up_early
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.evaluation.task_index import Tasks
@@ -200,6 +201,7 @@ class _Judge(HFLM):
 
 def _load(found: Tasks) -> dict[str, Any]:
     """The tasks, groups and tags with their data."""
+    give_up_early()
     try:
         return dict(found.manager.load(found.names))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, HfHubHTTPError, TemplateError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools.checkpoint.manifest import read_manifest
-from marlin_tools.checkpoint.output import put
+from marlin_tools.checkpoint.output import check_output, put
 from marlin_tools.distributed.device import leads, processes
 from marlin_tools.errors import OutputError, RecipeError
 from marlin_tools.evaluation.scores import Evaluation
@@ -64,6 +64,7 @@ def execute(
 ) -> RunResult:
     """Run the stages. With `start`, those before it are taken as they are and the others are run again."""
     _check_processes(planned)
+    _check_outputs(planned)
     recipe, result = planned.recipe, RunResult()
 
     def hear(event: Event) -> None:
@@ -103,6 +104,20 @@ def _check_processes(planned: Plan) -> None:
             f"stage `{alone[0]}` runs in one process, `torchrun` has started {processes()}",
             hint="run it without `torchrun`; `quantize` (into one format) and `finetune` can share their work",
         )
+
+
+def _check_outputs(planned: Plan) -> None:
+    """Every place that the run will write to, before any work: nothing of others lies there, and it can be written to."""
+    if not leads():
+        return
+    stages, text = planned.recipe.stages, planned.recipe.calibrate
+    read = [planned.recipe.model, *([text.source] if text else [])]
+    read += [name for each in stages for key in ("baseline", "teacher") if (name := getattr(each, key, None))]
+    read += [task.removeprefix("ppl:") for task in planned.recipe.tasks]
+    there = [name for name in read if name != "demo" and Path(name).expanduser().exists()]
+    for step in planned.steps:
+        for path in step.outputs.values():
+            check_output(path, there, overwrite=True)  # whether a result of ours may go is asked for stage by stage
 
 
 def _position(planned: Plan, start: str | None) -> int:

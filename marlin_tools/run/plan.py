@@ -91,7 +91,7 @@ def _engines(recipe: Recipe, source: Source, inventory: Inventory) -> Iterator[t
     shapes = {target.name: (target.n, target.k) for target in inventory.targets}
     group_size = recipe.quantize.group_size
     for name in recipe.formats:
-        for verdict in judge_engines(source.checkpoint.config, inventory.family, shapes, inventory.kept, name, group_size):
+        for verdict in judge_engines(source.checkpoint.text_config, inventory.family, shapes, inventory.kept, name, group_size):
             yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)
 
 

@@ -25,7 +25,7 @@ from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
-from marlin_tools.checkpoint.manifest import history, read_manifest, write_manifest
+from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
@@ -212,10 +212,11 @@ def finetune(
             device=crew.device.type,
             torch=torch.__version__,
         )
-        if not overwrite and (finished := read_manifest(Path(out))) and finished.get("fingerprint") == run:
+        if not overwrite and holds(Path(out), run):
             say(Event("note", f"`{out}` already holds this result; nothing to do"))
             return Checkpoint.open(out)
-        output = OutputDirectory(out, overwrite=overwrite, resume=resume)
+        sources = plan.student.path, plan.teacher.path
+        output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=sources)
         with output if crew.leads else nullcontext():
             if crew.leads:
                 Journal(output, run)

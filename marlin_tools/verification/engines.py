@@ -163,7 +163,8 @@ def _judge_as(contents: Contents, layout: str) -> tuple[EngineVerdict, ...]:
         return ()
     if (family := known_family(contents.checkpoint.config)) is None or not linears:
         return ()
-    return judge_engines(contents.checkpoint.config, family, linears, contents.plain, layout, max(contents.group_sizes))
+    group_size = max(contents.group_sizes)
+    return judge_engines(contents.checkpoint.text_config, family, linears, contents.plain, layout, group_size)
 
 
 @dataclass(frozen=True)

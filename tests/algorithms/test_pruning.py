@@ -92,7 +92,7 @@ def test_fit_is_least_squares_on_the_kept_positions(problem: tuple[Tensor, Hessi
     weight, hessian = problem
     mask = magnitude(weight)
     damped = hessian.damped(0.01)
-    fitted = fit(weight, weight * mask, mask, damped, torch.linalg.inv(damped), tolerance=1e-6)
+    fitted = fit(weight, weight * mask, mask, damped, tolerance=1e-9)
     x = torch.linalg.cholesky(damped.double(), upper=True)
     for row in range(N):
         expected = torch.linalg.lstsq(x[:, mask[row]], x @ weight[row].double()).solution
@@ -103,19 +103,19 @@ def test_fit_is_least_squares_on_the_kept_positions(problem: tuple[Tensor, Hessi
 def test_fit_never_makes_a_row_worse(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     mask, damped = magnitude(weight), hessian.damped(0.01)
-    best = fit(weight, weight * mask, mask, damped, torch.linalg.inv(damped))
-    again = fit(weight, best, mask, damped, torch.linalg.inv(damped))
+    best = fit(weight, weight * mask, mask, damped)
+    again = fit(weight, best, mask, damped)
     assert bool((row_losses(weight, again, damped) <= row_losses(weight, best, damped)).all())
 
 
 def test_reselect_is_what_trying_all_pairs_finds() -> None:
-    """One row, quad after quad: six pairs of positions, each with its best two values, all other quads as they are."""
+    """One row, quad after quad, four times over: six pairs of positions with their best values, all other quads as they are."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(64, 16, generator=generator)
     matrix, weight = x.T @ x / 64, torch.randn(1, 16, generator=generator)
     start = weight * magnitude(weight)
     expected = start[0].clone()
-    for quad in range(0, 16, 4):
+    for quad in 4 * list(range(0, 16, 4)):
         trials = []
         for pair in combinations(range(quad, quad + 4), 2):
             trial, columns = expected.clone(), list(pair)
@@ -137,7 +137,7 @@ def test_every_exact_step_lowers_the_loss(problem: tuple[Tensor, Hessian]) -> No
         PRUNERS["sparsegpt"],
         Pruner(reselect=0),
         Pruner(reselect=1),
-        Pruner(reselect=3),
+        Pruner(),
     ]
     errors = [float(step.prune("layer", weight, hessian).losses.output.sum()) for step in steps]
     assert errors == sorted(errors, reverse=True)

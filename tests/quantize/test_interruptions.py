@@ -178,18 +178,24 @@ def test_two_runs_on_one_output(tiny_llama: Path, run: Run, tmp_path: Path) -> N
     run(tiny_llama)  # the lock is gone with its owner
 
 
-def test_an_occupied_output_is_refused_and_overwritten_on_demand(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+def test_only_a_result_of_ours_is_overwritten_and_on_demand(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="not empty") as refusal:
-        run(tiny_llama)
-    assert "--overwrite" in (refusal.value.hint or "")
-    assert (tmp_path / "out" / "thesis.tex").exists()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="not empty"):
+            run(tiny_llama, overwrite=overwrite)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "out.partial").exists()
 
-    run(tiny_llama, overwrite=True)
-    assert not (tmp_path / "out" / "thesis.tex").exists()
-    run(tiny_llama, overwrite=True, damp=0.02)
-    assert not list(tmp_path.glob("*.old"))
+    run(tiny_llama, "result", preset="rtn")
+    with pytest.raises(OutputError, match="not empty") as refusal:
+        run(tiny_llama, "result")
+    assert "--overwrite" in (refusal.value.hint or "")
+    (tmp_path / "result.old").mkdir()
+    before = (tmp_path / "result" / "manifest.json").read_text()
+    run(tiny_llama, "result", overwrite=True)
+    assert before != (tmp_path / "result" / "manifest.json").read_text()
+    assert {"out", "result", "result.old", "tiny-llama"} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "not writable")])

@@ -118,6 +118,10 @@ class Tables:
         """Everything that `choose` may return for a weight, over all M."""
         return tuple(dict.fromkeys(self._nearest(gpu, n, k).choices))
 
+    def named_on(self, gpu: str) -> tuple[str, ...]:
+        """Everything that `choose` may return on a GPU, whatever the weight."""
+        return tuple(dict.fromkeys(choice for row in self.table(gpu) for choice in row.choices))
+
     def _nearest(self, gpu: str, n: int, k: int) -> TableRow:
         return min(self.table(gpu), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
 

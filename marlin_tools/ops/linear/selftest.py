@@ -2,7 +2,7 @@
 measured must pass before its results are used.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +63,24 @@ def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
     if not torch.cuda.is_available():
         raise DeviceError("torch finds no CUDA device", hint="the kernels need one; `--backend reference` runs on a CPU")
     device = torch.device("cuda", torch.device(device).index or 0)
-    results = []
-    for family in _FAMILIES:
-        for dtype in ELEMENTS:
-            for group_size in (128, _K):
-                packed = family.pack(_weight(group_size, device))
-                for choice in family.tables.choices_on(target_of(device)):
-                    scales = "g128" if group_size == 128 else "column"
-                    name = f"{family.mark}{choice} {str(dtype).removeprefix('torch.')} {scales}"
-                    results.append(_check(name, family, choice, packed, dtype))
-    return results
+    every = ((sparse, dtype, grouped) for sparse in (False, True) for dtype in ELEMENTS for grouped in (True, False))
+    return [
+        result
+        for sparse, dtype, grouped in every
+        for result in check_choices(
+            device, dtype, _FAMILIES[sparse].tables.choices_on(target_of(device)), sparse=sparse, grouped=grouped
+        )
+    ]
+
+
+def check_choices(
+    device: torch.device, dtype: torch.dtype, choices: Iterable[str], *, sparse: bool, grouped: bool
+) -> list[CheckResult]:
+    """The same for some kernels, one type of activations and one kind of scales."""
+    family = _FAMILIES[sparse]
+    packed = family.pack(_weight(128 if grouped else _K, device))
+    kind = f"{str(dtype).removeprefix('torch.')} {'g128' if grouped else 'column'}"
+    return [_check(f"{family.mark}{choice} {kind}", family, choice, packed, dtype) for choice in choices]
 
 
 def _failure(device: torch.device) -> str | None:

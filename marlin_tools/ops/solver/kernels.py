@@ -1,7 +1,7 @@
 """The solver's kernels: what happens inside one block of columns, for all rows at once and without asking the host anything.
 
-Between the blocks there are matrix products, which torch does; `algorithms/sweep.py` and `algorithms/polish.py` hold the same
-steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes are uint8.
+Between the blocks there are matrix products, which torch does. `algorithms/` holds the same steps in plain torch, and those
+define what is right. All matrices are float32 and contiguous, codes are uint8.
 """
 
 from dataclasses import dataclass
@@ -49,6 +49,15 @@ _CLIP = Arguments(
     "ClipArguments",
     f"weight:P factor:P scales:P stride:q rows:i groups:i bfloat16:i unused:i ratios:{len(_CLIPS)}f",
 )
+_CHOOSE = Arguments(
+    "ChooseArguments",
+    "weight:P owed:P feedback:P diagonal:P kept:P values:P errors:P stride:q owed_stride:q feedback_stride:q rows:i width:i",
+)
+_RESELECT = Arguments(
+    "ReselectArguments",
+    "gradient:P hessian:P inverses:P values:P kept:P change:P "
+    "stride:q gradient_stride:q change_stride:q rows:i width:i walks:i preference:f",
+)
 _CUT = Arguments(
     "CutArguments",
     "matrix:P row_factor:P column_factor:P high:P low:P stride:q out_stride:q rows:i columns:i",
@@ -90,6 +99,14 @@ def _clip(target: str) -> Kernel:
     return _kernel(target, "clip", _CLIP, shared_bytes=_SQUARE_BYTES + 4 * (BLOCK * (_ROWS + 4) + 8 * _ROWS))
 
 
+def _choose(target: str) -> Kernel:
+    return _kernel(target, "choose", _CHOOSE, shared_bytes=_SQUARE_BYTES)
+
+
+def _reselect(target: str) -> Kernel:
+    return _kernel(target, "reselect", _RESELECT, shared_bytes=_SQUARE_BYTES + 4 * 6 * BLOCK)
+
+
 def _cut(target: str, each: int) -> Kernel:
     return _kernel(target, "cut", _CUT, each)
 
@@ -101,6 +118,8 @@ def solver_kernels(target: str) -> list[Kernel]:
         *(_descend(target, group_size, masked=masked) for group_size in (0, *GROUP_SIZES) for masked in (False, True)),
         *(_search(target, group_size) for group_size in GROUP_SIZES),
         _clip(target),
+        _choose(target),
+        _reselect(target),
         *(_cut(target, each) for each in (1, 4)),
     ]
 
@@ -201,6 +220,61 @@ def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, star
         *(0 if state.mask is None else _address(state.mask, start), _address(state.scales, start * groups // k)),
         *(_address(state.codes, start), _address(state.errors, start), change_nb.data_ptr()),
         *(k, gradient_nb.stride(0), width, n, width, groups, int(dtype == torch.bfloat16)),
+    )
+    return change_nb
+
+
+def choose_block(
+    weight_nk: Tensor,
+    owed_nb: Tensor,
+    feedback_bb: Tensor,
+    diagonal_k: Tensor,
+    placed: tuple[Tensor, Tensor, Tensor],
+    start: int,
+) -> None:
+    """Keep two of every four columns from `start` on, as `algorithms.pruning.TwoOfFour` does.
+
+    `placed` is what is filled: masks, values, errors [N, K]. `owed` is what earlier columns left to pay.
+    """
+    n, k = weight_nk.shape
+    mask_nk, value_nk, errors_nk = placed
+    _launch(
+        _choose(target_of(weight_nk.device)),
+        _ctas(n),
+        weight_nk,
+        *(_address(weight_nk, start), owed_nb.data_ptr(), feedback_bb.data_ptr(), _address(diagonal_k, start)),
+        *(_address(mask_nk, start), _address(value_nk, start), _address(errors_nk, start)),
+        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, min(BLOCK, k - start)),
+    )
+
+
+@dataclass(frozen=True)
+class Quads:
+    """What `reselect_block` works on, changed in place.
+
+    values, mask   [N, K]; two of every four are kept
+    inverses       [K/4, 6, 4]: see `algorithms.support.pair_inverses`
+    preference     by how much another pair must gain more than the present one, relatively
+    """
+
+    values: Tensor
+    mask: Tensor
+    inverses: Tensor
+    preference: float
+
+
+def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, start: int, walks: int) -> Tensor:
+    """Choose every quad of one block again, `walks` times over; returns by how much the errors changed [N, B]."""
+    n, k = state.values.shape
+    width = min(BLOCK, k - start)
+    change_nb = torch.empty(n, width, device=state.values.device)
+    _launch(
+        _reselect(target_of(state.values.device)),
+        _ctas(n),
+        state.values,
+        *(gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr(), _address(state.inverses, 6 * start)),
+        *(_address(state.values, start), _address(state.mask, start), change_nb.data_ptr()),
+        *(k, gradient_nb.stride(0), width, n, width, walks, state.preference),
     )
     return change_nb
 
