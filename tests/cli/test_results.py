@@ -199,6 +199,15 @@ def test_verify_fails_on_a_damaged_file(cli, int4):
     assert "FAILED" in outcome.out
 
 
+def test_verify_is_strict_about_what_was_skipped_if_asked(cli, model):
+    assert 0 == cli("quantize", model, "--preset", "rtn", "-o", "rounded").code
+    plain, strict = cli("verify", "rounded"), cli("verify", "rounded", "--strict", "--json")
+
+    assert (0, 1) == (plain.code, strict.code)
+    assert "checks: 8 passed, 1 skipped\n" in plain.err
+    assert 1 == json.loads(strict.out)["verification"]["rounded"]["skipped"]
+
+
 def test_eval_takes_the_newest_run(cli, model, text):
     for preset in ("rtn", "fast"):
         assert 0 == cli("quantize", model, "--preset", preset, "--calib", text, *FEW).code
