@@ -1,4 +1,4 @@
-"""The plugin against stand-ins of vLLM's classes, oldest and newest: what it takes, what it leaves, and that it never raises."""
+"""The plugin against stand-ins of vLLM's classes, oldest and newest: what it takes and leaves, and that it never raises."""
 
 import logging
 
@@ -134,7 +134,7 @@ def test_scales_that_float16_cannot_hold_are_given_back(engine, make, caplog):
 
     weight = make()
     original = engine.kernel._float16
-    kernel, layer = engine.load(weight, act_type=torch.bfloat16)
+    engine.load(weight, act_type=torch.bfloat16)
     with pytest.raises(ValueError, match="not exact"):
         original(torch.full((4, 2), 2.0**-26, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="not exact"):

@@ -84,11 +84,10 @@ class LinearOperator:
             driver.loaded(self._kernel(choice, dtype, group_of(weight.codes, weight.scales), target_of(device)), device)
         torch.cuda.synchronize(device)  # the kernels fetch weights ahead of stream order: these must be complete
 
-    def kernels(self, device: torch.device, dtype: torch.dtype, *, grouped: bool) -> dict[str, Variant]:
-        """By choice, every kernel that may be chosen on a device, whatever the size of the weight and M."""
-        scales = torch.empty((1, 1 + grouped, TILE_N), dtype=torch.float16, device="meta")
+    def kernels(self, device: torch.device, dtype: torch.dtype, group: int) -> dict[str, Kernel]:
+        """By choice, every kernel that may be chosen on a device, whatever the size of the weight and M; `group` as below."""
         choices = dict.fromkeys((*self._tables.named_on(gpu_of(device)), CUBLAS))
-        return {choice: self._variant(choice, dtype, scales) for choice in choices}
+        return {choice: self._kernel(choice, dtype, group, target_of(device)) for choice in choices}
 
     def multiply_with(
         self, choice: str, x: Tensor, weight: Packed, bias: Tensor | None = None, target: str | None = None

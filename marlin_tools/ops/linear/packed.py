@@ -48,8 +48,8 @@ def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Te
     return _operator(codes).on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
 
 
-def _fake(x: Tensor, *operands: Tensor | int | None) -> Tensor:
-    return x.new_empty((x.shape[0], operands[-1]))
+def _fake(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty((x.shape[0], out_features))
 
 
 _library.impl("packed_linear", _on_cuda, "CUDA")
