@@ -48,8 +48,15 @@ def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Te
     return _operator(codes).on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
 
 
-def _fake(x: Tensor, *operands: Tensor | int | None) -> Tensor:
-    return x.new_empty((x.shape[0], operands[-1]))
+def _fake(
+    x: Tensor,
+    codes: Tensor,  # noqa: ARG001
+    scales: Tensor,  # noqa: ARG001
+    exponent: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
 
 
 _library.impl("packed_linear", _on_cuda, "CUDA")
