@@ -9,6 +9,7 @@ JOBS ?= 2
 VENV := .venv
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
+CUDA := $(wildcard kernels/*/*.cu kernels/*/*.cuh)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -39,14 +40,22 @@ reproduce: $(READY) ## the recipes of the embedded model against the numbers in 
 test: lint types ## everything that needs no GPU: style, types, layers, tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"
 
-lint: $(READY) ## ruff, its formatter, and the direction of imports
+fuzz: $(READY) ## mutated files against every reader, MINUTES=5 of them
+	@$(BIN)/python tests/fuzz/campaign.py --minutes $(MINUTES) --seed $(SEED)
+
+kill: $(READY) ## KILLS=200 runs that are killed, continued, and compared byte for byte
+	@$(BIN)/python tests/kill/campaign.py --count $(KILLS) --seed $(SEED)
+
+lint: $(READY) ## ruff, its formatter, clang-format for the kernels, and the direction of imports
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check || { echo "hint: \`make fix\` formats these files" >&2; exit 1; }
+	@$(BIN)/clang-format --dry-run --Werror $(CUDA) || { echo "hint: \`make fix\` formats these files" >&2; exit 1; }
 	@$(BIN)/lint-imports --no-cache --no-logo
 
-fix: $(READY) ## what ruff can repair by itself
+fix: $(READY) ## what ruff and clang-format can repair by themselves
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(CUDA)
 
 types: $(READY) ## mypy, strict
 	@$(BIN)/mypy

@@ -2,16 +2,44 @@
 
 Rules: a user's mistake raises a `MarlinToolsError`; misuse of the Python API raises `ValueError` or `TypeError`;
 a broken invariant is an `assert` with the values. The command line catches `MarlinToolsError` once, at the top.
+
+Names come from files that anybody may have made, so a message is made plain when it is raised: one line, printable, bounded.
 """
+
+from collections.abc import Sequence
+from types import TracebackType
+
+LONGEST = 500
+"""Characters of a message; a longer one loses its middle."""
+
+MOST = 20
+"""Problems that are listed one by one."""
+
+
+def plain(text: str, limit: int = LONGEST) -> str:
+    """`text` as one printable line of bounded length: control characters and lone surrogates are escaped."""
+    if len(text) > limit:
+        head = 2 * limit // 3
+        text = f"{text[:head]} ... {text[len(text) - (limit - head - 5) :]}"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        if len(text) > limit:
+            text = text[: limit - 4] + " ..."
+    return text
 
 
 class MarlinToolsError(Exception):
     """Base of all errors shown to users: `message` names the object, the value and the rule, `hint` the next step."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.lines: tuple[str, ...] = (plain(message),)
+        self.hint = None if hint is None else plain(hint)
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """What is wrong; one line, unless several problems were found at once."""
+        return "\n".join(self.lines)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
@@ -19,6 +47,14 @@ class MarlinToolsError(Exception):
 
 class RecipeError(MarlinToolsError):
     """A recipe or an option cannot be understood."""
+
+    @classmethod
+    def of(cls, problems: Sequence[str], *, hint: str | None = None) -> "RecipeError":
+        """Several problems, a line each; of very many, the first ones and how many there are."""
+        error = cls(problems[0], hint=hint)
+        more = len(problems) - MOST
+        error.lines = (*map(plain, problems[:MOST]), *([f"and {more} more problems"] if more > 0 else ()))
+        return error
 
 
 class DataError(MarlinToolsError):
@@ -43,3 +79,24 @@ class OutputError(MarlinToolsError):
 
 class DeviceError(MarlinToolsError):
     """The device asked for is not there, too small, or cannot run this."""
+
+
+class Translated:
+    """`with Translated(ModelError, "`x`: cannot be loaded", hint)`: whatever a library raises over a user's file becomes ours.
+
+    For a single call of a library that reads foreign files and raises any class, panics of its Rust parts included. Our own
+    errors, exits and interruptions pass through.
+    """
+
+    def __init__(self, kind: type[MarlinToolsError], what: str, hint: str) -> None:
+        self.kind, self.what, self.hint = kind, what, hint
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if value is None or isinstance(value, MarlinToolsError | MemoryError):
+            return
+        if isinstance(value, Exception) or type(value).__module__ == "pyo3_runtime":
+            reason = next((line.strip() for line in str(value).splitlines() if line.strip()), "")
+            raise self.kind(f"{self.what}: {reason or type(value).__name__}", hint=self.hint) from value

@@ -27,8 +27,8 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
 from marlin_tools.ops.linear.layout import TILE_K, TILE_N, PackedWeight, exponent_of
 from marlin_tools.ops.linear.sparse_layout import PackedSparse, random_sparse
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
-from marlin_tools.ops.linear.variants import TILES
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
+from marlin_tools.ops.linear.tiles import TILES
 from marlin_tools.ops.runtime.cubin_cache import default_dir
 from marlin_tools.settings import Settings
 
@@ -130,12 +130,12 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     gpu = dispatch.gpu_of(device)
     shapes = list({(s.k, s.n): s for s in _shapes(settings.models, device)}.values())
     rates = measure_rates(device)
-    tables: dict[str, list[dispatch.Measured]] = {kind.name: [] for kind in _KINDS}
+    tables: dict[str, list[dispatch.TableRow]] = {kind.name: [] for kind in _KINDS}
     for index, shape in enumerate(shapes):
         problem = _Problem.make(shape, settings, rates)
         for kind in _KINDS:
             winners = [problem.fastest(kind, m) for m in settings.rows]
-            tables[kind.name].append(dispatch.Measured(shape.n, shape.k, settings.rows, tuple(winners)))
+            tables[kind.name].append(dispatch.TableRow(shape.n, shape.k, settings.rows, tuple(winners)))
         emit(Event("progress", "tuning", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
     for kind in _KINDS:
         put(kind.tables.tuned_path(), kind.tables.tuned_with(gpu, tables[kind.name]))

@@ -5,15 +5,15 @@ modules, made on the meta device, say which tensors follow from it, so a card an
 A model of the hub that has no card is planned from its config.json, a few kilobytes.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from marlin_tools.checkpoint.reader import Checkpoint, Stored, hub_name
-from marlin_tools.errors import ModelError
+from marlin_tools.checkpoint.headers import Stored
+from marlin_tools.checkpoint.reader import Checkpoint, hub_name, read_config
+from marlin_tools.errors import ModelError, Translated
 
 _KEYS = (
     "hidden_size",
@@ -56,7 +56,7 @@ class Card(Checkpoint):
         self._tensors = _tensors(config, self.dtype)
 
 
-def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], object]) -> Checkpoint:
+def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], object] | None) -> Checkpoint:
     """The model that `ref` names, from disk if it is there, else from its card or its config.json; no weights are fetched."""
     if isinstance(ref, Checkpoint):
         return ref
@@ -64,10 +64,12 @@ def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], obje
     if str(ref) == "demo" or Path(ref).expanduser().is_dir() or repository.count("/") != 1:
         return Checkpoint.open(ref, accept)
     if (cached := _cached(repository, revision, str(ref))) is not None:
-        accept(cached.config)
+        if accept is not None:
+            accept(cached.config)
         return cached
     config = CARDS.get(repository) or _config_of_the_hub(repository, revision)
-    accept(config)
+    if accept is not None:
+        accept(config)
     return Card(config, str(ref))
 
 
@@ -87,15 +89,13 @@ def _config_of_the_hub(repository: str, revision: str | None) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        content = json.loads(Path(hf_hub_download(repository, "config.json", revision=revision)).read_text(encoding="utf-8"))
+        file = Path(hf_hub_download(repository, "config.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"`{repository}` has no built-in shape card, is not in the local cache, and its config.json cannot be fetched",
             hint=f"check the spelling, the network and HF_TOKEN; models with a card: {', '.join(CARDS)}",
         ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"`{repository}`: config.json is not a JSON object", hint="is this a model repository?")
-    return content
+    return read_config(file.parent)
 
 
 def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
@@ -103,13 +103,9 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
-    try:
+    with Translated(ModelError, "config.json is not understood by transformers", "update transformers"), torch.device("meta"):
         settings = AutoConfig.for_model(config["model_type"], **known)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    except (KeyError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"config.json is not understood by transformers: {reason}", hint="update transformers") from error
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     left_out = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     return {
         name: Stored(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())

@@ -10,8 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from marlin_tools.checkpoint.contract import BlockEntry, RunState
 from marlin_tools.checkpoint.output import OutputDirectory
-from marlin_tools.errors import OutputError
+from marlin_tools.checkpoint.strict_json import conforms, read_object
+from marlin_tools.errors import ModelError, OutputError
 
 
 def fingerprint_of(**facts: Any) -> str:
@@ -25,7 +29,7 @@ class Journal:
     def __init__(self, output: OutputDirectory, fingerprint: str) -> None:
         self._output = output
         run = output.state / "run.json"
-        begun = json.loads(run.read_text())["fingerprint"] if run.is_file() and output.work.exists() else None
+        begun = self._read(run, RunState).get("fingerprint", "unreadable") if run.exists() and output.work.exists() else None
         if begun == fingerprint:
             return
         if begun is not None and not output.overwrite:
@@ -42,14 +46,29 @@ class Journal:
         entry = self._output.state / self._name(index)
         if not entry.is_file() or not shard.is_file():
             return None
-        content: dict[str, Any] = json.loads(entry.read_text())
-        return content if content["sha256"] == _sha256(shard) else None
+        content = self._read(entry, BlockEntry)
+        return content if content and content["sha256"] == _sha256(shard) else None
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """What a finished block has recorded."""
+        content: dict[str, Any] = json.loads((self._output.state / self._name(index)).read_text())
+        return content
 
     def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
         """Block `index` is done; from here on a resumed run skips it."""
         complete = {**entry, "sha256": _sha256(shard)}
         self._output.write_state(self._name(index), json.dumps(complete))
         return complete
+
+    @staticmethod
+    def _read(file: Path, model: type[BaseModel]) -> dict[str, Any]:
+        """A note of ours; empty if it is none, so that what it stands for is done again."""
+        try:
+            content = read_object(file)
+            conforms(model, content, str(file))
+        except ModelError:
+            return {}
+        return content
 
     @staticmethod
     def _name(index: int) -> str:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools import __version__
-from marlin_tools.checkpoint.output import OutputDirectory, put
+from marlin_tools.checkpoint.contract import Manifest
+from marlin_tools.checkpoint.output import MANIFEST as NAME
+from marlin_tools.checkpoint.output import TOOL, OutputDirectory, clear_published, put
+from marlin_tools.checkpoint.strict_json import conforms, read_object
+from marlin_tools.errors import ModelError
 
-NAME = "manifest.json"
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "datasets", "lm-eval", "numpy")
 
 
@@ -45,7 +48,7 @@ def write_manifest(
 ) -> None:
     """Write manifest.json into a result that is being made, with the hashes of the files that it has by now."""
     content = {
-        "tool": {"name": "marlin-tools", "version": __version__},
+        "tool": {"name": TOOL, "version": __version__},
         "stage": stage,
         **facts,
         "versions": versions(),
@@ -70,14 +73,29 @@ def record_stage(directory: Path, stage: str, cost: Mapping[str, float]) -> None
     content = read_manifest(directory)
     if content is None:
         return
-    content["times"].setdefault("stages", {})[stage] = {key: round(value, 2) for key, value in cost.items()}
+    content.setdefault("times", {}).setdefault("stages", {})[stage] = {key: round(value, 2) for key, value in cost.items()}
     put(directory / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a finished result, if there is a readable one."""
-    try:
-        content = json.loads((directory / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The manifest of a finished result; None if there is none, an error if it is not what we write."""
+    file = directory / NAME
+    if not file.exists():
         return None
-    return content if isinstance(content, dict) else None
+    hint = "remove it: the weights do not need it, but what it says of them is lost"
+    content = read_object(file, hint=hint)
+    conforms(Manifest, content, str(file), hint=hint)
+    if content["tool"]["name"] != TOOL:
+        raise ModelError(f"`{file}` is of `{content['tool']['name']}`, not of {TOOL}", hint=hint)
+    return content
+
+
+def holds(out: Path, fingerprint: str) -> bool:
+    """Whether `out` already is the result of this run; what a run that was killed behind its last step left goes away."""
+    try:
+        found = (read_manifest(out) or {}).get("fingerprint") == fingerprint
+    except ModelError:
+        return False  # whether it may be replaced is decided where outputs are
+    if found:
+        clear_published(out)
+    return found

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import MarlinToolsError, OutputError
 
 ELSEWHERE = "choose another `-o DIR`"
@@ -38,52 +39,176 @@ _TYPES = {
 """What safetensors calls them, in the order in which its own writer puts them into a file: every tensor is aligned."""
 
 
+MANIFEST, TOOL = "manifest.json", "marlin-tools"
+"""What a directory that we wrote is known by: this file, and who it says wrote it."""
+
+BESIDE = frozenset({MANIFEST, "recipe.yaml", "report.html", "README.md", "evaluation.json"})
+"""What a result holds besides the files that its manifest lists."""
+
+
+def check_output(out: Path | str, sources: Iterable[Path | str] = (), *, overwrite: bool = False) -> Path:
+    """Refuse a place for a result that cannot be written, or where something lies that no run of ours made.
+
+    Decided before the work. Only a directory whose manifest says that we wrote it is ever replaced, never one that is or holds
+    a source (a model, baseline, teacher or text of the run) or the working directory, and nothing in it that is not ours.
+    """
+    path = Path(out).expanduser()
+    if not path.name or path.name == ".." or "\0" in str(out):
+        raise OutputError(f"`{out}` is no name for a result", hint="give it a directory of its own: `-o DIR`")
+    try:
+        _check_apart(path, sources)
+        _check_replaceable(path, overwrite=overwrite)
+        _check_writable(path)
+    except OSError as error:
+        raise explained(error, path) from error
+    return path
+
+
+def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+    if path.is_symlink():
+        raise OutputError(f"`{path}` is a link, and results replace what they are named", hint=ELSEWHERE)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"`{path}` is a file, not a directory", hint=ELSEWHERE)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if stranger := _not_ours(path):
+        raise OutputError(f"`{path}` exists and is not empty, and {stranger}", hint=f"it is never replaced; {ELSEWHERE}")
+    if not overwrite:
+        raise OutputError(f"`{path}` exists and is not empty", hint="use `--overwrite`, or another `-o DIR`")
+
+
+def _check_writable(path: Path) -> None:
+    """Raise what making it, and what is worked on beside it, would raise."""
+    partial = path.with_name(path.name + ".partial")
+    if len(os.fsencode(partial.name)) > 255:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    place = partial if partial.exists() else partial.parent
+    while not place.exists():
+        place = place.parent
+    for there in (place, path.parent):
+        if there.exists() and not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if there.exists() and not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_apart(path: Path, sources: Iterable[Path | str]) -> None:
+    resolved = path.resolve()
+    if Path.cwd().is_relative_to(resolved):
+        raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
+    for source in sources:
+        if "\0" not in str(source) and Path(source).expanduser().resolve().is_relative_to(resolved):
+            raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=ELSEWHERE)
+
+
+def _not_ours(directory: Path) -> str | None:
+    """Why a directory is none of our results, or what lies in it that its manifest does not know."""
+    try:
+        content = read_object(directory / MANIFEST, OutputError)
+    except OutputError:
+        return f"has no {MANIFEST} of ours"
+    tool, listed = content.get("tool"), content.get("files")
+    if not isinstance(tool, dict) or tool.get("name") != TOOL or not isinstance(listed, dict):
+        return f"has no {MANIFEST} of ours"
+    folders = {Path(name).parts[0] for name in listed if "/" in name}
+    for entry in sorted(directory.iterdir()):
+        known = entry.name in BESIDE or entry.name.endswith(".tmp") or entry.name in listed or entry.name in folders
+        if not known:
+            return f"`{entry.name}` in it is no part of a result"
+        if entry.name in folders and (
+            more := sorted(e.name for e in entry.iterdir() if f"{entry.name}/{e.name}" not in listed)
+        ):
+            return f"`{entry.name}/{more[0]}` in it is no part of a result"
+    return None
+
+
+def clear_published(out: Path) -> None:
+    """Remove what a run that was killed after it published `out` has left; a run that goes on is left alone."""
+    output = OutputDirectory(out)
+    if output.partial.is_dir() and not output.work.exists():
+        try:
+            descriptor = os.open(output.partial, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not output.work.exists():
+                    shutil.rmtree(output.partial)
+            finally:
+                os.close(descriptor)
+        except OSError:  # busy, or not ours to remove: it is in nobody's way
+            return
+
+
 class OutputDirectory:
     """The result directory `out` while it is being made.
 
-    work    where its files go until `publish`
-    state   what must survive a crash but does not belong into the result
+    work      where its files go until `publish`
+    state     what must survive a crash but does not belong into the result
+    replaced  what stood in the way, for the moment of publishing
     """
 
-    def __init__(self, out: Path | str, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self, out: Path | str, *, overwrite: bool = False, resume: bool = False, sources: Iterable[Path | str] = ()
+    ) -> None:
         self.out = Path(out).expanduser()
-        self.partial = self.out.with_name(self.out.name + ".partial")
-        self.work = self.partial / "model"
-        self.state = self.partial / "state"
+        self.partial = self.out.parent / (self.out.name + ".partial")
+        self.work, self.state, self.replaced = (self.partial / name for name in ("model", "state", "replaced"))
         self.overwrite = overwrite
         self.resume = resume
+        self.sources = tuple(sources)
 
     def __enter__(self) -> Self:
-        if self.out.exists() and not self.overwrite and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise OutputError(f"`{self.out}` exists and is not empty", hint="use `--overwrite`, or another `-o DIR`")
+        check_output(self.out, self.sources, overwrite=self.overwrite)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.partial, os.O_RDONLY)
+            self._descriptor = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             raise explained(error, self.partial) from error
+        try:
+            self._take()
+        except MarlinToolsError:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def _take(self) -> None:
+        """Lock what is being made, and begin with what an earlier run may be continued from."""
         busy = OutputError(f"another run is writing `{self.out}`", hint="wait for it, or choose another `-o DIR`")
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._descriptor)
             raise busy from error
         if not self.partial.exists() or self.partial.stat().st_ino != os.fstat(self._descriptor).st_ino:
-            os.close(self._descriptor)  # the other run published its result between our two calls
-            raise busy
-        if not self.resume:
-            self.clear()
-        for half_written in self.partial.rglob("*.tmp"):
-            half_written.unlink()
-        return self
+            raise busy  # the other run published its result between our two calls
+        there = {entry.name for entry in self.partial.iterdir()}
+        if there and (self.state.name not in there or there - {folder.name for folder in self._folders}):
+            raise OutputError(f"`{self.partial}` is in the way, and no unfinished run of ours", hint=ELSEWHERE)
+        try:
+            self.state.mkdir(exist_ok=True)  # by which it is known
+            if self.replaced.is_dir() and self.work.exists() and not self.out.exists():
+                self.replaced.rename(self.out)  # a run was killed between taking away what it replaces and publishing
+                check_output(self.out, self.sources, overwrite=self.overwrite)
+            if not self.resume:
+                self.clear()
+            for half_written in self.partial.rglob("*.tmp"):
+                half_written.unlink()
+        except OSError as error:
+            raise explained(error, self.partial) from error
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and self.partial.exists() and not (self.work.exists() and any(self.work.iterdir())):
+            shutil.rmtree(self.partial, ignore_errors=True)  # it failed before anything was finished
         os.close(self._descriptor)  # releases the lock
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self.work, self.replaced, self.state
 
     def clear(self) -> None:
         """Forget what an earlier run left."""
-        for folder in (self.state, self.work):
+        for folder in self._folders:
             if folder.exists():
                 shutil.rmtree(folder)
+        self.state.mkdir()
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file."""
@@ -126,17 +251,16 @@ class OutputDirectory:
 
     def publish(self) -> Path:
         """Make the finished directory visible under its final name."""
+        check_output(self.out, self.sources, overwrite=self.overwrite)  # it may have been filled meanwhile
         try:
             os.fsync(self._descriptor)
-            old = self.out.with_name(self.out.name + ".old")
             if self.out.exists():
-                if old.exists():
-                    shutil.rmtree(old)
-                self.out.rename(old)
+                self.out.rename(self.replaced)
             self.work.rename(self.out)
-            if old.exists():
-                shutil.rmtree(old)
-            shutil.rmtree(self.partial)
+            for folder in self._folders:
+                if folder.exists():
+                    shutil.rmtree(folder)
+            self.partial.rmdir()
         except OSError as error:
             raise explained(error, self.out) from error
         return self.out

@@ -1,17 +1,15 @@
 """A model directory, read lazily: headers at once, tensors one at a time, nothing ever unpickled.
 
 `Checkpoint.open` takes what people have: a local directory, a hub id, or an alias such as `llama2-7b` or `demo`.
-A revision may be named, `owner/name@commit`. Opening reads config.json and the safetensors headers, and checks that every shard
-is there and as long as its header says.
+A revision may be named, `owner/name@commit`. Opening reads config.json and the safetensors headers (`headers.py`) and checks
+that every shard is there and as long as its header says, that nothing lies outside of the directory, and that config.json
+describes these tensors (`contract.py`).
 """
 
 import hashlib
-import json
 import re
-import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -20,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin_tools.errors import ModelError
+from marlin_tools.checkpoint.contract import Tensors, agree, check_config
+from marlin_tools.checkpoint.headers import Stored, check_inside, read_headers
+from marlin_tools.checkpoint.strict_json import read_object
+from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files
+from marlin_tools.errors import ModelError, Translated
 from marlin_tools.resources import demo_dir
 
 if TYPE_CHECKING:
@@ -40,31 +42,7 @@ ALIASES = {
     "gemma2-9b": "google/gemma-2-9b",
 }
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies: so many bytes of a file, from `offset` on."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    nbytes: int
-    offset: int = 0
 
 
 class Checkpoint:
@@ -73,8 +51,13 @@ class Checkpoint:
     def __init__(self, path: Path, origin: str) -> None:
         self.path = path
         self.origin = origin
-        self.config = _read_json(path / "config.json")
-        self._tensors = _read_headers(path)
+        check_inside(path)
+        self.config = read_config(path)
+        self._tensors = read_headers(path)
+        shapes = {name: stored.shape for name, stored in self._tensors.items()}
+        agree(
+            self.config, Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()}), path / "config.json"
+        )
 
     @classmethod
     def open(cls, ref: "str | Path | Checkpoint", accept: Callable[[dict[str, Any]], object] | None = None) -> "Checkpoint":
@@ -87,7 +70,7 @@ class Checkpoint:
         elif not path.is_dir():
             path = _fetch(str(ref), accept)
         if accept is not None:
-            accept(_read_json(path / "config.json"))
+            accept(read_config(path))
         return cls(path, str(ref))
 
     @property
@@ -95,12 +78,35 @@ class Checkpoint:
         """`quantization_config` of config.json, if the weights are stored quantised."""
         return self.config.get("quantization_config")
 
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The part of config.json that describes the language model: all of it, or what stands beside other models'.
+
+        Nested ones often leave out what is as usual, so transformers' defaults are filled in.
+        """
+        if not isinstance(self.config.get("text_config"), dict):
+            return self.config
+        from transformers import AutoConfig
+
+        known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
+        try:
+            config = AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"`{self.path / 'config.json'}` is not understood by transformers: {str(error).splitlines()[0]}",
+                hint="update transformers, or check config.json",
+            ) from error
+        assert isinstance(config, dict)
+        return config
+
     @property
     def dtype(self) -> torch.dtype:
         """The 16-bit (or other) type that the model was made in."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        inside = self.config.get("text_config")
+        places = (self.config, inside) if isinstance(inside, dict) else (self.config,)
+        name = next((place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), "float32")
         dtype = getattr(torch, str(name), None)
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ModelError(f"`{self.path / 'config.json'}`: unknown dtype `{name}`", hint="use float16, bfloat16 or float32")
         return dtype
 
@@ -167,13 +173,10 @@ class Checkpoint:
         """The model's own tokenizer; never runs code from the checkpoint."""
         from transformers import AutoTokenizer
 
-        try:
+        check_tokenizer_files(self.path)
+        hint = "tokenizer.json or tokenizer.model must lie beside config.json"
+        with Translated(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", hint):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(
-                f"`{self.path}`: the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-                hint="tokenizer.json or tokenizer.model must lie beside config.json",
-            ) from error
 
     def companions(self) -> list[Path]:
         """The files that make it a complete model besides weights and config: tokenizer, generation settings, licence."""
@@ -207,7 +210,7 @@ def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
     try:
         config = hf_hub_download(repo, "config.json", revision=revision)
         if accept is not None:
-            accept(_read_json(Path(config)))
+            accept(read_config(Path(config).parent))
         offline = constants.HF_HUB_OFFLINE  # said, because a commit is looked up on the hub even if it is in the cache
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline))
     except GatedRepoError as error:
@@ -225,71 +228,16 @@ def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory, every key that we use of its right kind."""
+    file = path / "config.json"
+    if not file.exists():
         raise ModelError(
-            f"`{path.parent}` holds no {path.name}", hint="a Hugging Face model directory has config.json and *.safetensors"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"`{path}` cannot be read as JSON: {error}", hint="download the file again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"`{path}` is not a JSON object", hint="download the file again")
-    return content
-
-
-def _read_headers(path: Path) -> dict[str, Stored]:
-    """Headers of all shards; the index decides which file holds a tensor when there is one."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = {path / name for name in _read_json(index).get("weight_map", {}).values()}
-    else:
-        files = set(path.glob("*.safetensors"))
-        files.discard(path / "reference.safetensors")
-    if not files:
-        pickled = any(any(path.glob(pattern)) for pattern in _PICKLES)
-        hint = (
-            "convert it to safetensors first: pickles can run code and are not read"
-            if pickled
-            else "is this a model directory?"
+            f"`{path}` holds no config.json", hint="a Hugging Face model directory has config.json and *.safetensors"
         )
-        raise ModelError(f"`{path}` holds no *.safetensors", hint=hint)
-    tensors: dict[str, Stored] = {}
-    for file in sorted(files):
-        for name, stored in _read_header(file).items():
-            if name in tensors:
-                raise ModelError(f"`{file}` repeats tensor `{name}`", hint="remove stale shards, or download the model again")
-            tensors[name] = stored
-    return tensors
-
-
-def _read_header(file: Path) -> dict[str, Stored]:
-    """Parse a safetensors header by hand, so that truncation is found at once and named."""
-    hint = "download the file again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if 8 + length > size:
-                raise ModelError(f"`{file}` is truncated inside its header ({size} bytes)", hint=hint)
-            header = json.loads(stream.read(length))
-    except FileNotFoundError as error:
-        raise ModelError(f"`{file}` is missing, though the index names it", hint=hint) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"`{file}` is not a safetensors file: {error}", hint=hint) from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise ModelError(f"`{file}` is truncated: its header promises {8 + length + end} bytes, it has {size}", hint=hint)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ModelError(f"`{file}`: tensor `{name}` has type {entry['dtype']}", hint=f"readable: {', '.join(_DTYPES)}")
-        first, last = entry["data_offsets"]
-        tensors[name] = Stored(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], last - first, 8 + length + first)
-    return tensors
+    config = read_object(file)
+    check_config(config, file)
+    return config
 
 
 def _read_all(file: FileIO, into: memoryview) -> None:

@@ -1,36 +1,50 @@
 """The modules of a model without its weights, and the checks under which a stored tensor becomes one of its weights."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ModelError, Translated
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model of config.json on the meta device: all modules, no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
+    what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
+    refused = Translated(ModelError, what, "update transformers, or check config.json")
+    with refused:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"`{checkpoint.path / 'config.json'}` is not understood by transformers: {str(error).splitlines()[0]}",
-            hint="update transformers, or check config.json",
-        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), warnings.catch_warnings():
+    nested = config.get_text_config() is not config
+    maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    with refused, torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=_attention(config))
+    if nested:
+        _leave_language(model)
     return model.eval()
+
+
+def _attention(config: "PreTrainedConfig") -> str | None:
+    """How attention is computed: eagerly where nothing else caps its logits, else as transformers likes best for the model."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def _leave_language(model: nn.Module) -> None:
+    """Take away what reads images and sounds."""
+    for owner in (model, getattr(model, "model", model)):
+        for name, _ in list(owner.named_children()):
+            if name not in {"model", "language_model", "lm_head"}:
+                setattr(owner, name, None)
 
 
 def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tensor:
@@ -44,11 +58,23 @@ def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tens
 def read_shaped(checkpoint: Checkpoint, name: str, shape: Sequence[int], *, pinned: bool = False) -> Tensor:
     """One stored tensor as it is, if it has this shape; in pinned memory for a copy to a GPU."""
     if checkpoint.shape(name) != tuple(shape):
-        raise ModelError(
-            f"`{name}` is {checkpoint.shape(name)} in the checkpoint, config.json asks for {tuple(shape)}",
-            hint="config.json and weights do not belong together; download the model again",
-        )
+        raise mismatched(name, checkpoint.shape(name), shape)
     return checkpoint.read_pinned(name) if pinned else checkpoint.read(name)
+
+
+def mismatched(name: str, found: Sequence[int], asked: Sequence[int]) -> ModelError:
+    """What to raise for a weight of another shape."""
+    return ModelError(
+        f"`{name}` is {tuple(found)} in the checkpoint, config.json asks for {tuple(asked)}",
+        hint="config.json and weights do not belong together; download the model again",
+    )
+
+
+def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse a model with NaN or infinity in one of these tensors: those that are taken over as they are."""
+    for name in names:
+        if checkpoint.stored(name).dtype.is_floating_point and not bool(torch.isfinite(checkpoint.read(name)).all()):
+            raise damaged(name)
 
 
 def damaged(name: str) -> ModelError:

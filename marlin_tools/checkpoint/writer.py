@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from marlin_tools.checkpoint.headers import read_header
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
 
@@ -31,14 +32,10 @@ class ModelWriter:
 
     def finish(self, source: Checkpoint, quantization_config: dict[str, Any] | None) -> None:
         """Write the index, take over the companions of `source`, and write config.json."""
-        from safetensors import safe_open
-
         weight_map: dict[str, str] = {}
         total = 0
         for index in range(self._shards):
-            with safe_open(self.shard_path(index), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    weight_map[name] = self.shard_name(index)
+            weight_map |= dict.fromkeys(read_header(self.shard_path(index)), self.shard_name(index))
             total += self.shard_path(index).stat().st_size
         index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.output.write_text("model.safetensors.index.json", json.dumps(index_json, indent=1) + "\n")

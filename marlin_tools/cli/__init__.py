@@ -1,13 +1,17 @@
 """The command line: every verb turns its flags into a recipe, has the engine run it, and prints the result.
 
 stdout carries the result, stderr everything else. Exit codes: 0 done, 1 ran but a check failed, 2 could not run, 130
-interrupted. Defaults live in the settings classes: a flag that is not given is not in the recipe. Whatever `--help` does not
-need is imported by the function that needs it. This package is the only importer of typer. A family of verbs is a file.
+interrupted, by Ctrl-C or SIGTERM. Defaults live in the settings classes: a flag that is not given is not in the recipe.
+Whatever `--help` does not need is imported by the function that needs it. This package is the only importer of typer. A family
+of verbs is a file.
 """
 
+import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -50,12 +54,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for library in ("TRANSFORMERS", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # they warn of their own defaults, not of the user's model
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a CPU that others use too to a standstill
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that ends us is somebody who presses Ctrl-C
     try:
         code = app(arguments, prog_name="marlin-tools", standalone_mode=False) or 0
     except typer.Abort:
         code = 130
     except MarlinToolsError as error:
         code = _complain(error)
+    except OSError as error:  # a name that is too long, a file that went away: what only the system could know
+        if error.filename is None:
+            raise
+        hint = "check the name, and what it stands for"
+        code = _complain(MarlinToolsError(f"`{os.fsdecode(error.filename)}`: {error.strerror}", hint=hint))
     except _UsageError as error:
         code = _complain(_usage(error))
     if code == 130:
@@ -68,7 +82,7 @@ def _complain(error: MarlinToolsError) -> int:
     from marlin_tools.cli import ui
 
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:  # several processes write to one terminal
-        error.message = f"process {os.environ['RANK']}: {error.message}"
+        error.lines = tuple(f"process {os.environ['RANK']}: {line}" for line in error.lines)
     ui.complain(error)
     return 2
 

@@ -1,22 +1,28 @@
 """The verbs that look at what is there: `verify`, `inspect` and `doctor`."""
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
-from marlin_tools.cli.options import PLAIN, Directory, Json, Model
+from marlin_tools.cli.options import PLAIN, Directory, Json, Model, flag
 from marlin_tools.cli.perform import perform, recipe_of, short_name
 
 app = typer.Typer(**PLAIN)
 
 
 @app.command()
-def verify(directory: Directory, json: Json = False) -> int:
+def verify(
+    directory: Directory,
+    strict: Annotated[bool, flag("--strict", "Exit with 1 if a check was skipped.")] = False,
+    json: Json = False,
+) -> int:
     """Check a quantised model, and say which engines load it.
 
     Exits with 1 if a check fails.
     """
-    return perform(recipe_of(short_name(str(directory)), str(directory), [{"stage": "verify"}]), as_json=json)
+    recipe = recipe_of(short_name(str(directory)), str(directory), [{"stage": "verify"}])
+    return perform(recipe, strict=strict, as_json=json)
 
 
 @app.command()

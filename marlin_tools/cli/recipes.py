@@ -51,6 +51,7 @@ def reproduce(
     """
     from marlin_tools import report
     from marlin_tools.cli import ui
+    from marlin_tools.report.comparison import as_text, write_comparison
     from marlin_tools.run.plan import plan
     from marlin_tools.run.reproduce import collect
     from marlin_tools.run.reproduce import reproduce as compare
@@ -62,8 +63,10 @@ def reproduce(
         ui.write_json(steps) if json else ui.write("\n\n".join(texts))
         return 0
     with ui.Display() as display:
-        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite)
-    ui.write_json(comparison.describe()) if json else ui.write(report.as_text(comparison))
+        shown = report.write_pages
+        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite, finished=shown)
+    ui.note(f"`{write_comparison(comparison)}` shows it")
+    ui.write_json(comparison.describe()) if json else ui.write(as_text(comparison))
     return comparison.code
 
 
@@ -113,15 +116,16 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
     from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
-    problems, fine = [], []
+    problems: list[str] = []
+    fine: list[str] = []
     for file in files:
         try:
             count = recipe_files.check(file)
             fine.append(f"{file}: ok" + (f", {count} recipes" if count > 1 else ""))
         except RecipeError as error:
-            problems.append(error.message)
+            problems += error.lines
     if problems:
-        raise RecipeError("\n".join(problems), hint="`marlin-tools recipes schema` describes every key")
+        raise RecipeError.of(problems, hint="`marlin-tools recipes schema` describes every key")
     ui.write("\n".join(fine))
     return 0
 

@@ -6,11 +6,12 @@ Results are written as they are, without colour or wrapping, so that what a scri
 
 import json
 import os
+import re
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from marlin_tools.errors import MarlinToolsError, OutputError
+from marlin_tools.errors import MarlinToolsError, OutputError, plain
 from marlin_tools.events import Event
 
 if TYPE_CHECKING:
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 _STYLES = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
 
 
+_LINE = 2000
+"""Characters of one line on stderr."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What would steer a terminal, or cannot be written as UTF-8."""
+
+
 def write(text: str) -> None:
-    """A result, as it is."""
+    """A result, as it is but for control characters."""
+    text = _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text.rstrip("\n"))
     try:
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail again at the end
@@ -38,13 +47,18 @@ def write_json(document: Any) -> None:
 
 def note(text: str) -> None:
     """A fact worth a line, on stderr."""
-    _stderr().print(text)
+    _stderr().print(plain(text, _LINE))
+
+
+def hint(text: str) -> None:
+    """What one might do next, on stderr."""
+    _labeled(_stderr(), "hint", text)
 
 
 def complain(error: MarlinToolsError) -> None:
     """`error:` for every line of the message, then `hint:`."""
     console = _stderr()
-    for line in error.message.splitlines():
+    for line in error.lines:
         _labeled(console, "error", line)
     if error.hint:
         _labeled(console, "hint", error.hint)
@@ -94,12 +108,12 @@ class Display:
         if event.kind == "progress":
             self._advance(event)
         elif event.kind in _STYLES:
-            _labeled(self._console, event.kind, event.text)
+            _labeled(self._console, event.kind, plain(event.text, _LINE))
         elif event.kind == "stage":
             self._clear()
-            self._console.print(event.text, style="bold")
+            self._console.print(plain(event.text, _LINE), style="bold")
         else:
-            self._console.print(f"  {event.text}")
+            self._console.print(f"  {plain(event.text, _LINE)}")
 
     def _advance(self, event: Event) -> None:
         if not event.total:  # what is being worked on, within the count that runs

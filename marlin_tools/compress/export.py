@@ -9,22 +9,25 @@ they are. Checkpoints of other tools work as well as ours. What could stop the c
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from marlin_tools.checkpoint.journal import fingerprint_of
-from marlin_tools.checkpoint.manifest import read_manifest, write_manifest
-from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.manifest import holds, read_manifest, write_manifest
+from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.errors import FormatError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
-from marlin_tools.formats import FORMATS, Format, get_format
+from marlin_tools.formats import FORMATS, Format, get_format, known_format
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.stage import Outlook, Planned, Stage, Work
 
 SHARD_BYTES = 2 << 30
 """Larger shards are cut: this much is in memory at a time."""
@@ -47,17 +50,42 @@ def export(
     checkpoint = Checkpoint.open(source)
     work = _Conversion(checkpoint, target, emit)
     work.check()
+    check_output(out, (checkpoint.path,), overwrite=True)
     run = fingerprint_of(stage="export", source=checkpoint.fingerprint, format=format)
-    if not overwrite and (finished := read_manifest(Path(out))) and finished.get("fingerprint") == run:
+    if not overwrite and holds(Path(out), run):
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
-    with OutputDirectory(out, overwrite=overwrite) as output:
+    facts = work.facts(run)
+    with OutputDirectory(out, overwrite=overwrite, sources=(checkpoint.path,)) as output:
         begin = time.perf_counter()
         work.run(output)
-        write_manifest(output, "export", work.facts(run), {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)
+        write_manifest(output, "export", facts, {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)
         output.publish()
     emit(Event("result", f"`{out}` holds {len(work.contents.grids)} linears as `{format}`"))
     return Checkpoint.open(out)
+
+
+class ExportStage(Stage):
+    """Write the quantised model in other formats."""
+
+    stage: Literal["export"] = "export"
+    formats: tuple[Annotated[str, AfterValidator(known_format)], ...] = Field(min_length=1)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """A model in each format."""
+        return self.formats
+
+    def plan(self, outlook: Outlook) -> Planned:
+        """Limits are looked at when the codes are known, or by `quantize` in the same recipe."""
+        return Planned((("formats", ", ".join(self.formats)),))
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """One format after the other."""
+        for name, path in work.outputs.items():
+            with work.clock("export", path):
+                export(work.model, name, path, emit=work.emit, overwrite=work.overwrite)
+        return {}
 
 
 class _Conversion:
@@ -83,6 +111,7 @@ class _Conversion:
                 f"`{self.source.origin}` mixes group sizes: {', '.join(map(str, sorted(sizes)))}",
                 hint="config.json can name only one; quantise again with one `--group-size`",
             )
+        check_finite(self.source, self.source.names())
         self._refuse({name: reason for name, grid in grids.items() if (reason := self.target.limits(*grid))})
         if self._depends_on_values():
             self.emit(Event("note", f"looking whether `{self.target.name}` can hold every value"))

@@ -4,13 +4,13 @@ A document is a text, or a conversation: a list of messages `{"role": ..., "cont
 by its columns: `text`; else `messages`; else a prompt and a response column, which make a conversation of two turns.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from marlin_tools.errors import DataError
+from marlin_tools.checkpoint.strict_json import parse, read_bounded
+from marlin_tools.errors import DataError, Translated
 
 Message = dict[str, str]
 Document = str | list[Message]
@@ -20,17 +20,18 @@ Rows = Iterable[tuple[str, dict[str, Any]]]
 PROMPTS = ("instruction", "prompt", "question")
 RESPONSES = ("response", "output", "completion", "answer")
 TABLES = (".jsonl", ".parquet")
+LARGEST = 4 << 30
+"""Bytes of a file; all of it is in memory."""
 
 
 def read_text(path: Path) -> str:
     """The whole file as UTF-8 text, line ends untouched; a byte order mark is no part of it."""
     try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        content = read_bounded(path, DataError, "name an ordinary file, or split it", limit=LARGEST)
+        text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as failure:
         hint = "convert it to UTF-8, or name a `.txt`, `.jsonl` or `.parquet` file"
         raise DataError(f"`{path}`: not UTF-8 text, see byte {failure.start}", hint=hint) from failure
-    except OSError as failure:
-        raise DataError(f"`{path}`: cannot be read ({failure.strerror})", hint="check the path") from failure
     if not text.strip():
         raise DataError(f"`{path}`: holds no text", hint="name a file with text in it, or use `--calib demo`")
     return text
@@ -51,26 +52,18 @@ def _json_rows(path: Path) -> Rows:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as failure:
-            hint = "a `.jsonl` file has one JSON object per line"
-            raise DataError(f"`{path}:{number}`: broken JSON ({failure.msg}, column {failure.colno})", hint=hint) from failure
+        row = parse(line, f"{path}:{number}", DataError, "a `.jsonl` file has one JSON object per line")
         if not isinstance(row, dict):
             raise DataError(f"`{path}:{number}`: a {type(row).__name__}, not an object", hint='write rows as {"text": "..."}')
         yield f"{path}:{number}", row
 
 
 def _parquet_rows(path: Path) -> Rows:
-    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (OSError, pa.ArrowException) as failure:
-        raise DataError(f"`{path}`: no parquet file ({failure})", hint="write it again, or use `.jsonl`") from failure
+    with Translated(DataError, f"`{path}`: no parquet file", "write it again, or use `.jsonl`"), ParquetFile(path) as file:
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def documents(rows: Rows) -> Iterator[Document]:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from marlin_tools.data.offline import give_up_early
 from marlin_tools.data.rows import TABLES, Document, Rows, documents, paragraphs, read_rows, read_text, texts
 from marlin_tools.errors import DataError
 from marlin_tools.resources import demo_dir
@@ -92,12 +93,15 @@ class HubDataset:
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
+        told = constants.HF_HUB_OFFLINE
+        give_up_early()
         if not constants.HF_HUB_OFFLINE:
             return self.owner_name
         try:
             return snapshot_download(self.owner_name, revision=self.revision, repo_type="dataset", local_files_only=True)
         except LocalEntryNotFoundError as failure:
-            raise OSError("not in the hub cache, and HF_HUB_OFFLINE is set") from failure
+            why = "HF_HUB_OFFLINE is set" if told else "the hub does not answer"
+            raise OSError(f"not in the hub cache, and {why}") from failure
 
 
 def local_file(path: Path) -> Corpus:
@@ -158,6 +162,8 @@ SOURCES: dict[str, Callable[[], Corpus]] = {
     "pile": pile,
     "ultrachat": ultrachat,
 }
+BY_DOCUMENT = frozenset({"redpajama"})
+"""Sources whose samples are single documents when nobody says otherwise."""
 
 
 def find_corpus(source: str) -> Callable[[], Corpus]:

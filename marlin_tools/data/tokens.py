@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marlin_tools.errors import DataError
+from marlin_tools.checkpoint.headers import read_header
+from marlin_tools.checkpoint.strict_json import parse_object
+from marlin_tools.errors import DataError, Translated
 
 Order = Literal["first", "shuffled"]
 
@@ -100,14 +102,14 @@ class TokenSet:
     @classmethod
     def load(cls, path: Path) -> "TokenSet":
         """Read what `save` wrote, and check that it still is what it was."""
-        try:
+        hint = "make it again with `TokenSet.save`"
+        with Translated(DataError, f"`{path}`: not a token file", hint):
+            read_header(path)
             with safe_open(path, framework="pt") as file:
-                words = json.loads((file.metadata() or {})["token_set"])
-                sequences = file.get_tensor("tokens").split(file.get_tensor("lengths").tolist())
-        except (OSError, KeyError, SafetensorError) as failure:
-            raise DataError(f"`{path}`: not a token file ({failure})", hint="make it again with `TokenSet.save`") from failure
-        expected = words.pop("fingerprint")
-        tokens = cls(sequences=sequences, **{**words, "notes": tuple(words["notes"])})
+                words = parse_object((file.metadata() or {})["token_set"].encode(), str(path), DataError, hint)
+                ids, lengths = file.get_tensor("tokens"), file.get_tensor("lengths")
+            expected = words.pop("fingerprint")
+            tokens = cls(sequences=ids.split(lengths.tolist()), **{**words, "notes": tuple(words["notes"])})
         if tokens.fingerprint != expected:
             raise DataError(f"`{path}`: its tokens do not match its fingerprint", hint="make it again with `TokenSet.save`")
         return tokens

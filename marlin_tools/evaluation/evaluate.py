@@ -53,6 +53,7 @@ class EvaluateSettings(Settings):
     batch_size    items per forward; `auto` is chosen from the free memory and halved when it runs out
     seqlen        window of the perplexity; by default 4096, or the model's positions if it has fewer
     include_path  directories with lm-eval tasks of your own
+    allow_task_code  whether functions and scripts of those tasks may run
     backend       what runs the quantised linears: a name in `backends.BACKENDS`
     device        auto, cpu, cuda or cuda:N
     seed          of everything that lm-eval draws, above all the few-shot examples
@@ -64,9 +65,17 @@ class EvaluateSettings(Settings):
     batch_size: Literal["auto"] | int = Field(default="auto")
     seqlen: int | None = Field(default=None, ge=2)
     include_path: tuple[Path, ...] = ()
+    allow_task_code: bool = False
     backend: str = "auto"
     device: str = "auto"
     seed: int = Field(default=1234, ge=0, lt=2**32)
+
+    @field_validator("tasks")
+    @classmethod
+    def _named(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(task.strip().removeprefix("ppl:") for task in tasks):
+            raise ValueError("a task without a name; for example `ppl:wikitext2,mmlu`")
+        return tuple(task.strip() for task in tasks)
 
     @field_validator("batch_size")
     @classmethod
@@ -111,9 +120,9 @@ def evaluate(
         scores=tuple(_in_order(scores, settings)),
         model=run.subject.describe(),
         baseline=run.original.describe() if run.original is not None else None,
-        settings=settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json", exclude={"stage", "baseline"}),
         versions=versions(),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys([*run.code, *notes])),
         seconds=time.perf_counter() - begin,
     )
     emit(Event("result", f"{len(result.scores)} scores", data=result.describe()))
@@ -167,6 +176,7 @@ class _Run:
         self.original = _Side(original) if original is not None else None
         self.tokenizer = checkpoint.tokenizer()
         self.bos = Encoder(self.tokenizer).bos
+        self.code: list[str] = []
         self.harness = self._harness()
         self.texts = {name: self._tokens(name) for name in settings.texts}
         if original is not None and self.texts:
@@ -218,13 +228,16 @@ class _Run:
         if not self.settings.questions:
             return None
         from marlin_tools.evaluation.harness import Harness
+        from marlin_tools.evaluation.task_index import Tasks
 
         asked = self.settings
-        return Harness(asked.questions, asked.include_path, asked.num_fewshot, asked.seed, self.emit)
+        found = Tasks(asked.questions, asked.include_path, allow_code=asked.allow_task_code)
+        self.code = found.code
+        return Harness(found, asked.num_fewshot, asked.seed, self.emit)
 
     def _tokens(self, name: str) -> TokenSet:
         """The sequences of a text, as many as `limit` says."""
-        config = self.subject.checkpoint.config
+        config = self.subject.checkpoint.text_config
         longest = int(config.get("max_position_embeddings", WINDOW))
         seqlen = self.settings.seqlen or min(WINDOW, longest)
         if seqlen > longest:
@@ -237,7 +250,7 @@ class _Run:
 
     def _check_vocabulary(self, original: Checkpoint) -> None:
         """Predictions can be compared word by word only if both models mean the same words."""
-        sizes = self.subject.checkpoint.config["vocab_size"], original.config["vocab_size"]
+        sizes = self.subject.checkpoint.text_config["vocab_size"], original.text_config["vocab_size"]
         if sizes[0] != sizes[1] or original.tokenizer().get_vocab() != self.tokenizer.get_vocab():
             names = self.subject.checkpoint.origin, original.origin
             raise DataError(

@@ -19,11 +19,18 @@ from marlin_tools.formats.gptq import GPTQ, GPTQ_V2
 from marlin_tools.formats.marlin import MARLIN
 from marlin_tools.formats.marlin_24 import GPTQ_MARLIN_24, MARLIN_24
 
-__all__ = ["FORMATS", "READABLE", "Format", "find_format", "get_format"]
+__all__ = ["FORMATS", "READABLE", "Format", "find_format", "get_format", "known_format"]
 
 FORMATS: dict[str, Format] = {each.name: each for each in (GPTQ, COMPRESSED_TENSORS, MARLIN, MARLIN_24)}
 READABLE: tuple[Format, ...] = (*FORMATS.values(), GPTQ_V2, GPTQ_MARLIN_24)
 """Everything that checkpoints may say they are."""
+
+
+def known_format(name: str) -> str:
+    """The name of a format that there is; for settings, which complain with ValueError."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown format `{name}`; known: {', '.join(FORMATS)}")
+    return name
 
 
 def get_format(name: str) -> Format:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError
 from marlin_tools.formats.stored import StoredLinears
@@ -82,9 +83,13 @@ def keeps(config: Mapping[str, Any], name: str) -> bool:
         targets = [target for group in (config.get("config_groups") or {}).values() for target in group.get("targets") or ()]
         return _matches(config.get("ignore") or (), name) or not _matches(targets, name)
     skipped = [rule.removeprefix("-:") for rule in config.get("dynamic") or {} if rule.startswith("-:")]
-    return any(re.match(rule, name) for rule in skipped) or name in (config.get("modules_to_not_convert") or ())
+    return any(_pattern(rule).match(name) for rule in skipped) or name in (config.get("modules_to_not_convert") or ())
 
 
 def _matches(entries: list[str] | tuple[str, ...], name: str) -> bool:
     """compressed-tensors' rules: a full name, `re:` and an expression for its beginning, or the class of a module."""
-    return any(re.match(e[3:], name) if e.startswith("re:") else e in {name, "Linear"} for e in entries)
+    return any(_pattern(e[3:]).match(name) if e.startswith("re:") else e in {name, "Linear"} for e in entries)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return compiled(text, "`quantization_config`:", FormatError)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from marlin_tools.checkpoint.strict_json import read_bounded
 from marlin_tools.errors import RecipeError
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.recipe import Recipe, schema
@@ -112,9 +113,9 @@ def check(ref: str | Path) -> int:
         try:
             _row(document, table, row.name, ())
         except RecipeError as error:
-            problems += error.message.splitlines()
+            problems += error.lines
     if problems:  # a mistake in a shared recipe is one of every row
-        raise RecipeError("\n".join(sorted(dict.fromkeys(problems), key=recipe_yaml.position)))
+        raise RecipeError.of(sorted(dict.fromkeys(problems), key=recipe_yaml.position))
     return len(load_all(ref))
 
 
@@ -172,17 +173,21 @@ def show(ref: str | Path) -> str:
 
 
 def _read(path: Path) -> Document:
+    hint = "recipes are UTF-8 text files"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"`{path}` cannot be read: {error}") from error
+        text = read_bounded(path, RecipeError, hint, limit=4 * recipe_yaml.LARGEST).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"`{path}` cannot be read: no UTF-8 at byte {error.start}", hint=hint) from error
     return recipe_yaml.parse(text, str(path))
 
 
 def _recipe(document: Document, overrides: Iterable[str]) -> Recipe:
     for override in overrides:
         _override(document, override)
-    return recipe_yaml.validate(Recipe, document)
+    recipe = recipe_yaml.validate(Recipe, document)
+    if recipe.control == recipe.name:
+        raise RecipeError(f"{document.origin(('control',), key=True)}: recipe `{recipe.name}` is its own control")
+    return recipe
 
 
 def _row(document: Document, table: Table, name: str, overrides: Iterable[str], *, fitting: bool = False) -> Recipe:

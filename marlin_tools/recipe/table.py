@@ -76,7 +76,7 @@ def check_table(document: Document) -> Table:
     """The frame of a table, or all that is wrong with it."""
     table = validate(Table, document)
     if problems := [f"{document.origin(path, key=True)}: {rule}" for path, rule in _contradictions(table)]:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError.of(problems)
     return table
 
 

@@ -5,18 +5,33 @@ Knows nothing of recipes: any pydantic model can be read with it. A value has an
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from io import StringIO
+from itertools import accumulate
+from types import TracebackType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from marlin_tools.errors import RecipeError
+from marlin_tools.errors import MOST, RecipeError, Translated
+
+DEEPEST = 32
+"""Levels of nesting."""
+
+MOST_VALUES = 20_000
+"""Values of a document; what an alias stands for counts wherever it stands."""
+
+LARGEST = 64 << 10
+"""Characters of a document: ten times the largest table here."""
+
+_PLAIN = "recipes are plain YAML 1.2"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Path = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -57,30 +72,58 @@ class Document:
 
 def parse(text: str, file: str) -> Document:
     """Read one YAML mapping."""
-    try:
-        data = YAML(typ="safe", pure=True).load(text)
-        root = YAML(typ="safe", pure=True).compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        raise RecipeError(f"{place}: {error.problem or error.context}", hint="recipes are plain YAML 1.2") from error
-    except YAMLError as error:
-        raise RecipeError(f"{file}: not YAML: {str(error).splitlines()[0]}", hint="recipes are plain YAML 1.2") from error
-    if not isinstance(data, dict):
+    root = _compose(text, file)
+    if not isinstance(root, MappingNode):
         raise RecipeError(f"{file}:1:1: expected `key: value` lines", hint="`marlin-tools recipes show demo` prints a recipe")
-    document = Document(data, {(): f"{file}:1:1"})
-    for path, key, value in _walk(root, ()):
+    document = Document({}, {(): f"{file}:1:1"})
+    for path, key, value in _walk(root, file):
         document.keys[path] = _place(file, key)
         document.values[path] = _place(file, value)
+    document.data = _construct(text, file)
     return document
 
 
 def parse_value(text: str) -> Any:
     """One value as YAML reads it: `0.05`, `true`, `[a, b]`, `word`."""
     try:
+        if (root := _compose(text, "--set")) is None:
+            return None
+        for _ in _walk(root, "--set"):
+            pass
+        return _construct(text, "--set")
+    except RecipeError as error:
+        reason = error.message.partition(": ")[2]
+        raise RecipeError(f"`{text[:100]}` is no YAML value: {reason}", hint="quote it: --set 'model=\"a: b\"'") from error
+
+
+def _compose(text: str, file: str) -> Node | None:
+    """The nodes of a document with their places; a node that is named and used again is there once."""
+    if len(text) > LARGEST:
+        raise RecipeError(f"{file}: has {len(text)} characters, at most {LARGEST} are read", hint=_PLAIN)
+    deepest = max(accumulate(("[{".count(c) - "]}".count(c) for c in re.sub(r"[^\[\]{}]", "", text)), initial=0))
+    if deepest > DEEPEST:
+        raise RecipeError(f"{file}: nested deeper than {DEEPEST} levels", hint=_PLAIN)
+    with _Refusal(file):
+        return YAML(typ="safe", pure=True).compose(text)
+
+
+def _construct(text: str, file: str) -> Any:
+    with _Refusal(file):
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise RecipeError(f"`{text}` is no YAML value", hint="quote it: --set 'model=\"a: b\"'") from error
+
+
+class _Refusal(Translated):
+    """What the library raises over a text; its own errors know where."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(RecipeError, f"{file}: not YAML", _PLAIN)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(value, MarkedYAMLError):
+            mark = value.problem_mark or value.context_mark
+            place = f"{self.what.removesuffix(': not YAML')}:{mark.line + 1}:{mark.column + 1}" if mark else self.what
+            raise RecipeError(f"{place}: {value.problem or value.context}", hint=_PLAIN) from value
+        super().__exit__(kind, value, trace)
 
 
 def dump(data: Mapping[str, Any]) -> str:
@@ -100,14 +143,16 @@ def validate(model: type[Model], document: Document) -> Model:
     except ValidationError as error:
         schema = model.model_json_schema()
         errors = error.errors(include_url=False)
+        around = {each["loc"][:end] for each in errors for end in range(len(each["loc"]))}
+        places = Counter(each["loc"] for each in errors)
+        wrong = [each for each in errors if each["loc"] not in around and places[each["loc"]] == 1]
         problems: dict[str, str] = {}
-        for each in errors:
-            if any(other is not each and other["loc"][: len(each["loc"])] == each["loc"] for other in errors):
-                continue  # only says that what lies inside is wrong
+        for each in wrong[: 5 * MOST]:  # what is around others only says that what lies inside is wrong
             place, rule = _complaint(dict(each), document, schema)
             problems[place] = f"{problems[place]}, or {rule}" if place in problems else rule
         lines = sorted((f"{place}{rule}" for place, rule in problems.items()), key=position)
-        raise RecipeError("\n".join(lines)) from error
+        more = [f"and {len(wrong) - 5 * MOST} more"] * (len(wrong) > 5 * MOST)
+        raise RecipeError.of([*lines, *more]) from error
 
 
 def dotted(path: Path) -> str:
@@ -128,17 +173,28 @@ def _enter(place: list[Any], part: str | int, path: Path, origin: str) -> Any:
     return place[part]
 
 
-def _walk(node: Node, path: Path) -> Iterator[tuple[Path, Node, Node]]:
-    """(path, key node, value node) of everything inside `node`."""
-    if isinstance(node, MappingNode):
-        children = [((*path, key.value), key, value) for key, value in node.value]
-    elif isinstance(node, SequenceNode):
-        children = [((*path, index), value, value) for index, value in enumerate(node.value)]
-    else:
-        children = []
-    for child, key, value in children:
-        yield child, key, value
-        yield from _walk(value, child)
+def _walk(root: Node, file: str) -> Iterator[tuple[Path, Node, Node]]:
+    """(path, key node, value node) of everything inside, as often as it is used; bounded in depth and in number."""
+    waiting: list[tuple[Node, Path]] = [(root, ())]
+    count = 0
+    while waiting:
+        node, path = waiting.pop()
+        if isinstance(node, MappingNode):
+            children = [((*path, key.value if isinstance(key, ScalarNode) else "?"), key, value) for key, value in node.value]
+        elif isinstance(node, SequenceNode):
+            children = [((*path, index), value, value) for index, value in enumerate(node.value)]
+        else:
+            children = []
+            if not str(node.value).isascii() and _SURROGATE.search(node.value):
+                raise RecipeError(f"{_place(file, node)}: half of a surrogate pair is no text", hint=_PLAIN)
+        count += len(children)
+        if count > MOST_VALUES:
+            raise RecipeError(f"{file}: more than {MOST_VALUES} values, aliases counted as often as they are used", hint=_PLAIN)
+        if children and len(path) >= DEEPEST:
+            raise RecipeError(f"{_place(file, node)}: nested deeper than {DEEPEST} levels", hint=_PLAIN)
+        for child, key, value in children:
+            yield child, key, value
+            waiting.append((value, child))
 
 
 def _place(file: str, node: Node) -> str:

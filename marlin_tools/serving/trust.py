@@ -7,10 +7,10 @@ import torch
 
 from marlin_tools.ops.linear import w4a16, w24a16
 from marlin_tools.ops.linear.selftest import check_choices
-from marlin_tools.ops.linear.variants import target_of
 from marlin_tools.ops.runtime import scratch
 from marlin_tools.ops.runtime.ahead import compile_ahead
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
+from marlin_tools.ops.runtime.target import target_of
 from marlin_tools.serving.vllm import Contained, log
 
 
@@ -25,8 +25,8 @@ def unfit(device_index: int, dtype: torch.dtype, *, sparse: bool, grouped: bool)
 def _judge(device: torch.device, dtype: torch.dtype, *, sparse: bool, grouped: bool) -> str | None:
     operator = w24a16.OPERATOR if sparse else w4a16.OPERATOR
     target, folder, begin = target_of(device), CubinCache(), time.perf_counter()
-    kernels = operator.kernels(device, dtype, grouped=grouped)
-    compiled = compile_ahead(list(kernels.values()), target, folder)
+    kernels = operator.kernels(device, dtype, 128 if grouped else 0)
+    compiled = compile_ahead(list(kernels.values()), folder)
     if compiled:
         took = time.perf_counter() - begin
         log.info("marlin-tools: compiled %d kernels for %s in %.1f s into `%s`", compiled, target, took, folder.folder)

@@ -165,7 +165,7 @@ def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
     return reason is None
 
 
-def _read(words: Tensor, scales: Tensor, shape: tuple[int, int]) -> QuantizedLinear:
+def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
     """The weight [N, K] of a layer as it was loaded; `output_dim` says which way its tensors lie, codes are packed along K."""
     k, n = shape
     words, scales = (tensor.detach() if _outputs_first(tensor) else tensor.detach().t() for tensor in (words, scales))

@@ -172,7 +172,9 @@ def test_strict_fails_on_a_warning(cli, asked, monkeypatch, verb):
 
     asked(*verb)
     monkeypatch.setattr(
-        marlin_tools.run, "execute", lambda *_, **__: marlin_tools.run.execute.RunResult(warnings=["damping was raised"])
+        marlin_tools.run.execute,
+        "execute",
+        lambda *_, **__: marlin_tools.run.execute.RunResult(warnings=["damping was raised"]),
     )
 
     assert 0 == cli(*verb).code

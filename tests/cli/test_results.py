@@ -151,7 +151,7 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
     home = Path("runs/small-int4-g128")
     first = cli("run", recipe)
     assert 0 == first.code, first.err
-    assert f"| {home}/compressed-tensors | all " in first.out
+    assert f"| {home}/compressed-tensors | 9 passed, 1 skipped " in first.out
     evaluation = home / "compressed-tensors" / "evaluation.json"
     measured = evaluation.read_bytes()
     made = _content(home / "gptq")
@@ -178,7 +178,7 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
 
 def test_each_verified_directory_is_charged_for_its_own_check(cli, model, monkeypatch):
     charged = []
-    monkeypatch.setattr("marlin_tools.run.execute.record_stage", lambda path, stage, _cost: charged.append((path.name, stage)))
+    monkeypatch.setattr("marlin_tools.stage.record_stage", lambda path, stage, _cost: charged.append((path.name, stage)))
     stages = "[{stage: quantize, preset: rtn, format: gptq}, {stage: export, formats: [marlin]}, {stage: verify}]"
     Path("two.yaml").write_text(f"name: two\nmodel: {model}\nstages: {stages}\n", encoding="utf-8")
 

@@ -89,7 +89,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": \n')
 
-    with pytest.raises(DataError, match=r"rows\.jsonl:3`: broken JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3` cannot be read as JSON"):
         list(read_rows(path))
 
 

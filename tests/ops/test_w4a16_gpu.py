@@ -10,7 +10,7 @@ from marlin_tools.bench import timing
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import dispatch, layout, reference, w4a16
 from marlin_tools.ops.linear import operator as linear_operator
-from marlin_tools.ops.linear.variants import TILES as SHAPES
+from marlin_tools.ops.linear.tiles import TILES as SHAPES
 from marlin_tools.ops.runtime import driver
 from marlin_tools.quantized import QuantizedLinear
 
@@ -268,7 +268,7 @@ def test_refuses_to_compile_while_capturing(monkeypatch):
     x = random_x(1, 128)
     ops.linear(x, packed)
     monkeypatch.setattr(driver, "_functions", {})
-    monkeypatch.setattr(w4a16.OPERATOR.kept, "plans", {})
+    monkeypatch.setattr(driver.kept, "launches", {})
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(DeviceError, match="not loaded yet"), torch.cuda.graph(graph):
         ops.linear(x, packed)

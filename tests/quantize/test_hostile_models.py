@@ -92,6 +92,32 @@ def test_weights_that_are_not_finite(victim: Path, refused: Callable[..., Marlin
     refused(victim, ModelError, r"model\.layers\.1\.mlp\.up_proj\.weight` holds NaN or infinite")
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("preset", ["rtn", "fast"])
+def test_what_is_kept_is_looked_at_as_well(
+    victim: Path, refused: Callable[..., MarlinToolsError], name: str, preset: str
+) -> None:
+    change_weights(victim, lambda tensors: tensors[name].view(-1)[3].fill_(float("nan")))
+    refused(victim, ModelError, f"{name}` holds NaN or infinite", preset=preset)
+
+
+def test_blocks_that_config_does_not_know(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    change_config(victim, num_hidden_layers=1)
+    refused(victim, ModelError, "`num_hidden_layers` is 1, but there are 2", preset="rtn")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "nonsense"), ("rope_parameters", {"rope_type": "nonsense"}), ("num_attention_heads", 3), ("head_dim", 7)],
+)
+def test_values_that_transformers_refuses(
+    victim: Path, refused: Callable[..., MarlinToolsError], tmp_path: Path, key: str, value: object
+) -> None:
+    change_config(victim, **{key: value})
+    refused(victim, ModelError, "config.json")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_missing_tensor(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
     change_weights(victim, lambda tensors: tensors.__delitem__("model.layers.0.self_attn.o_proj.weight"))
     refused(victim, ModelError, r"has no tensor `model\.layers\.0\.self_attn\.o_proj\.weight`")
@@ -142,5 +168,5 @@ def test_nothing_left_to_quantize(tiny_llama: Path, refused: Callable[..., Marli
 
 def test_a_tokenizer_that_cannot_be_loaded(victim: Path) -> None:
     (victim / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+    with pytest.raises(ModelError, match="`model` is missing"):
         Checkpoint.open(victim).tokenizer()

@@ -12,9 +12,11 @@ import pytest
 
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.quantize import QuantizeSettings, _Work, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.shards import Shards
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import MarlinToolsError, ModelError, OutputError
+from marlin_tools.stream.layer_stream import Block
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]
@@ -28,13 +30,13 @@ class Killed(BaseException):
 def solved_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that were really solved, in order."""
     seen: list[int] = []
-    solve = _Work._solve
+    groups = Block.groups
 
-    def spy(self: _Work, block: object) -> object:
-        seen.append(block.index)
-        return solve(self, block)
+    def spy(self: Block, *, staged: bool) -> object:
+        seen.append(self.index)
+        return groups(self, staged=staged)
 
-    monkeypatch.setattr(_Work, "_solve", spy)
+    monkeypatch.setattr(Block, "groups", spy)
     return seen
 
 
@@ -113,7 +115,7 @@ def test_a_shard_damaged_after_the_kill_is_made_again(
 ) -> None:
     run(tiny_llama, "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run(tiny_llama)
     shard = tmp_path / "out.partial" / "model" / "model-00001-of-00003.safetensors"
@@ -160,7 +162,7 @@ def test_kill_minus_nine(tiny_llama: Path, run: Run, digest: Digest, tmp_path: P
 
 def test_another_run_does_not_continue_this_one(tiny_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run(tiny_llama)
     with pytest.raises(OutputError, match="unfinished run with another") as refusal:
@@ -176,18 +178,24 @@ def test_two_runs_on_one_output(tiny_llama: Path, run: Run, tmp_path: Path) -> N
     run(tiny_llama)  # the lock is gone with its owner
 
 
-def test_an_occupied_output_is_refused_and_overwritten_on_demand(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+def test_only_a_result_of_ours_is_overwritten_and_on_demand(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="not empty") as refusal:
-        run(tiny_llama)
-    assert "--overwrite" in (refusal.value.hint or "")
-    assert (tmp_path / "out" / "thesis.tex").exists()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="not empty"):
+            run(tiny_llama, overwrite=overwrite)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "out.partial").exists()
 
-    run(tiny_llama, overwrite=True)
-    assert not (tmp_path / "out" / "thesis.tex").exists()
-    run(tiny_llama, overwrite=True, damp=0.02)
-    assert not list(tmp_path.glob("*.old"))
+    run(tiny_llama, "result", preset="rtn")
+    with pytest.raises(OutputError, match="not empty") as refusal:
+        run(tiny_llama, "result")
+    assert "--overwrite" in (refusal.value.hint or "")
+    (tmp_path / "result.old").mkdir()
+    before = (tmp_path / "result" / "manifest.json").read_text()
+    run(tiny_llama, "result", overwrite=True)
+    assert before != (tmp_path / "result" / "manifest.json").read_text()
+    assert {"out", "result", "result.old", "tiny-llama"} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "not writable")])

@@ -29,7 +29,13 @@ TILE_N = 64
 """Outputs per packed tile."""
 
 TILE_K = 128
-"""Inputs per packed tile, and the only group size besides "all of K"."""
+"""Inputs per packed tile."""
+
+GROUP = 128
+"""Inputs that share a scale, if not all of K do."""
+
+LEVELS = 16
+"""Codes of the grid; that of the value 0 is `quantized.ZERO`."""
 
 WORDS = TILE_N * TILE_K // 8
 """int32 per packed tile."""
@@ -93,8 +99,8 @@ def limits(in_features: int, group_size: int) -> str | None:
     """Why the kernels cannot hold such a weight, or None."""
     if in_features % TILE_K:
         return f"{in_features} inputs are not a multiple of {TILE_K}"
-    if group_size not in {TILE_K, in_features}:
-        return f"group_size {group_size} is neither {TILE_K} nor all of the {in_features} inputs"
+    if group_size not in {GROUP, in_features}:
+        return f"group_size {group_size} is neither {GROUP} nor all of the {in_features} inputs"
     return None
 
 

@@ -8,9 +8,7 @@ Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/12
 the exponent is that of `layout.exponent_of`.
 """
 
-import struct
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,11 +16,11 @@ from torch.compiler import is_compiling
 
 from marlin_tools.ops.linear.dispatch import CUBLAS, Tables, gpu_of
 from marlin_tools.ops.linear.layout import LEAST_EXPONENT, MOST_EXPONENT, MOST_ROUNDED, TILE_K, TILE_N, Packed
-from marlin_tools.ops.linear.plan import Plan, ThreadPlans
-from marlin_tools.ops.linear.variants import ELEMENTS, Variant, target_of
+from marlin_tools.ops.linear.plan import Plan
+from marlin_tools.ops.linear.trust import require_trust
 from marlin_tools.ops.runtime import driver
-
-_WEIGHTS = struct.Struct("3Q3i4x")  # `struct Weights` in dequantize.cuh
+from marlin_tools.ops.runtime.kernel import ELEMENTS, Kernel
+from marlin_tools.ops.runtime.target import target_of
 
 # Weights that are dequantised and multiplied at once on the cuBLAS path: a bound on the scratch memory. (Chunks small enough to
 # stay in the L2 cache were measured, and are slower: cuBLAS then has too few tiles to fill the GPU.)
@@ -38,7 +36,7 @@ class LinearOperator:
 
     words      int32 of a packed tile
     tables     which kernel multiplies
-    variant    the kernel for a choice of the tables, a type of activations and scales; for cuBLAS the one that dequantises
+    kernel     the one for a choice, a type of activations, a group of inputs and a target; for cuBLAS the one that dequantises
     plan       how a tile's kernel is launched for x, codes and a number of outputs
     reference  the operation in plain torch
     """
@@ -48,13 +46,11 @@ class LinearOperator:
         name: str,
         words: int,
         tables: Tables,
-        variant: Callable[[str, torch.dtype, Tensor], Variant],
+        kernel: Callable[[str, torch.dtype, int, str], Kernel],
         plan: Callable[[str, driver.Function, Tensor, Tensor, int], Plan],
         reference: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor],
     ) -> None:
-        self._words, self._tables, self._variant, self._plan, self._reference = words, tables, variant, plan, reference
-        self.kept = ThreadPlans()
-        """The plans of each thread."""
+        self._words, self._tables, self._kernel, self._plan, self._reference = words, tables, kernel, plan, reference
         _library.define(
             f"{name}(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int exponent) -> Tensor"
         )
@@ -85,14 +81,13 @@ class LinearOperator:
         device = weight.codes.device
         choices = self._tables.possible(gpu_of(device), weight.out_features, weight.in_features)
         for choice in (*choices, CUBLAS) if weight.exponent > MOST_ROUNDED else choices:
-            driver.loaded(self._variant(choice, dtype, weight.scales), device)
+            driver.loaded(self._kernel(choice, dtype, group_of(weight.codes, weight.scales), target_of(device)), device)
         torch.cuda.synchronize(device)  # the kernels fetch weights ahead of stream order: these must be complete
 
-    def kernels(self, device: torch.device, dtype: torch.dtype, *, grouped: bool) -> dict[str, Variant]:
-        """By choice, every kernel that may be chosen on a device, whatever the size of the weight and M."""
-        scales = torch.empty((1, 1 + grouped, TILE_N), dtype=torch.float16, device="meta")
+    def kernels(self, device: torch.device, dtype: torch.dtype, group: int) -> dict[str, Kernel]:
+        """By choice, every kernel that may be chosen on a device, whatever the size of the weight and M; `group` as below."""
         choices = dict.fromkeys((*self._tables.named_on(gpu_of(device)), CUBLAS))
-        return {choice: self._variant(choice, dtype, scales) for choice in choices}
+        return {choice: self._kernel(choice, dtype, group, target_of(device)) for choice in choices}
 
     def multiply_with(
         self, choice: str, x: Tensor, weight: Packed, bias: Tensor | None = None, target: str | None = None
@@ -104,7 +99,7 @@ class LinearOperator:
             return self._through_cublas(x, codes, scales, bias, out_features)
         if x.shape[0] == 0:
             return x.new_empty((0, out_features))
-        plan = self._plan_for(choice, x, codes, scales, out_features, target or _target(x.device.index))
+        plan = self._plan_for(choice, x, codes, scales, out_features, target or target_of(x.device))
         return plan(x, codes, scales, bias, weight.exponent)
 
     def dequantize(self, weight: Packed, dtype: torch.dtype) -> Tensor:
@@ -116,7 +111,7 @@ class LinearOperator:
 
     def forget_plans(self) -> None:
         """Choose anew: the dispatch tables changed."""
-        self.kept.plans.clear()
+        driver.kept.launches.clear()
 
     def check(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int) -> None:
         """Refuse, by name, what the kernels cannot read."""
@@ -165,34 +160,30 @@ class LinearOperator:
         devices = (x.get_device(), codes.get_device(), scales.get_device())
         wild = exponent > MOST_ROUNDED
         key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
-        plan = self.kept.plans.get(key)
+        plan: Plan | None = driver.kept.launches.get(key)
         if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
             self.check(x, codes, scales, bias, out_features, exponent)
         if plan is None:
             plan = self._make_plan(x, codes, scales, out_features, exponent)
             if plan is None:
                 return self._through_cublas(x, codes, scales, bias, out_features)
-            self.kept.keep(key, plan)
+            driver.keep(key, plan)
         return plan(x, codes, scales, bias, exponent)
 
     def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, exponent: int) -> Plan | None:
         """How to multiply, or None for cuBLAS."""
-        from marlin_tools.ops.linear.selftest import require_trust  # it tests the operators
-
         require_trust(x.device.index)
-        target = _target(x.device.index)
         choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
         if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
             return None
-        return self._plan_for(choice, x, codes, scales, out_features, target)
+        return self._plan_for(choice, x, codes, scales, out_features, target_of(x.device))
 
     def _rounds_float16(self, choice: str, dtype: torch.dtype, scales: Tensor) -> bool:
         """Whether a tile's kernel applies scales to float16 weights."""
-        variant = self._variant(choice, dtype, scales)
-        return variant.grouped and dtype == torch.float16 and variant.tiles[choice].rounded
+        return scales.shape[1] > 1 and dtype == torch.float16 and self._tables.tiles[choice].rounded
 
     def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
-        function = driver.loaded(self._variant(choice, x.dtype, scales), x.device, target)
+        function = driver.loaded(self._kernel(choice, x.dtype, group_of(codes, scales), target), x.device)
         return self._plan(choice, function, x, codes, out_features)
 
     def _through_cublas(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -216,8 +207,9 @@ class LinearOperator:
 
     def _dequantize_rows(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         tiles, groups, _ = codes.shape
-        function = driver.loaded(self._variant(CUBLAS, out.dtype, scales), out.device)
-        launch = driver.Launch(function, _WEIGHTS, tiles * groups)
+        launch = driver.launch_of(
+            self._kernel(CUBLAS, out.dtype, group_of(codes, scales), target_of(out.device)), out.device, tiles * groups
+        )
         stream = driver.current_stream(out.device.index)
         launch(stream, codes.data_ptr(), scales.data_ptr(), out.data_ptr(), groups, scales.shape[1], out.shape[0])
 
@@ -226,6 +218,6 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_fea
     return x.new_empty((x.shape[0], out_features))
 
 
-@cache
-def _target(device_index: int) -> str:
-    return target_of(torch.device("cuda", device_index))
+def group_of(codes: Tensor, scales: Tensor) -> int:
+    """Inputs that share a scale, 0 if all of K do: then it is applied once, at the end."""
+    return 0 if scales.shape[1] == 1 else codes.shape[1] * TILE_K // scales.shape[1]

@@ -4,18 +4,19 @@ measured must pass before its results are used.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
+from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, trust, w4a16, w24a16
 from marlin_tools.ops.linear.layout import pack
 from marlin_tools.ops.linear.sparse_layout import pack_sparse
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
-from marlin_tools.ops.linear.variants import ELEMENTS, TARGETS, TILES, Tile, target_of
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
+from marlin_tools.ops.linear.tiles import TILES, Tile
+from marlin_tools.ops.runtime.kernel import ELEMENTS
+from marlin_tools.ops.runtime.target import target_of
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 _N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
@@ -82,18 +83,12 @@ def check_choices(
     return [_check(f"{family.mark}{choice} {kind}", family, choice, packed, dtype) for choice in choices]
 
 
-@cache
-def require_trust(device_index: int) -> None:
-    """On a GPU whose target is not tested in advance, run the self-test once and refuse to go on if a kernel fails."""
-    device = torch.device("cuda", device_index)
-    if target_of(device) in TARGETS:
-        return
-    failed = [result for result in self_test(device) if not result.passed]
-    if failed:
-        raise DeviceError(
-            f"the native kernels are wrong on `{torch.cuda.get_device_name(device)}`: {failed[0].name}: {failed[0].detail}",
-            hint="use `--backend reference`, and report this with the output of `marlin-tools doctor --json`",
-        )
+def _failure(device: torch.device) -> str | None:
+    failed = next((result for result in self_test(device) if not result.passed), None)
+    return None if failed is None else f"{failed.name}: {failed.detail}"
+
+
+trust.register(_failure)
 
 
 def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> CheckResult:

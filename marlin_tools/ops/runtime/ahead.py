@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
-from marlin_tools.ops.runtime.driver import Kernel
+from marlin_tools.ops.runtime.kernel import Kernel
 
 
-def compile_ahead(kernels: Sequence[Kernel], target: str, cache: CubinCache) -> int:
+def compile_ahead(kernels: Sequence[Kernel], cache: CubinCache) -> int:
     """Put these kernels into the cache; how many of them it lacked.
 
     Processes that want the same ones share the work: the cache locks each kernel while one process compiles it.
     """
-    missing = [source for source in (kernel.source(target) for kernel in kernels) if not cache.has(source, target)]
+    missing = [kernel for kernel in kernels if not cache.has(kernel)]
     if missing:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(min(cores, len(missing))) as threads:  # the compiler lets go of the interpreter
-            list(threads.map(lambda source: cache.get(source, target), missing))
+            list(threads.map(cache.get, missing))
     return len(missing)

@@ -1,0 +1,238 @@
+"""What we take for granted about the files of a model directory, as types: whoever reads one holds it against these.
+
+Only keys that we use are here; others pass. `agree` then holds config.json against the tensors that are really there.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from marlin_tools.checkpoint.strict_json import HINT, conforms
+from marlin_tools.errors import ModelError
+
+
+def plain_name(name: str) -> str:
+    """The name of a file in its directory: no path, nothing that a terminal or a file system would take amiss."""
+    if not 0 < len(name.encode("utf-8", "replace")) <= 200 or name.startswith(".") or "/" in name or not name.isprintable():
+        raise ValueError("must be the plain name of a file in the same directory")
+    return name
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=200)]
+
+
+class Weights(_Part):
+    """The scheme of one group of `compressed-tensors`."""
+
+    num_bits: int | None = None
+    group_size: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    symmetric: bool | None = None
+    strategy: Name | None = None
+    type: Name | None = None
+
+
+class Group(_Part):
+    """One of `config_groups`."""
+
+    targets: list[str] | None = None
+    weights: Weights | None = None
+
+
+class Quantization(_Part):
+    """`quantization_config`, in either dialect."""
+
+    quant_method: Name | None = None
+    checkpoint_format: Name | None = None
+    format: Name | None = None
+    is_marlin_format: bool | None = None
+    bits: int | None = None
+    group_size: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    dynamic: dict[str, Any] | None = None
+    modules_to_not_convert: list[str] | None = None
+    ignore: list[str] | None = None
+    config_groups: dict[str, Group] | None = None
+    sparsity_config: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+
+
+class Config(_Part):
+    """config.json, or the part of it that describes the text model."""
+
+    model_type: Name | None = None
+    architectures: list[str] | None = None
+    hidden_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    intermediate_size: Size | list[Size] | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] | None = None
+    num_attention_heads: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    num_key_value_heads: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    head_dim: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=2**26)] | None = None
+    max_position_embeddings: Size | None = None
+    sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    rms_norm_eps: Positive | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: Name | None = None
+    hidden_activation: Name | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    dtype: Name | None = None
+    torch_dtype: Name | None = None
+    quantization_config: Quantization | None = None
+    text_config: "Config | None" = None
+
+
+class Index(_Part):
+    """model.safetensors.index.json."""
+
+    weight_map: Annotated[dict[str, Annotated[str, AfterValidator(plain_name)]], Field(min_length=1)]
+
+
+class Tool(_Part):
+    """Who wrote a manifest."""
+
+    name: str
+    version: str
+
+
+class Origin(_Part):
+    """The model that a result was made from."""
+
+    origin: str
+    fingerprint: str
+
+
+class Linear(_Part):
+    """What was noted about one linear."""
+
+    name: str
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)] | None = None
+    output_error: float | None = None
+    weight_error: float | None = None
+    damp: float | None = None
+
+
+class Stage(_Part):
+    """What a manifest says of a stage, its own or one that came before."""
+
+    stage: Name | None = None
+    model: Origin | None = None
+    settings: dict[str, Any] | None = None
+
+
+class Calibration(_Part):
+    """The text that was looked at."""
+
+    source: str
+    sequences: int
+    tokens: int
+    seqlen: int
+    notes: list[str] = Field(default_factory=list)
+
+
+class Times(_Part):
+    """What it took."""
+
+    stages: dict[str, dict[str, float]] = Field(default_factory=dict)
+    blocks_s: list[float] = Field(default_factory=list)
+
+
+class Manifest(Stage):
+    """manifest.json."""
+
+    tool: Tool
+    fingerprint: str | None = None
+    calibration: Calibration | None = None
+    solver: dict[str, Any] | None = None
+    history: list[Stage] = Field(default_factory=list)
+    linears: list[Linear] = Field(default_factory=list)
+    kept: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+    files: dict[str, str] = Field(default_factory=dict)
+    times: Times = Field(default_factory=Times)
+    held_out_kl: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
+    device: str | None = None
+
+
+class RunState(_Part):
+    """state/run.json."""
+
+    fingerprint: str
+
+
+class BlockEntry(_Part):
+    """state/block-00000.json."""
+
+    sha256: str
+    linears: list[Linear]
+    seconds: float
+
+
+class Tensors(NamedTuple):
+    """Of one checkpoint: shapes and types by name."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+
+_BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|blocks|h))\.(?P<index>\d{1,9})\.")
+_OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|mtp")
+"""Parts of a model that are not its text decoder."""
+
+
+def check_config(config: dict[str, Any], where: Path) -> None:
+    """Refuse a config.json in which a size, a flag or a name is of the wrong kind."""
+    conforms(Config, config, str(where), hint="correct it, or download the model again")
+
+
+def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
+    """Refuse a config.json that describes another model than the tensors beside it: other blocks, sizes or types."""
+    text = config.get("text_config") or config
+    _check_blocks(text, tensors, where)
+    wanted = text.get("vocab_size"), text.get("hidden_size")
+    for name, shape in tensors.shapes.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and not _OTHER.search(name):
+            for value, found, key in zip(wanted, shape, ("vocab_size", "hidden_size"), strict=False):
+                if value != found and (value is not None or text is config):
+                    raise _disagreement(where, f"`{key}` is {value or 'missing'}, but `{name}` is {list(shape)}")
+        weight = name.endswith(("norm.weight", "embed_tokens.weight")) or (
+            config.get("quantization_config") is None and name.endswith((".weight", ".bias"))
+        )
+        if weight and not tensors.dtypes[name].is_floating_point:
+            kind = str(tensors.dtypes[name]).removeprefix("torch.")
+            raise ModelError(f"`{where.parent}`: `{name}` is stored as {kind}, weights are floating-point numbers", hint=HINT)
+
+
+def _check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
+    count = config.get("num_hidden_layers")
+    found: dict[str, set[int]] = {}
+    for name in tensors.shapes:
+        if (block := _BLOCK.match(name)) and not _OTHER.search(block["prefix"]):
+            found.setdefault(block["prefix"], set()).add(int(block["index"]))
+    more = config.get("num_nextn_predict_layers")  # stored behind the others, and read by nobody
+    extra = more if isinstance(more, int) else 0
+    for prefix, there in found.items():
+        if count is None:
+            raise _disagreement(where, f"`num_hidden_layers` is missing, but there are {len(there)} blocks under `{prefix}`")
+        if there not in (set(range(count)), set(range(count + extra))):
+            missing = next((i for i in range(count) if i not in there), None)
+            fact = f"there are {len(there)}" if missing is None else f"there is no `{prefix}.{missing}`"
+            raise _disagreement(where, f"`num_hidden_layers` is {count}, but {fact} under `{prefix}`")
+
+
+def _disagreement(where: Path, fact: str) -> ModelError:
+    return ModelError(f"`{where}`: {fact}", hint="config.json and weights do not belong together; download the model again")

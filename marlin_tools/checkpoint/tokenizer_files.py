@@ -1,0 +1,51 @@
+"""The files of a tokenizer, looked at before the library opens them: some contents make it fill memory, or never return."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from marlin_tools.checkpoint.strict_json import HINT, conforms, read_object
+from marlin_tools.errors import ModelError
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Added(_Part):
+    id: Id
+    content: str
+
+
+class _Model(_Part):
+    vocab: dict[str, Id] | list[Any]
+
+
+class TokenizerFile(_Part):
+    """What is taken for granted about tokenizer.json."""
+
+    model: _Model
+    added_tokens: list[_Added] | None = None
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Refuse files that are no bounded JSON, and vocabularies whose ids leave wide gaps, in which the library gets lost."""
+    for name in _SETTINGS:
+        if (directory / name).exists():
+            read_object(directory / name)
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        return
+    content = read_object(file)
+    conforms(TokenizerFile, content, str(file))
+    added = content.get("added_tokens") or []
+    vocab = content["model"]["vocab"]
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(each["id"] for each in added)]
+    count = len(vocab) + len(added)
+    if ids and max(ids) > 4 * count + 1000:
+        raise ModelError(f"`{file}`: a token has id {max(ids)}, though there are only {count}", hint=HINT)
