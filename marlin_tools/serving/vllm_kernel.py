@@ -168,11 +168,15 @@ def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
 def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
     """The weight [N, K] of a layer as it was loaded; `output_dim` says which way its tensors lie, codes are packed along K."""
     k, n = shape
-    words = (words if words.output_dim == 0 else words.t()).detach().contiguous()
-    scales = (scales if scales.output_dim == 0 else scales.t()).detach().contiguous()
-    as_bytes = words.view(torch.uint8).view(n, k // 2)
+    words, scales = (tensor.detach() if _outputs_first(tensor) else tensor.detach().t() for tensor in (words, scales))
+    as_bytes = words.contiguous().view(torch.uint8).view(n, k // 2)
     codes = torch.stack((as_bytes & 15, as_bytes >> 4), dim=2).view(n, k)
-    return QuantizedLinear(codes, _float16(scales), k // scales.shape[1])
+    return QuantizedLinear(codes, _float16(scales.contiguous()), k // scales.shape[1])
+
+
+def _outputs_first(parameter: Any) -> bool:
+    """[N, ...], as compressed-tensors stores them, or [..., N], as gptq does."""
+    return bool(parameter.output_dim == 0)
 
 
 def _float16(scales: Tensor) -> Tensor:
