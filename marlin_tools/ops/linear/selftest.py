@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, trust, w4a16, w24a16
-from marlin_tools.ops.linear.layout import pack
+from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES, pack
 from marlin_tools.ops.linear.sparse_layout import pack_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES, Tile
@@ -36,6 +36,7 @@ class _Family:
     """Kernels for one kind of weight, and what they are compared with."""
 
     mark: str
+    groups: tuple[int, ...]
     tables: dispatch.Tables
     tiles: Mapping[str, Tile]
     pack: Callable[[QuantizedLinear], Any]
@@ -45,9 +46,10 @@ class _Family:
 
 
 _FAMILIES = (
-    _Family("", dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
+    _Family("", GROUP_SIZES, dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
     _Family(
         "2:4 ",
+        SPARSE_GROUP_SIZES,
         sparse_dispatch.SPARSE,
         SPARSE_TILES,
         pack_sparse,
@@ -66,10 +68,10 @@ def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
     results = []
     for family in _FAMILIES:
         for dtype in ELEMENTS:
-            for group_size in (128, _K):
+            for group_size in (*family.groups, _K):
                 packed = family.pack(_weight(group_size, device))
                 for choice in family.tables.choices_on(target_of(device)):
-                    scales = "g128" if group_size == 128 else "column"
+                    scales = "column" if group_size == _K else f"g{group_size}"
                     name = f"{family.mark}{choice} {str(dtype).removeprefix('torch.')} {scales}"
                     results.append(_check(name, family, choice, packed, dtype))
     return results
