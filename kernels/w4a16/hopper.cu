@@ -5,15 +5,16 @@
 // Each of these owns its outputs from the first product to the store, so the only thing that they share is the pipeline, and
 // they drift apart: while one dequantises, scales or stores, the tensor cores work for the other.
 //
-// Up to 32 tokens, scales are applied to float32 sums, for every group: the tensor cores see the exact integers -8..7. That
+// For few tokens, scales are applied to float32 sums, for every group: the tensor cores see the exact integers -8..7. That
 // costs a second set of sums and half an instruction per token, output and group, and the products must end before each
-// scaling; with groups narrower than a packed tile there are two such sets, one for every other group. From 64 tokens on, they
+// scaling; with groups narrower than a packed tile there are two such sets, one for every other group. For many tokens, scales
 // are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing: products follow
 // each other without a pause.
 #include "linear/hopper.cuh"
 
 template <int kTokens, int kConsumers, int kTiles, int kStages, int kCtasPerSm, int kScaleRows>
-using Hopper = HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kTileBytes, kScaleRows, (kTokens >= 64)>;
+using Hopper = HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kTileBytes, kScaleRows,
+                          (kTokens >= (kScaleRows > 1 ? 32 : 64))>;  // many tokens
 
 template <class T, class E, int kGroup>
 struct Consumer : ConsumerWarp<T> {

@@ -43,9 +43,9 @@ def random_x(m, k, dtype=torch.float16, seed=1):
     return torch.randn((m, k), device=device(), generator=generator).to(dtype)
 
 
-def rounds(choice):
+def rounds(choice, group_size=128):
     """Whether a tile multiplies with weights that were rounded to 16 bits."""
-    return SHAPES[choice].rounded
+    return SHAPES[choice].for_group(group_size).rounded
 
 
 def assert_close(y, x, packed, bias=None, *, rounded=False):
@@ -66,7 +66,7 @@ def test_every_m(tile, dtype, group_size, poisoned):
     packed = ops.pack(random_weight(192, 640, group_size))
     for m in [*range(1, 273), *range(511, 515), *range(1023, 1026), 4096]:
         x = random_x(m, 640, dtype, seed=m)
-        assert_close(w4a16.multiply_with(tile, x, packed), x, packed, rounded=rounds(tile))
+        assert_close(w4a16.multiply_with(tile, x, packed), x, packed, rounded=rounds(tile, packed.group_size))
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 63, 64, 65, 200, 264, 1088])
@@ -77,7 +77,7 @@ def test_odd_shapes(tile, n, k, poisoned):
         packed = ops.pack(random_weight(n, k, group_size))
         for m, dtype in ((1, torch.float16), (13, torch.bfloat16), (70, torch.float16)):
             x, bias = random_x(m, k, dtype), random_x(1, n, dtype, seed=5)[0]
-            assert_close(w4a16.multiply_with(tile, x, packed, bias), x, packed, bias, rounded=rounds(tile))
+            assert_close(w4a16.multiply_with(tile, x, packed, bias), x, packed, bias, rounded=rounds(tile, group_size))
 
 
 MODEL_SHAPES = [
@@ -106,7 +106,7 @@ def test_model_shapes(n, k, group_size):
         if choice == dispatch.CUBLAS:  # which sees weights rounded to 16 bits
             assert ((some - reference.exact(x, part)).abs().mean() / reference.exact(x, part).abs().mean()) < 1e-3
         else:
-            assert_close(some, x, part, rounded=rounds(choice))
+            assert_close(some, x, part, rounded=rounds(choice, group_size))
 
 
 @pytest.mark.parametrize("group_size", GROUPS)
@@ -163,7 +163,7 @@ def test_hostile_scales(tile, group_size):
     assert not torch.isfinite(y[:, 4:6]).any()
     fine = [row for row in range(128) if row not in {4, 5}]
     clean = ops.pack(QuantizedLinear(weight.codes[fine], scales[fine], group_size))
-    assert_close(y[:, fine], x, clean, rounded=rounds(tile))
+    assert_close(y[:, fine], x, clean, rounded=rounds(tile, group_size))
 
 
 def test_weights_that_float16_cannot_hold_beside_others_are_not_rounded():

@@ -172,13 +172,13 @@ class LinearOperator:
         """How to multiply, or None for cuBLAS."""
         require_trust(x.device.index)
         choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
-        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
+        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, group_of(codes, scales))):
             return None
         return self._plan_for(choice, x, codes, scales, out_features, target_of(x.device))
 
-    def _rounds_float16(self, choice: str, dtype: torch.dtype, scales: Tensor) -> bool:
+    def _rounds_float16(self, choice: str, dtype: torch.dtype, group: int) -> bool:
         """Whether a tile's kernel applies scales to float16 weights."""
-        return scales.shape[1] > 1 and dtype == torch.float16 and self._tables.tiles[choice].rounded
+        return group > 0 and dtype == torch.float16 and self._tables.tiles[choice].for_group(group).rounded
 
     def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
         function = driver.loaded(self._kernel(choice, x.dtype, group_of(codes, scales), target), x.device)

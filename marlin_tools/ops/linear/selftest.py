@@ -97,7 +97,7 @@ def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dt
 def _errors(family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> Iterator[float]:
     generator = torch.Generator(packed.codes.device).manual_seed(0)
     tile = family.tiles.get(choice)
-    rounded = tile is not None and tile.rounded
+    rounded = tile is not None and tile.for_group(packed.group_size % packed.in_features).rounded
     for m in _ROWS:
         x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
         y = family.multiply_with(choice, x, packed)

@@ -64,7 +64,7 @@ class Tile(ABC):
 
     def for_group(self, group: int) -> Self:
         """The same tile for scales per `group` of inputs or, with 0, per output."""
-        return replace(self, scale_rows=TILE_K // group if group else 1)
+        return replace(self, scale_rows=max(1, TILE_K // group) if group else 1)
 
     @property
     def tokens(self) -> int:
@@ -85,9 +85,10 @@ class Tile(ABC):
     def rounded(self) -> bool:
         """Whether grouped scales are applied to the weights, which rounds these to the type of the operands, not to sums.
 
-        From 64 tokens on, where products that must pause for the sums to be scaled would cost more than a rounding.
+        From 64 tokens on, or 32 with narrow groups, where products that must pause for the sums to be scaled would cost more than
+        a rounding.
         """
-        return self.kernel == "hopper" and self.tokens >= 64
+        return self.kernel == "hopper" and self.tokens >= (32 if self.scale_rows > 1 else 64)
 
     @property
     def staged(self) -> bool:
