@@ -86,7 +86,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
             reason = _obstacle(c)
             if reason is None:
                 with _plain_torch():
-                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, grouped=c.group_size != -1)
+                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=max(c.group_size, 0))
             if reason is not None:
                 TALLY.refuse(_shape(c), reason)
             return reason is None, reason
@@ -159,7 +159,7 @@ def _obstacle(c: MPLinearLayerConfig) -> str | None:
 
 
 def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
-    reason = unfit(device_index, c.act_type, sparse=True, grouped=c.group_size != -1)
+    reason = unfit(device_index, c.act_type, sparse=True, group=max(c.group_size, 0))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)
     return reason is None
