@@ -94,7 +94,7 @@ def _fused_sweep(weight_nk: Tensor, factor: Factor, rule: Rule, grid: Grid) -> T
 
 def by_blocks(weight_nk: Tensor, factor: Factor, settle: Settle) -> None:
     """The walk along blocks: one large product for what many columns owe to all before them, a small one for each block."""
-    n, k = weight_nk.shape
+    k = weight_nk.shape[1]
     errors_nk = torch.empty_like(weight_nk)
     past = Parts.like(errors_nk)
     for first in range(0, k, WIDE):

@@ -1,7 +1,8 @@
 """The solver's kernels: what happens inside one block of columns, for all rows at once and without asking the host anything.
 
-Between the blocks there are matrix products, which torch does; `algorithms/sweep.py`, `polish.py`, `pruning.py` and `support.py`
-hold the same steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes are uint8.
+Between the blocks there are matrix products, which torch does; `sweep.py`, `polish.py`, `pruning.py` and `support.py` in
+`algorithms/` hold the same steps in plain torch, and those define what is right. All matrices are float32 and contiguous, codes
+are uint8.
 """
 
 import struct
@@ -190,15 +191,15 @@ def choose_block(
     owed_nb: Tensor,
     feedback_bb: Tensor,
     diagonal_k: Tensor,
-    placed: tuple[Tensor, Tensor, Tensor],
+    filled: tuple[Tensor, Tensor, Tensor],
     start: int,
 ) -> None:
     """Keep two of every four columns from `start` on, as `algorithms.pruning.TwoOfFour` does.
 
-    `placed` is what is filled: masks, values, errors [N, K]. `owed` is what earlier columns left to pay.
+    Fills masks, values and errors [N, K]. `owed` is what earlier columns left to pay.
     """
     n, k = weight_nk.shape
-    mask_nk, value_nk, errors_nk = placed
+    mask_nk, value_nk, errors_nk = filled
     _launch(
         _CHOOSE,
         _blocks(n),
@@ -224,20 +225,17 @@ class Quads:
     preference: float
 
 
-def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, start: int, walks: int) -> Tensor:
-    """Choose every quad of one block again, `walks` times over; returns by how much the errors changed [N, B]."""
+def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, change_nb: Tensor, start: int, walks: int) -> None:
+    """Choose every quad of one block again, `walks` times over; fills by how much the errors changed."""
     n, k = state.values.shape
-    width = min(BLOCK, k - start)
-    change_nb = torch.empty(n, width, device=state.values.device)
     _launch(
         _RESELECT,
         _blocks(n),
         state.values,
         *(gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr(), _address(state.inverses, 6 * start)),
         *(_address(state.values, start), _address(state.mask, start), change_nb.data_ptr()),
-        *(k, gradient_nb.stride(0), width, n, width, walks, state.preference),
+        *(k, gradient_nb.stride(0), change_nb.stride(0), n, min(BLOCK, k - start), walks, state.preference),
     )
-    return change_nb
 
 
 def cut(matrix: Tensor, factors: tuple[Tensor | None, Tensor | None], high: Tensor, low: Tensor | None) -> None:
