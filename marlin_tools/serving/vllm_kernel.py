@@ -32,6 +32,9 @@ from marlin_tools.serving.tally import TALLY
 from marlin_tools.serving.trust import unfit
 from marlin_tools.serving.vllm import Contained, log
 
+SPARSE_GROUPS = (-1, 128)
+"""Groups that the 2:4 kernels know; other sparse layers run as dense ones."""
+
 _EXPONENT = "packed_exponent"
 _READ = {"full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"}
 
@@ -125,7 +128,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
-        sparse = weight.is_2_4() and _sparse_fits(device.index, c)
+        sparse = c.group_size in SPARSE_GROUPS and weight.is_2_4() and _sparse_fits(device.index, c)
         packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
         (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
         share_among_captures(device.index)
