@@ -24,7 +24,7 @@ from marlin_tools.settings import Settings
 from marlin_tools.stream.inventory import check_quads, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
 
-REVISION = 2
+REVISION = 3
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 

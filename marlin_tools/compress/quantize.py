@@ -29,7 +29,7 @@ from marlin_tools.stopwatch import span
 from marlin_tools.stream.inventory import check_format, check_quads, take_inventory
 from marlin_tools.stream.layer_stream import Group
 
-REVISION = 3
+REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 
