@@ -130,6 +130,11 @@ class Result:
         return str(self.manifest.get("stage", ""))
 
     @property
+    def linears(self) -> Sequence[Mapping[str, Any]]:
+        """What the manifest says of each linear."""
+        return self.manifest.get("linears", [])
+
+    @property
     def calibration(self) -> Mapping[str, Any] | None:
         """The text that it was made with."""
         return self.manifest.get("calibration")
@@ -195,13 +200,13 @@ class Result:
     @property
     def bits(self) -> float:
         """Stored bits per quantised weight, scales included."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
         return 8 * self.facts["bytes"]["quantized linears"] / weights if weights else 0.0
 
     @property
     def before_bytes(self) -> int:
         """What the same model takes in 16 bits."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
         return int(self.facts["bytes"]["total"] - self.facts["bytes"]["quantized linears"] + 2 * weights)
 
     @property
@@ -214,9 +219,8 @@ class Result:
     @property
     def losses(self) -> Losses | None:
         """By outputs if they were measured, else by weights, if anything was."""
-        linears = self.manifest.get("linears", [])
         for of, key in (("output's", "output_error"), ("weights'", "weight_error")):
-            if measured := [entry for entry in linears if entry.get(key) is not None]:
+            if measured := [entry for entry in self.linears if entry.get(key) is not None]:
                 return Losses(of, measured, key)
         return None
 
