@@ -1,4 +1,4 @@
-"""The plugin against stand-ins of vLLM's classes, oldest and newest: what it takes and leaves, and that it never raises."""
+"""The plugin against stand-ins of vLLM's classes, oldest and newest: what it takes, what it leaves; it never raises."""
 
 import logging
 
@@ -127,19 +127,19 @@ def test_a_layer_that_cannot_be_packed_is_given_back_untouched(engine, make, mon
     assert "no layers on our kernels, 1 on vLLM's own (OutOfMemoryError: full)" in caplog.text
 
 
-def test_scales_that_float16_cannot_hold_are_given_back(engine, make, caplog):
-    tiny = make()
-    kernel, _layer = engine.load(type(tiny)(tiny.codes, tiny.scales * 0 + 2.0**-24 * 3, 128), act_type=torch.bfloat16)
-    assert kernel._instead is None  # exact, though small
-
+def test_small_scales_are_exact_in_float16(engine, make):
     weight = make()
-    original = engine.kernel._float16
-    engine.load(weight, act_type=torch.bfloat16)
-    with pytest.raises(ValueError, match="not exact"):
-        original(torch.full((4, 2), 2.0**-26, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="not exact"):
-        original(torch.full((4, 2), 2.0**17, dtype=torch.bfloat16))
+    small = type(weight)(weight.codes, torch.full_like(weight.scales, 3 * 2.0**-24), 128)
+
+    kernel, _layer = engine.load(small, act_type=torch.bfloat16)
+
     assert kernel._instead is None
+
+
+@pytest.mark.parametrize("scale", [2.0**-26, 2.0**17], ids=["too small", "too large"])
+def test_scales_that_float16_cannot_hold_go_back(engine, scale):
+    with pytest.raises(ValueError, match="not exact in float16"):
+        engine.kernel._float16(torch.full((4, 2), scale, dtype=torch.bfloat16))
 
 
 def test_a_failure_of_sparse_kernels_leaves_the_dense_ones(engine, make, monkeypatch, caplog):
