@@ -76,17 +76,16 @@ class Losses:
         return max(float(entry[self.key]) for entry in self.entries)
 
     @property
-    def kinds(self) -> dict[str, list[float]]:
-        """The losses block by block, for each kind of linear: what follows the block's number in its name."""
-        found: dict[str, list[float]] = {}
+    def kinds(self) -> dict[str, list[Bar]]:
+        """For each kind of linear a bar for every block: the loss, of experts the largest; none where it was left as it is."""
+        found: dict[str, dict[int, float]] = {}
         for entry in self.entries:
-            found.setdefault(re.sub(r"^.*\.\d+\.", "", entry["name"]), []).append(entry[self.key])
-        return found
-
-    @staticmethod
-    def bars(values: Sequence[float]) -> list[Bar]:
-        """A bar for each block."""
-        return [(value, f"block {index}: {value:.3%}") for index, value in enumerate(values)]
+            inside = re.search(r"\.(\d+)\.(.*)", entry["name"])
+            block, kind = (int(inside[1]), re.sub(r"\.\d+\.", ".*.", inside[2])) if inside else (0, entry["name"])
+            losses = found.setdefault(kind, {})
+            losses[block] = max(losses.get(block, 0.0), float(entry[self.key]))
+        blocks = range(1 + max(block for losses in found.values() for block in losses))
+        return {kind: [_bar(block, losses.get(block)) for block in blocks] for kind, losses in found.items()}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,6 +105,10 @@ class Losses:
 
 _MEASURES = {"output lost": "output_error", "weight lost": "weight_error", "damp": "damp"}
 """Columns of the table of linears: what they are called, and where the manifest has them."""
+
+
+def _bar(block: int, loss: float | None) -> Bar:
+    return (0.0, f"block {block}: left as it is") if loss is None else (loss, f"block {block}: {loss:.3%}")
 
 
 def _measure(entry: Mapping[str, Any], key: str) -> str:

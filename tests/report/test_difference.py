@@ -84,7 +84,12 @@ def test_outputs_are_compared_with_outputs_and_weights_with_weights(pair, kept, 
     found = compare(pair)
 
     assert of == found.of
-    assert bool(of) == bool(found.linears) == ("linear: weight lost" in as_text(found)) == ("What each linear lost" in as_page(found))
+    assert (
+        bool(of)
+        == bool(found.linears)
+        == ("linear: weight lost" in as_text(found))
+        == ("What each linear lost" in as_page(found))
+    )
 
 
 def test_the_original_and_an_export_can_be_compared_too(pair, tiny_model, tmp_path):
