@@ -125,7 +125,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
-        sparse = weight.is_2_4() and _sparse_fits(device.index, c)
+        sparse = weight.is_2_4() and _sparse_fits(device.index, c)  # other sparse layers run as dense ones
         packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
         (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
         share_among_captures(device.index)
@@ -159,6 +159,9 @@ def _obstacle(c: MPLinearLayerConfig) -> str | None:
 
 
 def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
+    inputs = c.partition_weight_shape[0]
+    if ops.limits(inputs, inputs if c.group_size == -1 else c.group_size, sparse=True) is not None:
+        return False
     reason = unfit(device_index, c.act_type, sparse=True, group=max(c.group_size, 0))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)

@@ -85,8 +85,8 @@ class Tile(ABC):
     def rounded(self) -> bool:
         """Whether grouped scales are applied to the weights, which rounds these to the type of the operands, not to sums.
 
-        From 64 tokens on, or 32 with narrow groups, where products that must pause for the sums to be scaled would cost more than
-        a rounding.
+        From 64 tokens on, or 32 with narrow groups, where products that must pause for the sums to be scaled would cost more
+        than a rounding.
         """
         return self.kernel == "hopper" and self.tokens >= (32 if self.scale_rows > 1 else 64)
 
