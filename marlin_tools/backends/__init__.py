@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.fill import fill
+from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
@@ -91,7 +92,7 @@ def load(
     emit: Emit = silent,
 ) -> "PreTrainedModel":
     """A transformers model, ready to run. `dtype` is float32 on a CPU and the checkpoint's own on a GPU unless it is given."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = expanded(Checkpoint.open(model))
     place = pick_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
     empty = shell(checkpoint, dtype)

@@ -16,6 +16,36 @@ if TYPE_CHECKING:
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
+    model, nested = _whole(checkpoint, dtype)
+    if nested:
+        for owner in (model, getattr(model, "model", model)):
+            for name, _ in _foreign(owner):
+                setattr(owner, name, None)
+    return model.eval()
+
+
+def foreign_linears(checkpoint: Checkpoint) -> list[str]:
+    """The linears of what reads images and sounds beside the language model, by the names of transformers' modules."""
+    model, nested = _whole(checkpoint, torch.float16)
+    if not nested:
+        return []
+    outer = [(name, part) for name, part in _foreign(model)]
+    inner = [(f"model.{name}", part) for name, part in _foreign(getattr(model, "model", nn.Module()))]
+    return [
+        f"{prefix}.{name}".rstrip(".")
+        for prefix, part in (*outer, *inner)
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts of a module that are not on the way from tokens to logits."""
+    return [(name, part) for name, part in owner.named_children() if name not in {"model", "language_model", "lm_head"}]
+
+
+def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel", bool]:
+    """The model of config.json without weights, and whether its language model is only a part of it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
@@ -29,22 +59,12 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     with refused, torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=_attention(config))
-    if nested:
-        _leave_language(model)
-    return model.eval()
+    return model, nested
 
 
 def _attention(config: "PreTrainedConfig") -> str | None:
     """How attention is computed: eagerly where nothing else caps its logits, else as transformers likes best for the model."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-def _leave_language(model: nn.Module) -> None:
-    """Take away what reads images and sounds."""
-    for owner in (model, getattr(model, "model", model)):
-        for name, _ in list(owner.named_children()):
-            if name not in {"model", "language_model", "lm_head"}:
-                setattr(owner, name, None)
 
 
 def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tensor:

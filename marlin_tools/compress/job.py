@@ -93,7 +93,7 @@ def compress(
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     check_output(out, (plan.checkpoint.path,), overwrite=True)
     plan.forecast.check(Path(out))
-    check_finite(plan.checkpoint, sorted(plan.inventory.kept_tensors))
+    check_finite(plan.inventory.checkpoint, sorted(plan.inventory.kept_tensors))
     run = job.fingerprint if crew.leads else ""
     finished = crew.leads and not overwrite and holds(Path(out), run)
     if crew.decide(choice=finished):
@@ -103,7 +103,7 @@ def compress(
     with output if crew.leads else nullcontext():
         journal = Journal(output, run) if crew.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
-        shards = Shards(plan.checkpoint, plan.inventory, writer, journal, job.device)
+        shards = Shards(plan.inventory, writer, journal, job.device)
         tokens = CHUNK_TOKENS
         while True:
             try:

@@ -26,7 +26,7 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.activations import Activations
-from marlin_tools.stream.inventory import check_quads, take_linears
+from marlin_tools.stream.inventory import Inventory, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
 
 REVISION = 2
@@ -157,11 +157,11 @@ def prune(
     job = Job("prune", plan, seen, solver, settings, identity, facts, None, device, original)
 
     def problem(group: Group) -> Problem:
-        dtype = plan.checkpoint.stored(f"{group.names[0]}.weight").dtype
+        dtype = plan.inventory.dtype(group.names[0])
         return solver.problem(group.names[0], group.hessian, dtype)
 
     method = Method(problem, staged=solver.staged, refine=_training(how, emit) if how else None)
-    return compress(job, method, Dense(plan.checkpoint), out, emit, overwrite=overwrite, resume=resume)
+    return compress(job, method, Dense(plan.inventory), out, emit, overwrite=overwrite, resume=resume)
 
 
 def _training(how: Reconstruction, emit: Emit) -> Any:
@@ -182,12 +182,12 @@ def _training(how: Reconstruction, emit: Emit) -> Any:
 class Dense:
     """Linears as the original stores them."""
 
-    checkpoint: Checkpoint
+    inventory: Inventory
     suffixes: tuple[str, ...] = ("weight",)
 
     def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
         """In the type that the original has here."""
-        return {"weight": solution.dense.to(self.checkpoint.stored(f"{name}.weight").dtype)}
+        return {"weight": solution.dense.to(self.inventory.dtype(name))}
 
     def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
         """As it was written."""

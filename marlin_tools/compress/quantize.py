@@ -252,7 +252,7 @@ class Quantized:
 
 def _check_masks(plan: Prepared) -> None:
     """Refuse a model whose zeros cannot be kept as a 2:4 mask, before any work."""
-    dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.checkpoint.read(f"{t.name}.weight"))]
+    dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.inventory.weight(t.name))]
     if dense:
         more = f" and {len(dense) - 1} more have" if len(dense) > 1 else " has"
         raise ModelError(

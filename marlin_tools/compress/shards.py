@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marlin_tools.checkpoint.journal import Journal
-from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.stopwatch import apart
 from marlin_tools.stream.host_copy import HostCopies
@@ -26,11 +25,9 @@ class Shards:
     Only the process that writes has a journal.
     """
 
-    def __init__(
-        self, source: Checkpoint, inventory: Inventory, writer: ModelWriter, journal: Journal | None, device: torch.device
-    ) -> None:
+    def __init__(self, inventory: Inventory, writer: ModelWriter, journal: Journal | None, device: torch.device) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._source, self._inventory, self._writer, self._journal = source, inventory, writer, journal
+        self._inventory, self._writer, self._journal = inventory, writer, journal
         self._copies = HostCopies(device)
         self._since = time.perf_counter()
 
@@ -88,4 +85,6 @@ class Shards:
 
     def _untouched(self, index: int | None) -> dict[str, Tensor]:
         """All tensors of a block, or of none, that are as they were."""
-        return {name: reference.read(self._source) for name, reference in self._inventory.untouched(index).items()}
+        return {
+            name: reference.read(self._inventory.checkpoint) for name, reference in self._inventory.untouched(index).items()
+        }

@@ -41,7 +41,8 @@ class WeightRef:
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
         """The weight, in memory of its own."""
-        return self.take(checkpoint.read(self.tensor)).clone(memory_format=torch.contiguous_format)
+        stored = checkpoint.read(self.tensor)
+        return stored if self.whole else self.take(stored).clone(memory_format=torch.contiguous_format)
 
     @property
     def whole(self) -> bool:

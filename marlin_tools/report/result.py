@@ -143,7 +143,7 @@ class Result:
     @property
     def base(self) -> str:
         """What the original is called: a hub id, or the last part of a path, which says nothing of this machine."""
-        origin, _ = hub_name(str(self.original.get("origin", "an unknown model")))
+        origin, _ = hub_name(str(self.original.get("origin") or self.facts["model"]))
         return origin if self.base_is_public(origin) else Path(origin).name
 
     @property
@@ -165,7 +165,7 @@ class Result:
     def scheme(self) -> str:
         """Bits and what shares a scale, for a headline."""
         if not self.quantized:
-            return "2:4, 16 bits"
+            return "2:4, 16 bits" if (self.facts["sparsity"] or {}).get("2:4") else "16 bits"
         sizes = self.facts["group_sizes"]
         groups = "per column" if sizes == [-1] else f"g{', '.join(map(str, sizes))}"
         sparsity = self.facts["sparsity"]
@@ -177,7 +177,7 @@ class Result:
         settings, solver = self.manifest.get("settings") or {}, self.manifest.get("solver") or {}
         before = [_before(each) for each in self.manifest.get("history", ())]
         if not self.quantized:
-            return ", then ".join([*before, _before(self.manifest)])
+            return ", then ".join([*before, *([_before(self.manifest)] if self.stage in {"prune", "finetune"} else [])])
         kind = {"gptq": "GPTQ", "rtn": "round to nearest"}.get(str(solver.get("kind")), str(solver.get("kind", "unknown")))
         how = kind if settings.get("algorithm") else f"{kind}, preset {settings.get('preset', 'unknown')}"
         return ", then ".join([*before, how])
@@ -240,6 +240,12 @@ class Result:
         return {stage if self.calibration else stage.removeprefix("calibrate and "): cost for stage, cost in costs.items()}
 
     @property
+    def seconds(self) -> float | None:
+        """What making it took, without measuring and checking it."""
+        made = [cost["seconds"] for stage, cost in self.stages.items() if stage not in {"evaluate", "verify"}]
+        return sum(made) if made else None
+
+    @property
     def remarks(self) -> list[str]:
         """What was left out, replaced, or refused."""
         lines = [f"Warning: {text}" for text in self.manifest.get("warnings", [])]
@@ -267,14 +273,16 @@ class Result:
         return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()))]
 
 
-def gather(directory: Path, verification: Verification | None, evaluation: Evaluation | None = None) -> Result:
+def gather(
+    directory: Path, verification: Verification | None, evaluation: Evaluation | None = None, *, weights: bool = True
+) -> Result:
     """Read a model directory; what is not there is None or empty. Its own evaluation goes before one that is handed over."""
     checkpoint = Checkpoint.open(directory)
     content = read_record(directory)
     return Result(
         manifest=read_manifest(directory) or {},
         facts=inspect(checkpoint),
-        weights=_weights(checkpoint) if checkpoint.quantization is not None else None,
+        weights=_weights(checkpoint) if weights and checkpoint.quantization is not None else None,
         evaluation=Evaluation.restore(content) if content else evaluation,
         verification=verification,
         recipe=(directory / "recipe.yaml").read_text(encoding="utf-8") if (directory / "recipe.yaml").is_file() else "",

@@ -32,6 +32,9 @@ from marlin_tools.serving.tally import TALLY
 from marlin_tools.serving.trust import unfit
 from marlin_tools.serving.vllm import Contained, log
 
+SPARSE_GROUPS = (-1, 128)
+"""Groups that the 2:4 kernels know; other sparse layers run as dense ones."""
+
 _EXPONENT = "packed_exponent"
 _READ = {"full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"}
 
@@ -86,7 +89,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
             reason = _obstacle(c)
             if reason is None:
                 with _plain_torch():
-                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, grouped=c.group_size != -1)
+                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=max(c.group_size, 0))
             if reason is not None:
                 TALLY.refuse(_shape(c), reason)
             return reason is None, reason
@@ -125,7 +128,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
-        sparse = weight.is_2_4() and _sparse_fits(device.index, c)
+        sparse = c.group_size in SPARSE_GROUPS and weight.is_2_4() and _sparse_fits(device.index, c)
         packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
         (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
         share_among_captures(device.index)
@@ -159,7 +162,7 @@ def _obstacle(c: MPLinearLayerConfig) -> str | None:
 
 
 def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
-    reason = unfit(device_index, c.act_type, sparse=True, grouped=c.group_size != -1)
+    reason = unfit(device_index, c.act_type, sparse=True, group=max(c.group_size, 0))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)
     return reason is None

@@ -4,22 +4,29 @@ Everything that could stop a run after hours is refused here in a second, naming
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+from torch import Tensor
+
+from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import foreign_linears
 from marlin_tools.errors import FormatError, ModelError
-from marlin_tools.families import Family
+from marlin_tools.families import NESTED, Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that will be quantised: N outputs, K inputs."""
+    """A linear that will be quantised: N outputs, K inputs, and where its weight lies."""
 
     name: str
     n: int
     k: int
+    ref: WeightRef | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,18 @@ class Inventory:
         """The names of all targets."""
         return frozenset(target.name for target in self.targets)
 
+    @cached_property
+    def _refs(self) -> dict[str, WeightRef]:
+        return {target.name: target.ref or WeightRef(f"{target.name}.weight") for target in self.targets}
+
+    def weight(self, name: str) -> Tensor:
+        """The weight [N, K] of a target, as it is stored."""
+        return self._refs[name].read(self.checkpoint)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that the weight of a target is stored in."""
+        return self.checkpoint.stored(self._refs[name].tensor).dtype
+
     def untouched(self, index: int | None) -> dict[str, WeightRef]:
         """What is written as it was, by the name that it is written under: of a block, or (None) of all that is in none.
 
@@ -67,7 +86,11 @@ class Inventory:
 
     @property
     def unquantized(self) -> list[str]:
-        """The names of all linears that stay as they are, as config.json has to list them."""
+        """The names of all linears that stay as they are, as config.json has to list them.
+
+        What stands beside a language model is listed by its tensors and by transformers' modules, where these differ: some
+        engines go by the one, some by the other.
+        """
         found = list(self.kept)
         embedding = f"{self.family.stored or self.family.decoder}.{self.family.embedding}"
         for name in self.checkpoint.names():
@@ -75,7 +98,9 @@ class Inventory:
             known = linear in self.names or linear in self.kept or linear in {embedding, self.family.head}
             if linear != name and not known and len(self.checkpoint.shape(name)) == 2:
                 found.append(linear)
-        return [*found, self.family.head]
+        nested = self.checkpoint.config.get("model_type") in NESTED
+        modules = [*(foreign_linears(self.checkpoint) if nested else ()), *({"lm_head"} - {self.family.head})]
+        return [*found, *(name for name in modules if name not in found), self.family.head]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -106,27 +131,43 @@ def check_limits(inventory: Inventory, group_size: int, format_name: str, *, spa
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     """Find the linears of `checkpoint`, and those that the user wants left alone."""
-    layout = Layout(checkpoint)
+    layout = Layout(checkpoint := expanded(checkpoint))
     if checkpoint.quantization is not None:
         raise ModelError(
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
+    _refuse_experts(layout)
     patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for index in range(layout.blocks):
         for linear in (linear for group in layout.groups(index) for linear in group):
             name = layout.linear(index, linear)
-            n, k = _matrix(checkpoint, layout.weight(index, f"{linear}.weight"))
+            ref = layout.weight(index, f"{linear}.weight")
+            n, k = _matrix(checkpoint, ref)
             matched = next((p.pattern for p in patterns if p.search(name)), None)
             if matched is not None:
                 kept[name] = f"matches --ignore {matched}"
             else:
-                targets.append(Target(name, n, k))
+                targets.append(Target(name, n, k, ref))
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
     return Inventory(layout, tuple(targets), kept)
+
+
+def _refuse_experts(layout: Layout) -> None:
+    """Experts that the type of the model does not have are told by their tensors: a config.json may name numbers of experts
+    that mean nothing."""
+    if any(branch.experts is not None for branch in layout.family.branches):
+        return
+    prefix = layout.family.block_prefix(0).removesuffix("0.")
+    if (expert := next((n for n in layout.checkpoint.names() if n.startswith(prefix) and ".experts." in n), None)) is not None:
+        kind = layout.checkpoint.config.get("model_type")
+        raise ModelError(
+            f"`{layout.checkpoint.origin}` is a mixture of experts (`{expert}`), which model type `{kind}` is not",
+            hint=f"types that work: {', '.join(known_types())}",
+        )
 
 
 def check_quads(inventory: Inventory) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.crew import ALONE, Crew
@@ -228,7 +229,7 @@ class LayerStream:
         chunk_tokens: int = CHUNK_TOKENS,
         crew: Crew = ALONE,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint = expanded(checkpoint)
         self.targets = targets
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype

@@ -125,20 +125,20 @@ def plan_finetune(model: str | Path | Checkpoint, settings: FinetuneSettings) ->
     check_pair(student, teacher, settings)
     check_mask(student)
     inventory = take_linears(student, ())
-    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(student, inventory)))
+    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(inventory)))
 
 
 def check_mask(student: Checkpoint) -> None:
     """Refuse a model without zeros to keep; reads no further than the first linear that has them."""
-    if next(_sparse_linears(student, take_linears(student, ())), None) is None:
+    if next(_sparse_linears(take_linears(student, ())), None) is None:
         raise ModelError(
             f"`{student.origin}` has no 2:4 sparse linear, so there is no mask to keep",
             hint="prune it first: `marlin-tools prune`",
         )
 
 
-def _sparse_linears(student: Checkpoint, inventory: Inventory) -> Iterator[str]:
-    return (target.name for target in inventory.targets if is_2_4(student.read(f"{target.name}.weight")))
+def _sparse_linears(inventory: Inventory) -> Iterator[str]:
+    return (target.name for target in inventory.targets if is_2_4(inventory.weight(target.name)))
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint, settings: FinetuneSettings) -> None:

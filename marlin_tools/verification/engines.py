@@ -150,8 +150,9 @@ def served_as(contents: Contents) -> str | None:
 
 
 def commands(engines: Collection[str], directory: str) -> Iterator[tuple[str, str]]:
-    """(engine, what starts it on this directory), for those that are named, in the order of the table."""
-    yield from ((engine.name, engine.start(directory)) for engine in ENGINES if engine.name in engines)
+    """(what it does, what starts it on this directory), for the engines that are named, in the order of the table."""
+    for engine in (each for each in ENGINES if each.name in engines):
+        yield f"{'Serve' if engine.serves else 'Run'} it with {engine.name}", engine.start(directory)
 
 
 def _judge_as(contents: Contents, layout: str) -> tuple[EngineVerdict, ...]:

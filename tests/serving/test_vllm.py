@@ -72,7 +72,7 @@ BAD = {
     "not symmetric INT4": lambda e: {"weight_type": e.types.uint8b128},
     "zero points": lambda e: {"zero_points": True},
     "not float16 or bfloat16": lambda e: {"act_type": torch.float8_e4m3fn},
-    "group_size 64": lambda e: {"group_size": 64},
+    "group_size 16": lambda e: {"group_size": 16},
     "outputs of type": lambda e: {"out_type": torch.float32},
     "not a multiple of 128": lambda e: {"partition_weight_shape": (192, 128)},
 }
@@ -151,11 +151,11 @@ def test_a_failure_of_sparse_kernels_leaves_the_dense_ones(engine, make, monkeyp
 
 
 def test_one_line_says_which_layers_are_ours(engine, make, caplog):
-    engine.choose(engine.describe(group_size=64))
+    engine.choose(engine.describe(group_size=16))
     engine.load(make())
     engine.load(make(sparse=True))
 
-    assert "1 layers 2:4 and 1 layers dense on our kernels, 1 on vLLM's own (group_size 64" in caplog.messages[-1]
+    assert "1 layers 2:4 and 1 layers dense on our kernels, 1 on vLLM's own (group_size 16" in caplog.messages[-1]
 
 
 def test_the_weights_are_in_no_number_of_the_graph(engine, make):

@@ -229,15 +229,15 @@ def choose_block(
     owed_nb: Tensor,
     feedback_bb: Tensor,
     diagonal_k: Tensor,
-    placed: tuple[Tensor, Tensor, Tensor],
+    filled: tuple[Tensor, Tensor, Tensor],
     start: int,
 ) -> None:
     """Keep two of every four columns from `start` on, as `algorithms.pruning.TwoOfFour` does.
 
-    `placed` is what is filled: masks, values, errors [N, K]. `owed` is what earlier columns left to pay.
+    Fills masks, values and errors [N, K]. `owed` is what earlier columns left to pay.
     """
     n, k = weight_nk.shape
-    mask_nk, value_nk, errors_nk = placed
+    mask_nk, value_nk, errors_nk = filled
     _launch(
         _choose(target_of(weight_nk.device)),
         _ctas(n),
@@ -263,20 +263,17 @@ class Quads:
     preference: float
 
 
-def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, start: int, walks: int) -> Tensor:
-    """Choose every quad of one block again, `walks` times over; returns by how much the errors changed [N, B]."""
+def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, change_nb: Tensor, start: int, walks: int) -> None:
+    """Choose every quad of one block again, `walks` times over; fills by how much the errors changed."""
     n, k = state.values.shape
-    width = min(BLOCK, k - start)
-    change_nb = torch.empty(n, width, device=state.values.device)
     _launch(
         _reselect(target_of(state.values.device)),
         _ctas(n),
         state.values,
         *(gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr(), _address(state.inverses, 6 * start)),
         *(_address(state.values, start), _address(state.mask, start), change_nb.data_ptr()),
-        *(k, gradient_nb.stride(0), width, n, width, walks, state.preference),
+        *(k, gradient_nb.stride(0), change_nb.stride(0), n, min(BLOCK, k - start), walks, state.preference),
     )
-    return change_nb
 
 
 def cut(matrix: Tensor, factors: tuple[Tensor | None, Tensor | None], high: Tensor, low: Tensor | None) -> None:
