@@ -6,16 +6,14 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-MINUTES ?= 5
-KILLS ?= 200
-SEED ?= 0
 VENV := .venv
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
+CUDA := $(wildcard kernels/*/*.cu kernels/*/*.cuh)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduce test fuzz kill lint fix types test-gpu measure size lock clean
+.PHONY: help venv demo reproduce test lint fix types test-gpu measure size lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -48,14 +46,16 @@ fuzz: $(READY) ## mutated files against every reader, MINUTES=5 of them
 kill: $(READY) ## KILLS=200 runs that are killed, continued, and compared byte for byte
 	@$(BIN)/python tests/kill/campaign.py --count $(KILLS) --seed $(SEED)
 
-lint: $(READY) ## ruff, its formatter, and the direction of imports
+lint: $(READY) ## ruff, its formatter, clang-format for the kernels, and the direction of imports
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check || { echo "hint: \`make fix\` formats these files" >&2; exit 1; }
+	@$(BIN)/clang-format --dry-run --Werror $(CUDA) || { echo "hint: \`make fix\` formats these files" >&2; exit 1; }
 	@$(BIN)/lint-imports --no-cache --no-logo
 
-fix: $(READY) ## what ruff can repair by itself
+fix: $(READY) ## what ruff and clang-format can repair by themselves
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(CUDA)
 
 types: $(READY) ## mypy, strict
 	@$(BIN)/mypy

@@ -1,5 +1,6 @@
 """Where the files that ship with the package lie, in a wheel and in a checkout alike."""
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -24,3 +25,8 @@ def kernels_dir() -> Path:
 def demo_dir() -> Path:
     """The embedded model with its calibration text and its tasks."""
     return _PACKAGE / "demo"
+
+
+def cache_dir() -> Path:
+    """Where small things are kept that can be made again: `marlin-tools` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marlin-tools"

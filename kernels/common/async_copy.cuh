@@ -10,19 +10,16 @@ __device__ __forceinline__ void copy_async(u32 shared, const void* global) {
 
 // The same under a predicate instead of a branch, which would matter where tensor cores work asynchronously.
 __device__ __forceinline__ void copy_async_if(bool wanted, u32 shared, const void* global) {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.b32 wanted, %2, 0;\n"
-        "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
-        "}\n" ::"r"(shared),
-        "l"(global), "r"(static_cast<int>(wanted))
-        : "memory");
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.b32 wanted, %2, 0;\n"
+                 "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
+                 "}\n" ::"r"(shared),
+                 "l"(global), "r"(static_cast<int>(wanted))
+                 : "memory");
 }
 
-__device__ __forceinline__ void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `kPending` of the newest groups are in flight.
 template <int kPending>
@@ -30,7 +27,7 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Partial sums of other blocks: read from L2, where they were published, never from this multiprocessor's L1.
+// Partial sums of other CTAs: read from L2, where they were published, never from this SM's L1.
 __device__ __forceinline__ float4 load_published(const float4* global) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -40,8 +37,8 @@ __device__ __forceinline__ float4 load_published(const float4* global) {
     return v;
 }
 
-// Counts this block in at a counter in global memory and returns how many were there before. Releases what the block wrote,
-// and acquires what the blocks before it wrote; a barrier on either side extends both to all threads.
+// Counts this CTA in at a counter in global memory and returns how many were there before. Releases what the CTA wrote,
+// and acquires what the CTAs before it wrote; a barrier on either side extends both to all threads.
 __device__ __forceinline__ u32 arrive(u32* counter) {
     u32 before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");

@@ -1,13 +1,51 @@
-// The two activation types. An element type knows how eight 4-bit codes become one A fragment, as integers or times their scales, how
-// to multiply it, and how float32 sums become outputs; nothing else in the kernels depends on it.
+// Types: of activations in memory, of what tensor cores multiply, of outputs. An operand's type knows how eight 4-bit codes
+// become one A fragment, as integers or times their scales, and how to multiply it; an output's type how float32 sums become
+// outputs. Nothing else in the kernels depends on them. Today all three are the same, float16 or bfloat16.
 //
 // Codes times scales cost one operation for two weights besides the masks. A code alone in the low bits of a 16-bit float is a
 // subnormal number, that many times the smallest one, without the bias that an exponent would bring along. So
-//     code * factor - offset,   the factor being the scale over the smallest number, the offset eight scales,
-// is (code - 8) * scale, rounded once. For factors to be finite, all weights are made smaller by a power of two that the sums get back.
+//     code * factor - offset,   the factor being the scale over the smallest number, the offset the zero point times the scale,
+// is (code - zero) * scale, rounded once. For factors to be finite, all weights are made smaller by a power of two that the
+// sums get back.
 #pragma once
 
 #include "common/types.cuh"
+
+// The grid that codes lie on: a value is (code - zero point) * scale.
+template <int kZero_, int kLevels_>
+struct Grid {
+    static constexpr int kZero = kZero_, kLevels = kLevels_;
+    static_assert(kLevels == 16 && 0 < kZero && kZero < kLevels, "four bits, and a code for zero");
+};
+
+template <class Activation_, class Operand_, class Output_, class Grid_>
+struct Types {
+    using Activation = Activation_;
+    using Operand = Operand_;
+    using Output = Output_;
+    using Grid = Grid_;
+    using Scales = typename Operand::Scales;
+    static constexpr float kQuantum = Operand::kQuantum;
+
+    // Codes as integers times kQuantum, or times their scales.
+    __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) { Operand::template dequantize<Grid::kZero>(q, a); }
+    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) { Operand::weights(q, scales, a); }
+    __device__ __forceinline__ static void set(Scales& scales, u32 pair, u32 offset_per_scale) {
+        scales.template set<Grid::kZero>(pair, offset_per_scale);
+    }
+    __device__ __forceinline__ static float growth(float two_to_exponent) { return Operand::growth(two_to_exponent); }
+};
+
+// Twice n * 2^exponent, for n from 1 to 15, as a float of 16 bits with so many bits of mantissa.
+template <int kMantissa>
+constexpr u32 pair_of(int n, int exponent) {
+    int top = 0;
+    while (n >> (top + 1)) ++top;
+    const int bias = (1 << (14 - kMantissa)) - 1;
+    return ((bias + exponent + top) << kMantissa | ((n << (kMantissa - top)) & ((1 << kMantissa) - 1))) * 0x10001u;
+}
+
+constexpr u32 kNegative = 0x80008000;  // the signs of both
 
 // (a & mask) | magic in one instruction.
 __device__ __forceinline__ u32 plant(u32 a, u32 mask, u32 magic) {
@@ -22,39 +60,44 @@ __device__ __forceinline__ float half_to_float(u16 h) {
     return f;
 }
 
-// Two codes, planted, times the factor of one row, low or high, plus the offset of the same row. Written so that one instruction picks
-// the halves of both operands by itself.
-#define SCALED(TYPE, ROW, WEIGHTS, CODES)                                                                 \
-    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"                                            \
-        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n"                                  \
-        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n"                                  \
-        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                                                      \
-        : "=r"(WEIGHTS)                                                                                   \
+// Two codes, planted, times the factor of one row, low or high, plus the offset of the same row. Written so that one
+// instruction picks the halves of both operands by itself.
+#define SCALED(TYPE, ROW, WEIGHTS, CODES)                                 \
+    asm("{\n.reg .b16 low, high;\n.reg .b32 factor, offset;\n"            \
+        "mov.b32 {low, high}, %2;\nmov.b32 factor, {" ROW ", " ROW "};\n" \
+        "mov.b32 {low, high}, %3;\nmov.b32 offset, {" ROW ", " ROW "};\n" \
+        "fma.rn." TYPE " %0, %1, factor, offset;\n}"                      \
+        : "=r"(WEIGHTS)                                                   \
         : "r"(CODES), "r"(scales.factors), "r"(scales.offsets))
 
 // Eight codes times their scales, made smaller by the type's power of two.
-#define SCALED_WEIGHTS(TYPE)                                                                              \
-    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32 (&a)[4]) {            \
-        _Pragma("unroll") for (int p = 0; p < 4; p += 2) {                                                \
-            SCALED(TYPE, "low", a[p], q & 0x000F000F);                                                    \
-            SCALED(TYPE, "high", a[p + 1], q & 0x00F000F0);                                               \
-            q >>= 8;                                                                                      \
-        }                                                                                                 \
+#define SCALED_WEIGHTS(TYPE)                                                                  \
+    __device__ __forceinline__ static void weights(u32 q, const Scales& scales, u32(&a)[4]) { \
+        _Pragma("unroll") for (int p = 0; p < 4; p += 2) {                                    \
+            SCALED(TYPE, "low", a[p], q & 0x000F000F);                                        \
+            SCALED(TYPE, "high", a[p + 1], q & 0x00F000F0);                                   \
+            q >>= 8;                                                                          \
+        }                                                                                     \
     }
 
 struct Half {
+    static constexpr int kBytes = 2;
     static constexpr float kQuantum = 1.f;
 
-    // Codes 0..15 become the exact integers -8..7, two per register, times kQuantum. Nibble p of `q` is the low and nibble p + 4 the
-    // high element of register p. 0x6400 is 1024 with a mantissa step of 1, so a code planted in its low bits reads 1024 + q;
-    // planted four bits higher it reads 1024 + 16 q. The bias leaves in one exact operation. Nine instructions for eight codes.
+    // Codes 0..15 become the exact integers from -kZero on, two per register, times kQuantum. Nibble p of `q` is the low and
+    // nibble p + 4 the high element of register p. 0x6400 is 1024 with a mantissa step of 1, so a code planted in its low bits
+    // reads 1024 + q; planted four bits higher it reads 1024 + 16 q. The bias leaves in one exact operation. Nine instructions
+    // for eight codes.
+    template <int kZero>
     __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) {
-        constexpr u32 kMagic = 0x64006400, k1032 = 0x64086408, kSixteenth = 0x2C002C00, kMinus72 = 0xD480D480;
+        constexpr u32 kMagic = 0x64006400, kSixteenth = 0x2C002C00;
+        constexpr u32 kBias = kMagic + kZero * 0x10001,
+                      kMinusHigh = 0xD400D400 + kZero * 0x100010;  // 1024 + zero, -(64 + zero)
 #pragma unroll
         for (int p = 0; p < 4; p += 2) {
             const u32 low = plant(q, 0x000F000F, kMagic), high = plant(q, 0x00F000F0, kMagic);
-            asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(a[p]) : "r"(low), "r"(k1032));
-            asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(a[p + 1]) : "r"(high), "r"(kSixteenth), "r"(kMinus72));
+            asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(a[p]) : "r"(low), "r"(kBias));
+            asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(a[p + 1]) : "r"(high), "r"(kSixteenth), "r"(kMinusHigh));
             q >>= 8;
         }
     }
@@ -63,10 +106,14 @@ struct Half {
     struct Scales {
         u32 factors, offsets;
 
-        // Both scales, and -2^(3 - exponent) twice: `exponent_of` in ops/linear/layout.py says which exponent keeps factors finite.
-        __device__ __forceinline__ void set(u32 pair, u32 minus_eight_shrunk) {
-            constexpr u32 kPlanted = 0xE800F800, kRest = 0x54005400;  // -2^15 and -2^11, 2^6: in two steps, as 2^21 is no float16
-            asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(offsets) : "r"(pair), "r"(minus_eight_shrunk));
+        // Both scales, and twice -kZero * 2^-exponent: `exponent_of` in ops/linear/layout.py says which exponent keeps factors
+        // finite.
+        template <int kZero>
+        __device__ __forceinline__ void set(u32 pair, u32 offset_per_scale) {
+            // 2^24 and 2^20 over the zero point, with its sign, and over 2^6: in two steps, as 2^21 is no float16
+            constexpr u32 kPlanted = 0xE800F800, kRest = 0x54005400;
+            static_assert(kZero == 8, "a power of two, which the factors can be divided by");
+            asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(offsets) : "r"(pair), "r"(offset_per_scale));
             asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(factors) : "r"(offsets), "r"(kPlanted));
             asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(factors) : "r"(kRest));
         }
@@ -94,30 +141,34 @@ struct Half {
 };
 
 struct Bfloat16 {
+    static constexpr int kBytes = 2;
     static constexpr float kQuantum = 1.f / 64;
 
-    // As above. Seven mantissa bits leave no room for a second code, so codes are planted as subnormal numbers, which lose their
-    // smallness and their bias in one operation: 2^-133 and 2^-129 times 2^127 and 2^123 are kQuantum. Nine instructions.
+    // As above. Seven mantissa bits leave no room for a second code, so codes are planted as subnormal numbers, which lose
+    // their smallness and their bias in one operation: 2^-133 and 2^-129 times 2^127 and 2^123 are kQuantum. Nine instructions.
+    template <int kZero>
     __device__ __forceinline__ static void dequantize(u32 q, u32 (&a)[4]) {
-        constexpr u32 kLow = 0x7F007F00, kHigh = 0x7D007D00, kMinusEight = 0xBE00BE00;
+        constexpr u32 kLow = 0x7F007F00, kHigh = 0x7D007D00, kMinusZero = kNegative | pair_of<7>(kZero, -6);
 #pragma unroll
         for (int p = 0; p < 4; p += 2) {
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(q & 0x000F000F), "r"(kLow), "r"(kMinusEight));
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p + 1]) : "r"(q & 0x00F000F0), "r"(kHigh), "r"(kMinusEight));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(q & 0x000F000F), "r"(kLow), "r"(kMinusZero));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p + 1]) : "r"(q & 0x00F000F0), "r"(kHigh), "r"(kMinusZero));
             q >>= 8;
         }
     }
 
-    // As above. The scales are rounded to bfloat16, as engines hold them that run a model in this type. Its range is so wide that one
-    // exponent, 22, serves all of them.
+    // As above. The scales are rounded to bfloat16, as engines hold them that run a model in this type. Its range is so wide
+    // that one exponent, 22, serves all of them.
     struct Scales {
         u32 factors, offsets;
 
+        template <int kZero>
         __device__ __forceinline__ void set(u32 pair, u32) {
-            constexpr u32 kPlanted = 0x75007700, kMinusEightShrunk = 0xB600B600, kMinusZero = 0x80008000;  // 2^111 and 2^107, -2^-19
+            constexpr u32 kPlanted = 0x75007700;  // 2^111 and 2^107
+            constexpr u32 kOffset = kNegative | pair_of<7>(kZero, -22);
             const u32 rounded = Bfloat16::round_pair(half_to_float(pair & 0xFFFF), half_to_float(pair >> 16));
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(factors) : "r"(rounded), "r"(kPlanted), "r"(kMinusZero));
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(offsets) : "r"(rounded), "r"(kMinusEightShrunk), "r"(kMinusZero));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(factors) : "r"(rounded), "r"(kPlanted), "r"(kNegative));
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(offsets) : "r"(rounded), "r"(kOffset), "r"(kNegative));
         }
     };
 

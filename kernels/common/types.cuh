@@ -15,7 +15,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// Programmatic dependent launch: blocks of this kernel may start while the previous kernel of the stream still runs.
+// Programmatic dependent launch: CTAs of this kernel may start while the previous kernel of the stream still runs.
 // Whatever that kernel may write (activations) or still use (scratch) is touched only after `wait_for_previous_kernel`.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -29,4 +29,23 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Where a member lies in a struct, as `offsetof` would tell, which NVRTC lacks: `offset_of<S>(&kOverlay<S>.whole.member)`. For
+// the assertions that the host adds to every kernel (`Kernel.guards` in ops/runtime/kernel.py).
+template <class S>
+union Overlay {
+    u8 bytes[sizeof(S)];
+    S whole;
+    constexpr Overlay() : bytes() {}
+};
+
+template <class S>
+static Overlay<S> kOverlay;
+
+template <class S>
+constexpr int offset_of(const volatile void* member) {
+    int place = 0;
+    while (member != static_cast<const volatile void*>(&kOverlay<S>.bytes[place])) ++place;
+    return place;
 }

@@ -4,13 +4,9 @@
 
 #include "common/element.cuh"
 
-__device__ __forceinline__ void warpgroup_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void warpgroup_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until at most `kPending` committed groups still run.
 template <int kPending>
@@ -18,9 +14,9 @@ __device__ __forceinline__ void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// So many threads of a block wait for each other, at another barrier than all of them.
+// So many threads of a CTA wait for each other, at another barrier than all of them.
 template <int kThreads>
-__device__ __forceinline__ void threads_meet() {
+__device__ __forceinline__ void named_barrier_sync() {
     asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
 }
 
@@ -33,8 +29,8 @@ __device__ __forceinline__ void sums_are_ready(float (&sums)[kFragments][4]) {
         for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(sums[f][e])::"memory");
 }
 
-// Operand B with the 128-byte swizzle: rows of 64 inputs, eight rows make a unit of 1 KB in which the 16-byte pieces of row r lie
-// at piece ^ r, as the copy engine writes them. `shared` is 1 KB aligned. Plus 2 (32 bytes / 16) per 16 inputs further on.
+// Operand B with the 128-byte swizzle: rows of 64 inputs, eight rows make a unit of 1 KB in which the 16-byte pieces of row r
+// lie at piece ^ r, as the TMA unit writes them. `shared` is 1 KB aligned. Plus 2 (32 bytes / 16) per 16 inputs further on.
 __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
     return static_cast<u64>(shared >> 4) | 1ull << 16 | static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
 }
@@ -50,10 +46,10 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
 #define ACCUMULATORS4 "%0, %1, %2, %3"
 #define ACCUMULATORS8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ACCUMULATORS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define ACCUMULATORS32                                                        \
+#define ACCUMULATORS32                                                       \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define ACCUMULATORS64                                                                                         \
+#define ACCUMULATORS64                                                                                  \
     ACCUMULATORS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
                    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
@@ -61,33 +57,33 @@ template <class E, int kTokens>
 struct Warpgroup;
 
 // Adds to the sums, or replaces them when `add` is false. A0 to P are the operands' numbers after those of the sums.
-#define ACCUMULATORS128 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define ACCUMULATORS128                                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define WARPGROUP_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                              \
-    template <>                                                                                                             \
-    struct Warpgroup<ELEMENT, TOKENS> {                                                                                     \
-        __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, bool add) {    \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                     \
-                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0   \
-                         ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                                               \
-                         : OPERANDS(0)                                                                                      \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                 \
-        }                                                                                                                   \
+#define WARPGROUP_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                            \
+    template <>                                                                                                           \
+    struct Warpgroup<ELEMENT, TOKENS> {                                                                                   \
+        __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, bool add) {  \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0 \
+                         ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                                             \
+                         : OPERANDS(0)                                                                                    \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));               \
+        }                                                                                                                 \
     };
 
-#define WARPGROUP_PRODUCTS(ELEMENT, TYPE)                                                                       \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")           \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")      \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21")  \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37")  \
+#define WARPGROUP_PRODUCTS(ELEMENT, TYPE)                                                                      \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")          \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")     \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21") \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37") \
     WARPGROUP_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 WARPGROUP_PRODUCTS(Half, "f16")
@@ -97,28 +93,29 @@ WARPGROUP_PRODUCTS(Bfloat16, "bf16")
 template <class E, int kTokens>
 struct SparseWarpgroup;
 
-#define SPARSE_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, POSITIONS, SELECTOR, P)               \
-    template <>                                                                                                                \
-    struct SparseWarpgroup<ELEMENT, TOKENS> {                                                                                  \
-        template <int kSelector>                                                                                               \
-        __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, u32 positions,    \
-                                                        bool add) {                                                            \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                        \
-                         "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS "k32.f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0   \
-                         ", " A1 ", " A2 ", " A3 "}, " B ", " POSITIONS ", " SELECTOR ", p, 1, 1, 0;\n}\n"                     \
-                         : OPERANDS(0)                                                                                         \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(positions), "n"(kSelector),                 \
-                           "r"(static_cast<int>(add)));                                                                        \
-        }                                                                                                                      \
+#define SPARSE_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, POSITIONS, SELECTOR, P)             \
+    template <>                                                                                                              \
+    struct SparseWarpgroup<ELEMENT, TOKENS> {                                                                                \
+        template <int kSelector>                                                                                             \
+        __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, u32 positions,  \
+                                                        bool add) {                                                          \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                      \
+                         "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS "k32.f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0 \
+                         ", " A1 ", " A2 ", " A3 "}, " B ", " POSITIONS ", " SELECTOR ", p, 1, 1, 0;\n}\n"                   \
+                         : OPERANDS(0)                                                                                       \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(positions), "n"(kSelector),               \
+                           "r"(static_cast<int>(add)));                                                                      \
+        }                                                                                                                    \
     };
 
-#define SPARSE_PRODUCTS(ELEMENT, TYPE)                                                                                         \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9", "%10", "%11")               \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13", "%14", "%15")          \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", "%23")      \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39")      \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71")               \
-    SPARSE_PRODUCT(ELEMENT, TYPE, 256, OPERANDS128, ACCUMULATORS128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%135")
+#define SPARSE_PRODUCTS(ELEMENT, TYPE)                                                                                       \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9", "%10", "%11")             \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13", "%14", "%15")        \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", "%23")    \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39")    \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71")   \
+    SPARSE_PRODUCT(ELEMENT, TYPE, 256, OPERANDS128, ACCUMULATORS128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", \
+                   "%135")
 
 SPARSE_PRODUCTS(Half, "f16")
 SPARSE_PRODUCTS(Bfloat16, "bf16")

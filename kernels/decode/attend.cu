@@ -1,10 +1,11 @@
-// Attention of one new token per sequence, from the joint projection to the attended values: queries and the new key are rotated
-// to their position (and normed per head first, where the model does that), the new key and value are appended to the cache, and
-// the queries look back over it. Bound by reading keys and values once, so queries that share a key head are answered together,
-// and a long cache is cut between blocks.
+// Attention of one new token per sequence, from the joint projection to the attended values: queries and the new key are
+// rotated to their position (and normed per head first, where the model does that), the new key and value are appended to the
+// cache, and the queries look back over it. Bound by reading keys and values once, so queries that share a key head are
+// answered together, and a long cache is cut between blocks.
 //
-// A key is read by kHead / 8 lanes, 16 bytes each; such a team of lanes has a softmax of its own over the keys that it saw, with
-// the running maximum of the scores, and the teams' results are merged at the end. A block that shares its queries with others
+// A key is read by kHead / 8 lanes, 16 bytes each; such a team of lanes has a softmax of its own over the keys that it saw,
+// with the running maximum of the scores, and the teams' results are merged at the end. A block that shares its queries with
+// others
 // (`splits` > 1) leaves its result in `partials`; whichever arrives last merges them in order: deterministic.
 #include "common/element.cuh"
 #include "common/types.cuh"
@@ -38,7 +39,8 @@ __device__ __forceinline__ float element(const Vec16& v, int p) {
 // One head, spread over a team of lanes: normed where there is a norm, then every pair (i, i + kHead / 2) turned by its angle.
 // Rounded where the model's own code rounds.
 template <class E, int kHead>
-__device__ __forceinline__ Vec16 turned(Vec16 in, const u16* norm, float epsilon, const Vec16& cosine, const Vec16& sine, int lane) {
+__device__ __forceinline__ Vec16 turned(Vec16 in, const u16* norm, float epsilon, const Vec16& cosine, const Vec16& sine,
+                                        int lane) {
     constexpr int kLanes = kHead / 8;
     if (norm) {
         float sum = 0.0f;
@@ -102,7 +104,8 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant_
     let_next_kernel_start();
 
     const int heads = a.sharers * a.key_heads, sequence = key_head / a.key_heads, local = key_head % a.key_heads;
-    const Vec16* fresh = reinterpret_cast<const Vec16*>(a.joint) + static_cast<u64>(sequence) * (heads + 2 * a.key_heads) * kLanes + lane;
+    const Vec16* fresh =
+        reinterpret_cast<const Vec16*>(a.joint) + static_cast<u64>(sequence) * (heads + 2 * a.key_heads) * kLanes + lane;
     const Vec16* own = fresh + static_cast<u64>(first_query % heads) * kLanes;
     float query[kQueries][8], sum[kQueries][8] = {}, high[kQueries], weight[kQueries] = {};
 #pragma unroll
@@ -196,7 +199,8 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant_
         const int j = at / kHead, column = at % kHead;
         const float* theirs = partial + j * (kHead + 2);
         float top = kLowest, total = 0.0f, share = 0.0f;
-        for (int other = 0; other < a.splits; ++other) top = fmaxf(top, __ldcg(theirs + other * kQueries * (kHead + 2) + kHead));
+        for (int other = 0; other < a.splits; ++other)
+            top = fmaxf(top, __ldcg(theirs + other * kQueries * (kHead + 2) + kHead));
         for (int other = 0; other < a.splits; ++other) {
             const float* one = theirs + other * kQueries * (kHead + 2);
             const float fade = exp2f(__ldcg(one + kHead) - top);

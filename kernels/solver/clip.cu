@@ -7,22 +7,21 @@ constexpr int kCandidates = 76;
 constexpr int kPadded = kRows + 4;  // keeps the transposed errors off each other's banks
 
 struct ClipArguments {
-    const float* weight;      // [N, 128]
-    const float* factor;      // [K, K] R, from this block's first row and column on
-    float* scales;            // [N, groups] from this block's group on
-    long long stride;         // K
+    const float* weight;  // [N, 128]
+    const float* factor;  // [K, K] R, from this block's first row and column on
+    float* scales;        // [N, groups] from this block's group on
+    long long stride;     // K
     int rows;
     int groups;
     int bfloat16;
-    int unused;
     float ratios[kCandidates];
 };
 
 __global__ void __launch_bounds__(kThreads) clip_kernel(const ClipArguments a) {
     extern __shared__ float shared[];
-    float* factor = shared;                                // [128][128]
-    float* errors = factor + kColumns * kColumns;          // [128][kPadded], transposed
-    float* partial = errors + kColumns * kPadded;          // [8 warps][32 rows]
+    float* factor = shared;                        // [128][128]
+    float* errors = factor + kColumns * kColumns;  // [128][kPadded], transposed
+    float* partial = errors + kColumns * kPadded;  // [8 warps][32 rows]
     load_square<false>(factor, a.factor, a.stride, kColumns);
 
     const int lane = threadIdx.x % kLanes, local = threadIdx.x / kLanes;
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) clip_kernel(const ClipArguments a) {
         weight[i] = a.weight[row * kColumns + column_of(lane, i / 4, i % 4)];
         widest = fmaxf(widest, fabsf(weight[i]));
     }
-    widest = row_max(widest) * (2.0f / 15.0f);
+    widest = row_max(widest) * (2.0f / (kLevels - 1));
     float best = storable(widest, a.bfloat16), best_cost = __int_as_float(0x7f800000);
 
     // Warps w and 7 - w share a scheduler's work evenly: their triangles add up to the same.

@@ -1,5 +1,6 @@
-// A float32 matrix as the sum of two matrices of 16 bits: `high` holds the upper 11 bits of every element, `low` the next 11. What
-// float16 could not hold is brought into its range first, by factors for rows and columns; they are powers of two and round nothing.
+// A float32 matrix as the sum of two matrices of 16 bits: `high` holds the upper 11 bits of every element, `low` the next 11.
+// What float16 could not hold is brought into its range first, by factors for rows and columns; they are powers of two and
+// round nothing.
 #include "common/types.cuh"
 
 constexpr int kThreads = 256;
@@ -8,8 +9,8 @@ struct CutArguments {
     const float* matrix;      // [rows, columns], `stride` elements from row to row
     const float* row_factor;  // [rows], or null: 1
     const float* column_factor;
-    u16* high;                // [rows, columns], `out_stride` elements from row to row
-    u16* low;                 // the same, or null if nobody wants it
+    u16* high;  // [rows, columns], `out_stride` elements from row to row
+    u16* low;   // the same, or null if nobody wants it
     long long stride;
     long long out_stride;
     int rows;

@@ -6,15 +6,15 @@
 #include "solver/grid.cuh"
 
 struct DescendArguments {
-    const float* weight;      // [N, K] from this block's first column on
-    const float* gradient;    // [N, >= width]
-    const float* hessian;     // [K, K] from this block's first row and column on
-    const u8* kept;           // [N, K] 0 where the code stays what it is; only if kMasked
-    float* scales;            // [N, groups] from this block's first group on; the groups of the block are neighbours
-    u8* codes;                // [N, K]
-    float* errors;            // [N, K] w - q, read and written
-    float* change;            // [N, >= width] new minus old error
-    long long stride;         // K
+    const float* weight;    // [N, K] from this block's first column on
+    const float* gradient;  // [N, >= width]
+    const float* hessian;   // [K, K] from this block's first row and column on
+    const u8* kept;         // [N, K] 0 where the code stays what it is; only if kMasked
+    float* scales;          // [N, groups] from this block's first group on; the groups of the block are neighbours
+    u8* codes;              // [N, K]
+    float* errors;          // [N, K] w - q, read and written
+    float* change;          // [N, >= width] new minus old error
+    long long stride;       // K
     long long gradient_stride;
     long long change_stride;
     int rows;
@@ -25,7 +25,8 @@ struct DescendArguments {
 
 // Σ_j q_j H[j, :] over the columns j of one chunk.
 template <int kChunk>
-__device__ __forceinline__ void respond(float (&response)[kOwned], const float (&level)[kOwned], const float* shared, int lane) {
+__device__ __forceinline__ void respond(float (&response)[kOwned], const float (&level)[kOwned], const float* shared,
+                                        int lane) {
     for (int owner = 0; owner < kLanes; ++owner) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -56,7 +57,8 @@ __device__ __forceinline__ void refit(float (&gradient)[kOwned], const float (&l
     curvature = row_sum(curvature);
     const float fitted = storable(scale + __fdiv_rn(slope, fmaxf(curvature, 1e-30f)), bfloat16);
     const float step = fitted - scale;
-    const bool better = fitted * scale > 0.0f && fabsf(fitted) < 2.0f * fabsf(scale) && step * step * curvature < 2.0f * step * slope;
+    const bool better =
+        fitted * scale > 0.0f && fabsf(fitted) < 2.0f * fabsf(scale) && step * step * curvature < 2.0f * step * slope;
     if (!better) return;  // the same decision in all lanes of a row, and no lane is waited for below
     scale = fitted;
 #pragma unroll

@@ -7,22 +7,21 @@
 
 #include "common/types.cuh"
 
-constexpr int kColumns = 128;                     // columns per block
-constexpr int kLanes = 8;                         // lanes per row
-constexpr int kOwned = kColumns / kLanes;         // columns per lane
+constexpr int kColumns = 128;              // columns per block
+constexpr int kLanes = 8;                  // lanes per row
+constexpr int kOwned = kColumns / kLanes;  // columns per lane
 constexpr int kThreads = 256;
-constexpr int kRows = kThreads / kLanes;          // rows per thread block
-constexpr float kZero = 8.0f;                     // the code of the value 0
+constexpr int kRows = kThreads / kLanes;  // rows per thread block
+constexpr float kZero = 8.0f;             // the code of the value 0
+constexpr int kLevels = 16;               // codes that there are
 
-// The nearest code 0..15 of a value, ties to even, exactly as torch computes it on a CPU.
+// The nearest code of a value, ties to even, exactly as torch computes it on a CPU.
 __device__ __forceinline__ float encode(float value, float scale) {
-    return fminf(fmaxf(rintf(__fdiv_rn(value, scale)) + kZero, 0.0f), 15.0f);
+    return fminf(fmaxf(rintf(__fdiv_rn(value, scale)) + kZero, 0.0f), kLevels - 1.0f);
 }
 
 // Two roundings, as on a CPU: contracted into a subtraction the product would be exact.
-__device__ __forceinline__ float decode(float code, float scale) {
-    return __fmul_rn(code - kZero, scale);
-}
+__device__ __forceinline__ float decode(float code, float scale) { return __fmul_rn(code - kZero, scale); }
 
 __device__ __forceinline__ float through_half(float x) {
     u16 h;
@@ -48,9 +47,7 @@ __device__ __forceinline__ float storable(float scale, bool bfloat16) {
 }
 
 // The place in the block of chunk g, element k of a lane.
-__device__ __forceinline__ int column_of(int lane, int g, int k) {
-    return 32 * g + 4 * lane + k;
-}
+__device__ __forceinline__ int column_of(int lane, int g, int k) { return 32 * g + 4 * lane + k; }
 
 // The sum over the lanes of a row, the same in each of them.
 __device__ __forceinline__ float row_sum(float x) {

@@ -1,14 +1,14 @@
-// The scale of each group, judged by Σ h_j (w_j - q_j)², h = mean energy of the input channels: a coarse pass over ratios of the
-// widest scale that the grid could need, in both signs, and a fine pass around the best.
+// The scale of each group, judged by Σ h_j (w_j - q_j)², h = mean energy of the input channels: a coarse pass over ratios of
+// the widest scale that the grid could need, in both signs, and a fine pass around the best.
 #include "solver/grid.cuh"
 
 constexpr int kCoarse = 31, kFine = 9;
 
 struct SearchArguments {
-    const float* weight;      // [N, K]
-    const float* energy;      // [K]
-    float* scales;            // [N, groups]
-    long long stride;         // K
+    const float* weight;  // [N, K]
+    const float* energy;  // [K]
+    float* scales;        // [N, groups]
+    long long stride;     // K
     int rows;
     int groups;
     int is_signed;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) search_kernel(const SearchArguments 
         energy[i] = a.energy[column];
         widest = fmaxf(widest, fabsf(weight[i]));
     }
-    widest = row_max(widest) * 0.125f;
+    widest = row_max(widest) * (1.0f / kZero);
     float best = storable(widest, a.bfloat16), best_cost = __int_as_float(0x7f800000), best_ratio = 1.0f;
 
     const auto consider = [&](float ratio, float sign) {

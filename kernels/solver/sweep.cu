@@ -5,26 +5,26 @@
 #include "solver/grid.cuh"
 
 struct SweepArguments {
-    const float* weight;      // [N, K], columns in the order of the sweep, from this block's first on
-    const float* owed;        // [N, >= width]
-    const float* feedback;    // M from this block's first row and column on
-    const float* scales;      // [N, groups]
-    const int* group_of;      // [width] which scale a column has
-    const u8* kept;           // [N, K] 0 where the value must be zero, in the order of the sweep; only if kMasked
-    u8* codes;                // [N, K] from this block's first column on
-    float* errors;            // [N, K] from this block's first column on
-    long long stride;         // K
+    const float* weight;    // [N, K], columns in the order of the sweep, from this block's first on
+    const float* owed;      // [N, >= width]
+    const float* feedback;  // M from this block's first row and column on
+    const float* scales;    // [N, groups]
+    const int* group_of;    // [width] which scale a column has
+    const u8* kept;         // [N, K] 0 where the value must be zero, in the order of the sweep; only if kMasked
+    u8* codes;              // [N, K] from this block's first column on
+    float* errors;          // [N, K] from this block's first column on
+    long long stride;       // K
     long long owed_stride;
     long long feedback_stride;
     int rows;
     int width;
     int groups;
-    int unused;
 };
 
 template <int kChunk, bool kMasked>
-__device__ __forceinline__ void sweep_chunk(float (&target)[kOwned], const float (&weight)[kOwned], const float (&scale)[kOwned],
-                                            u32 pruned, u32 (&codes)[4], const float* shared, int lane) {
+__device__ __forceinline__ void sweep_chunk(float (&target)[kOwned], const float (&weight)[kOwned],
+                                            const float (&scale)[kOwned], u32 pruned, u32 (&codes)[4], const float* shared,
+                                            int lane) {
     for (int owner = 0; owner < kLanes; ++owner) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

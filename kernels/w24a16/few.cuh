@@ -1,86 +1,87 @@
 // Up to 32 tokens: scales are applied to sums, in float32, so weights are exact.
 //
-// A group of 128 inputs is only four products of a packed tile, so there are two sets of sums of a group: one is scaled while the
-// tensor cores fill the other.
+// A group of 128 inputs is only four products of a packed tile, so there are two sets of sums of a group: one is scaled while
+// the tensor cores fill the other.
 #pragma once
 
 #include "w24a16/outputs.cuh"
 
-template <class T, class E, bool kGrouped>
-struct FewTokens : SparseWarp<T, E, kGrouped> {
-    using Warp = HopperWarp<T>;
-    using Warp::memory, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
-    using SparseWarp<T, E, kGrouped>::SparseWarp;
+template <class T, class E, int kGroup>
+struct FewTokens : SparseConsumer<T, E, kGroup> {
+    using Warp = ConsumerWarp<T>;
+    using Warp::memory, Warp::lane, Warp::tile, Warp::fragment, Warp::state, Warp::sums;
+    using SparseConsumer<T, E, kGroup>::SparseConsumer;
 
     // Two sets where registers suffice. Else a group goes in halves, of which one is converted while the other runs.
-    static constexpr bool kTwoParts = T::kTiles > 1 && (T::kTokens < 32 || T::kResident == 1);
+    static constexpr bool kTwoParts = T::kTiles > 1 && (T::kTokens < 32 || T::kCtasPerSm == 1);
     // A batch is a group of a packed tile, or half of one. While the tensor cores work on one, the next is converted.
     static constexpr int kBatches = kTwoParts ? 1 : 2, kHalves = 2 / kBatches;
 
     float part[kTwoParts ? 2 : 1][T::kFragments][4];  // of one packed tile and group
-    u32 a[2][2 * kHalves][4], positions[2][kHalves];  // weights of this batch and the next: k32 steps; positions of 64 inputs each
-    Vec16 codes[2];  // of two neighbouring fragments: [half of a group]
+    u32 a[2][2 * kHalves][4];                         // weights of this batch and the next: k32 steps
+    u32 positions[2][kHalves];                        // of theirs, 64 inputs each
+    Vec16 codes[2];                                   // of two neighbouring fragments: [half of a group]
     uint2 places[2];
 
     __device__ __forceinline__ void begin() { convert(0, 0); }
 
-    // One group.
+    // One stage.
     __device__ __forceinline__ void multiply(bool more) {
-        const u32 slot = place.slot;
-        const u64 tokens = swizzled_descriptor(shared_address(memory) + slot * T::kSlotBytes);
-        place.advance();
+        const u32 stage = state.stage;
+        const u64 tokens = swizzled_descriptor(shared_address(memory) + stage * T::kStageBytes);
+        state.advance();
         if constexpr (kTwoParts) {
-            multiply_ahead(slot, tokens, more);
+            multiply_ahead(stage, tokens, more);
         } else {
-            multiply_in_halves(slot, tokens, more);
+            multiply_in_halves(stage, tokens, more);
         }
-        __syncwarp();  // all lanes have read the slot
-        if (lane == 0) barrier_arrive(T::empty(shared_address(memory), slot));
+        __syncwarp();  // all lanes have read the stage
+        if (lane == 0) barrier_arrive(T::empty(shared_address(memory), stage));
     }
 
     // While the tensor cores are at a packed tile, the one before is added up and the next is converted.
-    __device__ __forceinline__ void multiply_ahead(u32 slot, u64 tokens, bool more) {
+    __device__ __forceinline__ void multiply_ahead(u32 stage, u64 tokens, bool more) {
         u32 scales[2];
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) {
-            issue(kGrouped ? part[r % 2] : sums[r], r, tokens);
-            if constexpr (kGrouped) scales[r % 2] = Warp::load_scales(slot, r);
+            issue(kGroup > 0 ? part[r % 2] : sums[r], r, tokens);
+            if constexpr (kGroup > 0) scales[r % 2] = Warp::load_scales(stage, r);
             warpgroup_wait<1>();  // the tile before: its sums are there, its registers free
             hold(r + 1);
-            if (kGrouped && r > 0) Warp::collect(sums[r - 1], part[(r + 1) % 2], scales[(r + 1) % 2]);
-            prepare(slot, r, more);
+            if (kGroup > 0 && r > 0) Warp::collect(sums[r - 1], part[(r + 1) % 2], scales[(r + 1) % 2]);
+            prepare(stage, r, more);
         }
         warpgroup_wait<0>();
         hold(T::kTiles - 1);
-        if constexpr (kGrouped) Warp::collect(sums[T::kTiles - 1], part[(T::kTiles - 1) % 2], scales[(T::kTiles - 1) % 2]);
+        if constexpr (kGroup > 0) Warp::collect(sums[T::kTiles - 1], part[(T::kTiles - 1) % 2], scales[(T::kTiles - 1) % 2]);
     }
 
     // A packed tile's sums are added up before the next one's products begin.
-    __device__ __forceinline__ void multiply_in_halves(u32 slot, u64 tokens, bool more) {
+    __device__ __forceinline__ void multiply_in_halves(u32 stage, u64 tokens, bool more) {
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) {
             u32 scales = 0;
-            if constexpr (kGrouped) scales = Warp::load_scales(slot, r);
+            if constexpr (kGroup > 0) scales = Warp::load_scales(stage, r);
 #pragma unroll
             for (int batch = 0; batch < kBatches; ++batch) {
                 const int number = r * kBatches + batch;
-                issue(kGrouped ? part[0] : sums[r], number, tokens);
+                issue(kGroup > 0 ? part[0] : sums[r], number, tokens);
                 warpgroup_wait<1>();  // the registers of the next batch are free
                 hold(number + 1);
-                prepare(slot, number, more);
+                prepare(stage, number, more);
             }
             warpgroup_wait<0>();
-            if constexpr (kGrouped) Warp::collect(sums[r], part[0], scales);
+            if constexpr (kGroup > 0) Warp::collect(sums[r], part[0], scales);
         }
     }
 
-    // Converts the batch after number `number` of a slot, which may be the next slot's first.
-    __device__ __forceinline__ void prepare(u32 slot, int number, bool more) {
+    // Converts the batch after number `number` of a stage, which may be the next stage's first.
+    __device__ __forceinline__ void prepare(u32 stage, int number, bool more) {
         if (number + 1 < T::kTiles * kBatches) {
-            convert(slot, number + 1);
+            convert(stage, number + 1);
         } else {
-            barrier_wait_if(more, T::full(shared_address(memory), place.slot), place.parity);
-            convert(place.slot, 0);
+            barrier_wait_if(more, T::full(shared_address(memory), state.stage), state.phase);
+            convert(state.stage, 0);
         }
     }
 
@@ -96,23 +97,24 @@ struct FewTokens : SparseWarp<T, E, kGrouped> {
     }
 
     __device__ __forceinline__ void issue(float (&into)[T::kFragments][4], int number, u64 tokens) {
-        using Product = SparseWarpgroup<E, T::kTokens>;
+        using Product = SparseWarpgroup<typename E::Operand, T::kTokens>;
         const int buffer = number % 2, first = number % kBatches * kHalves;
         hold(number);
         warpgroup_fence();
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             const u64 box = tokens + (first + half) * (T::kBoxBytes / 16);
-            Product::template multiply<0>(into, a[buffer][2 * half], box, positions[buffer][half], !kGrouped || first + half > 0);
+            Product::template multiply<0>(into, a[buffer][2 * half], box, positions[buffer][half],
+                                          kGroup == 0 || first + half > 0);
             Product::template multiply<1>(into, a[buffer][2 * half + 1], box + 64 / 16, positions[buffer][half], true);
         }
         warpgroup_commit();
     }
 
     // Neighbouring fragments' codes and positions are read together.
-    __device__ __forceinline__ void convert(u32 slot, int number) {
+    __device__ __forceinline__ void convert(u32 stage, int number) {
         const int buffer = number % 2, r = number / kBatches, first = number % kBatches * kHalves;
-        const u8* const at = memory + slot * T::kSlotBytes + T::kCodesAt + tile * kSparseTile + lane * 16;
+        const u8* const at = memory + stage * T::kStageBytes + T::kCodesAt + tile * kSparseTile + lane * 16;
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             const int h = first + half;

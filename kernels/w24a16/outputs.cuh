@@ -4,9 +4,9 @@
 #include "w24a16/sparse.cuh"
 #include "linear/hopper.cuh"
 
-template <class T, class E, bool kGrouped>
-struct SparseWarp : HopperWarp<T> {
-    using Warp = HopperWarp<T>;
+template <class T, class E, int kGroup>
+struct SparseConsumer : ConsumerWarp<T> {
+    using Warp = ConsumerWarp<T>;
     using Warp::p, Warp::lane, Warp::tile, Warp::fragment;
     using Warp::Warp;
 
@@ -19,7 +19,7 @@ struct SparseWarp : HopperWarp<T> {
             : p(problem), n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
 #pragma unroll
             for (int r = 0; r < T::kTiles; ++r) {
-                if constexpr (!kGrouped) scale[r] = *reinterpret_cast<const u32*>(p.scales + (n + 2 * r) * 2);
+                if constexpr (kGroup == 0) scale[r] = *reinterpret_cast<const u32*>(p.scales + (n + 2 * r) * 2);
                 bias[r] = 0;
                 if (p.bias != nullptr) {
                     if (n + 2 * r < p.n) bias[r] = p.bias[n + 2 * r];
@@ -30,20 +30,20 @@ struct SparseWarp : HopperWarp<T> {
 
         // Two outputs of one token.
         __device__ __forceinline__ u32 round(float low, float high, int r) const {
-            const float growth = T::kRounded && kGrouped ? E::growth(p.growth) : 1.f / E::kQuantum;
+            const float growth = T::kRounded && kGroup > 0 ? E::growth(p.growth) : 1.f / E::kQuantum;
             low *= growth;
             high *= growth;
-            if constexpr (!kGrouped) {
+            if constexpr (kGroup == 0) {
                 low *= half_to_float(scale[r] & 0xFFFF);
                 high *= half_to_float(scale[r] >> 16);
             }
-            return E::round_pair(low + E::widen(bias[r] & 0xFFFF), high + E::widen(bias[r] >> 16));
+            return E::Output::round_pair(low + E::Output::widen(bias[r] & 0xFFFF), high + E::Output::widen(bias[r] >> 16));
         }
     };
 
-    __device__ __forceinline__ void finish(const Stretch& at) {
+    __device__ __forceinline__ void epilogue(const HopperWork& at) {
         if (p.split > 1) {
-            Warp::template sum_over_cluster<Outputs>(at);
+            Warp::template reduce_over_cluster<Outputs>(at);
             return;
         }
         const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;

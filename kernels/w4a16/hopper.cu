@@ -1,60 +1,67 @@
 // y[M, N] = x[M, K] * W[N, K]^T (+ bias), W in 4 bits, on Hopper.
 //
 // The transposed product: weights are operand A of wgmma, dequantised into registers, tokens are its n dimension and come from
-// shared memory. One thread of a warpgroup of its own issues copies, the others multiply. Each of these owns its outputs
-// from the first product to the store, so the only thing that they share is the ring, and they drift apart: while
-// one dequantises, scales or stores, the tensor cores work for the other.
+// shared memory. Warp-specialized: one thread of a warpgroup of its own is the producer, the other warpgroups are consumers.
+// Each of these owns its outputs from the first product to the store, so the only thing that they share is the pipeline, and
+// they drift apart: while one dequantises, scales or stores, the tensor cores work for the other.
 //
-// Up to 32 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That costs a
-// second set of sums and half an instruction per token, output and group, and the products must end before each scaling.
-// From 64 tokens on, they are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing:
-// products follow each other without a pause.
+// For few tokens, scales are applied to float32 sums, for every group: the tensor cores see the exact integers -8..7. That
+// costs a second set of sums and half an instruction per token, output and group, and the products must end before each
+// scaling; with groups narrower than a packed tile there are two such sets, one for every other group. For many tokens, scales
+// are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing: products follow
+// each other without a pause.
 #include "linear/hopper.cuh"
 
-template <int kTokens, int kWarpgroups, int kTiles, int kSlots, int kResident>
-using Hopper = HopperTile<kTokens, kWarpgroups, kTiles, kSlots, kResident, kTileBytes, (kTokens >= 64)>;
+template <int kTokens, int kConsumers, int kTiles, int kStages, int kCtasPerSm, int kScaleRows>
+using Hopper = HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kTileBytes, kScaleRows,
+                          (kTokens >= (kScaleRows > 1 ? 32 : 64))>;  // many tokens
 
-template <class T, class E, bool kGrouped>
-struct Multiplier : HopperWarp<T> {
-    using Warp = HopperWarp<T>;
-    using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::place, Warp::sums;
+template <class T, class E, int kGroup>
+struct Consumer : ConsumerWarp<T> {
+    using Warp = ConsumerWarp<T>;
+    using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::state, Warp::sums;
     using Warp::Warp;
 
+    static constexpr bool kScalesWeights = T::kRounded && kGroup > 0;
+    // Where a packed tile has several groups, each is a batch with sums of its own.
+    static constexpr bool kGroupBatches = !T::kRounded && kNarrowGroups<kGroup>;
     // A batch is so many k16 steps. While the tensor cores work on one, the next is converted.
-    static constexpr int kSteps = T::kRounded ? 2 : 4, kBatches = 8 / kSteps, kBuffers = 2;
-    static constexpr bool kScalesWeights = T::kRounded && kGrouped;
+    static constexpr int kSteps = T::kRounded ? 2 : kGroupBatches ? kGroup / 16 : 4, kBatches = 8 / kSteps, kBuffers = 2;
+    static constexpr int kParts = kGroupBatches ? 2 : 1, kRows = kScalesWeights ? kScaleRows<kGroup> : 1;
 
-    float part[T::kRounded ? 1 : T::kFragments][4];  // of one packed tile and group
-    u32 a[kBuffers][kSteps][4];                      // weights of as many batches
-    Vec16 codes[2];                                  // of the two halves of a group
-    u32 next_scales = 0;                             // of the tile whose codes were read last
+    float part[kParts][T::kRounded ? 1 : T::kFragments][4];  // of one packed tile and group
+    u32 a[kBuffers][kSteps][4];                              // weights of as many batches
+    Vec16 codes[2];                                          // of the two halves of a group
+    u32 next_scales[kRows] = {};                             // of the tile whose codes were read last
     typename E::Scales scales;
-    bool flowing = false;  // products of the slot before may still run
+    bool flowing = false;  // products of the stage before may still run
 
     __device__ __forceinline__ void begin() {
-        load(place.slot, 0);
+        load(state.stage, 0);
         convert(0);
     }
 
     __device__ __forceinline__ void multiply(bool more) {
         if constexpr (T::kRounded) {
             flow(more);
+        } else if constexpr (kGroupBatches) {
+            pause_at_stages(more);
         } else {
             pause_at_groups(more);
         }
     }
 
-    // The registers of the next weights were free for what was done at the end of a stretch.
+    // The registers of the next weights were free for what was done at the end of a work range.
     __device__ __forceinline__ void resume() {
         if constexpr (T::kRounded) begin();
     }
 
-    // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot. The slot
-    // before is done with once the first batch of this one is all that runs.
+    // One stage. While a batch of products runs, the weights of the next are converted, at the end those of the next stage. The
+    // stage before is done with once the first batch of this one is all that runs.
     __device__ __forceinline__ void flow(bool more) {
-        const u32 shared = shared_address(memory), slot = place.slot, before = place.slot_before();
-        const u64 tokens = swizzled_descriptor(shared + slot * T::kSlotBytes);
-        place.advance();
+        const u32 shared = shared_address(memory), stage = state.stage, before = state.stage_before();
+        const u64 tokens = swizzled_descriptor(shared + stage * T::kStageBytes);
+        state.advance();
 #pragma unroll
         for (int number = 0; number < T::kTiles * kBatches; ++number) {
             const int r = number / kBatches, batch = number % kBatches;
@@ -63,7 +70,7 @@ struct Multiplier : HopperWarp<T> {
             warpgroup_wait<1>();
             hold(number + 1);
             if (number == 0) {
-                __syncwarp();  // all lanes have read the slot before
+                __syncwarp();  // all lanes have read the stage before
                 barrier_arrive_if(flowing && lane == 0, T::empty(shared, before));
             }
             convert((batch + 1) % kBatches);
@@ -71,45 +78,77 @@ struct Multiplier : HopperWarp<T> {
             if (batch % 2 == 0) {
                 const int half = batch / 2;
                 if (r + 1 < T::kTiles) {
-                    load_half(slot, r + 1, half);
+                    load_half(stage, r + 1, half);
                 } else {
-                    if (half == 0) barrier_wait_if(more, T::full(shared, place.slot), place.parity);
-                    load_half(place.slot, 0, half);
+                    if (half == 0) barrier_wait_if(more, T::full(shared, state.stage), state.phase);
+                    load_half(state.stage, 0, half);
                 }
             }
         }
         flowing = true;
     }
 
-    // One group. While a batch of products runs, the weights of the next are converted, at the end those of the next slot.
+    // One stage. While a batch of products runs, the weights of the next are converted, at the end those of the next stage.
     __device__ __forceinline__ void pause_at_groups(bool more) {
-        const u32 shared = shared_address(memory), slot = place.slot;
-        const u64 tokens = swizzled_descriptor(shared + slot * T::kSlotBytes);
-        place.advance();
+        const u32 shared = shared_address(memory), stage = state.stage;
+        const u64 tokens = swizzled_descriptor(shared + stage * T::kStageBytes);
+        state.advance();
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) {
             u32 scales;
-            if constexpr (kGrouped) scales = Warp::load_scales(slot, r);
+            if constexpr (kGroup > 0) scales = Warp::load_scales(stage, r);
 #pragma unroll
             for (int batch = 0; batch < kBatches; ++batch) {
-                issue(kGrouped ? part : sums[r], batch, tokens, !kGrouped || batch > 0);
+                issue(kGroup > 0 ? part[0] : sums[r], batch, tokens, kGroup == 0 || batch > 0);
                 warpgroup_wait<1>();  // the registers of the next batch are free
                 if (batch + 1 < kBatches) {
                     convert(batch + 1);
-                    if (batch + 2 == kBatches && r + 1 < T::kTiles) load(slot, r + 1);
+                    if (batch + 2 == kBatches && r + 1 < T::kTiles) load(stage, r + 1);
                 } else {
                     if (r + 1 == T::kTiles) {
-                        barrier_wait_if(more, T::full(shared, place.slot), place.parity);
-                        load(place.slot, 0);
+                        barrier_wait_if(more, T::full(shared, state.stage), state.phase);
+                        load(state.stage, 0);
                     }
                     convert(0);
                 }
             }
             warpgroup_wait<0>();
-            if constexpr (kGrouped) Warp::collect(sums[r], part, scales);
+            if constexpr (kGroup > 0) Warp::collect(sums[r], part[0], scales);
         }
-        __syncwarp();  // all lanes have read the slot
-        if (lane == 0) barrier_arrive(T::empty(shared, slot));
+        __syncwarp();  // all lanes have read the stage
+        if (lane == 0) barrier_arrive(T::empty(shared, stage));
+    }
+
+    // One stage, where groups are narrower than a packed tile. While a group's products run, the sums of the one before are
+    // scaled and added up, and the weights of the next are converted.
+    __device__ __forceinline__ void pause_at_stages(bool more) {
+        const u32 shared = shared_address(memory), stage = state.stage;
+        const u64 tokens = swizzled_descriptor(shared + stage * T::kStageBytes);
+        state.advance();
+        u32 scales[2];
+#pragma unroll
+        for (int number = 0; number < T::kTiles * kBatches; ++number) {
+            const int r = number / kBatches, batch = number % kBatches;
+            hold(number);
+            issue(part[number % 2], batch, tokens, false);
+            scales[number % 2] = Warp::load_scales(stage, r, batch);
+            if (batch + 1 == kBatches) {
+                if (r + 1 < T::kTiles) {
+                    load(stage, r + 1);
+                } else {
+                    barrier_wait_if(more, T::full(shared, state.stage), state.phase);
+                    load(state.stage, 0);
+                }
+            }
+            warpgroup_wait<1>();  // the group before: its sums are there, its registers free
+            hold(number + 1);
+            if (number > 0) Warp::collect(sums[(number - 1) / kBatches], part[(number - 1) % 2], scales[(number - 1) % 2]);
+            convert((batch + 1) % kBatches);
+        }
+        warpgroup_wait<0>();
+        Warp::collect(sums[T::kTiles - 1], part[1], scales[1]);
+        __syncwarp();  // all lanes have read the stage
+        if (lane == 0) barrier_arrive(T::empty(shared, stage));
     }
 
     // Keeps conversions on their side of the waits.
@@ -127,27 +166,32 @@ struct Multiplier : HopperWarp<T> {
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int step = batch * kSteps + j;
-            Warpgroup<E, T::kTokens>::multiply(into, a[batch % kBuffers][j],
-                                               tokens + (step / 4 * T::kBoxBytes + step % 4 * 32) / 16, add || j > 0);
+            Warpgroup<typename E::Operand, T::kTokens>::multiply(
+                into, a[batch % kBuffers][j], tokens + (step / 4 * T::kBoxBytes + step % 4 * 32) / 16, add || j > 0);
         }
         warpgroup_commit();
     }
 
-    // The codes of a group: eight k16 steps of this warp's fragment.
-    __device__ __forceinline__ void load(u32 slot, int r) {
-        load_half(slot, r, 0);
-        load_half(slot, r, 1);
+    // The codes of a packed tile: eight k16 steps of this warp's fragment.
+    __device__ __forceinline__ void load(u32 stage, int r) {
+        load_half(stage, r, 0);
+        load_half(stage, r, 1);
     }
 
-    __device__ __forceinline__ void load_half(u32 slot, int r, int half) {
-        codes[half] = *reinterpret_cast<const Vec16*>(memory + slot * T::kSlotBytes + T::kCodesAt + tile * kTileBytes +
+    __device__ __forceinline__ void load_half(u32 stage, int r, int half) {
+        codes[half] = *reinterpret_cast<const Vec16*>(memory + stage * T::kStageBytes + T::kCodesAt + tile * kTileBytes +
                                                       half * (kTileBytes / 2) + (fragment + r) * 512 + lane * 16);
-        if (kScalesWeights && half == 0) next_scales = Warp::load_scales(slot, r);
+        if constexpr (kScalesWeights) {
+#pragma unroll
+            for (int row = 0; row < kRows; ++row)
+                if (row * 2 / kRows == half) next_scales[row] = Warp::load_scales(stage, r, row);
+        }
     }
 
     // The weights of a batch.
     __device__ __forceinline__ void convert(int batch) {
-        if (kScalesWeights && batch == 0) scales.set(next_scales, p.minus_eight_shrunk);
+        if (kScalesWeights && batch * kRows % kBatches == 0)
+            E::set(scales, next_scales[batch * kRows / kBatches], p.offset_per_scale);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int step = batch * kSteps + j;
@@ -168,8 +212,8 @@ struct Multiplier : HopperWarp<T> {
             : p(problem), n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
 #pragma unroll
             for (int o = 0; o < Warp::kOutputs; ++o) {
-                scale[o] = (kGrouped ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o])) / E::kQuantum;
-                bias[o] = p.bias != nullptr && n + o < p.n ? E::widen(p.bias[n + o]) : 0.f;
+                scale[o] = (kGroup > 0 ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o])) / E::kQuantum;
+                bias[o] = p.bias != nullptr && n + o < p.n ? E::Output::widen(p.bias[n + o]) : 0.f;
             }
         }
 
@@ -177,18 +221,18 @@ struct Multiplier : HopperWarp<T> {
         __device__ __forceinline__ u32 round(float low, float high, int r) const {
             const float first = kScalesWeights ? E::growth(p.growth) : scale[2 * r];
             const float second = kScalesWeights ? E::growth(p.growth) : scale[2 * r + 1];
-            return E::round_pair(low * first + bias[2 * r], high * second + bias[2 * r + 1]);
+            return E::Output::round_pair(low * first + bias[2 * r], high * second + bias[2 * r + 1]);
         }
     };
 
-    __device__ __forceinline__ void finish(const Stretch& at) {
+    __device__ __forceinline__ void epilogue(const HopperWork& at) {
         if constexpr (T::kRounded) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(T::empty(shared_address(memory), place.slot_before()));
+            if (lane == 0) barrier_arrive(T::empty(shared_address(memory), state.stage_before()));
             flowing = false;
         }
         if (p.split > 1) {
-            Warp::template sum_over_cluster<Outputs>(at);
+            Warp::template reduce_over_cluster<Outputs>(at);
             return;
         }
         if (!Warp::complete(at)) return;

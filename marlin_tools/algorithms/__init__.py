@@ -11,7 +11,7 @@ from marlin_tools.algorithms.gptq import GPTQ
 from marlin_tools.algorithms.hessian import Gram, Hessian
 from marlin_tools.algorithms.pruning import PRUNERS, Placing, Pruner
 from marlin_tools.algorithms.rtn import RTN
-from marlin_tools.algorithms.solved import Solved
+from marlin_tools.algorithms.solution import Problem, Solution
 
 Algorithm = Annotated[RTN | GPTQ, Field(discriminator="kind")]
 
@@ -25,4 +25,17 @@ PRESETS: dict[str, RTN | GPTQ] = {
 PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default"}
 """Which of `PRUNERS` finds the mask when a preset is to make a dense model 2:4 on the way."""
 
-__all__ = ["GPTQ", "PRESETS", "PRUNERS", "PRUNER_OF", "RTN", "Algorithm", "Gram", "Hessian", "Placing", "Pruner", "Solved"]
+__all__ = [
+    "GPTQ",
+    "PRESETS",
+    "PRUNERS",
+    "PRUNER_OF",
+    "RTN",
+    "Algorithm",
+    "Gram",
+    "Hessian",
+    "Placing",
+    "Problem",
+    "Pruner",
+    "Solution",
+]

@@ -13,20 +13,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
+from marlin_tools.algorithms.hessian import ALONE, Correction, Factor, Hessian, Sharing
 from marlin_tools.algorithms.polish import polish
 from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
-from marlin_tools.algorithms.solved import Solved, as_solved
+from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
 from marlin_tools.algorithms.sweep import sweep
-from marlin_tools.distributed.crew import ALONE, Crew
+from marlin_tools.errors import RecipeError
 from marlin_tools.ops.solver.kernels import BLOCK, Grid
 from marlin_tools.quantized import ZERO
 from marlin_tools.settings import Settings
 from marlin_tools.stopwatch import span
-
-SLAB = 1 << 27
-"""Weights that a GPU works on at a time."""
 
 
 class GPTQ(Settings):
@@ -59,6 +56,14 @@ class GPTQ(Settings):
             raise ValueError("`drift` is measured as the stream goes: it needs sequential `true`")
         return self
 
+    def check_group_size(self, group_size: int, k: int) -> None:
+        """Refuse groups that the search for scales cannot follow."""
+        if self.scales == "conditional" and group_size not in (BLOCK, k, -1):
+            raise RecipeError(
+                f"scales `conditional` (preset `marlin`) know groups of {BLOCK} and per column, not of {group_size}",
+                hint=f"choose `--group-size {BLOCK}` or `-1`, or another `--preset`",
+            )
+
     @property
     def needs_data(self) -> bool:
         """Whether the stream has to be fed with calibration tokens."""
@@ -69,6 +74,30 @@ class GPTQ(Settings):
         """Whether later groups of a block see the quantised outputs of earlier ones."""
         return self.sequential
 
+    def problem(
+        self,
+        name: str,
+        hessian: Hessian | None,
+        group_size: int,
+        dtype: torch.dtype,
+        placing: Placing | None = None,
+        sharing: Sharing = ALONE,
+    ) -> "GPTQProblem":
+        """What all rows of a group share; `dtype` is the model's own 16-bit type, `placing` makes rows 2:4 on the way."""
+        if hessian is None:
+            raise ValueError("GPTQ needs a Hessian")
+        self.check_group_size(group_size, len(hessian.matrix))
+        k = len(hessian.matrix)
+        order = hessian.energy_order() if self.order == "energy" else torch.arange(k, device=hessian.matrix.device)
+        with span("factor"):
+            factor = hessian.factorize(self.damp, name, order, sharing)
+        correction = None
+        if hessian.drift is not None and self.drift:
+            with span("correct"):
+                correction = Correction(hessian.drift, factor, order, self.drift, sharing)
+        damped = hessian.damped(factor.damp) if self.polish else None
+        return GPTQProblem(self, hessian, order, factor, group_size, dtype, placing, correction, damped)
+
     def solve(
         self,
         name: str,
@@ -77,75 +106,19 @@ class GPTQ(Settings):
         group_size: int,
         dtype: torch.dtype,
         placing: Placing | None = None,
-        crew: Crew = ALONE,
-    ) -> Solved:
-        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 on the way.
-
-        A crew shares the rows; every member gets the result for all of them.
-        """
-        if hessian is None:
-            raise ValueError("GPTQ needs a Hessian")
-        n, k = weight.shape
-        order = hessian.energy_order() if self.order == "energy" else torch.arange(k, device=weight.device)
-        with span("factor"):
-            factor = hessian.factorize(self.damp, name, order, crew)
-        correction = None
-        if hessian.drift is not None and self.drift:
-            with span("correct"):
-                correction = Correction(hessian.drift, factor, order, self.drift, crew)
-        problem = _Problem(hessian, order, factor, group_size, dtype, placing, correction)
-        damped = hessian.damped(factor.damp) if self.polish else None
-        step = max(1, SLAB // k) if weight.is_cuda else n
-        own = crew.rows(n)
-        slabs = [slice(start, min(start + step, part.stop)) for part in own for start in range(part.start, part.stop, step)]
-        solved = Solved.join([self._solve_rows(weight[rows], rows, problem, damped) for rows in slabs])
-        return solved.gathered(crew, n)
-
-    def _solve_rows(self, stored: Tensor, rows: slice, problem: "_Problem", damped: Tensor | None) -> Solved:
-        """Rows never talk to each other: any of them can be solved alone."""
-        hessian, order, factor = problem.hessian, problem.order, problem.factor
-        original = weight = stored.float()
-        if problem.correction is not None:
-            with span("correct"):
-                weight = problem.correction.aim(stored, rows)
-        aim, mask = weight, None
-        if problem.placing is not None:
-            placed = problem.placing.place(weight, rows)
-            aim, mask = placed.value, placed.mask
-        with span("scales"):
-            rule = self._rule(aim, problem, mask)
-        with span("sweep"):
-            sweep(aim[:, order], factor, rule)
-            codes, scales = torch.empty_like(rule.codes), rule.scales
-            codes[:, order] = rule.codes
-        if damped is not None:
-            with span("polish"):
-                codes, scales = polish(weight, codes, scales, damped, problem.dtype, self.polish, mask)
-        if not bool(torch.isfinite(scales).all()):
-            raise too_large(weight)
-        with span("judge"):
-            return as_solved(original, weight, codes, scales, hessian, factor.damp)
-
-    def _rule(self, weight: Tensor, problem: "_Problem", mask: Tensor | None) -> "_FixedGrid":
-        """The rule for the sweep; `mask` as in the stored order of columns."""
-        n, k = weight.shape
-        group_size, order, dtype = problem.group_size, problem.order, problem.dtype
-        groups = weight.view(n, k // group_size, group_size)
-        kept = None if mask is None else mask[:, order].contiguous()
-        if self.scales == "conditional" and group_size != k:
-            return _GridAsItGoes(torch.empty(n, k // group_size, device=weight.device), problem, kept)
-        if self.scales == "diagonal":
-            energy = problem.hessian.diagonal + problem.hessian.ridge(self.damp)
-            scales = diagonal(groups, energy.view(-1, group_size), dtype, signed=self.signed)
-        else:
-            scales = absmax(groups, dtype)
-        return _FixedGrid(scales, problem, kept)
+    ) -> Solution:
+        """Quantise one weight [N, K]."""
+        return solve_all(self.problem(name, hessian, group_size, dtype, placing), weight)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """What all rows share: `order[j]` is the stored position of the sweep's column j, `factor` that of H in this order."""
+class GPTQProblem:
+    """What all rows share: `order[j]` is the stored position of the sweep's column j, `factor` that of H in this order.
 
+    damped   H with its damping, for the polish; None if there is none
+    """
+
+    settings: GPTQ
     hessian: Hessian
     order: Tensor
     factor: Factor
@@ -153,6 +126,48 @@ class _Problem:
     dtype: torch.dtype
     placing: Placing | None
     correction: Correction | None
+    damped: Tensor | None
+    slab: int = SLAB
+
+    def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
+        """Rows never talk to each other: any of them can be solved alone."""
+        order, factor = self.order, self.factor
+        original = weight = weight_nk.float()
+        if self.correction is not None:
+            with span("correct"):
+                weight = self.correction.aim(weight_nk, rows)
+        aim, mask = weight, None
+        if self.placing is not None:
+            placed = self.placing.place(weight, rows)
+            aim, mask = placed.value, placed.mask
+        with span("scales"):
+            rule = self._rule(aim, mask)
+        with span("sweep"):
+            sweep(aim[:, order], factor, rule)
+            codes, scales = torch.empty_like(rule.codes), rule.scales
+            codes[:, order] = rule.codes
+        if self.damped is not None:
+            with span("polish"):
+                codes, scales = polish(weight, codes, scales, self.damped, self.dtype, self.settings.polish, mask)
+        if not bool(torch.isfinite(scales).all()):
+            raise too_large(weight)
+        with span("judge"):
+            return Solution.quantized(original, weight, codes, scales, self.hessian, factor.damp)
+
+    def _rule(self, weight: Tensor, mask: Tensor | None) -> "_FixedGrid":
+        """The rule for the sweep; `mask` as in the stored order of columns."""
+        n, k = weight.shape
+        settings, group_size, order, dtype = self.settings, self.group_size, self.order, self.dtype
+        groups = weight.view(n, k // group_size, group_size)
+        kept = None if mask is None else mask[:, order].contiguous()
+        if settings.scales == "conditional" and group_size != k:
+            return _GridAsItGoes(torch.empty(n, k // group_size, device=weight.device), self, kept)
+        if settings.scales == "diagonal":
+            energy = self.hessian.diagonal + self.hessian.ridge(settings.damp)
+            scales = diagonal(groups, energy.view(-1, group_size), dtype, signed=settings.signed)
+        else:
+            scales = absmax(groups, dtype)
+        return _FixedGrid(scales, self, kept)
 
 
 class _FixedGrid:
@@ -161,7 +176,7 @@ class _FixedGrid:
     looks = False
     chooses = False
 
-    def __init__(self, scales_ng: Tensor, problem: _Problem, mask: Tensor | None) -> None:
+    def __init__(self, scales_ng: Tensor, problem: GPTQProblem, mask: Tensor | None) -> None:
         self.scales = scales_ng
         self.mask = mask
         group_of = problem.order // problem.group_size
@@ -188,7 +203,7 @@ class _GridAsItGoes(_FixedGrid):
 
     looks = True
 
-    def __init__(self, scales_ng: Tensor, problem: _Problem, mask: Tensor | None) -> None:
+    def __init__(self, scales_ng: Tensor, problem: GPTQProblem, mask: Tensor | None) -> None:
         super().__init__(scales_ng, problem, mask)
         self.dtype = problem.dtype
         assert problem.group_size == BLOCK, (problem.group_size, BLOCK)

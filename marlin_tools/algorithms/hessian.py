@@ -8,22 +8,46 @@ matrix. GPTQ's usual route (Cholesky, inverse, Cholesky of the inverse) ends at 
 of the work and without ever inverting anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from marlin_tools.distributed.crew import ALONE, Crew
 from marlin_tools.errors import NumericalError
+from marlin_tools.ops.solver.cholesky import blocks_of, inverse_of, reversed_cholesky
 from marlin_tools.ops.solver.products import Parts, cross, gram, mirror, product
 
 _ESCALATION = 10.0
 _MAX_DAMP = 10.0
-_FACTOR_BLOCK = 1024
-_SHARED = 16384
-"""Columns from which on processes gain by factorising together."""
+
+
+class Sharing(Protocol):
+    """How several workers share what is done once for a whole matrix; `ALONE` does it here."""
+
+    def each_row(self, n: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """All `n` rows of what `compute` gives for some."""
+
+    def cholesky(self, matrix_kk: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        """As `reversed_cholesky`."""
+
+
+class _Alone:
+    """One worker."""
+
+    def each_row(self, n: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """All rows at once."""
+        return compute(slice(0, n))
+
+    def cholesky(self, matrix_kk: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        """The plain way."""
+        return reversed_cholesky(matrix_kk)
+
+
+ALONE: Sharing = _Alone()
+"""Nobody to share with."""
 
 
 class Gram:
@@ -113,8 +137,8 @@ class Hessian:
         matrix.diagonal().add_(self.ridge(damp))
         return matrix
 
-    def factorize(self, damp: float, name: str, order: Tensor | None = None, crew: Crew = ALONE) -> "Factor":
-        """R with R Rᵀ = damped H, its columns in this order; a crew shares the work if there is much of it.
+    def factorize(self, damp: float, name: str, order: Tensor | None = None, sharing: Sharing = ALONE) -> "Factor":
+        """R with R Rᵀ = damped H, its columns in this order.
 
         Raises the damping tenfold until the factorisation succeeds, then gives up by name.
         """
@@ -128,8 +152,7 @@ class Hessian:
             ridge = self.ridge(used)
             matrix = (self.matrix if order is None else self.matrix[order][:, order]).double()
             matrix.diagonal().add_(ridge if order is None else ridge[order])
-            shared = crew.cuts and len(matrix) >= _SHARED
-            upper, corners, info = shared_cholesky(matrix, crew) if shared else reversed_cholesky(matrix)
+            upper, corners, info = sharing.cholesky(matrix)
             del matrix
             if int(info) == 0:
                 return Factor(upper.float().contiguous(), used, [corner.float() for corner in corners])
@@ -161,14 +184,14 @@ class Factor:
     @cached_property
     def _corner_inverses(self) -> Sequence[Tensor]:
         """The inverse of every diagonal block."""
-        return self.corners or [_inverse(self.upper[block, block].double()).float() for block in _blocks(len(self.upper))]
+        return self.corners or [inverse_of(self.upper[block, block].double()).float() for block in blocks_of(len(self.upper))]
 
     def divide(self, right_nk: Tensor) -> Tensor:
         """X with X · R Rᵀ = right, block by block: first Z Rᵀ = right from the last column back, then X R = Z forward."""
         upper, k = self.upper, self.upper.shape[0]
         result = right_nk.clone()
         done = Parts.like(result)
-        blocks, inverses = _blocks(k), self._corner_inverses
+        blocks, inverses = blocks_of(k), self._corner_inverses
         for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
             rest = slice(block.stop, k)
             owed = result[:, block] - product(done[rest], upper[block, rest].T)
@@ -182,75 +205,6 @@ class Factor:
         return result
 
 
-def reversed_cholesky(matrix_kk: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """R upper with R Rᵀ = matrix, the inverses of its diagonal blocks as far as they were needed, and 0 if there is an R.
-
-    On a GPU in place and block by block from the last column back. The plain way is the Cholesky factor of the matrix with its
-    indices reversed; a GPU would need three more copies for it.
-    """
-    if not matrix_kk.is_cuda:
-        lower, info = torch.linalg.cholesky_ex(matrix_kk.flip(0, 1))
-        return lower.flip(0, 1), [], info
-    k = matrix_kk.shape[0]
-    failed, inverses = torch.zeros((), dtype=torch.int32, device=matrix_kk.device), []
-    for block in reversed(_blocks(k)):
-        start, before = block.start, slice(0, block.start)
-        lower, info = torch.linalg.cholesky_ex(matrix_kk[block, block].flip(0, 1))
-        failed |= info
-        corner = lower.flip(0, 1)
-        matrix_kk[block, block] = corner
-        inverses.append(_inverse(corner))
-        panel = matrix_kk[before, block] @ inverses[-1].T
-        matrix_kk[before, block] = panel
-        for left in range(0, start, 4 * _FACTOR_BLOCK):  # only what lies on or above the diagonal
-            part = slice(left, min(left + 4 * _FACTOR_BLOCK, start))
-            matrix_kk[: part.stop, part].addmm_(panel[: part.stop], panel[part].T, alpha=-1)
-    return matrix_kk.triu_(), inverses[::-1], failed
-
-
-def shared_cholesky(matrix_kk: Tensor, crew: Crew) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The same by all processes together, with the same bits however many they are: each keeps every so-manyth block of columns
-    up to date, and tells the others when it is done."""
-    failed, inverses = torch.zeros(1, device=matrix_kk.device), []
-    blocks, late = _blocks(len(matrix_kk)), matrix_kk[:, :0]
-
-    def update(parts: Sequence[slice]) -> None:
-        """What the last column that was done means for others."""
-        for part in parts:
-            matrix_kk[: part.stop, part].addmm_(late[: part.stop], late[part].T, alpha=-1)
-
-    for number, block in reversed(list(enumerate(blocks))):
-        before, width, mine = slice(0, block.start), block.stop - block.start, blocks[crew.rank : number : crew.size]
-        column_kb, inverse_bb = matrix_kk.new_empty(block.stop, width), matrix_kk.new_empty(width, width)
-        owner = number % crew.size
-        if owner == crew.rank:
-            update([block])  # first of all: the others wait for it, and have their own to update meanwhile
-            lower, info = torch.linalg.cholesky_ex(matrix_kk[block, block].flip(0, 1))
-            failed += info.abs()
-            column_kb[block] = lower.flip(0, 1)
-            inverse_bb.copy_(_inverse(column_kb[block]))
-            column_kb[before] = matrix_kk[before, block] @ inverse_bb.T
-        else:
-            update(mine)
-        for tensor in (column_kb, inverse_bb):
-            crew.tell(tensor, owner)
-        if owner == crew.rank:
-            update(mine)
-        inverses.append(inverse_bb)
-        matrix_kk[: block.stop, block] = late = column_kb
-    crew.add_up([failed])
-    return matrix_kk.triu_(), inverses[::-1], failed
-
-
-def _blocks(k: int) -> list[slice]:
-    return [slice(start, min(start + _FACTOR_BLOCK, k)) for start in range(0, k, _FACTOR_BLOCK)]
-
-
-def _inverse(upper_bb: Tensor) -> Tensor:
-    unit = torch.eye(len(upper_bb), dtype=upper_bb.dtype, device=upper_bb.device)
-    return torch.linalg.solve_triangular(upper_bb, unit, upper=True)
-
-
 class Correction:
     """What the weights of a group have to become so that their outputs move back by `share` of their drift.
 
@@ -260,12 +214,12 @@ class Correction:
     `order`.
     """
 
-    def __init__(self, drift: Drift, factor: Factor, order: Tensor, share: float, crew: Crew = ALONE) -> None:
+    def __init__(self, drift: Drift, factor: Factor, order: Tensor, share: float, sharing: Sharing = ALONE) -> None:
         self._outputs, self._factor, self._order, self._share = drift.outputs, factor, order, share
         self._of_inputs = None
         if drift.inputs is not None:
-            own = [self._divided(drift.inputs[rows]) for rows in crew.rows(len(drift.inputs))]
-            self._of_inputs = crew.gather(own[0] if len(own) == 1 else torch.cat(own), len(drift.inputs))
+            inputs = drift.inputs
+            self._of_inputs = sharing.each_row(len(inputs), lambda rows: self._divided(inputs[rows]))
 
     def aim(self, weight_nk: Tensor, rows: slice) -> Tensor:
         """The float32 weight to aim at, for these rows of the group; `weight` is what they are."""

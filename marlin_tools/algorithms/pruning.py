@@ -2,8 +2,8 @@
 
 SparseGPT is the column sweep with a rule that rounds nothing: at the first column of a quad it looks at what the quad's four
 columns should hold by now, gives up the two whose loss R[j, j]² t_j² is smallest, and every later column pays for them. That is
-greedy twice over, in the positions and in the values. Two exact steps follow unless they are switched off: the least-squares
-weights on the kept positions, and quad by quad the pair of positions that lowers the loss, by turns (`support.py`).
+greedy twice over, in the positions and in the values. Two exact steps follow by turns unless they are switched off: quad by
+quad the pair of positions that lowers the loss, and the least-squares weights on all that are kept (`support.py`).
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,22 @@ from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
-from marlin_tools.algorithms.solved import Errors, errors_of
+from marlin_tools.algorithms.solution import Losses, Solution, solve_all
 from marlin_tools.algorithms.support import fit, reselect
-from marlin_tools.algorithms.sweep import sweep
+from marlin_tools.algorithms.sweep import by_blocks, sweep
+from marlin_tools.ops.solver import kernels as solver
 from marlin_tools.ops.solver.kernels import Grid
 from marlin_tools.settings import Settings
+from marlin_tools.stopwatch import span
 
 _SLAB = 1 << 26
 """Weights that a GPU works on at a time."""
+
+_ROUNDS = 3
+"""How often all quads are chosen again between two fits."""
+
+_COARSE = 3e-4
+"""The tolerance of a fit after which positions change again; what it leaves, the next round and the last fit find."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +41,13 @@ class Placed:
     mask: Tensor
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What `Pruner.prune` returns: the sparse weight, how well that went, and the damping really used."""
-
-    placed: Placed
-    errors: Errors
-    damp: float | None
-
-
 class Pruner(Settings):
     """Settings of 2:4 pruning.
 
     mask         how the kept positions are chosen: `sparsegpt`, `wanda` or `magnitude`
     damp         added to the Hessian's diagonal, as a fraction of its mean
     fit          give the kept weights their least-squares values
-    reselect     rounds of choosing every quad's positions again, each followed by a fit
+    reselect     turns of choosing every quad's positions again, each followed by a fit
     sequential   later groups of a block are calibrated on the pruned outputs of earlier ones
     drift        aim at weights that undo this share of what earlier pruning has done to the activations
     """
@@ -56,7 +55,7 @@ class Pruner(Settings):
     mask: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
     damp: float = Field(0.01, gt=0, le=10)
     fit: bool = True
-    reselect: int = Field(3, ge=0, le=100)
+    reselect: int = Field(2, ge=0, le=100)
     sequential: bool = True
     drift: float = Field(0.5, ge=0, le=1)
 
@@ -70,30 +69,46 @@ class Pruner(Settings):
         """Whether later groups of a block see the pruned outputs of earlier ones."""
         return self.sequential
 
-    def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Pruned:
-        """Prune one weight [N, K] to 2:4."""
-        n, k = weight.shape
+    def problem(self, name: str, hessian: Hessian | None, dtype: torch.dtype = torch.float32) -> "PruningProblem":
+        """What all rows of a group share; `dtype` is that of the result."""
         placing = self.placing(name, hessian)
-        natural = torch.arange(k, device=weight.device)
         correction = None
         if hessian is not None and hessian.drift is not None and self.drift:
+            natural = torch.arange(len(hessian.matrix), device=hessian.matrix.device)
             correction = Correction(hessian.drift, placing.known_factor, natural, self.drift)
-        step = max(1, _SLAB // k) if weight.is_cuda else n
-        placed, errors = [], []
-        for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):
-            original = target = weight[rows].float()
-            if correction is not None:
-                target = correction.aim(weight[rows], rows)
-            placed.append(placing.place(target, rows))
-            errors.append(errors_of(original, target, placed[-1].value, hessian))
-        value, mask = torch.cat([each.value for each in placed]), torch.cat([each.mask for each in placed])
-        return Pruned(Placed(value, mask), Errors.join(errors), placing.factor.damp if placing.factor else None)
+        return PruningProblem(hessian, placing, correction, dtype)
+
+    def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Solution:
+        """Prune one weight [N, K] to 2:4."""
+        return solve_all(self.problem(name, hessian), weight)
 
     def placing(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "Placing":
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
-        return Placing(self, hessian, None if hessian is None else hessian.factorize(self.damp, name), fixed_nk)
+        with span("factor"):
+            factor = None if hessian is None else hessian.factorize(self.damp, name)
+        return Placing(self, hessian, factor, fixed_nk)
+
+
+@dataclass(frozen=True)
+class PruningProblem:
+    """A group of linears to be pruned."""
+
+    hessian: Hessian | None
+    placing: "Placing"
+    correction: Correction | None
+    dtype: torch.dtype
+    slab: int = _SLAB
+
+    def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
+        """Rows never talk to each other: any of them can be pruned alone."""
+        original = target = weight_nk.float()
+        if self.correction is not None:
+            target = self.correction.aim(weight_nk, rows)
+        value = self.placing.place(target, rows).value
+        damp = self.placing.factor.damp if self.placing.factor else None
+        return Solution(value.to(self.dtype), Losses.of(original, target, value, self.hessian), damp)
 
 
 class Placing:
@@ -101,10 +116,8 @@ class Placing:
 
     def __init__(self, pruner: Pruner, hessian: Hessian | None, factor: Factor | None, fixed_nk: Tensor | None) -> None:
         self.pruner, self.hessian, self.factor, self._fixed_nk = pruner, hessian, factor, fixed_nk
-        self._improves = pruner.fit or pruner.reselect > 0
-        if hessian is not None and factor is not None and self._improves:
+        if hessian is not None and factor is not None and (pruner.fit or pruner.reselect):
             self._damped_kk = hessian.damped(factor.damp)
-            self._inverse_kk = factor.divide(torch.eye(len(self._damped_kk), device=self._damped_kk.device))
 
     @property
     def known_factor(self) -> Factor:
@@ -115,20 +128,37 @@ class Placing:
     def place(self, target_nk: Tensor, rows: slice | None = None) -> Placed:
         """The sparse weight for these rows (all, if not said) that is nearest to `target_nk` in what it puts out."""
         fixed_nk = self._fixed_nk if rows is None or self._fixed_nk is None else self._fixed_nk[rows]
-        free_n = torch.ones(len(target_nk), dtype=torch.bool, device=target_nk.device)
-        if fixed_nk is not None:
-            free_n = ~fixed_nk.any(dim=1)
-        value_nk, mask_nk = self._first(target_nk)
-        if fixed_nk is not None:
-            mask_nk = torch.where(free_n[:, None], mask_nk, fixed_nk)
-            value_nk = torch.where(free_n[:, None], value_nk, target_nk * mask_nk)
-        if self._improves:
-            value_nk, mask_nk = self._improved(target_nk, value_nk, mask_nk, free_n)
+        if fixed_nk is None:
+            value_nk, mask_nk = self._chosen(target_nk)
+        else:
+            free_n, value_nk, mask_nk = ~fixed_nk.any(dim=1), target_nk * fixed_nk, fixed_nk.clone()
+            if bool(free_n.any()):
+                value_nk[free_n], mask_nk[free_n] = self._chosen(target_nk[free_n])
+        if self.pruner.fit:
+            with span("fit"):
+                value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk)
         return Placed(value_nk, mask_nk)
+
+    def _chosen(self, target_nk: Tensor) -> tuple[Tensor, Tensor]:
+        """The values and the mask of rows that have none yet, chosen again until no position changes."""
+        with span("choose"):
+            value_nk, mask_nk = self._first(target_nk)
+        for number in range(_ROUNDS * self.pruner.reselect):
+            if self.pruner.fit and number and number % _ROUNDS == 0:
+                with span("fit"):
+                    value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk, _COARSE)
+            before_nk = mask_nk
+            with span("reselect"):
+                value_nk, mask_nk = reselect(target_nk, value_nk, mask_nk, self._damped_kk)
+            if torch.equal(mask_nk, before_nk):
+                break
+        return value_nk, mask_nk
 
     def _first(self, target_nk: Tensor) -> tuple[Tensor, Tensor]:
         """Positions and values as the method itself leaves them."""
         if self.pruner.mask == "sparsegpt":
+            if solver.runs_on(target_nk):
+                return _chosen_by_kernels(target_nk, self.known_factor)
             rule = TwoOfFour(target_nk, self.known_factor)
             sweep(target_nk, self.known_factor, rule)
             return rule.values, rule.mask
@@ -138,18 +168,17 @@ class Placing:
             mask_nk = magnitude(target_nk)
         return target_nk * mask_nk, mask_nk
 
-    def _improved(self, target_nk: Tensor, value_nk: Tensor, mask_nk: Tensor, free_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit and reselect by turns, until no position changes; rows with a mask of their own are only fitted."""
-        value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk, self._inverse_kk)
-        if not bool(free_n.any()):
-            return value_nk, mask_nk
-        for _ in range(self.pruner.reselect):
-            values, masks = reselect(target_nk[free_n], value_nk[free_n], mask_nk[free_n], self._damped_kk)
-            if torch.equal(masks, mask_nk[free_n]):
-                break
-            mask_nk[free_n] = masks
-            value_nk[free_n] = fit(target_nk[free_n], values, masks, self._damped_kk, self._inverse_kk)
-        return value_nk, mask_nk
+
+def _chosen_by_kernels(target_nk: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
+    """What `TwoOfFour` leaves, values and mask."""
+    value_nk, mask_nk = torch.empty_like(target_nk), torch.empty_like(target_nk, dtype=torch.bool)
+    diagonal_k = factor.upper.diagonal().contiguous()
+
+    def settle(start: int, owed_nb: Tensor, feedback_bb: Tensor, errors_nk: Tensor) -> None:
+        solver.choose_block(target_nk, owed_nb, feedback_bb, diagonal_k, (mask_nk, value_nk, errors_nk), start)
+
+    by_blocks(target_nk, factor, settle)
+    return value_nk, mask_nk
 
 
 class TwoOfFour:

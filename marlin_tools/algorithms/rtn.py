@@ -1,15 +1,15 @@
 """Round to nearest: the baseline that looks at no data. One scale per group by absmax, every weight to its nearest level."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.algorithms.hessian import ALONE, Hessian, Sharing
 from marlin_tools.algorithms.pruning import Placing
 from marlin_tools.algorithms.scales import absmax, encode
-from marlin_tools.algorithms.solved import Solved, as_solved
-from marlin_tools.distributed.crew import ALONE, Crew
+from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
 from marlin_tools.settings import Settings
 
 
@@ -33,6 +33,18 @@ class RTN(Settings):
         """Whether later groups of a block see the quantised outputs of earlier ones."""
         return True
 
+    def problem(
+        self,
+        name: str,
+        hessian: Hessian | None,
+        group_size: int,
+        dtype: torch.dtype,
+        placing: Placing | None = None,
+        sharing: Sharing = ALONE,
+    ) -> "RTNProblem":
+        """What all rows of a group share; `dtype` is the model's own 16-bit type, `placing` makes rows 2:4 first."""
+        return RTNProblem(hessian, group_size, dtype, placing)
+
     def solve(
         self,
         name: str,
@@ -41,15 +53,27 @@ class RTN(Settings):
         group_size: int,
         dtype: torch.dtype,
         placing: Placing | None = None,
-        crew: Crew = ALONE,
-    ) -> Solved:
-        """Quantise one weight [N, K]; `dtype` is the model's own 16-bit type, `placing` makes its rows 2:4 first.
+    ) -> Solution:
+        """Quantise one weight [N, K]."""
+        return solve_all(self.problem(name, hessian, group_size, dtype, placing), weight)
 
-        There is too little to do to share it in a crew.
-        """
-        n, k = weight.shape
-        weight = weight.float()
-        groups = (weight if placing is None else placing.place(weight).value).view(n, k // group_size, group_size)
-        scales = absmax(groups, dtype)
+
+@dataclass(frozen=True)
+class RTNProblem:
+    """Nothing is found out beforehand."""
+
+    hessian: Hessian | None
+    group_size: int
+    dtype: torch.dtype
+    placing: Placing | None
+    slab: int = SLAB
+
+    def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
+        """Each row on its own grid."""
+        n, k = weight_nk.shape
+        weight = weight_nk.float()
+        aim = weight if self.placing is None else self.placing.place(weight, rows).value
+        groups = aim.view(n, k // self.group_size, self.group_size)
+        scales = absmax(groups, self.dtype)
         codes = encode(groups, scales[..., None]).view(n, k)
-        return as_solved(weight, weight, codes, scales, hessian, damp=None)
+        return Solution.quantized(weight, weight, codes, scales, self.hessian, damp=None)

@@ -11,6 +11,7 @@ did. Rows never talk to each other, so they may be split, stacked (q, k and v sh
 Shape letters: N rows (outputs), K columns (inputs), B columns per block.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,6 +24,9 @@ from marlin_tools.ops.solver.products import Parts, product
 
 WIDE = 512
 """Columns whose debts to all columns before them are computed in one product on a GPU."""
+
+Settle = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Decides all columns of the block at `start`, given what they owe and their part of M, and fills their errors in [N, K]."""
 
 
 class Rule(Protocol):
@@ -74,9 +78,23 @@ def sweep(weight_nk: Tensor, factor: Factor, rule: Rule) -> None:
 
 
 def _fused_sweep(weight_nk: Tensor, factor: Factor, rule: Rule, grid: Grid) -> Tensor:
-    """The same by kernels: one large product for what many columns owe to all before them, a small one for each block."""
-    n, k = weight_nk.shape
-    codes_nk = torch.empty(n, k, dtype=torch.uint8, device=weight_nk.device)
+    """The same by kernels."""
+    codes_nk = torch.empty(weight_nk.shape, dtype=torch.uint8, device=weight_nk.device)
+
+    def settle(start: int, owed_nb: Tensor, feedback_bb: Tensor, errors_nk: Tensor) -> None:
+        if rule.looks:
+            square = slice(start, start + len(feedback_bb))
+            seen_nb = weight_nk[:, square] + _spread(owed_nb, feedback_bb)
+            rule.enter(start, seen_nb, factor.upper[square, square])
+        solver.sweep_block(weight_nk, owed_nb, feedback_bb, grid, codes_nk, errors_nk, start)
+
+    by_blocks(weight_nk, factor, settle)
+    return codes_nk
+
+
+def by_blocks(weight_nk: Tensor, factor: Factor, settle: Settle) -> None:
+    """The walk along blocks: one large product for what many columns owe to all before them, a small one for each block."""
+    k = weight_nk.shape[1]
     errors_nk = torch.empty_like(weight_nk)
     past = Parts.like(errors_nk)
     for first in range(0, k, WIDE):
@@ -86,13 +104,8 @@ def _fused_sweep(weight_nk: Tensor, factor: Factor, rule: Rule, grid: Grid) -> T
         for start in range(first, last, BLOCK):
             block = slice(start - first, min(start + BLOCK, last) - first)
             owed_nb = torch.addmm(owed_nw[:, block], errors_nk[:, first:start], feedback_kw[first:start, block])
-            square = slice(start, first + block.stop)
-            if rule.looks:
-                seen_nb = weight_nk[:, square] + _spread(owed_nb, feedback_kw[square, block])
-                rule.enter(start, seen_nb, factor.upper[square, square])
-            solver.sweep_block(weight_nk, owed_nb, feedback_kw[square, block], grid, codes_nk, errors_nk, start)
+            settle(start, owed_nb, feedback_kw[start : first + block.stop, block], errors_nk)
         past.put(slice(first, last), errors_nk[:, first:last])
-    return codes_nk
 
 
 def _spread(owed_nb: Tensor, feedback_bb: Tensor) -> Tensor:

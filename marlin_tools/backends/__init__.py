@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.fill import fill
+from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.events import Emit, Event, silent
+from marlin_tools.families.experts import shell
+from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 
@@ -90,17 +92,17 @@ def load(
     emit: Emit = silent,
 ) -> "PreTrainedModel":
     """A transformers model, ready to run. `dtype` is float32 on a CPU and the checkpoint's own on a GPU unless it is given."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = expanded(Checkpoint.open(model))
     place = pick_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
-    shell = skeleton(checkpoint, dtype)
+    empty = shell(checkpoint, dtype)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
-    name, reason = choose_backend(backend, shell, linears, place)
+    name, reason = choose_backend(backend, empty, linears, place)
     how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": _spell(dtype)}
     kind = f"backend `{name}` ({reason})" if linears else "no quantised linears"
     emit(Event("note", f"`{checkpoint.origin}` on {place} in {_spell(dtype)}: {kind}", data=how))
     try:
-        return fill(shell, checkpoint, linears, BACKENDS[name].function(), place, emit)
+        return fill(empty, checkpoint, linears, BACKENDS[name].function(), place, emit)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"`{checkpoint.origin}` does not fit into the memory of {place}", hint=_SMALLER) from error
 
@@ -113,10 +115,12 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
     if name != "auto" and name not in BACKENDS:
         near = get_close_matches(name, BACKENDS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: auto, {', '.join(BACKENDS)}"
+        if name == "vllm":
+            hint = "only `marlin-tools eval` runs through vLLM; to serve, `vllm serve DIR`"
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
     tried = []
-    quantized = frozenset(linears.names if linears else ())
+    quantized = sum(grid_of(linears, name).n * grid_of(linears, name).k for name in linears.names) if linears else 0
     candidates = [name] if name != "auto" else list(BACKENDS) if quantized else ["reference"]
     for candidate in candidates:
         backend = BACKENDS[candidate]
@@ -143,13 +147,11 @@ def free_memory(device: torch.device) -> int:
     raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
 
 
-def _bytes(model: "PreTrainedModel", quantized: frozenset[str], backend: Backend) -> int:
-    """What the weights take on the device."""
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        packed = backend.bits and name.removesuffix(".weight") in quantized
-        total += parameter.numel() * (backend.bits / 8 if packed else parameter.element_size())
-    return int(total)
+def _bytes(model: "PreTrainedModel", quantized: int, backend: Backend) -> int:
+    """What the weights take on the device, so many of which are quantised."""
+    full = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    saved = model.dtype.itemsize - backend.bits / 8 if backend.bits else 0.0
+    return int(full - quantized * saved)
 
 
 def _spell(dtype: torch.dtype) -> str:

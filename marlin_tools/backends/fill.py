@@ -7,16 +7,18 @@ scales) are computed by transformers itself, in the way in which its own loading
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import read_weight
+from marlin_tools.checkpoint.skeleton import damaged, mismatched, read_weight
 from marlin_tools.errors import ModelError
 from marlin_tools.events import Emit, Event
+from marlin_tools.families import known_family
+from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 
@@ -38,16 +40,18 @@ def fill(
     emit: Emit,
 ) -> "PreTrainedModel":
     """Give a model on the meta device its weights, in place; quantised linears become what `build` makes of them."""
-    quantized = linears.names if linears is not None else ()
-    modules = {name: _linear(model, name) for name in quantized}
+    places = _places(model, checkpoint)
+    homes = {ref.tensor.removesuffix(".weight"): name.removesuffix(".weight") for name, ref in places.items() if ref.whole}
+    quantized = {name: homes.get(name, name) for name in (linears.names if linears is not None else ())}
+    modules = {module: _linear(model, module) for module in quantized.values()}
     dtype = model.dtype
-    ties = _ties(model, {f"{name}.weight" for name in quantized})
-    _account(model, checkpoint, linears, ties)
+    ties = _ties(model, {f"{module}.weight" for module in modules})
+    _account(model, checkpoint, linears, ties, places)
     for names in ties:
-        _fill_tied(model, checkpoint, names, device)
-    for done, (name, linear) in enumerate(modules.items(), start=1):
+        _fill_tied(model, checkpoint, {name: places[name] for name in names}, device)
+    for done, (stored, name) in enumerate(quantized.items(), start=1):
         assert linears is not None
-        weight = linears.read(name)
+        weight, linear = linears.read(stored), modules[name]
         if weight.shape != (linear.out_features, linear.in_features):
             asked = (linear.out_features, linear.in_features)
             raise ModelError(f"`{name}` is {weight.shape} in the checkpoint, config.json asks for {asked}", hint=_MISMATCH)
@@ -57,6 +61,15 @@ def fill(
     compute_buffers(model, device)
     _read_generation_settings(model, checkpoint)
     return model.eval()
+
+
+def _places(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, WeightRef]:
+    """Where each parameter and stored buffer lies; names are taken as they are for a family that is not known."""
+    names = [*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))]
+    if known_family(checkpoint.config) is None:
+        return {name: WeightRef(name) for name in names}
+    layout = Layout(checkpoint)
+    return {name: layout.place(name) for name in names}
 
 
 def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
@@ -86,17 +99,24 @@ def _stored_buffers(model: "PreTrainedModel") -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def _account(model: "PreTrainedModel", checkpoint: Checkpoint, linears: StoredLinears | None, ties: list[list[str]]) -> None:
+def _account(
+    model: "PreTrainedModel",
+    checkpoint: Checkpoint,
+    linears: StoredLinears | None,
+    ties: list[list[str]],
+    places: Mapping[str, WeightRef],
+) -> None:
     """Raise ModelError unless the checkpoint holds what the model needs, and nothing that would be left over."""
-    if missing := [names[0] for names in ties if not any(name in checkpoint for name in names)]:
+    if missing := [places[names[0]].tensor for names in ties if not any(places[name].tensor in checkpoint for name in names)]:
         raise ModelError(f"`{checkpoint.origin}` lacks {_some(missing)}", hint=_MISMATCH)
-    used = {name for names in ties for name in names} | (linears.tensors if linears is not None else frozenset())
+    used = {places[name].tensor for names in ties for name in names} | (linears.tensors if linears is not None else frozenset())
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
+    layout = Layout(checkpoint) if known_family(checkpoint.config) is not None else None
     left = [
         name
         for name in checkpoint.names()
         if name not in used and not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored)
-        if not _is_zero_bias(checkpoint, name)
+        if not _is_zero_bias(checkpoint, name) and not (layout is not None and layout.foreign(name))
     ]
     if left:
         raise ModelError(
@@ -114,19 +134,29 @@ def _some(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:3]) + more
 
 
-def _fill_tied(model: "PreTrainedModel", checkpoint: Checkpoint, names: Iterable[str], device: torch.device) -> None:
+def _fill_tied(model: "PreTrainedModel", checkpoint: Checkpoint, names: Mapping[str, WeightRef], device: torch.device) -> None:
     """Fill the names of one tensor. A tie holds as long as the checkpoint does not store two different tensors for it."""
     first: Tensor | None = None
-    stored = sorted(names, key=lambda name: name not in checkpoint)
-    for name in stored:
+    for name in sorted(names, key=lambda name: names[name].tensor not in checkpoint):
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module, ref = model.get_submodule(owner), names[name]
         old = getattr(module, leaf)
-        if first is None or name in checkpoint:
-            tensor = read_weight(checkpoint, name, old.shape).to(device, old.dtype)
+        if first is None or ref.tensor in checkpoint:
+            stored = read_weight(checkpoint, ref.tensor, old.shape) if ref.whole else _part(checkpoint, ref, old.shape)
+            tensor = stored.to(device, old.dtype)
             if first is None or not torch.equal(tensor, first):
                 first = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
         setattr(module, leaf, first)
+
+
+def _part(checkpoint: Checkpoint, ref: WeightRef, shape: Sequence[int]) -> Tensor:
+    """One expert's part of a tensor that holds all of them."""
+    if ref.shape(checkpoint) != tuple(shape):
+        raise mismatched(ref.tensor, ref.shape(checkpoint), shape)
+    part = ref.read(checkpoint)
+    if not bool(torch.isfinite(part).all()):
+        raise damaged(ref.tensor)
+    return part
 
 
 @torch.no_grad()

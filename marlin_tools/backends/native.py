@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError, ModelError
+from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.ops.linear import w4a16, w24a16
 from marlin_tools.ops.linear.layout import TILE_N
@@ -79,7 +80,7 @@ def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.dev
     first = linears.read(linears.names[0])
     per_column = first.group_size == first.shape[1]
     for name in linears.names:
-        inputs = _linear(model, name).in_features
+        inputs = grid_of(linears, name).k
         if reason := ops.limits(inputs, inputs if per_column else first.group_size):
             return f"cannot hold `{name}`: {reason}"
     return None
@@ -95,7 +96,7 @@ def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dt
     _check_limits(f"a linear of {weight.shape[0]} x {weight.shape[1]}", weight)
     weight = weight.to(device)
     bias = None if bias is None else bias.detach().to(device, dtype)
-    if weight.is_2_4():
+    if weight.is_2_4() and not ops.limits(weight.shape[1], weight.group_size, sparse=True):
         sparse = ops.pack_sparse(weight)
         if device.type == "cuda":
             ops.prepare_sparse(sparse, dtype)

@@ -22,7 +22,7 @@ from marlin_tools.algorithms import PRESETS
 from marlin_tools.checkpoint.cards import CARDS, Card
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
-from marlin_tools.compress.quantize import QuantizeSettings, plan_quantize, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.crew import assembled
 from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
@@ -204,7 +204,7 @@ def _parts(
 ) -> list[Part]:
     """What was measured beside what it must take."""
     quantizing = QuantizeSettings(preset=settings.preset, device=settings.device)
-    inventory = plan_quantize(checkpoint, quantizing, 1, 1).inventory
+    inventory = prepare_quantize(checkpoint, quantizing, 1, 1).inventory
     hidden = int(checkpoint.config["hidden_size"])
     work = Work(inventory.reads_same_input(), hidden, settings.samples * settings.seqlen, settings.seqlen)
     rate = matmul_rate(device, checkpoint.dtype if device.type == "cuda" else torch.float32)

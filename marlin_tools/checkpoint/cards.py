@@ -56,7 +56,7 @@ class Card(Checkpoint):
         self._tensors = _tensors(config, self.dtype)
 
 
-def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], object]) -> Checkpoint:
+def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], object] | None) -> Checkpoint:
     """The model that `ref` names, from disk if it is there, else from its card or its config.json; no weights are fetched."""
     if isinstance(ref, Checkpoint):
         return ref
@@ -64,10 +64,12 @@ def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], obje
     if str(ref) == "demo" or Path(ref).expanduser().is_dir() or repository.count("/") != 1:
         return Checkpoint.open(ref, accept)
     if (cached := _cached(repository, revision, str(ref))) is not None:
-        accept(cached.config)
+        if accept is not None:
+            accept(cached.config)
         return cached
     config = CARDS.get(repository) or _config_of_the_hub(repository, revision)
-    accept(config)
+    if accept is not None:
+        accept(config)
     return Card(config, str(ref))
 
 

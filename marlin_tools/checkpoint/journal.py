@@ -49,6 +49,11 @@ class Journal:
         content = self._read(entry, BlockEntry)
         return content if content and content["sha256"] == _sha256(shard) else None
 
+    def entry(self, index: int) -> dict[str, Any]:
+        """What a finished block has recorded."""
+        content: dict[str, Any] = json.loads((self._output.state / self._name(index)).read_text())
+        return content
+
     def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
         """Block `index` is done; from here on a resumed run skips it."""
         complete = {**entry, "sha256": _sha256(shard)}

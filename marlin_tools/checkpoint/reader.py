@@ -78,10 +78,33 @@ class Checkpoint:
         """`quantization_config` of config.json, if the weights are stored quantised."""
         return self.config.get("quantization_config")
 
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The part of config.json that describes the language model: all of it, or what stands beside other models'.
+
+        Nested ones often leave out what is as usual, so transformers' defaults are filled in.
+        """
+        if not isinstance(self.config.get("text_config"), dict):
+            return self.config
+        from transformers import AutoConfig
+
+        known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
+        try:
+            config = AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"`{self.path / 'config.json'}` is not understood by transformers: {str(error).splitlines()[0]}",
+                hint="update transformers, or check config.json",
+            ) from error
+        assert isinstance(config, dict)
+        return config
+
     @property
     def dtype(self) -> torch.dtype:
         """The 16-bit (or other) type that the model was made in."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        inside = self.config.get("text_config")
+        places = (self.config, inside) if isinstance(inside, dict) else (self.config,)
+        name = next((place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), "float32")
         dtype = getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ModelError(f"`{self.path / 'config.json'}`: unknown dtype `{name}`", hint="use float16, bfloat16 or float32")

@@ -5,18 +5,48 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError, Translated
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model of config.json on the meta device: all modules, no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
+    model, nested = _whole(checkpoint, dtype)
+    if nested:
+        for owner in (model, getattr(model, "model", model)):
+            for name, _ in _foreign(owner):
+                setattr(owner, name, None)
+    return model.eval()
+
+
+def foreign_linears(checkpoint: Checkpoint) -> list[str]:
+    """The linears of what reads images and sounds beside the language model, by the names of transformers' modules."""
+    model, nested = _whole(checkpoint, torch.float16)
+    if not nested:
+        return []
+    outer = [(name, part) for name, part in _foreign(model)]
+    inner = [(f"model.{name}", part) for name, part in _foreign(getattr(model, "model", nn.Module()))]
+    return [
+        f"{prefix}.{name}".rstrip(".")
+        for prefix, part in (*outer, *inner)
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts of a module that are not on the way from tokens to logits."""
+    return [(name, part) for name, part in owner.named_children() if name not in {"model", "language_model", "lm_head"}]
+
+
+def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel", bool]:
+    """The model of config.json without weights, and whether its language model is only a part of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
     refused = Translated(ModelError, what, "update transformers, or check config.json")
@@ -24,10 +54,17 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    nested = config.get_text_config() is not config
+    maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     with refused, torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+        model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=_attention(config))
+    return model, nested
+
+
+def _attention(config: "PreTrainedConfig") -> str | None:
+    """How attention is computed: eagerly where nothing else caps its logits, else as transformers likes best for the model."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tensor:
@@ -41,11 +78,16 @@ def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tens
 def read_shaped(checkpoint: Checkpoint, name: str, shape: Sequence[int], *, pinned: bool = False) -> Tensor:
     """One stored tensor as it is, if it has this shape; in pinned memory for a copy to a GPU."""
     if checkpoint.shape(name) != tuple(shape):
-        raise ModelError(
-            f"`{name}` is {checkpoint.shape(name)} in the checkpoint, config.json asks for {tuple(shape)}",
-            hint="config.json and weights do not belong together; download the model again",
-        )
+        raise mismatched(name, checkpoint.shape(name), shape)
     return checkpoint.read_pinned(name) if pinned else checkpoint.read(name)
+
+
+def mismatched(name: str, found: Sequence[int], asked: Sequence[int]) -> ModelError:
+    """What to raise for a weight of another shape."""
+    return ModelError(
+        f"`{name}` is {tuple(found)} in the checkpoint, config.json asks for {tuple(asked)}",
+        hint="config.json and weights do not belong together; download the model again",
+    )
 
 
 def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:

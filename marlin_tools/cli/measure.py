@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, option
+from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, flag, option
 from marlin_tools.cli.perform import given, perform, recipe_of, short_name
 
 app = typer.Typer(**PLAIN)
@@ -17,12 +17,13 @@ def evaluate(
     tasks: Annotated[str, option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.")],
     model: Annotated[str | None, argument("MODEL", "As for quantize; the newest model under runs/ if left out.")] = None,
     baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.")] = None,
-    backend: Backend = None,
+    backend: Annotated[str | None, option(of="NAME", text="auto, native, reference, reference-packed or vllm.")] = None,
     num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
     limit: Annotated[float | None, option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
     batch_size: Annotated[str | None, option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,
     seqlen: Annotated[int | None, option(of="L", text="Window of a perplexity.")] = None,
     include_path: Annotated[list[str] | None, option(of="DIR", text="Where more tasks are defined; repeatable.")] = None,
+    allow_task_code: Annotated[bool, flag("--allow-task-code", "Let those tasks run code that comes with them.")] = False,
     device: Device = None,
     strict: Strict = False,
     json: Json = False,
@@ -30,6 +31,7 @@ def evaluate(
     """Measure a model, beside the original if it is named."""
     how = given(backend=backend, batch_size=batch_size, device=device, baseline=baseline)
     what = given(num_fewshot=num_fewshot, limit=limit, seqlen=seqlen, include_path=include_path)
+    what |= given(allow_task_code=allow_task_code or None)
     stage = {"stage": "evaluate", "tasks": tasks.split(","), **how, **what}
     model = model or _newest()
     return perform(recipe_of(short_name(model), model, [stage]), overwrite=True, strict=strict, as_json=json)

@@ -52,12 +52,16 @@ def perform(
     with ui.Display() as display:
         planned = plan(recipe, output, dry=dry_run)
         result = None if dry_run else execute(planned, display if leads() else silent, **again)
+        steps = report.write_pages(result) if result and leads() else {}
     if not leads():
         return 0
     if result is None:
-        steps = planned.describe()
-        ui.write_json({"steps": steps, "notes": planned.notes}) if as_json else ui.write(report.plan(steps, planned.notes))
+        stages = planned.describe()
+        ui.write_json({"steps": stages, "notes": planned.notes}) if as_json else ui.write(report.plan(stages, planned.notes))
         return 0
     parts = result.outputs, result.evaluation, result.verifications, result.text
     ui.write_json(result.describe()) if as_json else ui.write(report.summary(*parts))
-    return int(not result.ok or (strict and bool(result.warnings)))
+    for what, command in [step for path in result.outputs[-1:] for step in steps[path][:1]]:
+        ui.hint(f"{what[:1].lower()}{what[1:]}: {command}")
+    doubtful = result.warnings or any(each.skipped for each in result.verifications.values())
+    return int(not result.ok or (strict and bool(doubtful)))

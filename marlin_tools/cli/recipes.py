@@ -51,6 +51,7 @@ def reproduce(
     """
     from marlin_tools import report
     from marlin_tools.cli import ui
+    from marlin_tools.report.comparison import as_text, write_comparison
     from marlin_tools.run.plan import plan
     from marlin_tools.run.reproduce import collect
     from marlin_tools.run.reproduce import reproduce as compare
@@ -62,8 +63,10 @@ def reproduce(
         ui.write_json(steps) if json else ui.write("\n\n".join(texts))
         return 0
     with ui.Display() as display:
-        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite)
-    ui.write_json(comparison.describe()) if json else ui.write(report.as_text(comparison))
+        shown = report.write_pages
+        comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite, finished=shown)
+    ui.note(f"`{write_comparison(comparison)}` shows it")
+    ui.write_json(comparison.describe()) if json else ui.write(as_text(comparison))
     return comparison.code
 
 
@@ -131,8 +134,9 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
 def recipes_schema(table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False) -> int:
     """Print the JSON Schema of recipes, for editors."""
     from marlin_tools.cli import ui
-    from marlin_tools.recipe import recipe
-    from marlin_tools.recipe import table as recipe_table
+    from marlin_tools.recipe.recipe import Recipe
+    from marlin_tools.recipe.table import Table
+    from marlin_tools.recipe.yaml_reader import json_schema
 
-    ui.write_json(recipe_table.schema() if table else recipe.schema())
+    ui.write_json(json_schema(Table if table else Recipe))
     return 0

@@ -50,6 +50,11 @@ def note(text: str) -> None:
     _stderr().print(plain(text, _LINE))
 
 
+def hint(text: str) -> None:
+    """What one might do next, on stderr."""
+    _labeled(_stderr(), "hint", text)
+
+
 def complain(error: MarlinToolsError) -> None:
     """`error:` for every line of the message, then `hint:`."""
     console = _stderr()

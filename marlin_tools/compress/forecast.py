@@ -2,7 +2,8 @@
 
 Time is the floor of each part (`floor.py`), taken at the rate that this machine shows for a matrix product at this moment,
 times what the part was measured to take of its floor; what is not arithmetic, the walk along the columns and the search for
-scales, has constants of its own. Memory is that of the moment at which most is alive.
+scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4) no time is foretold. Memory is
+that of the moment at which most is alive.
 """
 
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
-from marlin_tools.algorithms.gptq import SLAB
+from marlin_tools.algorithms.solution import SLAB
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
 from marlin_tools.distributed.crew import ALONE, PARTS, SLABS, Crew, expected
@@ -44,8 +45,6 @@ _COLUMN_US = {"cpu": 25.0, "cuda": 0.8}
 """Microseconds per column of the sweep and of each pass of coordinate descent, on top of the arithmetic."""
 _CORNER_US = {"cpu": 0.0, "cuda": 1.8}
 """Microseconds per column of the factorisation, whose diagonal blocks fill no GPU."""
-_FIT_PRODUCTS = 40
-"""Matrix products of a least-squares fit, in half products: about ten steps of two."""
 _START = {"cpu": 1.0, "cuda": 2.5}
 """Seconds until the first block and after the last one, whatever the model."""
 _HASHED = {"cpu": 1e9, "cuda": 4e9}
@@ -62,24 +61,19 @@ _ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
 class Forecast:
     """Peak memory, disk and time of a run, and what was assumed; `done` is what happens to the linears.
 
-    Of several processes, each needs this memory.
+    Of several processes, each needs this memory. `seconds` is None where the time is not known well enough.
     """
 
     device: torch.device
     host_gb: float
     gpu_gb: float | None
     disk_gb: float
-    seconds: float
+    seconds: float | None
     linears: int
     kept: int
     done: str
     processes: int = 1
     started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def minutes(self) -> float:
-        """Expected minutes."""
-        return self.seconds / 60
 
     def lines(self) -> list[tuple[str, str]]:
         """What and how much, for people."""
@@ -92,11 +86,8 @@ class Forecast:
         rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak{each}"))
         if self.gpu_gb is not None:
             rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak{each}"))
-        rows += [
-            ("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"),
-            ("time", _spell(self.seconds)),
-        ]
-        return rows
+        rows.append(("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"))
+        return rows if self.seconds is None else [*rows, ("time", _spell(self.seconds))]
 
     def check(self, out: Path) -> None:
         """Refuse what cannot end well."""
@@ -117,11 +108,9 @@ class Forecast:
     def compare(self, seconds: float) -> dict[str, dict[str, float]]:
         """Forecast and reality side by side; goes into the manifest and to the user."""
         real = {"seconds": seconds, **peak_memory(self.device)}
-        expected = {"seconds": self.seconds, "host_gb": self.host_gb} | (
-            {"gpu_gb": self.gpu_gb} if self.gpu_gb is not None else {}
-        )
+        expected = {"seconds": self.seconds, "host_gb": self.host_gb, "gpu_gb": self.gpu_gb}
         return {
-            "forecast": {key: round(value, 2) for key, value in expected.items()},
+            "forecast": {key: round(value, 2) for key, value in expected.items() if value is not None},
             "real": {key: round(value, 2) for key, value in real.items()},
         }
 
@@ -130,14 +119,23 @@ def in_words(times: Mapping[str, Mapping[str, float]]) -> str:
     """What `compare` found, in one line."""
     units = {"seconds": "{:.0f} s", "host_gb": "{:.1f} GB of host memory", "gpu_gb": "{:.1f} GB of GPU memory"}
     real, expected = times["real"], times["forecast"]
-    return "took " + ", ".join(f"{units[key].format(real[key])} (forecast {expected[key]:.1f})" for key in expected)
+    parts = [f"{units[key].format(real[key])} (forecast {expected[key]:.1f})" for key in units if key in expected]
+    return "took " + ", ".join(parts if "seconds" in expected else [units["seconds"].format(real["seconds"]), *parts])
 
 
 def forecast_quantize(
-    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    solver: RTN | GPTQ,
+    tokens: int,
+    longest: int,
+    device: torch.device,
+    *,
+    sparse: bool = False,
 ) -> Forecast:
     """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
-    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 0.52, "quantised", crew=expected()), device)
+    load = _Load(tokens, longest, 0.52, "quantised", timed=isinstance(solver, GPTQ) and not sparse, crew=expected())
+    return _forecast(checkpoint, inventory, solver, load, device)
 
 
 def forecast_prune(
@@ -147,10 +145,11 @@ def forecast_prune(
     tokens: int,
     longest: int,
     device: torch.device,
-    passes: int = 0,
+    *,
+    trained: bool = False,
 ) -> Forecast:
-    """The same for pruning; `passes` is how often each block is trained on all tokens."""
-    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", passes), device)
+    """The same for pruning; `trained` if each block is trained afterwards."""
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", trained=trained), device)
 
 
 def _spell(seconds: float) -> str:
@@ -162,13 +161,14 @@ def _spell(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """What goes through a run: tokens, training passes over them, what comes out per weight, what that is called, by whom."""
+    """What goes through a run: tokens, what comes out per weight, what that is called, and by whom it is done."""
 
     tokens: int
     longest: int
     bytes_per_weight: float
     done: str
-    passes: int = 0
+    timed: bool = False
+    trained: bool = False
     crew: Crew = ALONE
 
     @property
@@ -192,13 +192,7 @@ def _forecast(
 ) -> Forecast:
     on_gpu = device.type == "cuda"
     groups = inventory.reads_same_input()
-    work = Work(groups, int(checkpoint.config["hidden_size"]), load.tokens, load.longest)
-    rate = matmul_rate(device, torch.float16 if on_gpu else torch.float32)
-    takes = _TAKES[device.type]
-    floor = least_seconds(work, solver, rate, device)
-    per_block = sum(takes[part] * seconds / load.share(part) for part, seconds in floor.items())
-    per_block += sum(_beside_products(group, solver, device, rate, load) for group in groups if group)
-    per_block += (3 * load.passes + 3 * bool(load.passes)) * takes["forward"] * 2 * work.weights * load.tokens / rate
+    work = Work(groups, int(checkpoint.text_config["hidden_size"]), load.tokens, load.longest)
     stored = sum(t.n * t.k for t in inventory.targets)
     working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, load) / 1e9
     process = _PROCESS_GB[device.type]
@@ -207,7 +201,7 @@ def _forecast(
         host_gb=process + (_PINNED * 2 * work.weights / 1e9 if on_gpu else working),
         gpu_gb=working if on_gpu else None,
         disk_gb=(checkpoint.nbytes - 2 * stored + stored * load.bytes_per_weight) / 1e9,
-        seconds=_START[device.type] + per_block * inventory.blocks + checkpoint.nbytes / _HASHED[device.type],
+        seconds=_seconds(work, solver, load, device, inventory.blocks, checkpoint.nbytes) if load.timed else None,
         linears=len(inventory.targets),
         kept=len(inventory.kept),
         done=load.done,
@@ -223,7 +217,7 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
     if isinstance(solver, RTN) or not work.tokens:
         return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
     tokens = work.tokens // load.crew.size
-    flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + (load.passes > 0))
+    flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + load.trained)
     room = Room.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else Room()
     residual = flowing if room.residual else 0
     chunk = min(max(CHUNK_TOKENS, work.longest), tokens) * element
@@ -246,19 +240,22 @@ def _solver_bytes(group: Sequence[Target], *, on_gpu: bool, slabs: int = 1) -> i
     return 2 * n * k + max(16 * k * k, 12 * k * k + 40 * rows * k)
 
 
-def _beside_products(
-    group: Sequence[Target], solver: RTN | GPTQ | Pruner, device: torch.device, rate: float, load: _Load
-) -> float:
-    """Seconds of the walks along the columns, of the search for scales, and of what only pruning does."""
+def _seconds(work: Work, solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device, blocks: int, nbytes: int) -> float:
+    """All blocks, the start and the end."""
+    assert isinstance(solver, GPTQ), "the time of nothing else is known"
+    rate = matmul_rate(device, torch.float16 if device.type == "cuda" else torch.float32)
+    takes = _TAKES[device.type]
+    floor = least_seconds(work, solver, rate, device)
+    block = sum(takes[part] * seconds / load.share(part) for part, seconds in floor.items())
+    block += sum(_beside_products(group, solver, device, load) for group in work.groups if group)
+    return _START[device.type] + block * blocks + nbytes / _HASHED[device.type]
+
+
+def _beside_products(group: Sequence[Target], solver: GPTQ, device: torch.device, load: _Load) -> float:
+    """Seconds of the walks along the columns, and of the search for scales."""
     n, k = sum(t.n for t in group) // load.rows, group[0].k
     column = _COLUMN_US[device.type] * 1e-6
     moved = 0.0 if device.type == "cuda" else n * 128 * 4 / 20e9  # the block of columns behind each
-    if isinstance(solver, RTN):
-        return 0.0
-    if isinstance(solver, Pruner):
-        rounds, sweeps = solver.fit + solver.reselect, (solver.mask == "sparsegpt") + solver.reselect
-        by_torch = _COLUMN_US["cpu"] * 1e-6 * 3 * k * sweeps
-        return n * k * k * (sweeps + _FIT_PRODUCTS * rounds) / (0.5 * rate) + by_torch + moved * k * sweeps
     candidates = {"absmax": 1, "conditional": 76 * (1 + 128 / 8), "diagonal": 71}[solver.scales]
     walks = max(_slabs(n, k, device), load.walks) * (1 + solver.polish)
     corners = k * _CORNER_US[device.type] * 1e-6

@@ -1,34 +1,39 @@
 """Stage `prune`: a 16-bit model and calibration tokens -> the same model with two of every four weights zero.
 
 The result is a dense checkpoint of the original's type with the zeros in it, so everything that reads the original reads it.
-The loop over the blocks is `blockwise.py`, the pruning of one weight `algorithms/pruning.py`; with `reconstruct`, the kept
-weights of each block are then trained together towards the outputs of the original block (`reconstruct.py`).
+The loop over the blocks is `loop.py`, the pruning of one weight `algorithms/pruning.py`; with `reconstruct`, the kept weights
+of each block are then trained together towards the outputs of the original block (`reconstruct.py`).
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from marlin_tools.algorithms.pruning import PRUNERS, Pruned, Pruner
+from marlin_tools.algorithms import Problem, Solution
+from marlin_tools.algorithms.pruning import PRUNERS, Pruner
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.blockwise import BlockWork, Job, Made, Plan, make, record_of
 from marlin_tools.compress.forecast import forecast_prune
+from marlin_tools.compress.job import Job, Prepared, compress
+from marlin_tools.compress.loop import Method
 from marlin_tools.compress.reconstruct import Reconstruction, reconstruct
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import pick_device
 from marlin_tools.errors import RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.settings import Settings
-from marlin_tools.stream.inventory import check_quads, take_linears
+from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stream.activations import Activations
+from marlin_tools.stream.inventory import Inventory, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
 
-REVISION = 2
+REVISION = 3
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 
-class PruneSettings(Settings):
+class PruneSettings(Stage):
     """What to prune with.
 
     preset        a name in `algorithms.pruning.PRUNERS`: default, sparsegpt (as published), wanda, magnitude
@@ -40,6 +45,9 @@ class PruneSettings(Settings):
     device        auto, cpu, cuda or cuda:N
     """
 
+    remakes: ClassVar[bool] = True
+
+    stage: Literal["prune"] = "prune"
     preset: str = "default"
     algorithm: Pruner | None = None
     damp: float | None = Field(None, gt=0, le=10)
@@ -73,20 +81,53 @@ class PruneSettings(Settings):
         """How blocks are trained, if they are."""
         return Reconstruction(passes=self.reconstruct, rate=self.rate) if self.reconstruct else None
 
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """One model in 16 bits."""
+        return ("pruned",)
 
-def plan_prune(model: str | Path | Checkpoint, settings: PruneSettings, tokens: int, longest: int) -> Plan:
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
+
+    @property
+    def choice(self) -> str:
+        """The preset."""
+        return f"preset `{self.preset}`"
+
+    def plan(self, outlook: Outlook) -> Planned:
+        """Refuse what could not be pruned; forecast the rest."""
+        prepared = prepare_prune(outlook.model, self, *outlook.tokens)
+        facts = [
+            ("preset", self.preset if self.algorithm is None else self.algorithm.mask),
+            *outlook.calibration(),
+            *prepared.forecast.lines(),
+            *((f"kept `{name}`", reason) for name, reason in prepared.inventory.kept.items()),
+        ]
+        return Planned(tuple(facts), prepared)
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Prune the model into the one directory that there is."""
+        with work.clock("calibrate and prune", work.output, device=self.device):
+            how: dict[str, Any] = {"emit": work.emit, "overwrite": work.overwrite, "resume": work.resume}
+            prune(work.prepared or work.model, work.tokens(work.text), self, work.output, **how)
+        return {}
+
+
+def prepare_prune(model: str | Path | Checkpoint, settings: PruneSettings, tokens: int, longest: int) -> Prepared:
     """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration."""
     checkpoint = Checkpoint.open(model, accept=find_family)
     inventory = take_linears(checkpoint, settings.ignore)
     check_quads(inventory)
     device = pick_device(settings.device)
     seen = tokens if settings.solver.needs_data else 0
-    forecast = forecast_prune(checkpoint, inventory, settings.solver, seen, longest, device, settings.reconstruct)
-    return Plan(checkpoint, inventory, forecast)
+    forecast = forecast_prune(checkpoint, inventory, settings.solver, seen, longest, device, trained=settings.reconstruct > 0)
+    return Prepared(checkpoint, inventory, forecast)
 
 
 def prune(
-    model: str | Path | Checkpoint,
+    model: str | Path | Checkpoint | Prepared,
     tokens: TokenSet | None,
     settings: PruneSettings,
     out: str | Path,
@@ -100,69 +141,54 @@ def prune(
     solver = settings.solver
     if solver.needs_data and tokens is None:
         raise ValueError("this way of pruning needs calibration tokens")
-    plan = plan_prune(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
+    plan = (
+        model
+        if isinstance(model, Prepared)
+        else prepare_prune(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
+    )
     identity = {
         "stage": "prune",
         "revision": REVISION,
-        "settings": settings.model_dump(exclude={"preset", "algorithm", "damp"}),
+        "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp"}),
     }
-    seen = tokens if solver.needs_data else None
-    job = Job("prune", plan, seen, solver, settings, identity, {"sparsity": "2:4"}, pick_device(settings.device))
-    return make(job, _Work, out, emit, overwrite=overwrite, resume=resume)
+    seen, device, how = tokens if solver.needs_data else None, pick_device(settings.device), settings.reconstruction
+    original = solver.drift > 0 or how is not None
+    facts = {"sparsity": "2:4"}
+    job = Job("prune", plan, seen, solver, settings, identity, facts, None, device, original)
+
+    def problem(group: Group) -> Problem:
+        dtype = plan.inventory.dtype(group.names[0])
+        return solver.problem(group.names[0], group.hessian, dtype)
+
+    method = Method(problem, staged=solver.staged, refine=_training(how, emit) if how else None)
+    return compress(job, method, Dense(plan.inventory), out, emit, overwrite=overwrite, resume=resume)
 
 
-class _Work(BlockWork):
-    """One run of the stage."""
+def _training(how: Reconstruction, emit: Emit) -> Any:
+    """Train what is left of a block towards what the original block puts out."""
 
-    suffixes = ("weight",)
-
-    @property
-    def settings(self) -> PruneSettings:
-        """What the user chose."""
-        assert isinstance(self.job.settings, PruneSettings)
-        return self.job.settings
-
-    @property
-    def compares(self) -> bool:
-        """Reconstruction aims at what the original blocks put out."""
-        return super().compares or self.settings.reconstruct > 0
-
-    def solve(self, group: Group) -> dict[str, Made]:
-        """One solve for all linears of a group (their rows are independent), then one result each."""
-        pruned = self.settings.solver.prune(group.names[0], group.stacked(), group.hessian)
-        made, start = {}, 0
-        for name in group.names:
-            rows = slice(start, start + group.weight(name).shape[0])
-            made[name] = self._made(name, pruned, rows)
-            start = rows.stop
-        return made
-
-    def _made(self, name: str, pruned: Pruned, rows: slice) -> Made:
-        """The values as the checkpoint's own type holds them; the stream goes on with just these."""
-        weight = pruned.placed.value[rows].to(self.checkpoint.stored(f"{name}.weight").dtype)
-        output, own = pruned.errors.of(rows)
-        n, k = weight.shape
-        return Made(weight, {"weight": weight}, record_of(name, (n, k), output=output, weight=own, damp=pruned.damp))
-
-    def begin(self, block: Block) -> None:
-        """Remember what the block reads, for training it later."""
-        hidden = block.stream.hidden
-        self._entering = hidden.copy() if hidden is not None and self.settings.reconstruct else None
-
-    def settle(self, block: Block, made: dict[str, Made]) -> dict[str, Made]:
-        """Train what is left of the block, if that was asked for."""
-        how = self.settings.reconstruction
-        if how is None or self._entering is None:
-            return made
-        pruned = {name: each.weight for name, each in made.items()}
-        weights, before, after = reconstruct(block, self._entering, pruned, how, self.emit)
+    def refine(
+        block: Block, entering: Activations, solutions: dict[str, Solution]
+    ) -> tuple[dict[str, Solution], dict[str, Any]]:
+        pruned = {name: each.dense for name, each in solutions.items()}
+        weights, before, after = reconstruct(block, entering, pruned, how, emit)
         note = {"block_error": [float(f"{before:.6g}"), float(f"{after:.6g}")]}
-        return {name: Made(weights[name], {"weight": weights[name]}, each.record | note) for name, each in made.items()}
+        return {name: replace(each, weight=weights[name]) for name, each in solutions.items()}, note
 
-    def restored(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
+    return refine
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Linears as the original stores them."""
+
+    inventory: Inventory
+    suffixes: tuple[str, ...] = ("weight",)
+
+    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
+        """In the type that the original has here."""
+        return {"weight": solution.dense.to(self.inventory.dtype(name))}
+
+    def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
         """As it was written."""
         return stored["weight"]
-
-    def quantization_config(self) -> None:
-        """None: the weights are stored like the original's."""
-        return

@@ -1,39 +1,39 @@
 """Stage `quantize`: a 16-bit model and calibration tokens -> the same model with INT4 linears.
 
-The loop over the blocks is `blockwise.py`; here is what a user can choose, and how one group of linears gets its codes.
+The loop over the blocks is `loop.py`; here is what a user can choose, and how one group of linears gets its codes.
 """
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Placing, Pruner, Solved
+from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Problem, Pruner, Solution
 from marlin_tools.algorithms.masks import is_2_4
-from marlin_tools.checkpoint.journal import Journal
-from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.blockwise import BlockWork, Job, Made, Plan, make, record_of
 from marlin_tools.compress.forecast import forecast_quantize
+from marlin_tools.compress.job import Job, Prepared, compress
+from marlin_tools.compress.loop import Method
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.crew import assembled
+from marlin_tools.distributed.crew import Crew, assembled
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.formats import FORMATS
-from marlin_tools.settings import Settings
-from marlin_tools.stopwatch import span
-from marlin_tools.stream.inventory import check_format, check_quads, take_inventory
+from marlin_tools.formats import FORMATS, Format, known_format
+from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Group
 
-REVISION = 3
+REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 
-class QuantizeSettings(Settings):
+class QuantizeSettings(Stage):
     """What to quantise with.
 
     preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
@@ -47,6 +47,10 @@ class QuantizeSettings(Settings):
     device            auto, cpu, cuda or cuda:N
     """
 
+    remakes: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
+
+    stage: Literal["quantize"] = "quantize"
     preset: str = "default"
     algorithm: Algorithm | None = None
     damp: float | None = Field(None, gt=0, le=10)
@@ -63,6 +67,11 @@ class QuantizeSettings(Settings):
         if name not in PRESETS:
             raise ValueError(f"unknown preset `{name}`; known: {', '.join(PRESETS)}")
         return name
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        return known_format(name)
 
     @property
     def pruner(self) -> Pruner:
@@ -86,23 +95,66 @@ class QuantizeSettings(Settings):
         except ValueError as error:
             raise RecipeError(f"preset `{self.preset}`: {error}", hint="drop the option that contradicts it") from error
 
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """One model, named by its format."""
+        return (self.format,)
 
-def plan_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Plan:
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
+
+    @property
+    def choice(self) -> str:
+        """The preset."""
+        return f"preset `{self.preset}`"
+
+    def plan(self, outlook: Outlook) -> Planned:
+        """Refuse what could not be solved, stored or exported later; forecast the rest."""
+        prepared = prepare_quantize(outlook.model, self, *outlook.tokens)
+        inventory, sparse = prepared.inventory, self.sparsity is not None
+        for name in outlook.formats:  # what a later export could not hold is refused now
+            check_limits(inventory, self.group_size, name, sparse=sparse)
+        shapes = {target.name: (target.n, target.k) for target in inventory.targets}
+        counts = Counter(shapes.values()).items()
+        facts = [
+            ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
+            *outlook.calibration(),
+            ("blocks", str(inventory.blocks)),
+            ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
+            *prepared.forecast.lines(),
+            *((f"kept `{name}`", reason) for name, reason in inventory.kept.items()),
+        ]
+        return Planned(tuple(facts), prepared)
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Quantise the model into the one directory that there is."""
+        with work.clock("calibrate and quantize", work.output, device=self.device):
+            how: dict[str, Any] = {"emit": work.emit, "overwrite": work.overwrite, "resume": work.resume}
+            quantize(work.prepared or work.model, work.tokens(work.text), self, work.output, **how)
+        return {}
+
+
+def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Prepared:
     """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration."""
-    check_format(settings.format)
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
-    inventory = take_inventory(checkpoint, settings.ignore, settings.group_size, settings.format, sparse=sparse)
+    inventory = take_linears(checkpoint, settings.ignore)
+    if isinstance(settings.solver, GPTQ):
+        settings.solver.check_group_size(settings.group_size, 0)
+    check_limits(inventory, settings.group_size, settings.format, sparse=sparse)
     if sparse:
         check_quads(inventory)
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
-    forecast = forecast_quantize(checkpoint, inventory, settings.solver, tokens if needs_data else 0, longest, device)
-    return Plan(checkpoint, inventory, forecast)
+    seen = tokens if needs_data else 0
+    forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
+    return Prepared(checkpoint, inventory, forecast)
 
 
 def quantize(
-    model: str | Path | Checkpoint,
+    model: str | Path | Checkpoint | Prepared,
     tokens: TokenSet | None,
     settings: QuantizeSettings,
     out: str | Path,
@@ -123,87 +175,87 @@ def quantize(
         emit = emit if crew.leads else silent
         emit(Event("stage", "quantize"))
         seen = tokens if solver.needs_data else None
-        windows = sum(len(part) for part in crew.share(seen.sequences)) if seen else 0
-        for line in crew.lines(f"process {crew.rank}: {device}, {describe_device(device)}, {windows} calibration sequences"):
-            if crew.cuts:
-                emit(Event("note", line))
-        plan = plan_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
+        _introduce(crew, seen, device, emit)
+        plan = (
+            model
+            if isinstance(model, Prepared)
+            else prepare_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
+        )
         if settings.sparsity == "keep":
             _check_masks(plan)
         identity = {
             "revision": REVISION,
-            "settings": settings.model_dump(exclude={"preset", "algorithm", "damp", "negative_scales"}),
+            "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
         }
-        if settings.sparsity == "2:4" and device.type == "cuda":
-            said = "what is kept of a dense linear is chosen by torch, column by column; all else is done by kernels"
-            emit(Event("note", said))
-        job = Job("quantize", plan, seen, solver, settings, identity, {"format": settings.format}, device, crew)
-        return make(job, _Work, out, emit, overwrite=overwrite, resume=resume)
+        store = Quantized(FORMATS[settings.format], plan.checkpoint)
+        config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
+        facts = {"format": settings.format}
+        drifts = solver.drift > 0
+        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, crew)
+        method = _method(settings, plan.checkpoint.dtype, crew)
+        return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
-def _check_masks(plan: Plan) -> None:
+def _introduce(crew: Crew, seen: TokenSet | None, device: torch.device, emit: Emit) -> None:
+    """Say which process does what, if there are several."""
+    windows = sum(len(part) for part in crew.share(seen.sequences)) if seen else 0
+    for line in crew.lines(f"process {crew.rank}: {device}, {describe_device(device)}, {windows} calibration sequences"):
+        if crew.cuts:
+            emit(Event("note", line))
+
+
+def _method(settings: QuantizeSettings, dtype: torch.dtype, crew: Crew) -> Method:
+    """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
+    solver, were_sparse = settings.solver, dict[str, bool]()
+
+    def problem(group: Group) -> Problem:
+        first = group.names[0]
+        were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
+        placing = None
+        if settings.sparsity:
+            fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
+            placing = settings.pruner.placing(first, group.hessian, fixed)
+        k = group.weight(first).shape[1]
+        group_size = settings.group_size if settings.group_size > 0 else k
+        return solver.problem(first, group.hessian, group_size, dtype, placing, crew)
+
+    def note(name: str, solution: Solution) -> dict[str, Any]:
+        if settings.sparsity:
+            assert solution.linear.is_2_4(), name
+            return {"mask": "kept" if were_sparse[name] else "chosen"}
+        return {"mask": "lost"} if were_sparse[name] and not solution.linear.is_2_4() else {}
+
+    return Method(problem, staged=solver.staged, note=note)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Linears as codes and scales in a format."""
+
+    format: Format
+    checkpoint: Checkpoint
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Those of the format."""
+        return self.format.suffixes
+
+    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
+        """Packed."""
+        return self.format.pack(solution.linear, self.checkpoint.dtype)
+
+    def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
+        """The values of the codes and scales."""
+        n, k = like.shape
+        return self.format.unpack(stored, (n, k)).dequantize(like.dtype)
+
+
+def _check_masks(plan: Prepared) -> None:
     """Refuse a model whose zeros cannot be kept as a 2:4 mask, before any work."""
-    dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.checkpoint.read(f"{t.name}.weight"))]
+    dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.inventory.weight(t.name))]
     if dense:
         more = f" and {len(dense) - 1} more have" if len(dense) > 1 else " has"
         raise ModelError(
             f"`{plan.checkpoint.origin}` is not 2:4 sparse: `{dense[0]}`{more} more than two nonzeros in four",
             hint="prune it first (`marlin-tools prune`), or use `--sparsity 2:4`, which prunes what is dense",
         )
-
-
-class _Work(BlockWork):
-    """One run of the stage."""
-
-    def __init__(self, job: Job, output: OutputDirectory, journal: Journal | None, emit: Emit) -> None:
-        super().__init__(job, output, journal, emit)
-        assert isinstance(job.settings, QuantizeSettings)
-        self.settings, self.solver, self.format = job.settings, job.settings.solver, FORMATS[job.settings.format]
-        self.suffixes = self.format.suffixes
-
-    def solve(self, group: Group) -> dict[str, Made]:
-        """One solve for all linears of a group (their rows are independent), then one result each."""
-        weight = group.stacked()
-        group_size = self.settings.group_size if self.settings.group_size > 0 else weight.shape[1]
-        sparse = {name: is_2_4(group.weight(name)) for name in group.names}
-        placing = self._placing(group, sparse) if self.settings.sparsity else None
-        crew = self.job.crew
-        solved = self.solver.solve(group.names[0], weight, group.hessian, group_size, self.checkpoint.dtype, placing, crew)
-        parts = dict(zip(group.names, solved.split([group.weight(name).shape[0] for name in group.names]), strict=True))
-        return {name: self._made(name, part, group, was_sparse=sparse[name]) for name, part in parts.items()}
-
-    def _placing(self, group: Group, sparse: dict[str, bool]) -> Placing:
-        """The pruner for this group: linears that are 2:4 keep their zeros, the others are given a mask."""
-        fixed = torch.cat([(group.weight(name) != 0) & sparse[name] for name in group.names])
-        return self.settings.pruner.placing(group.names[0], group.hessian, fixed)
-
-    def _made(self, name: str, solved: Solved, group: Group, *, was_sparse: bool) -> Made:
-        linear = solved.linear
-        record = record_of(name, linear.shape, output=solved.output_error, weight=solved.weight_error, damp=solved.damp)
-        if self.settings.sparsity:
-            assert linear.is_2_4(), name
-            record["mask"] = "kept" if was_sparse else "chosen"
-        elif was_sparse and not linear.is_2_4():
-            record["mask"] = "lost"
-        with span("pack"):
-            stored = self.format.pack(linear, self.checkpoint.dtype) if self.job.crew.leads else {}
-            return Made(linear.dequantize(group.weight(name).dtype), stored, record)
-
-    def restored(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
-        """The values of the codes and scales."""
-        n, k = like.shape
-        return self.format.unpack(stored, (n, k)).dequantize(like.dtype)
-
-    def warn_about(self, entries: list[dict[str, Any]]) -> None:
-        """Also of zeros that were there and are no more."""
-        lost = [record["name"] for entry in entries for record in entry["linears"] if record.get("mask") == "lost"]
-        if lost:
-            self.warnings.append(
-                f"the 2:4 zeros of {len(lost)} linears were not kept (`{lost[0]}`); `--sparsity keep` keeps them"
-            )
-        super().warn_about(entries)
-
-    def quantization_config(self) -> dict[str, Any]:
-        """What the format wants to be recognised by."""
-        kept = [*self.inventory.kept, self.inventory.family.head]
-        return self.format.quantization_config(self.settings.group_size, kept)

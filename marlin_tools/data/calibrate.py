@@ -11,7 +11,7 @@ from pydantic import Field
 
 from marlin_tools.data.render import ChatTemplate, Encoder
 from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, pack
-from marlin_tools.data.sources import Corpus, Shape, find_corpus
+from marlin_tools.data.sources import BY_DOCUMENT, Shape, find_corpus
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError
 from marlin_tools.events import Emit, Event, silent
@@ -64,32 +64,32 @@ def preview(settings: CalibrationSettings, checkpoint: "Checkpoint", count: int 
     return [str(tokenizer.decode(sequence.tolist())) for sequence in _collect(few, checkpoint, silent).sequences]
 
 
-def expect(settings: CalibrationSettings, checkpoint: "Checkpoint") -> tuple[int, int]:
-    """(tokens, longest sequence) at most: what a plan can know before any text is tokenised."""
-    length = _length(
-        settings, checkpoint, WINDOW if _shape(settings, find_corpus(settings.source)()) == "packed" else LONGEST_DOCUMENT
-    )
+def expected_tokens(settings: CalibrationSettings, checkpoint: "Checkpoint") -> tuple[int, int]:
+    """(tokens, longest sequence) at most: what a plan can know before any text is opened."""
+    find_corpus(settings.source)
+    shape = _shape(settings, "documents" if settings.source in BY_DOCUMENT else "packed")
+    length = _length(settings, checkpoint, WINDOW if shape == "packed" else LONGEST_DOCUMENT)
     return settings.num_samples * length, length
 
 
 def _collect(settings: CalibrationSettings, checkpoint: "Checkpoint", emit: Emit) -> TokenSet:
     open_corpus = find_corpus(settings.source)
-    encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.config.get("vocab_size"))
+    encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.text_config.get("vocab_size"))
     emit(Event("note", f"calibration text: `{settings.source}`"))
     corpus = open_corpus()
-    if _shape(settings, corpus) == "packed":
+    if _shape(settings, corpus.shape) == "packed":
         return pack(corpus, encode, _length(settings, checkpoint, WINDOW), settings.num_samples, settings.seed)
     return choose(corpus, encode, _length(settings, checkpoint, LONGEST_DOCUMENT), settings.num_samples, settings.seed)
 
 
-def _shape(settings: CalibrationSettings, corpus: Corpus) -> Shape:
+def _shape(settings: CalibrationSettings, usual: Shape) -> Shape:
     if settings.shape != "auto":
         return settings.shape
-    return "packed" if settings.seqlen is not None else corpus.shape
+    return "packed" if settings.seqlen is not None else usual
 
 
 def _length(settings: CalibrationSettings, checkpoint: "Checkpoint", usual: int) -> int:
-    longest = int(checkpoint.config.get("max_position_embeddings") or usual)
+    longest = int(checkpoint.text_config.get("max_position_embeddings") or usual)
     if settings.seqlen is None:
         return min(usual, longest)
     if settings.seqlen > longest:

@@ -162,6 +162,8 @@ SOURCES: dict[str, Callable[[], Corpus]] = {
     "pile": pile,
     "ultrachat": ultrachat,
 }
+BY_DOCUMENT = frozenset({"redpajama"})
+"""Sources whose samples are single documents when nobody says otherwise."""
 
 
 def find_corpus(source: str) -> Callable[[], Corpus]:

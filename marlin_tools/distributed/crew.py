@@ -12,7 +12,7 @@ number of threads, all must have as many (OMP_NUM_THREADS).
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from marlin_tools.distributed.cholesky import shared_cholesky
 from marlin_tools.distributed.device import own_device, processes
 from marlin_tools.errors import DeviceError
+from marlin_tools.ops.solver.cholesky import reversed_cholesky
 from marlin_tools.stopwatch import span
 
 T = TypeVar("T")
@@ -44,6 +46,9 @@ _MEETING = timedelta(seconds=60)
 
 _PATIENCE = timedelta(minutes=30)
 """For how long a process waits for the others; one that dies is noticed at once."""
+
+_SHARED = 16384
+"""Columns from which on processes gain by factorising together."""
 
 _PANEL = 1 << 26
 """Bytes that are exchanged at a time."""
@@ -127,6 +132,16 @@ class Crew:
             for number, rows in enumerate(self._slabs(n)):
                 dist.broadcast(whole[rows].view(torch.uint8), src=number * self.size // SLABS)
         return whole
+
+    def each_row(self, n: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """All `n` rows of what `compute` gives for some: every process computes its own."""
+        own = [compute(rows) for rows in self.rows(n)]
+        return self.gather(own[0] if len(own) == 1 else torch.cat(own), n)
+
+    def cholesky(self, matrix_kk: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        """The factor of a matrix that all have; they share the work if there is much of it."""
+        shared = self.cuts and len(matrix_kk) >= _SHARED
+        return shared_cholesky(matrix_kk, self) if shared else reversed_cholesky(matrix_kk)
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Make each tensor the sum of what all processes have, in place."""

@@ -43,12 +43,12 @@ def generate(
     emit(Event("stage", "generate"))
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
-    ids = Encoder(tokenizer, "off", checkpoint.config["vocab_size"])(prompt)
+    ids = Encoder(tokenizer, "off", checkpoint.text_config["vocab_size"])(prompt)
     if not len(ids):
         if tokenizer.bos_token_id is None:
             raise DataError("the prompt is empty, and the tokenizer has no BOS token to start from", hint="give a `--prompt`")
         ids = torch.tensor([tokenizer.bos_token_id])
-    room = int(checkpoint.config.get("max_position_embeddings", len(ids) + settings.max_new_tokens)) - len(ids)
+    room = int(checkpoint.text_config.get("max_position_embeddings", len(ids) + settings.max_new_tokens)) - len(ids)
     if room < 1:
         raise DataError(f"the prompt has {len(ids)} tokens, as many as the model has positions", hint="shorten the prompt")
     if room < settings.max_new_tokens:

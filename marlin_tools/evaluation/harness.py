@@ -1,6 +1,6 @@
 """Benchmark tasks through lm-eval: its own tasks, the bundled demo tasks and those of the user's folders, with its own code.
 
-Nothing of the harness is copied or patched. A ready model is handed over, and what lm-eval prints, logs or draws is kept off
+Nothing of the harness is copied. A ready model is handed over, and what lm-eval prints, logs or draws is kept off
 the terminal: warnings that matter come back as events, its progress as ours. Added to its numbers are the errors of differences
 between two models, from the answers to the same items, and standard errors of per-word and per-byte perplexities, which it
 leaves out.
@@ -11,25 +11,25 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
 from io import TextIOBase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError
 from lm_eval import evaluate
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from marlin_tools.data.offline import give_up_early
-from marlin_tools.errors import DataError, DeviceError, RecipeError
+from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
-from marlin_tools.evaluation.task_index import index_tasks
+from marlin_tools.evaluation.task_index import Tasks
 from marlin_tools.events import Emit, Event
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ def _subdued(emit: Emit) -> Iterator[Emit]:
     try:
         with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
             yield aloud
+    except SystemExit as error:  # code of a task may end itself, not the evaluation
+        raise DataError(
+            f"a task ended the program with {error.code!r}", hint="look at the code of the tasks asked for"
+        ) from error
     finally:
         logger.removeHandler(warned)
         logger.propagate = propagated
@@ -116,14 +120,12 @@ class Answers:
 class Harness:
     """Tasks, found and loaded before any model is; `ask` puts them to one model."""
 
-    def __init__(self, names: Sequence[str], include: Sequence[Path], shots: int | None, seed: int, emit: Emit) -> None:
-        self.names = list(names)
+    def __init__(self, found: Tasks, shots: int | None, seed: int, emit: Emit) -> None:
+        self.names = found.names
         self._seed = seed
         with _subdued(emit):
-            manager = index_tasks(self.names, include)
-            _check_names(self.names, manager)
             self._draw_from_seed()
-            self._loaded = _load(self.names, manager)
+            self._loaded = _load(found)
         for name, task in self._loaded["tasks"].items():
             own = task.get_config("num_fewshot")
             if own == 0 and shots:
@@ -136,12 +138,8 @@ class Harness:
     ) -> Answers:
         """Every item of every task; halves the batch when memory runs out (the longest items come first, so that is early)."""
         while True:
-            self._draw_from_seed()
             try:
-                with _subdued(emit) as aloud:
-                    judge = _Judge(model, tokenizer, batch, aloud)
-                    results = evaluate(judge, self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-                return Answers(results, _items(results["samples"]))
+                return self._answers(partial(_Judge, model, tokenizer, batch), limit, emit)
             except torch.OutOfMemoryError as error:
                 if batch == 1:
                     raise DeviceError(
@@ -150,10 +148,21 @@ class Harness:
                     ) from error
                 batch //= 2
                 emit(Event("warning", f"out of memory: starting the tasks again with batch size {batch}"))
-            except (KeyError, ValueError, TypeError) as error:
-                raise DataError(
-                    f"lm-eval cannot run {', '.join(self.names)}: {error}", hint="check the task's YAML file"
-                ) from error
+
+    def ask_judge(self, judge: LM, limit: float | None, emit: Emit) -> Answers:
+        """Every item of every task, put to a model that lm-eval itself made."""
+        return self._answers(lambda _: judge, limit, emit)
+
+    def _answers(self, judge: Callable[[Emit], LM], limit: float | None, emit: Emit) -> Answers:
+        self._draw_from_seed()
+        try:
+            with _subdued(emit) as aloud:
+                results = evaluate(judge(aloud), self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
+            return Answers(results, _items(results["samples"]))
+        except (KeyError, ValueError, TypeError, TemplateError) as error:
+            raise DataError(
+                f"lm-eval cannot run {', '.join(self.names)}: {error}", hint="check the task's YAML file"
+            ) from error
 
     def weights(self, group: str, metric: str) -> bool:
         """Whether a group counts items (True) or its tasks (False) alike in this metric."""
@@ -199,23 +208,15 @@ class _Judge(HFLM):
         self._tell(Event("progress", "answers", self._done, self._total))
 
 
-def _check_names(names: Sequence[str], manager: TaskManager) -> None:
-    for name in names:
-        if name not in manager.all_tasks:
-            near = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-            guess = f"did you mean {', '.join(f'`{n}`' for n in near)}?" if near else "`lm-eval ls tasks` lists all;"
-            raise RecipeError(f"unknown task `{name}`", hint=f"{guess} tasks of your own need `--include-path DIR`")
-
-
-def _load(names: list[str], manager: TaskManager) -> dict[str, Any]:
-    """The tasks, groups and tags of these names with their data."""
+def _load(found: Tasks) -> dict[str, Any]:
+    """The tasks, groups and tags with their data."""
     give_up_early()
     try:
-        return dict(manager.load(names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, HfHubHTTPError) as error:
+        return dict(found.manager.load(found.names))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, HfHubHTTPError, TemplateError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"{', '.join(f'`{name}`' for name in names)} cannot be loaded: {reason[0]}",
+            f"{', '.join(f'`{name}`' for name in found.names)} cannot be loaded: {reason[0]}",
             hint="check the network and HF_HUB_OFFLINE, or the task's YAML file and its data files",
         ) from error
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+FIRM = {"items": 100, "tokens": 1000}
+"""So many answered items, or tokens of a text, make a score that may be summed up in one number."""
+
 COLUMNS = ("task", "metric", "on", "model", "baseline", "difference", "recovery")
 
 
@@ -52,6 +55,18 @@ class Score:
             return None
         top, bottom = (self.value, self.baseline) if self.higher_is_better else (self.baseline, self.value)
         return 100 * top / bottom if bottom else None
+
+    @property
+    def recovery_stderr(self) -> float | None:
+        """Its standard error, to first order: the error of the difference over what one difference is."""
+        if self.recovery is None or self.difference_stderr is None or not self.baseline:
+            return None
+        return 100 * self.difference_stderr / abs(self.baseline if self.higher_is_better else self.value**2 / self.baseline)
+
+    @property
+    def firm(self) -> bool:
+        """Whether enough was asked for a headline: a few items are all right or all wrong by chance."""
+        return any((self.details.get(what) or 0) >= least for what, least in FIRM.items())
 
     @property
     def increase(self) -> float | None:

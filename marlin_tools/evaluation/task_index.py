@@ -1,43 +1,203 @@
 """Where lm-eval finds its tasks: the user's folders, the bundled demo tasks, and its own fourteen thousand.
 
-Its own index takes seconds to read, so it is only built for names that the folders do not hold. Data files that a task names
-relative to its YAML file are found there, wherever the command runs; lm-eval itself would look in the working directory.
+lm-eval would parse every file that it has to learn their names, a minute's work. Here names are read off the lines that declare
+them, those of lm-eval once for each version, and only the files of tasks that are asked for are parsed. Nothing that a folder
+of the user's brings along is executed unless that is allowed: no function, no class, no script, and templates are confined.
+Data files that a task names relative to its YAML file are found there, wherever the command runs.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
+import lm_eval.api.metrics
+import lm_eval.tasks
+import lm_eval.utils
+from jinja2 import BaseLoader, StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.api.registry import metric_registry
+from lm_eval.tasks import TaskManager, _yaml_loader
+from lm_eval.tasks._index import TaskIndex
 
-from marlin_tools.errors import RecipeError
-from marlin_tools.resources import demo_dir
+from marlin_tools.checkpoint.output import put
+from marlin_tools.errors import DataError, OutputError, RecipeError
+from marlin_tools.resources import cache_dir, demo_dir
+
+_DECLARED = re.compile(
+    r"""^["']?(task|group|tag|include)["']?[ \t]*:[ \t]*(.*)((?:\r?\n[ \t]*-[ \t]+.*)*)""",
+    re.MULTILINE,
+)
+_CODE = re.compile(r"^[^#\n]*!function", re.MULTILINE)
+
+OWN = Path(lm_eval.tasks.__file__).parent
+"""Where lm-eval's own tasks are, whose code comes with it."""
+
+Files = Mapping[str, Sequence[str]]
+"""The files that declare a task, a group or a tag, by its name, relative to the folder that was searched."""
 
 
-def index_tasks(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
-    """A manager that knows at least `names`, if they exist. Of two tasks with one name, the later folder's is taken."""
-    for folder in include:
-        if not folder.is_dir():
-            raise RecipeError(
-                f"`--include-path {folder}`: no such directory", hint="name a directory with lm-eval task YAML files"
-            )
-    folders = [demo_dir() / "tasks", *include]
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(_is_known(name, manager) for name in names):
-        manager = TaskManager(include_path=folders)
-    for entry in manager.task_index.values():
-        if entry.yaml_path is not None and any(folder in entry.yaml_path.parents for folder in folders):
-            _anchor(entry)
-    return manager
+class Tasks:
+    """The tasks of some names with all that they are made of, for lm-eval to load.
 
+    names     as they were asked for
+    manager   lm-eval's own, which knows nothing else
+    code      what the tasks execute of the user's folders, for the report
+    """
 
-def _is_known(name: str, manager: TaskManager) -> bool:
-    """Whether the index holds this name and everything that it is made of."""
-    entry = manager.task_index.get(name)
-    if entry is None:
+    def __init__(self, names: Sequence[str], include: Sequence[Path], *, allow_code: bool) -> None:
+        for folder in include:
+            if not folder.is_dir():
+                raise RecipeError(
+                    f"`--include-path {folder}`: no such directory", hint="name a directory with lm-eval task YAML files"
+                )
+        self.names = list(names)
+        self.manager = TaskManager(include_defaults=False)
+        self.code: list[str] = []
+        self._allowed, self._theirs = allow_code, include
+        self._roots = [*reversed(include), demo_dir() / "tasks", OWN]
+        self._declared: dict[Path, Files] = {}
+        self._names: set[str] = set()
+        self._files: set[Path] = set()
+        for name in names:
+            if not self._add(name):
+                raise self._unknown(name)
+        self._confine()
+
+    def _add(self, name: str) -> bool:
+        """Put a name and its members into the manager's index. Of two tasks with one name, the later folder's is taken."""
+        if name in self._names:
+            return True
+        for root in self._roots:
+            if files := self._known(root).get(name):
+                self._names.add(name)
+                for file in files:
+                    self._read(root / file, foreign=root in self._theirs)
+                return True
         return False
-    return all(_is_known(part, manager) for part in _parts((entry.cfg or {}).get("task")))
+
+    def _known(self, root: Path) -> Files:
+        """What a folder declares; lm-eval's own is only looked at if the others do not have a name."""
+        if root not in self._declared:
+            self._declared[root] = _own_declarations() if root == OWN else _declarations(root)
+        return self._declared[root]
+
+    def _read(self, path: Path, *, foreign: bool) -> None:
+        """Parse one file and those of its members."""
+        if path in self._files:
+            return
+        self._files.add(path)
+        try:
+            config = _yaml_loader.load_yaml(path, resolve_func=False)
+            TaskIndex.process_cfg(dict(config), path, self.manager.task_index)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, _yaml_loader.yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f"`{path}` cannot be read: {reason}", hint="check the task's YAML file") from error
+        if foreign:
+            self._check(path, config)
+        for part in _parts(config.get("task")):
+            self._add(part)
+        entry = self.manager.task_index.get(str(config.get("task")))
+        if entry is not None and OWN not in path.parents:
+            _anchor(entry)
+
+    def _check(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Refuse code of a task in a folder of the user's, or remember it."""
+        found = list(_code(path, config))
+        if found and not self._allowed:
+            raise RecipeError(
+                f"`{path}` runs code: {found[0]}",
+                hint="read that code; `--allow-task-code` lets the tasks asked for run theirs",
+            )
+        self.code += [f"the task file `{path}` ran code: {what}" for what in found]
+
+    def _unknown(self, name: str) -> RecipeError:
+        known = [each for root in self._roots for each in self._known(root)]
+        near = get_close_matches(name[:100], known, n=3, cutoff=0.5)
+        guess = f"did you mean {', '.join(f'`{n}`' for n in near)}?" if near else "`lm-eval ls tasks` lists all;"
+        return RecipeError(f"unknown task `{name[:100]}`", hint=f"{guess} tasks of your own need `--include-path DIR`")
+
+    def _confine(self) -> None:
+        """Templates of tasks are expanded in a sandbox: they reach values, not the interpreter."""
+        sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+        sandbox.filters |= lm_eval.utils.env.filters
+        lm_eval.utils.env = sandbox
+
+
+def _own_declarations() -> Files:
+    """What lm-eval's own files declare, read once for each version of it."""
+    file, key = cache_dir() / f"tasks-{version('lm-eval')}.json", [str(OWN), OWN.stat().st_mtime_ns]
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["of"] == key:
+            return dict(content["names"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    names = _declarations(OWN)
+    with suppress(OutputError):  # without a cache the next run reads them again
+        put(file, json.dumps({"of": key, "names": names}))
+    return names
+
+
+def _declarations(root: Path) -> Files:
+    """The files of every name that the YAML files of a folder declare: the first of a task or a group, all of a tag."""
+    names: dict[str, list[str]] = {}
+    included: dict[Path, dict[str, list[str]]] = {}
+    for path in sorted(root.rglob("*.yaml"), key=lambda path: path.as_posix()):
+        if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & {*path.parts}:
+            for kind, declared in _declared(path, included).items():
+                for name in declared:
+                    places = names.setdefault(name, [])
+                    places += [path.relative_to(root).as_posix()] if kind == "tag" or not places else []
+    return names
+
+
+def _declared(path: Path, included: dict[Path, dict[str, list[str]]]) -> dict[str, list[str]]:
+    """Names by kind, with those of the files that it includes where it has none of the kind itself."""
+    if path in included:
+        return included[path]
+    included[path] = {}  # a circle ends here
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for kind, inline, listed in _DECLARED.findall(text):
+        values = re.sub(r"\s#.*", "", inline).strip(" []\r\t").split(",") if inline.strip() else listed.splitlines()
+        if kind in {"tag", "include"} or ("[" not in inline and not listed.strip()):
+            found[kind] = [name for value in values if (name := re.sub(r"\s#.*", "", value).strip(" -\t\r\"'"))]
+    for name in found.pop("include", ()):
+        for kind, values in _declared((path.parent / name).resolve(), included).items():
+            found.setdefault(kind, values)
+    included[path] = found
+    return found
+
+
+def _code(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """What of a task file, and of the files that it includes, would be executed; lm-eval's own files count as its code."""
+    waiting, seen = [path], set()
+    while waiting:
+        file = waiting.pop().resolve()
+        if file in seen or OWN in file.parents:
+            continue
+        seen.add(file)
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if found := _CODE.search(text):
+            yield f"`{' '.join(found[0].split())}{text[found.end() :].partition(chr(10))[0]}` in `{file.name}`"
+        names = _yaml_loader.load_yaml(file, resolve_func=False, recursive=False).get("include", ())
+        waiting += [file.parent / name for name in ([names] if isinstance(names, str) else names)]
+    if "class" in config:
+        yield "a class of its own"
+    if str(config.get("dataset_path")) == "pandas" or "trust_remote_code" in str(config.get("dataset_kwargs")):
+        yield "the data set unpickles, or has a script"
+    for metric in config.get("metric_list") or ():
+        name = metric.get("metric") if isinstance(metric, dict) else metric
+        if not isinstance(name, str) or name not in metric_registry or (isinstance(metric, dict) and metric.get("hf_evaluate")):
+            yield f"metric `{name}` is fetched"
 
 
 def _parts(members: object) -> Iterator[str]:
@@ -45,16 +205,17 @@ def _parts(members: object) -> Iterator[str]:
     for member in members if isinstance(members, list) else ():
         if isinstance(member, str):
             yield member
-        elif isinstance(member, dict) and "task" in member and "dataset_path" not in member:
-            yield from _parts(member["task"]) if isinstance(member["task"], list) else (str(member["task"]),)
+        elif isinstance(member, dict):
+            inner = member.get("task", member.get("group"))
+            yield from _parts(inner) if isinstance(inner, list) else (str(inner),)
 
 
 def _anchor(entry: Any) -> None:
     """Make the data files of a task absolute where they lie beside its YAML file."""
     files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files")
-    if not files:
+    if not files or entry.yaml_path is None:
         return
-    config = load_yaml(entry.yaml_path)
+    config = _yaml_loader.load_yaml(entry.yaml_path)
     config["dataset_kwargs"]["data_files"] = _absolute(files, entry.yaml_path.parent)
     entry.cfg, entry.yaml_path = config, None
 

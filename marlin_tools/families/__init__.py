@@ -4,31 +4,84 @@ A decoder block is a chain of residual branches, each `h + post(exit(body(pre(h)
 is the module that holds them and, up to but not including `exit`, turns `pre(h)` into what `exit` reads. That is all the stream
 needs to stage a block; attention, rotary embeddings, masks, q/k norms and embedding scales stay in transformers' own modules.
 
-One file per family, named by the `model_type` of config.json; `ALIASES` names types that are built the same way.
+Names here are those of transformers' modules; `layout.py` says which tensor of a checkpoint each of them is. One file per
+family, named by the `model_type` of config.json; `ALIASES` names types that are built the same way.
 """
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from marlin_tools.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One residual branch of a block; all names are relative to the block."""
+class Experts:
+    """The feed-forward networks of a mixture of experts, each three linears, of which every token goes through a few.
 
-    pre: str
+    path         the module that holds them, relative to the branch's body
+    shared       the network that every token goes through, likewise; None if there is none
+    stored       what checkpoints call gate, up and down of a single expert
+    transposed   a tensor that holds all experts is [E, K, N], not [E, N, K]
+    interleaved  in such a tensor, rows of gate and up take turns
+    """
+
+    path: str = "experts"
+    shared: str | None = None
+    stored: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of a block; all names are relative to the block, linears to the body.
+
+    pre       the norm before the body; None if there is none
+    post      the norm after it, before the output joins the residual stream
+    inner     linears between entry and exit, each of which reads a tensor of its own
+    attends   the body is called as attention is
+    beside    it reads what the branch before it read, not what that put out: "always", or if this key of config.json says so
+    instead   a block has it in the place of the branch before it, or of one before that which is `instead` as well
+    experts   the body is a mixture of experts; `entry` and `exit` are then empty
+    """
+
+    pre: str | None
     body: str
-    entry: tuple[str, ...]
-    exit: str
+    entry: tuple[str, ...] = ()
+    exit: str = ""
     post: str | None = None
+    inner: tuple[str, ...] = ()
     attends: bool = False
+    beside: str | None = None
+    instead: bool = False
+    experts: Experts | None = None
+
+    def steps(self, experts: int = 0) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Its linears, relative to the body, as they are solved: step by step, in each the groups that read one tensor."""
+        if self.experts is None:
+            inner = (tuple((name,) for name in self.inner),) if self.inner else ()
+            return (self.entry,), *inner, ((self.exit,),)
+        bodies = [f"{self.experts.path}.{number}" for number in range(experts)]
+        bodies = [*([self.experts.shared] if self.experts.shared else []), *bodies]
+        return tuple((f"{body}.gate_proj", f"{body}.up_proj") for body in bodies), tuple((f"{b}.down_proj",) for b in bodies)
+
+    def linears(self, experts: int = 0) -> tuple[str, ...]:
+        """The same without their order, relative to the block."""
+        return tuple(f"{self.body}.{name}" for step in self.steps(experts) for group in step for name in group)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a kind of model is built. `decoder` is the module that maps token ids to hidden states."""
+    """How a kind of model is built. `decoder` is the module that maps token ids to hidden states.
+
+    renames   pairs (module, tensor): how names in a checkpoint differ from those of the modules, part by part
+    multiple  the key of config.json that scales what joins the residual stream
+    scalar    a stored number of each block by which its output is multiplied
+    stored    what tensors of the decoder begin with, if that is not `decoder`
+    """
 
     branches: tuple[Branch, ...]
     decoder: str = "model"
@@ -36,37 +89,132 @@ class Family:
     blocks: str = "layers"
     norm: str = "norm"
     head: str = "lm_head"
+    renames: tuple[tuple[str, str], ...] = ()
+    multiple: str | None = None
+    scalar: str | None = None
+    stored: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """All linears of a block that can be quantised, in solving order, relative to the block."""
-        return tuple(f"{b.body}.{name}" for b in self.branches for name in (*b.entry, b.exit))
+        """All linears of a block that can be quantised, in solving order, relative to it; no alternatives, no experts."""
+        return tuple(name for slot in self.slots() for name in slot[0].linears())
+
+    def slots(self) -> list[tuple[Branch, ...]]:
+        """The branches of a block, in order, each with what may stand in its place."""
+        slots: list[list[Branch]] = []
+        for branch in self.branches:
+            if branch.instead:
+                slots[-1].append(branch)
+            else:
+                slots.append([branch])
+        return [tuple(slot) for slot in slots]
+
+    def chosen(self, present: Callable[[str], bool]) -> tuple[Branch, ...]:
+        """The branches of a block in which these modules are present; where none is whole, the first is missed by name."""
+
+        def whole(branch: Branch) -> bool:
+            experts = branch.experts
+            parts = [*branch.linears()] if experts is None else [f"{branch.body}.{experts.path}"]
+            parts += [f"{branch.body}.{experts.shared}"] if experts is not None and experts.shared is not None else []
+            return all(present(name) for name in parts)
+
+        return tuple(next((branch for branch in slot if whole(branch)), slot[0]) for slot in self.slots())
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors start with."""
-        return f"{self.decoder}.{self.blocks}.{index}."
+        return f"{self.stored or self.decoder}.{self.blocks}.{index}."
 
 
-ALIASES = {"mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gemma": "llama", "gemma3_text": "gemma2"}
-FAMILIES = ("llama", "gemma2")
+ALIASES = {
+    "arcee": "nemotron",
+    "cohere": "cohere2",
+    "cwm": "llama",
+    "ernie4_5": "llama",
+    "exaone4": "olmo2",
+    "gemma": "llama",
+    "gemma3_text": "gemma2",
+    "glm4_moe": "qwen2_moe",
+    "helium": "llama",
+    "hunyuan_v1_dense": "llama",
+    "ministral3": "llama",
+    "mistral": "llama",
+    "olmo": "llama",
+    "olmo3": "olmo2",
+    "olmoe": "qwen2_moe",
+    "qwen2": "llama",
+    "qwen2_5_vl_text": "llama",
+    "qwen3": "llama",
+    "qwen3_5_moe_text": "qwen2_moe",
+    "qwen3_moe": "qwen2_moe",
+    "qwen3_next": "qwen2_moe",
+    "qwen3_vl_text": "llama",
+    "seed_oss": "llama",
+    "smollm3": "llama",
+}
+FAMILIES = (
+    "cohere2",
+    "deepseek_v3",
+    "gemma2",
+    "glm",
+    "glm4",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "llama4_text",
+    "mixtral",
+    "nemotron",
+    "olmo2",
+    "phi3",
+    "qwen2_moe",
+    "qwen3_5_text",
+    "stablelm",
+    "starcoder2",
+)
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+NESTED = {
+    "gemma3": ("gemma3_text", "model.language_model"),
+    "llama4": ("llama4_text", "language_model.model"),
+    "mistral3": ("mistral", "model.language_model"),
+    "qwen2_5_vl": ("qwen2_5_vl_text", "model.language_model"),
+    "qwen3_5": ("qwen3_5_text", "model.language_model"),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "model.language_model"),
+    "qwen3_vl": ("qwen3_vl_text", "model.language_model"),
+}
+"""Types that hold a language model among other things: its own type if config.json does not say, and its module."""
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Where a config.json says how many experts there are."""
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: all of it, or `text_config` beside that of other parts."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def known_types() -> list[str]:
+    """All model types that can be worked on."""
+    return sorted({*FAMILIES, *ALIASES, *NESTED})
 
 
 def find_family(config: dict[str, Any]) -> Family:
     """The family of a config.json, or a refusal that says why."""
-    model_type = config.get("model_type")
-    known = ", ".join(sorted({*FAMILIES, *ALIASES}))
-    if any(config.get(key) for key in _EXPERTS):
-        key = next(key for key in _EXPERTS if config.get(key))
-        raise ModelError(
-            f"model type `{model_type}` is a mixture of experts ({key} = {config[key]})", hint=f"dense models only: {known}"
-        )
-    name = ALIASES.get(str(model_type), str(model_type))
-    if name not in FAMILIES:
-        raise ModelError(f"unknown model type `{model_type}`", hint=f"known: {known}")
-    family: Family = importlib.import_module(f"marlin_tools.families.{name}").FAMILY
-    return family
+    model_type, decoder = str(config.get("model_type")), None
+    if model_type in NESTED:
+        usual, decoder = NESTED[model_type]
+        model_type = str(text_config(config).get("model_type") or usual) if "text_config" in config else usual
+    name = ALIASES.get(model_type, model_type)
+    if name in FAMILIES:
+        family: Family = importlib.import_module(f"marlin_tools.families.{name}").FAMILY
+        return family if decoder is None else replace(family, decoder=decoder)
+    inside = text_config(config).get("model_type")
+    holds = f", which holds a language model of type `{inside}`" if inside != config.get("model_type") else ""
+    near = get_close_matches(model_type, known_types(), n=1)
+    raise ModelError(
+        f"unknown model type `{config.get('model_type')}`{holds}",
+        hint=(f"did you mean `{near[0]}`? " if near else "") + f"types that work: {', '.join(known_types())}",
+    )
 
 
 def known_family(config: dict[str, Any]) -> Family | None:

@@ -13,17 +13,18 @@ from marlin_tools.ops.catalog import BuildReport, build, kernels
 from marlin_tools.ops.linear.layout import PackedWeight, limits, pack, unpack
 from marlin_tools.ops.linear.selftest import CheckResult, self_test
 from marlin_tools.ops.linear.sparse_layout import PackedSparse, pack_sparse, unpack_sparse
-from marlin_tools.ops.linear.variants import TARGETS, Variant
 from marlin_tools.ops.linear.w4a16 import dequantize, linear, prepare
 from marlin_tools.ops.linear.w24a16 import dequantize_sparse, prepare_sparse, sparse_linear
+from marlin_tools.ops.runtime.kernel import Kernel
+from marlin_tools.ops.runtime.target import TARGETS
 
 __all__ = [
     "TARGETS",
     "BuildReport",
     "CheckResult",
+    "Kernel",
     "PackedSparse",
     "PackedWeight",
-    "Variant",
     "build",
     "dequantize",
     "dequantize_sparse",

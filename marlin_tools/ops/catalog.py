@@ -1,16 +1,17 @@
 """Every kernel that there is, whatever it computes: for building ahead of time, for the gates of the tests, and for people."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from marlin_tools.ops.linear.sparse_variants import sparse_kernels
-from marlin_tools.ops.linear.variants import dense_kernels
+from marlin_tools.ops.linear.sparse_tiles import sparse_kernels
+from marlin_tools.ops.linear.tiles import dense_kernels
 from marlin_tools.ops.model.decode import decode_kernels
-from marlin_tools.ops.model.rotation import ROTATE_KERNELS
+from marlin_tools.ops.model.rotation import rotate_kernels
 from marlin_tools.ops.runtime.compiler import Resources
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
-from marlin_tools.ops.runtime.driver import Kernel
-from marlin_tools.ops.solver.kernels import ROUTINES
+from marlin_tools.ops.runtime.kernel import Kernel
+from marlin_tools.ops.runtime.target import TARGETS
+from marlin_tools.ops.solver.kernels import solver_kernels
 
 PURPOSES = {
     "dense": "INT4 products",
@@ -34,12 +35,15 @@ class BuildReport:
 
 
 def kernels(target: str | None = None) -> list[tuple[str, Kernel]]:
-    """(family, kernel) of all that exist, or that exist for a target such as `sm_80`."""
-    families: dict[str, Sequence[Kernel]] = {
+    """(family, kernel) of all that exist for a target such as `sm_80`; without one, of every name that there is."""
+    if target is None:
+        found = (entry for each in TARGETS for entry in kernels(each))
+        return list({(family, kernel.name): (family, kernel) for family, kernel in found}.values())
+    families = {
         "dense": dense_kernels(target),
         "sparse": sparse_kernels(target),
-        "decode": decode_kernels(),
-        "solver": (*ROUTINES, *ROTATE_KERNELS),
+        "decode": decode_kernels(target),
+        "solver": [*solver_kernels(target), *rotate_kernels(target)],
     }
     return [(family, kernel) for family, members in families.items() for kernel in members]
 
@@ -48,7 +52,6 @@ def build(targets: tuple[str, ...], cache: CubinCache) -> Iterator[BuildReport]:
     """Compile every kernel for every target into the cache, one after another. Needs no GPU."""
     for target in targets:
         for family, kernel in kernels(target):
-            source = kernel.source(target)
-            cached = cache.has(source, target)
-            resources = cache.get(source, target).resources
-            yield BuildReport(family, kernel.name, target, resources, kernel.dynamic_shared_bytes(target), cached)
+            cached = cache.has(kernel)
+            resources = cache.get(kernel).resources
+            yield BuildReport(family, kernel.name, target, resources, kernel.shared_bytes, cached)

@@ -1,7 +1,7 @@
 """A recipe: one model and the stages it goes through, as one checked value.
 
 Every verb of the command line builds a recipe, every file in `recipes/` is one, and every output directory holds the one that
-made it, so there is a single way in which anything is run. A stage is the settings of its module and the word `stage`:
+made it, so there is a single way in which anything is run. A stage is the settings of its module (see `stage.py`):
 
     name: demo
     model: demo
@@ -14,20 +14,21 @@ Read next: `files.py`, which finds and reads them; `run/`, which plans and execu
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from marlin_tools.compress.export import ExportStage
 from marlin_tools.compress.prune import PruneSettings
 from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.data.calibrate import CalibrationSettings
-from marlin_tools.evaluation.evaluate import EvaluateSettings
-from marlin_tools.evaluation.generate import GenerateSettings
-from marlin_tools.formats import FORMATS
+from marlin_tools.evaluation.stages import EvaluateStage, GenerateStage
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.yaml_reader import Document
 from marlin_tools.settings import Settings
-from marlin_tools.training.finetune import FinetuneSettings, LearningSettings
+from marlin_tools.stage import Stage
+from marlin_tools.training.finetune import FinetuneSettings
+from marlin_tools.verification.stages import VerifyStage
 
 PAPER_DOCUMENTS = 256
 """How many documents the paper calibrates on."""
@@ -39,109 +40,11 @@ DEMO_WINDOWS = 64
 TRAINING_WINDOWS, TRAINING_LENGTH = 8192, 1024
 """How much text is trained on when nobody says how much."""
 
-DENSE = {"prune": "pruned", "finetune": "finetuned"}
-"""Stages that make a model in 16 bits, and what their directory is called beside others."""
-
-
-def _known_format(name: str) -> str:
-    if name not in FORMATS:
-        raise ValueError(f"unknown format `{name}`; known: {', '.join(FORMATS)}")
-    return name
-
-
-class PruneStage(PruneSettings):
-    """Make the model 2:4 sparse; calibration is a section of its own."""
-
-    stage: Literal["prune"]
-
-    @property
-    def settings(self) -> PruneSettings:
-        """What the stage function takes."""
-        return PruneSettings.model_validate(self.model_dump(exclude={"stage"}))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at the calibration text."""
-        return self.solver.needs_data
-
-
-class FinetuneStage(LearningSettings):
-    """Let the sparse model learn from `teacher`, by default the recipe's model, on `text`, by default the calibration text."""
-
-    stage: Literal["finetune"]
-    teacher: str | None = None
-    text: CalibrationSettings | None = None
-
-    def settings_for(self, model: str) -> FinetuneSettings:
-        """What the stage function takes in a recipe of this model."""
-        chosen = self.model_dump(exclude={"stage", "teacher", "text"})
-        return FinetuneSettings.model_validate(chosen | {"teacher": self.teacher or model})
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at the calibration text: not if it has a text of its own, or the teacher writes one."""
-        return self.text is None and not self.sampled
-
-
-class QuantizeStage(QuantizeSettings):
-    """Quantise the model; calibration is a section of its own."""
-
-    stage: Literal["quantize"]
-
-    _format = field_validator("format")(_known_format)
-
-    @property
-    def settings(self) -> QuantizeSettings:
-        """What the stage function takes."""
-        return QuantizeSettings.model_validate(self.model_dump(exclude={"stage"}))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at the calibration text."""
-        return self.solver.needs_data
-
-
-class ExportStage(Settings):
-    """Write the quantised model in other formats."""
-
-    stage: Literal["export"]
-    formats: tuple[Annotated[str, AfterValidator(_known_format)], ...] = Field(min_length=1)
-
-
-class EvaluateStage(EvaluateSettings):
-    """Measure the model, and `baseline` as well, if one is named."""
-
-    stage: Literal["evaluate"]
-    baseline: str | None = None
-
-    @property
-    def settings(self) -> EvaluateSettings:
-        """What the stage function takes."""
-        return EvaluateSettings.model_validate(self.model_dump(exclude={"stage", "baseline"}))
-
-
-class VerifyStage(Settings):
-    """Check every directory that the run has written, or the model itself if it has written none."""
-
-    stage: Literal["verify"]
-
-
-class GenerateStage(GenerateSettings):
-    """Continue a text."""
-
-    stage: Literal["generate"]
-    prompt: str
-
-    @property
-    def settings(self) -> GenerateSettings:
-        """What the stage function takes."""
-        return GenerateSettings.model_validate(self.model_dump(exclude={"stage", "prompt"}))
-
-
-Making = PruneStage | FinetuneStage | QuantizeStage
-"""Stages that make another model, in the only order that makes sense."""
-
-Stage = Making | ExportStage | EvaluateStage | VerifyStage | GenerateStage
+Step = Annotated[
+    PruneSettings | FinetuneSettings | QuantizeSettings | ExportStage | EvaluateStage | VerifyStage | GenerateStage,
+    Field(discriminator="stage"),
+]
+"""What can stand in `stages`."""
 
 
 class Expectation(Settings):
@@ -180,13 +83,13 @@ class Recipe(Settings):
     source: str = ""
     deviations: tuple[str, ...] = ()
     calibrate: CalibrationSettings | None = None
-    stages: tuple[Annotated[Stage, Field(discriminator="stage")], ...] = Field(min_length=1)
+    stages: tuple[Step, ...] = Field(min_length=1)
     expect: tuple[Expectation, ...] = ()
     control: str | None = None
 
     @model_validator(mode="after")
     def _one_model_each(self) -> Self:
-        _check_order(self.making)
+        _check_order(self.remaking)
         if sum(isinstance(stage, EvaluateStage) for stage in self.stages) > 1:
             raise ValueError("a recipe evaluates once, all tasks together: `evaluate` may stand in `stages` once")
         for name in self.formats:
@@ -199,14 +102,14 @@ class Recipe(Settings):
         return self
 
     @property
-    def quantize(self) -> QuantizeStage | None:
+    def quantize(self) -> QuantizeSettings | None:
         """The stage that makes the quantised model."""
-        return next((stage for stage in self.stages if isinstance(stage, QuantizeStage)), None)
+        return next((stage for stage in self.stages if isinstance(stage, QuantizeSettings)), None)
 
     @property
-    def making(self) -> tuple[Making, ...]:
+    def remaking(self) -> tuple[Stage, ...]:
         """The stages that make another model, in their order."""
-        return tuple(stage for stage in self.stages if isinstance(stage, Making))
+        return tuple(stage for stage in self.stages if stage.remakes)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -222,7 +125,8 @@ class Recipe(Settings):
     @property
     def made(self) -> tuple[str, ...]:
         """What the run writes, in this order; each is a model directory of its own."""
-        return tuple(DENSE[stage.stage] for stage in self.making if stage.stage in DENSE) + self.formats
+        dense = tuple(name for stage in self.remaking if stage is not self.quantize for name in stage.makes)
+        return dense + self.formats
 
     @property
     def scheme(self) -> str:
@@ -239,17 +143,17 @@ class Recipe(Settings):
         return recipe_yaml.dump({key: value for key, value in content.items() if value not in ("", [])})
 
 
-def _check_order(making: tuple[Making, ...]) -> None:
+def _check_order(remaking: tuple[Stage, ...]) -> None:
     """Each at most once, each after what it builds on, and nothing undone by what follows."""
-    names = [stage.stage for stage in making]
+    names = [stage.stage for stage in remaking]
     order = {"prune": "prunes", "finetune": "finetunes", "quantize": "quantises"}
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"a recipe {order[name]} once: `{name}` may stand in `stages` once")
     if names != sorted(names, key=list(order).index):
         raise ValueError(f"`stages` has {', then '.join(names)}: the order is {', '.join(order)}")
-    last = making[-1] if making else None
-    if isinstance(last, QuantizeStage) and len(making) > 1 and last.sparsity is None:
+    last = remaking[-1] if remaking else None
+    if isinstance(last, QuantizeSettings) and len(remaking) > 1 and last.sparsity is None:
         raise ValueError(f"`quantize` after `{names[-2]}` would lose the zeros: give it `sparsity: keep`")
 
 
@@ -259,10 +163,10 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     The embedded model gets the embedded text, the paper's preset what the paper took, everything else C4.
     """
     stage = recipe.quantize
-    if not any(each.needs_data for each in recipe.making):
-        unused = recipe.calibrate is not None and recipe.making
-        names = [f"`{each.stage}`" if isinstance(each, FinetuneStage) else f"preset `{each.preset}`" for each in recipe.making]
-        notes = [f"{' and '.join(names)} looks at no data: calibration settings have no effect"] if unused else []
+    if not any(each.needs_data for each in recipe.remaking):
+        unused = recipe.calibrate is not None and recipe.remaking
+        names = " and ".join(each.choice for each in recipe.remaking)
+        notes = [f"{names} looks at no data: calibration settings have no effect"] if unused else []
         return recipe.model_copy(update={"calibrate": None}), notes
     given = recipe.calibrate.model_dump(exclude_unset=True) if recipe.calibrate else {}
     if "source" in given:
@@ -275,7 +179,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
         chosen = {"source": "c4"}
     if "num_samples" not in given and {**chosen, **given}["source"] == "demo":
         chosen["num_samples"] = DEMO_WINDOWS
-    elif "num_samples" not in given and all(isinstance(each, FinetuneStage) for each in recipe.making):
+    elif "num_samples" not in given and all(isinstance(each, FinetuneSettings) for each in recipe.remaking):
         chosen |= {"num_samples": TRAINING_WINDOWS, "seqlen": given.get("seqlen", TRAINING_LENGTH)}
     settings = CalibrationSettings.model_validate({**chosen, **given})
     shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
@@ -286,8 +190,3 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str]) -> Recipe:
     """A recipe from plain data; `origins` says for each path which option it comes from."""
     return recipe_yaml.validate(Recipe, Document(dict(data), dict(origins)))
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of recipe files, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,88 +1,161 @@
-"""The frame of every page, and the few things that it is made of: sections, tables, key figures, lists of facts."""
+"""Pages and cards from the templates beside this file. Whatever a template is given is escaped, unless it says otherwise.
+
+HTML is escaped by Jinja2. In Markdown every value that is not already Markdown becomes one line of plain text, whatever names
+people give to files, tasks and tensors.
+"""
 
 import re
-from collections.abc import Iterable, Sequence
-from html import escape
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from marlin_tools import __version__
+from marlin_tools.evaluation.scores import Score, spell
+from marlin_tools.report.text import table
 
 TIMES = ("<!-- times -->", "<!-- /times -->")
-"""Between these stands what differs from run to run; a comparison of two pages leaves it out."""
+"""Between these stands what differs from run to run and from place to place; a comparison of two pages leaves it out."""
+
+MINUS = "\N{MINUS SIGN}"
+"""As long as a plus; a hyphen is not."""
+
+_METRICS = {"acc": "accuracy", "acc_norm": "accuracy, by length", "kl": "mean KL, nats", "top1": "same likeliest token"}
+"""What some metrics are called by people."""
 
 
-def page(title: str, over: str, lead: str, body: str) -> str:
-    """A whole document; `over` stands small above the title, `lead` below it."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f'<header>\n<p class="over">{escape(over)}</p>\n<h1>{escape(title)}</h1>\n<p class="lead">{lead}</p>\n</header>\n'
-        f"{body}\n<footer>marlin-tools {__version__}. This page is one file and loads nothing.</footer>\n"
-        "</main>\n</body>\n</html>\n"
+def page(template: str, **values: Any) -> str:
+    """An HTML document, complete in itself."""
+    text: str = _html().get_template(template).render(values)
+    return text
+
+
+def markdown(template: str, **values: Any) -> str:
+    """A Markdown document."""
+    text: str = _markdown().get_template(template).render(values)
+    return text
+
+
+@cache
+def _html() -> Environment:
+    return _with_filters(
+        Environment(autoescape=True, **_HOW),
+        {"words": words, "number": number, "named": named, "cells": score_cells, "metric": metric_name}
+        | {"size": size, "duration": duration},
     )
 
 
-def words(text: str) -> str:
+@cache
+def _markdown() -> Environment:
+    found = Environment(autoescape=False, finalize=plain, **_HOW)  # noqa: S701 (`finalize` escapes, for Markdown)
+    return _with_filters(found, {"code": code, "words": marked, "table": _table, "asis": Marked})
+
+
+_HOW: dict[str, Any] = {
+    "loader": FileSystemLoader(Path(__file__).with_name("templates")),
+    "undefined": StrictUndefined,
+    "trim_blocks": True,
+    "lstrip_blocks": True,
+    "keep_trailing_newline": True,
+}
+
+
+def _with_filters(environment: Environment, filters: dict[str, Any]) -> Environment:
+    environment.filters |= filters
+    environment.globals |= {"version": __version__, "TIMES": [*map(Markup, TIMES)]}
+    return environment
+
+
+# ---- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> Markup:
     """Plain text with `code` in it."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 (escaped on this line)
 
 
-def section(title: str, content: str, about: str = "", mark: str = "") -> str:
-    """A part of a page; `about` says under the heading how to read it, `mark` stands beside the heading."""
-    told = f'<p class="about">{words(about)}</p>\n' if about else ""
-    return f"<section>\n<h2>{escape(title)}{mark}</h2>\n{told}{content}\n</section>"
+def named(name: str, small: object = None) -> Markup:
+    """A name in the first column of a table, with a remark beside it."""
+    beside = Markup("") if small is None else Markup(" <small>{}</small>").format(small)
+    return Markup('<span><span class="name">{}</span>{}</span>').format(name, beside)
 
 
-def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """Key figures: (what, value, remark); a value may begin with a verdict."""
-    cells = (
-        f'<div class="tile"><p class="what">{escape(what)}</p>'
-        f'<p class="value">{value}</p><p class="remark">{words(remark)}</p></div>'
-        for what, value, remark in figures
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+def number(value: float | None, stderr: float | None = None, sign: str = "") -> Markup:
+    """A number with its standard error; empty if there is none."""
+    if value is None:
+        return Markup("")
+    error = Markup("") if stderr is None else Markup(" <small>± {}</small>").format(f"{stderr:.4f}")
+    return Markup("<span>{}{}</span>").format(spell(value, sign=sign).replace("-", MINUS), error)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of cells that are HTML already; on a narrow screen each row becomes a card, labelled with the column names."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td data-label="{escape(column, quote=True)}"{"" if cell else " class=empty"}>{cell}</td>'
-            for column, cell in zip(columns, row, strict=True)
-        )
-        + "</tr>\n"
-        for row in rows
-    )
-    return f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>'
+def metric_name(metric: str) -> str:
+    """For people."""
+    return _METRICS.get(metric, metric.replace("_", " "))
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """What and how much, as a list of definitions."""
-    return "<dl>" + "".join(f"<dt>{escape(what)}</dt><dd>{words(value)}</dd>" for what, value in rows) + "</dl>"
+def score_cells(score: Score) -> list[str]:
+    """A row of a table of scores: task, metric, value, original, difference, recovery."""
+    return [
+        named(score.task, score.details.get("on")),
+        metric_name(score.metric),
+        number(score.value, score.stderr),
+        number(score.baseline, score.baseline_stderr),
+        number(score.difference, score.difference_stderr, sign="+"),
+        "" if score.recovery is None else f"{score.recovery:.1f} %",
+    ]
 
 
-def details(title: str, content: str) -> str:
-    """Something that few will look at."""
-    return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
+def duration(seconds: float) -> str:
+    """As people say it."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def code(text: str) -> str:
-    """Commands, or a file."""
-    return f"<pre><code>{escape(text.rstrip(), quote=False)}</code></pre>"
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def verdict(word: str) -> str:
-    """A verdict with its sign, so that colour is not all that tells it."""
-    signs = {"PASS": "✓", "FAIL": "✗", "ok": "✓", "FAILED": "✗"}
-    kind = {"PASS": "good", "ok": "good", "FAIL": "bad", "FAILED": "bad"}.get(word, "idle")
-    return f'<span class="verdict {kind}">{signs.get(word, "–")} {escape(word)}</span>'
+# ---- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def paragraphs(lines: Iterable[str]) -> str:
-    """A list of sentences."""
-    return "<ul>" + "".join(f"<li>{words(line)}</li>" for line in lines) + "</ul>"
+class Marked(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def plain(value: object) -> str:
+    """One line that shows as it is: no markup, no HTML, no link, no list."""
+    if isinstance(value, Marked):
+        return value
+    line = " ".join(str(value).split())
+    line = re.sub(r"[\\`*\[\]<>&~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return re.sub(r"^(\d*)([.)+=-])(?=[\s=-]|$)", r"\1\\\2", line)  # no list, no heading
+
+
+def code(value: object) -> Marked:
+    """A name as code, whatever backticks are in it."""
+    line = " ".join(str(value).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return Marked(f"{fence}{pad}{line}{pad}{fence}")
+
+
+def marked(text: str) -> Marked:
+    """A sentence of ours with `code` in it."""
+    parts = re.split(r"`([^`]+)`", text)
+    return Marked("".join(code(part) if index % 2 else _kept_apart(part) for index, part in enumerate(parts)))
+
+
+def _kept_apart(text: str) -> str:
+    """Plain text between two pieces of code keeps the spaces around it."""
+    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{' ' if before else ''}{plain(text)}{' ' if after and text.strip() else ''}"
+
+
+def _table(rows: list[list[str]], columns: list[str]) -> Marked:
+    return Marked(table(columns, [[marked(cell) for cell in row] for row in rows]))

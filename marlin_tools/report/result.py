@@ -1,7 +1,7 @@
 """Everything that is known of a model directory, in one value: what the page and the model card are written from."""
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ import torch
 
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
-from marlin_tools.evaluation.scores import Evaluation
+from marlin_tools.evaluation.record import read_record
+from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import ZERO
 from marlin_tools.verification.inspect import inspect
@@ -22,6 +23,10 @@ SAMPLE = 32
 
 OCTAVE = 4
 """Bins of the histogram of scales per factor of two."""
+
+
+Bar = tuple[float, str]
+"""(value, what it says when pointed at)"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,76 @@ class Weights:
     read: int
     linears: int
 
+    @property
+    def code_bars(self) -> list[Bar]:
+        """A bar for each code."""
+        return [(share, f"code {code - ZERO:+d}: {share:.2%} of the weights") for code, share in enumerate(self.codes)]
+
+    @property
+    def scale_bars(self) -> list[Bar]:
+        """A bar for each bin of scales."""
+        return [(share, f"from {low:.3g}: {share:.2%} of the groups") for low, share in self.scales]
+
+    @property
+    def scale_axis(self) -> list[str]:
+        """The least, a middle and the largest magnitude."""
+        lows = [low for low, _ in self.scales]
+        return [f"{low:.2g}" for low in (lows[0], lows[len(lows) // 2], lows[-1] * 2 ** (1 / OCTAVE))]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What every linear lost of its `of`: "output's" energy, or "weights'" where outputs were not measured."""
+
+    of: str
+    entries: Sequence[Mapping[str, Any]]
+    key: str
+
+    @property
+    def top(self) -> float:
+        """The largest."""
+        return max(float(entry[self.key]) for entry in self.entries)
+
+    @property
+    def kinds(self) -> dict[str, list[Bar]]:
+        """For each kind of linear a bar for every block: the loss, of experts the largest; none where it was left as it is."""
+        found: dict[str, dict[int, float]] = {}
+        for entry in self.entries:
+            inside = re.search(r"\.(\d+)\.(.*)", entry["name"])
+            block, kind = (int(inside[1]), re.sub(r"\.\d+\.", ".*.", inside[2])) if inside else (0, entry["name"])
+            losses = found.setdefault(kind, {})
+            losses[block] = max(losses.get(block, 0.0), float(entry[self.key]))
+        blocks = range(1 + max(block for losses in found.values() for block in losses))
+        return {kind: [_bar(block, losses.get(block)) for block in blocks] for kind, losses in found.items()}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of `rows`."""
+        others = [name for name, key in _MEASURES.items() if any(isinstance(entry.get(key), float) for entry in self.entries)]
+        return ("linear", "outputs x inputs", *others)
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """All linears, those that lost most first."""
+        keys = [_MEASURES[name] for name in self.columns[2:]]
+        ordered = sorted(self.entries, key=lambda entry: -entry[self.key])
+        return [
+            [entry["name"], " x ".join(map(str, entry["shape"])), *(_measure(entry, key) for key in keys)] for entry in ordered
+        ]
+
+
+_MEASURES = {"output lost": "output_error", "weight lost": "weight_error", "damp": "damp"}
+"""Columns of the table of linears: what they are called, and where the manifest has them."""
+
+
+def _bar(block: int, loss: float | None) -> Bar:
+    return (0.0, f"block {block}: left as it is") if loss is None else (loss, f"block {block}: {loss:.3%}")
+
+
+def _measure(entry: Mapping[str, Any], key: str) -> str:
+    value = entry.get(key)
+    return "" if value is None else f"{value:g}" if key == "damp" else f"{value:.3%}"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -53,6 +128,21 @@ class Result:
     recipe: str
 
     @property
+    def stage(self) -> str:
+        """What made it."""
+        return str(self.manifest.get("stage", ""))
+
+    @property
+    def linears(self) -> Sequence[Mapping[str, Any]]:
+        """What the manifest says of each linear."""
+        return self.manifest.get("linears", [])
+
+    @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """The text that it was made with."""
+        return self.manifest.get("calibration")
+
+    @property
     def original(self) -> Mapping[str, Any]:
         """Origin and fingerprint of the model that everything began with."""
         steps: list[Mapping[str, Any]] = [*self.manifest.get("history", ()), self.manifest]
@@ -61,19 +151,29 @@ class Result:
     @property
     def base(self) -> str:
         """What the original is called: a hub id, or the last part of a path, which says nothing of this machine."""
-        origin, _ = hub_name(str(self.original.get("origin", "an unknown model")))
+        origin, _ = hub_name(str(self.original.get("origin") or self.facts["model"]))
         return origin if self.base_is_public(origin) else Path(origin).name
+
+    @property
+    def public(self) -> bool:
+        """Whether the original can be looked up on the hub."""
+        return self.base_is_public(self.base)
 
     @staticmethod
     def base_is_public(origin: str) -> bool:
         """Whether a name can be looked up on the hub."""
-        return origin.count("/") == 1 and not origin.startswith((".", "/", "~", "runs/")) and not Path(origin).is_dir()
+        return re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", origin, re.ASCII) is not None and not Path(origin).is_dir()
+
+    @property
+    def title(self) -> str:
+        """The original's name, without its owner."""
+        return self.base.rpartition("/")[2]
 
     @property
     def scheme(self) -> str:
         """Bits and what shares a scale, for a headline."""
         if not self.quantized:
-            return "2:4, 16 bits"
+            return "2:4, 16 bits" if (self.facts["sparsity"] or {}).get("2:4") else "16 bits"
         sizes = self.facts["group_sizes"]
         groups = "per column" if sizes == [-1] else f"g{', '.join(map(str, sizes))}"
         sparsity = self.facts["sparsity"]
@@ -85,7 +185,7 @@ class Result:
         settings, solver = self.manifest.get("settings") or {}, self.manifest.get("solver") or {}
         before = [_before(each) for each in self.manifest.get("history", ())]
         if not self.quantized:
-            return ", then ".join([*before, _before(self.manifest)])
+            return ", then ".join([*before, *([_before(self.manifest)] if self.stage in {"prune", "finetune"} else [])])
         kind = {"gptq": "GPTQ", "rtn": "round to nearest"}.get(str(solver.get("kind")), str(solver.get("kind", "unknown")))
         how = kind if settings.get("algorithm") else f"{kind}, preset {settings.get('preset', 'unknown')}"
         return ", then ".join([*before, how])
@@ -103,24 +203,93 @@ class Result:
     @property
     def bits(self) -> float:
         """Stored bits per quantised weight, scales included."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
-        return 8 * self.facts["bytes"]["quantised linears"] / weights if weights else 0.0
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
+        return 8 * self.facts["bytes"]["quantized linears"] / weights if weights else 0.0
 
     @property
     def before_bytes(self) -> int:
         """What the same model takes in 16 bits."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
-        return int(self.facts["bytes"]["total"] - self.facts["bytes"]["quantised linears"] + 2 * weights)
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
+        return int(self.facts["bytes"]["total"] - self.facts["bytes"]["quantized linears"] + 2 * weights)
+
+    @property
+    def headline(self) -> Score | None:
+        """The score that suffered most, of those that rest on enough to be said in one number."""
+        scores = self.evaluation.scores if self.evaluation else ()
+        firm = [score for score in scores if score.part_of is None and score.recovery is not None and score.firm]
+        return min(firm, key=lambda score: score.recovery or 0.0, default=None)
+
+    @property
+    def losses(self) -> Losses | None:
+        """By outputs if they were measured, else by weights, if anything was."""
+        for of, key in (("output's", "output_error"), ("weights'", "weight_error")):
+            if measured := [entry for entry in self.linears if entry.get(key) is not None]:
+                return Losses(of, measured, key)
+        return None
+
+    @property
+    def taker(self) -> str:
+        """What the losses of the linears come from."""
+        if not self.quantized:
+            return "pruning has"
+        return "pruning and rounding have" if (self.manifest.get("settings") or {}).get("sparsity") == "2:4" else "rounding has"
+
+    @property
+    def learning(self) -> list[Bar]:
+        """A bar for each time that a finetuned model was held against its teacher."""
+        measured: Sequence[tuple[int, float]] = self.manifest.get("held_out_kl", [])
+        return [(kl, f"after {step} steps: {kl:.4f} nats") for step, kl in measured] if len(measured) > 1 else []
+
+    @property
+    def stages(self) -> dict[str, Mapping[str, float]]:
+        """What each stage has cost; one that read no text is not said to have calibrated."""
+        costs: Mapping[str, Mapping[str, float]] = self.manifest.get("times", {}).get("stages", {})
+        return {stage if self.calibration else stage.removeprefix("calibrate and "): cost for stage, cost in costs.items()}
+
+    @property
+    def seconds(self) -> float | None:
+        """What making it took, without measuring and checking it."""
+        made = [cost["seconds"] for stage, cost in self.stages.items() if stage not in {"evaluate", "verify"}]
+        return sum(made) if made else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was left out, replaced, or refused."""
+        lines = [f"Warning: {text}" for text in self.manifest.get("warnings", [])]
+        lines += [f"`{name}` was left as it is: {reason}" for name, reason in self.manifest.get("kept", {}).items()]
+        lines += [f"Calibration: {note}" for note in (self.calibration or {}).get("notes", ())]
+        for check in self.verification.checks if self.verification else ():
+            verb = "was skipped" if check.skipped else "failed"
+            lines += [f"Check `{check.name}` {verb}: {check.detail}"] if check.skipped or not check.ok else []
+        return lines + ["Not verified in this run."] * (self.verification is None and self.quantized)
+
+    @property
+    def origin_facts(self) -> list[tuple[str, str]]:
+        """How it was made, down to the versions."""
+        manifest, tokens = self.manifest, self.calibration
+        fingerprint = str(self.original.get("fingerprint", "unknown"))[:16]
+        rows = [("original", f"`{self.base}`, fingerprint `{fingerprint}`"), ("method", self.method)]
+        if solver := manifest.get("solver"):
+            rows.append(
+                ("solver", ", ".join(f"{key} {value}" for key, value in solver.items() if key != "kind") or "no settings")
+            )
+        if tokens:
+            shape = f"{tokens['sequences']} sequences, {tokens['tokens']:,} tokens, seed {tokens['seed']}"
+            rows.append(("calibration", f"`{tokens['source']}`: {shape}, fingerprint `{tokens['fingerprint'][:16]}`"))
+        rows.append(("computed on", str(manifest.get("device", "unknown"))))
+        return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()))]
 
 
-def gather(directory: Path, verification: Verification | None, evaluation: Evaluation | None = None) -> Result:
+def gather(
+    directory: Path, verification: Verification | None, evaluation: Evaluation | None = None, *, weights: bool = True
+) -> Result:
     """Read a model directory; what is not there is None or empty. Its own evaluation goes before one that is handed over."""
     checkpoint = Checkpoint.open(directory)
-    content = _json(directory / "evaluation.json")
+    content = read_record(directory)
     return Result(
         manifest=read_manifest(directory) or {},
         facts=inspect(checkpoint),
-        weights=_weights(checkpoint) if checkpoint.quantization is not None else None,
+        weights=_weights(checkpoint) if weights and checkpoint.quantization is not None else None,
         evaluation=Evaluation.restore(content) if content else evaluation,
         verification=verification,
         recipe=(directory / "recipe.yaml").read_text(encoding="utf-8") if (directory / "recipe.yaml").is_file() else "",
@@ -134,15 +303,6 @@ def _before(entry: Mapping[str, Any]) -> str:
         return f"finetuned on {settings.get('tokens', 0):,} tokens with the original as the teacher"
     trained = f" and {settings['reconstruct']} passes of training by block" if settings.get("reconstruct") else ""
     return f"pruned to 2:4 (preset {settings.get('preset', 'unknown')}{trained})"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """An evaluation; empty if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _weights(checkpoint: Checkpoint) -> Weights:

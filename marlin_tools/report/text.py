@@ -65,9 +65,8 @@ def summary(
 
 def _verdict(path: Path, verification: Verification) -> tuple[str, str, str]:
     """One line about a directory that a run has made."""
-    count = len(verification.checks)
     loads = ", ".join(f"{each.engine} {each.version}" for each in verification.engines if each.loads)
-    return str(path), f"all {count} ok" if verification.ok else "FAILED", loads
+    return str(path), verification.counted if verification.ok else "FAILED", loads
 
 
 def comparison(evaluation: Evaluation) -> str:
@@ -78,8 +77,7 @@ def comparison(evaluation: Evaluation) -> str:
 
 def checks(verification: Verification) -> str:
     """What was looked at, then which engine will load it."""
-    marks = {True: "ok", False: "FAILED"}
-    rows = [(check.name, "skipped" if check.skipped else marks[check.ok], check.detail) for check in verification.checks]
+    rows = [(check.name, check.result, check.detail) for check in verification.checks]
     rows += [(f"{each.engine} {each.version}", "loads" if each.loads else "no", str(each)) for each in verification.engines]
     return table(("check", "result", "detail"), rows)
 

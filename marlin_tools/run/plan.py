@@ -5,34 +5,18 @@ planned from its shapes alone (`checkpoint/cards.py`), so nothing is downloaded.
 directory a model, one that writes several formats puts each into `<directory>/<format>/`. Read next: `execute.py`.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from marlin_tools.checkpoint.cards import Card, sketch
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
-from marlin_tools.compress.prune import plan_prune
-from marlin_tools.compress.quantize import plan_quantize
-from marlin_tools.data.calibrate import expect
 from marlin_tools.families import find_family
-from marlin_tools.recipe.recipe import (
-    DENSE,
-    EvaluateStage,
-    ExportStage,
-    FinetuneStage,
-    GenerateStage,
-    PruneStage,
-    QuantizeStage,
-    Recipe,
-    Stage,
-    VerifyStage,
-    settle,
-)
-from marlin_tools.stream.inventory import take_inventory
-from marlin_tools.training.finetune import check_mask, check_pair
+from marlin_tools.recipe.recipe import Recipe, settle
+from marlin_tools.stage import Facts, Outlook, Source, Stage
+from marlin_tools.stream.inventory import Inventory
 from marlin_tools.verification.engines import judge_engines
 
 RUNS = Path("runs")
@@ -40,12 +24,16 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in its place: the model that it reads, the directories that it makes by format, and what is known beforehand."""
+    """A stage in its place: the model that it reads, the directories that it makes by name, and what is known beforehand.
+
+    prepared   what its plan found out about the model that the recipe starts from; None if it reads another one
+    """
 
     stage: Stage
-    model: str | Path
+    source: Source
     outputs: dict[str, Path]
-    facts: tuple[tuple[str, str], ...]
+    facts: Facts
+    prepared: Any = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class Plan:
         return [
             {
                 "stage": step.stage.stage,
-                "model": str(step.model),
+                "model": str(step.source.name),
                 "outputs": [str(path) for path in step.outputs.values()],
                 "facts": dict(step.facts),
             }
@@ -80,28 +68,31 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     recipe, notes = settle(recipe)
     root = out or RUNS / f"{recipe.name}-{recipe.scheme}"
     homes = {name: root if len(recipe.made) == 1 else root / name for name in recipe.made}
-    looker = _Looker(recipe, dry=dry)
+    accept = find_family if dry or recipe.remaking else None  # other stages take models that we could not compress
+    find = partial(sketch if dry else Checkpoint.open, accept=accept)
+    original = source = Source(recipe.model, find)
     steps: list[Step] = []
-    model: str | Path = recipe.model
+    first = True
     for stage in recipe.stages:
-        outputs = {name: homes[name] for name in _made(stage)}
-        steps.append(Step(stage, model, outputs, tuple(looker.facts(stage))))
-        if outputs and not (recipe.quantize and isinstance(stage, ExportStage)):  # whose results are the same model once more
-            model = next(iter(outputs.values()))
-    said = (*_resolved(recipe.model), *looker.notes(), *notes)
+        outputs = {name: homes[name] for name in stage.makes}
+        known = stage.plan(Outlook(original, find, recipe.calibrate, recipe.formats, first, dry))
+        engines = tuple(_engines(recipe, original, known.prepared.inventory)) if stage is recipe.quantize else ()
+        steps.append(Step(stage, source, outputs, known.facts + engines, known.prepared if source is original else None))
+        if outputs and not (recipe.quantize and not stage.remakes):  # whose results are the same model once more
+            source = Source(next(iter(outputs.values())))
+        first = first and not stage.remakes
+    said = (*_resolved(recipe.model), *_unread(original), *notes)
     return Plan(recipe, tuple(steps), said, home=None if recipe.made else out)
 
 
-def _made(stage: Stage) -> tuple[str, ...]:
-    """What a stage writes, as in `Recipe.made`."""
-    match stage:
-        case PruneStage() | FinetuneStage():
-            return (DENSE[stage.stage],)
-        case QuantizeStage():
-            return (stage.format,)
-        case ExportStage():
-            return stage.formats
-    return ()
+def _engines(recipe: Recipe, source: Source, inventory: Inventory) -> Iterator[tuple[str, str]]:
+    """Which engines will load each format that the recipe writes."""
+    assert recipe.quantize is not None, "nothing is quantized"
+    shapes = {target.name: (target.n, target.k) for target in inventory.targets}
+    group_size = recipe.quantize.group_size
+    for name in recipe.formats:
+        for verdict in judge_engines(source.checkpoint.text_config, inventory.family, shapes, inventory.kept, name, group_size):
+            yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)
 
 
 def _resolved(model: str) -> Iterator[str]:
@@ -112,89 +103,9 @@ def _resolved(model: str) -> Iterator[str]:
         yield f"`{model}` is `{repository}`" + (f" at revision {revision}" if revision else "")
 
 
-class _Looker:
-    """What can be known of the stages of one recipe before they run."""
-
-    def __init__(self, recipe: Recipe, *, dry: bool) -> None:
-        self.recipe, self.dry = recipe, dry
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model that the recipe starts from; in a dry run perhaps only its shapes."""
-        find = sketch if self.dry else Checkpoint.open
-        return find(self.recipe.model, find_family)
-
-    def notes(self) -> Iterator[str]:
-        """What a dry run has not looked at."""
-        if "checkpoint" in vars(self) and isinstance(self.checkpoint, Card):
-            size = self.checkpoint.nbytes / 1e9
-            repository, _ = hub_name(self.recipe.model)
-            yield f"`{repository}` is not on this machine: planned from its shapes; a run downloads {size:.1f} GB"
-
-    def facts(self, stage: Stage) -> Iterator[tuple[str, str]]:
-        """What and how much, for people; raises what would stop the stage later."""
-        match stage:
-            case PruneStage():
-                yield from self._prune(stage)
-            case FinetuneStage():
-                yield from self._finetune(stage)
-            case QuantizeStage():
-                yield from self._quantize(stage)
-            case ExportStage():
-                yield "formats", ", ".join(stage.formats)
-            case EvaluateStage():
-                yield "tasks", ", ".join(stage.tasks)
-                yield "baseline", stage.baseline or "none"
-                if self.dry:
-                    yield "memory", f"{self.checkpoint.nbytes / 1e9:.1f} GB of weights for each model, if they run in 16 bits"
-            case GenerateStage():
-                yield "prompt", stage.prompt
-            case VerifyStage():
-                yield "checks", "shapes, bytes and numbers of every directory written"
-
-    def _prune(self, stage: PruneStage) -> Iterator[tuple[str, str]]:
-        planned = plan_prune(self.checkpoint, stage.settings, *self._tokens())
-        yield "preset", stage.preset if stage.algorithm is None else stage.algorithm.mask
-        yield from self._calibration()
-        yield from planned.forecast.lines()
-        yield from ((f"kept `{name}`", reason) for name, reason in planned.inventory.kept.items())
-
-    def _finetune(self, stage: FinetuneStage) -> Iterator[tuple[str, str]]:
-        name = stage.teacher or self.recipe.model
-        find = sketch if self.dry else Checkpoint.open
-        check_pair(self.checkpoint, find(name, find_family), stage)
-        if stage is self.recipe.making[0] and not isinstance(self.checkpoint, Card):
-            check_mask(self.checkpoint)
-        yield "teacher", name
-        text = stage.text or (self.recipe.calibrate if stage.needs_data else None)
-        if text:
-            yield "text", f"{text.num_samples} samples of `{text.source}`"
-        if stage.sampled:
-            yield "written by the teacher", f"{stage.sampled} windows of {stage.seqlen} tokens"
-        yield "training", f"{stage.tokens:,} tokens, {stage.batch} sequences a step"
-
-    def _tokens(self) -> tuple[int, int]:
-        """(tokens, longest sequence) of the calibration."""
-        return expect(self.recipe.calibrate, self.checkpoint) if self.recipe.calibrate else (0, 0)
-
-    def _calibration(self) -> Iterator[tuple[str, str]]:
-        text = self.recipe.calibrate
-        if text:
-            yield "calibration", f"{text.num_samples} samples of `{text.source}`, at most {self._tokens()[0]} tokens"
-
-    def _quantize(self, stage: QuantizeStage) -> Iterator[tuple[str, str]]:
-        recipe, checkpoint = self.recipe, self.checkpoint
-        planned = plan_quantize(checkpoint, stage.settings, *self._tokens())
-        for name in recipe.formats:  # what a later export could not hold is refused now
-            take_inventory(checkpoint, stage.ignore, stage.group_size, name, sparse=stage.sparsity is not None)
-        yield "preset", stage.preset if stage.algorithm is None else stage.algorithm.kind
-        yield from self._calibration()
-        yield "blocks", str(planned.inventory.blocks)
-        shapes = {target.name: (target.n, target.k) for target in planned.inventory.targets}
-        yield "shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in Counter(shapes.values()).items())
-        yield from planned.forecast.lines()
-        yield from ((f"kept `{name}`", reason) for name, reason in planned.inventory.kept.items())
-        kept = planned.inventory.kept
-        for name in recipe.formats:
-            for verdict in judge_engines(checkpoint.config, planned.inventory.family, shapes, kept, name, stage.group_size):
-                yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)
+def _unread(source: Source) -> Iterator[str]:
+    """What a dry run has not looked at."""
+    if isinstance(source.opened, Card):
+        repository, _ = hub_name(str(source.name))
+        size = source.opened.nbytes / 1e9
+        yield f"`{repository}` is not on this machine: planned from its shapes; a run downloads {size:.1f} GB"

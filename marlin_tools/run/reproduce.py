@@ -8,24 +8,23 @@ here, a model, a dataset, memory, is said with its reason and never passes. Stag
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from marlin_tools.checkpoint.output import explained, folder, put
+from marlin_tools.checkpoint.output import explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
-from marlin_tools.evaluation.scores import Evaluation
+from marlin_tools.evaluation.stages import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import load_all
-from marlin_tools.recipe.recipe import EvaluateStage, Expectation, Recipe, Stage
-from marlin_tools.report.comparison import Comparison, Finding, Outcome, as_markdown
-from marlin_tools.report.comparison_page import comparison_page
+from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.run.execute import RunResult, execute
 from marlin_tools.run.plan import RUNS, plan
+from marlin_tools.run.verdict import Comparison, Outcome, findings
 
 HOME = RUNS / "reproduce"
 
@@ -49,8 +48,9 @@ def reproduce(
     overrides: Iterable[str] = (),
     emit: Emit = silent,
     overwrite: bool = False,
+    finished: Callable[[RunResult], object] = lambda _result: None,
 ) -> Comparison:
-    """Run everything, then write report.md, report.html, report.json and a log for each recipe into `out`."""
+    """Run everything, write a log for each recipe into `out`, and hand every result to `finished`."""
     refs, overrides = tuple(map(str, refs)), tuple(overrides)
     recipes = collect(refs, overrides)
     name = ", ".join(Path(ref).stem for ref in refs)
@@ -59,17 +59,12 @@ def reproduce(
     for recipe in recipes:
         emit(Event("stage", f"{recipe.name} ({len(outcomes) + 1} of {len(recipes)})"))
         with _log(home / f"{recipe.name}.log", emit) as heard:
-            outcome = _Row(recipe, heard, overwrite=overwrite).run(outcomes.get(recipe.control or ""))
+            outcome = _Row(recipe, heard, finished, overwrite=overwrite).run(outcomes.get(recipe.control or ""))
             for finding in outcome.findings:
                 heard(Event("note", str(finding)))
         outcomes[recipe.name] = outcome
         emit(Event("result", f"{recipe.name}: {outcome.verdict}"))
-    comparison = Comparison(name, tuple(outcomes.values()), overrides)
-    put(home / "report.md", as_markdown(comparison))
-    put(home / "report.html", comparison_page(comparison))
-    put(home / "report.json", json.dumps(comparison.describe(), indent=1, allow_nan=False) + "\n")
-    emit(Event("result", f"`{home / 'report.html'}` shows it", data={"page": str(home / "report.html")}))
-    return comparison
+    return Comparison(name, tuple(outcomes.values()), overrides, home)
 
 
 @contextmanager
@@ -94,8 +89,8 @@ def _log(path: Path, emit: Emit) -> Iterator[Emit]:
 class _Row:
     """One recipe on its way to an outcome."""
 
-    def __init__(self, recipe: Recipe, emit: Emit, *, overwrite: bool) -> None:
-        self.recipe, self.emit, self.overwrite = recipe, emit, overwrite
+    def __init__(self, recipe: Recipe, emit: Emit, finished: Callable[[RunResult], object], *, overwrite: bool) -> None:
+        self.recipe, self.emit, self.finished, self.overwrite = recipe, emit, finished, overwrite
 
     def run(self, control: Outcome | None) -> Outcome:
         """Measure what can be measured; a failure of the mathematics fails, anything that cannot be had is not run."""
@@ -108,6 +103,7 @@ class _Row:
                 return self._outcome(problem="; ".join(missing.values()), missing=missing)
             home = None if recipe.formats else RUNS / recipe.name
             result = execute(plan(recipe, home), self.emit, overwrite=self.overwrite)
+            self.finished(result)
         except NumericalError as error:
             return self._outcome(problem=_told(error), failed=True)
         except MarlinToolsError as error:
@@ -125,7 +121,7 @@ class _Row:
         found: dict[str, str] = {}
         for stage in self.recipe.stages:
             if isinstance(stage, EvaluateStage):
-                found |= unavailable(checkpoint, stage.settings)
+                found |= unavailable(checkpoint, stage)
         return found
 
     def _outcome(
@@ -144,7 +140,7 @@ class _Row:
             description=recipe.description,
             source=recipe.source,
             deviations=recipe.deviations,
-            findings=tuple(_findings(recipe, evaluation, missing or {}, problem)),
+            findings=tuple(findings(recipe, evaluation, missing or {}, problem)),
             log=f"{recipe.name}.log",
             problem=problem,
             failed=failed,
@@ -168,7 +164,7 @@ def _without(recipe: Recipe, missing: dict[str, str]) -> Recipe:
     """The recipe without the tasks that cannot be had; a stage that has none left is not run."""
     if not missing:
         return recipe
-    stages: list[Stage] = []
+    stages: list[Any] = []
     for stage in recipe.stages:
         if isinstance(stage, EvaluateStage):
             tasks = tuple(task for task in stage.tasks if task not in missing)
@@ -176,26 +172,3 @@ def _without(recipe: Recipe, missing: dict[str, str]) -> Recipe:
         else:
             stages.append(stage)
     return recipe.model_copy(update={"stages": tuple(stages)})
-
-
-def _findings(recipe: Recipe, evaluation: Evaluation | None, missing: dict[str, str], problem: str) -> Iterator[Finding]:
-    """A finding for everything expected, or for every score where nothing is; and for every task that was not run."""
-    expected = {each.task for each in recipe.expect}
-    for each in recipe.expect:
-        yield _finding(each, evaluation, missing.get(each.task, problem))
-    for score in evaluation.scores if evaluation and not recipe.expect else ():
-        if score.part_of is None:
-            yield Finding(score.task, score.metric, score.value, score.stderr)
-    for task in recipe.tasks:
-        if task not in expected and (evaluation is None or task in missing):
-            yield Finding(task, "", reason=missing.get(task, problem))
-
-
-def _finding(expected: Expectation, evaluation: Evaluation | None, reason: str) -> Finding:
-    known = Finding(
-        expected.task, expected.metric or "", expected=expected.value, tolerance=expected.tolerance, note=expected.note
-    )
-    for score in evaluation.scores if evaluation else ():
-        if score.task == expected.task and expected.metric in (None, score.metric):
-            return replace(known, metric=score.metric, measured=score.value, stderr=score.stderr)
-    return replace(known, reason=f"no metric `{expected.metric}` was measured" if evaluation and not reason else reason)

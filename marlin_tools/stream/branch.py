@@ -5,116 +5,193 @@
     close      the branch's outputs join the residual stream
 
 The original model's activations, if they flow alongside, go through the original weights in step and wait for nobody: what they
-are inside the branch is seen once, chunk by chunk.
+are inside the branch is seen once, chunk by chunk. Linears between entry and exit, if there are any, cost a pass of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.algorithms.hessian import Cross, Drift, Gram, Hessian
-from marlin_tools.distributed.crew import Crew, Pairs
+from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.families import Branch
-from marlin_tools.ops.solver.products import Parts, lower, product
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations, Room
-from marlin_tools.stream.shortcuts import short_rotation
+from marlin_tools.stream.watch import Share, Watch
 
-_PANEL = 4096
-"""Columns of a product that are computed at a time; its right factor is cut in two, which takes twice its memory."""
+Wanted = Callable[[tuple[str, ...]], bool]
+"""Whether a group of linears, by their names in the body, is to be observed."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """This process's share of the text.
+class Seen:
+    """Linears of a branch that read one tensor, and what that looks like. Before they are replaced, nothing after them is read.
 
-    crew      all processes
-    part_of   which part of the text each chunk belongs to
-    tokens    how many tokens all processes have together
+    hessian   None if nobody wanted it
+    routed    tokens that were sent to this expert; None for linears that see all
     """
 
-    crew: Crew
-    part_of: Sequence[int]
-    tokens: int
+    names: tuple[str, ...]
+    hessian: Hessian | None
+    routed: int | None = None
 
 
 @dataclass(frozen=True)
 class Flow:
     """What the branches of a block have in common.
 
-    original   the original model's activations, if they are wanted
+    hidden     the residual stream
+    original   that of the original model, if it is wanted
     contexts   what the block is called with besides them, chunk by chunk
     room       what stays on the device
     share      whose the chunks are
+    multiple   what joins the residual stream is multiplied by this
     """
 
+    hidden: Activations
     original: Activations | None
     contexts: Sequence[dict[str, Any]]
     room: Room
     share: Share
+    multiple: float = 1.0
 
 
-class _Path:
+class Path:
     """The way of one model's activations through one branch."""
 
-    def __init__(self, block: nn.Module, branch: Branch, contexts: Sequence[dict[str, Any]]) -> None:
-        self.enter = block.get_submodule(branch.pre)
+    def __init__(self, block: nn.Module, branch: Branch, flow: Flow) -> None:
+        self.enter = block.get_submodule(branch.pre) if branch.pre else nn.Identity()
         self._post = block.get_submodule(branch.post) if branch.post else nn.Identity()
-        self._body, self._branch, self._contexts = block.get_submodule(branch.body), branch, contexts
-        closing = self._body.get_submodule(branch.exit)
-        assert isinstance(closing, nn.Linear), branch.exit
-        self.closing = closing
+        self.body, self._branch, self._multiple = block.get_submodule(branch.body), branch, flow.multiple
+        self._calls = _calls(block, self.body, flow) if branch.attends else None
+
+    @property
+    def closing(self) -> nn.Linear:
+        """The linear that closes the branch."""
+        closing = self.body.get_submodule(self._branch.exit)
+        assert isinstance(closing, nn.Linear), self._branch.exit
+        return closing
 
     def advance(self, x: Tensor, chunk: int) -> Tensor:
         """What the closing linear reads: the body with its closing linear bypassed."""
-        setattr(self._body, self._branch.exit, nn.Identity())
-        if self._branch.attends:
-            with short_rotation(self._body):
-                x = self._body(hidden_states=x, **self._contexts[chunk])[0]
-        else:
-            x = self._body(x)
-        setattr(self._body, self._branch.exit, self.closing)
-        return x
+        closing = self.closing
+        setattr(self.body, self._branch.exit, nn.Identity())
+        try:
+            return self.compute(x, chunk)
+        finally:
+            setattr(self.body, self._branch.exit, closing)
+
+    def compute(self, x: Tensor, chunk: int) -> Tensor:
+        """The whole body."""
+        out = self.body(x) if self._calls is None else self.body(hidden_states=x, **self._calls[chunk])
+        out = out[0] if isinstance(out, tuple) else out
+        assert isinstance(out, Tensor)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def close(self, x: Tensor) -> Tensor:
-        """The branch's output, which is added to the residual stream."""
-        output: Tensor = self._post(self.closing(x))
-        return output
+        """The branch's output, which is added to the residual stream, from what the closing linear reads."""
+        return self.join(self.closing(x))
+
+    def join(self, x: Tensor) -> Tensor:
+        """The same, from what the body puts out."""
+        output: Tensor = self._post(x)
+        return output if self._multiple == 1 else output * self._multiple
+
+    def inside(self, x: Tensor, chunk: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """What these linears of the body read; as much is computed as that takes."""
+        seen: dict[str, Tensor] = {}
+
+        def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen[name] = args[0]
+                if len(seen) == len(names):
+                    raise _EnoughError
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in names:
+                hooks.callback(self.body.get_submodule(name).register_forward_pre_hook(look(name)).remove)
+            with suppress(_EnoughError):
+                self.compute(x, chunk)
+        return seen
 
 
 class BranchWalk:
-    """See the top of this file. `now` is the block with the weights that it has by now, `before` that of the original model."""
+    """See the top of this file. `now` is the block with the weights that it has by now, `before` that of the original model.
 
-    def __init__(self, branch: Branch, now: nn.Module, before: nn.Module | None, hidden: Activations, flow: Flow) -> None:
-        self._room, self._hidden, self._original, self._share = flow.room, hidden, flow.original, flow.share
-        self._joins = branch.post is None
-        self._now = _Path(now, branch, flow.contexts)
-        self._before = _Path(before, branch, flow.contexts) if before is not None else None
+    `reads` are the activations that the branch reads, of this model and of the original, if they are not those it is added to.
+    """
+
+    def __init__(
+        self,
+        branch: Branch,
+        now: nn.Module,
+        before: nn.Module | None,
+        flow: Flow,
+        reads: tuple[Activations, Activations | None] | None = None,
+    ) -> None:
+        self._branch, self._flow = branch, flow
+        self._room, self._hidden, self._original, self._share = flow.room, flow.hidden, flow.original, flow.share
+        self._reads, self._reads_0 = reads or (flow.hidden, flow.original)
+        self._joins = branch.post is None and flow.multiple == 1
+        self._now = Path(now, branch, flow)
+        self._before = Path(before, branch, flow) if before is not None else None
         self._inputs: dict[int, Tensor] = {}
         self._inputs_0: dict[int, Tensor] = {}
         self._inner: dict[int, Tensor] = {}
 
+    def steps(self, wanted: Wanted) -> Iterator[Seen]:
+        """Group after group; to be exhausted, so that the activations are past the branch."""
+        branch = self._branch
+        with span("forward"):
+            hessian = self.enter(observed=wanted(branch.entry))
+        yield Seen(branch.entry, hessian)
+        del hessian
+        if inner := [name for name in branch.inner if wanted((name,))]:
+            with span("forward"):
+                hessians = self.between(inner)
+            for name in inner:
+                yield Seen((name,), hessians.pop(name))
+        with span("forward"):
+            hessian = self.advance(observed=wanted((branch.exit,)))
+        yield Seen((branch.exit,), hessian)
+        del hessian
+        with span("forward"):
+            self.close()
+
     def enter(self, *, observed: bool) -> Hessian | None:
         """Look at what the entry linears read."""
-        watch = _Watch(self._share)
+        watch = Watch(self._share)
         if not observed:
             return None
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
             watch.see(i, x, None if x_0 is None else x_0 - x)
             if self._room.inputs:
-                self._inputs[i] = x
-                if x_0 is not None:
-                    self._inputs_0[i] = x_0
+                self._keep(i, x, x_0)
         return watch.hessian()
+
+    def between(self, names: Sequence[str]) -> dict[str, Hessian]:
+        """Look at what linears between entry and exit read."""
+        watches = {name: Watch(self._share) for name in names}
+        for i in range(len(self._hidden)):
+            x, x_0 = self._entering(i)
+            seen = self._now.inside(x, i, names)
+            seen_0 = self._before.inside(x_0, i, names) if self._before is not None and x_0 is not None else None
+            for name, watch in watches.items():
+                watch.see(i, seen[name], None if seen_0 is None else seen_0[name] - seen[name])
+            if self._room.inputs:
+                self._keep(i, x, x_0)
+        return {name: watch.hessian() for name, watch in watches.items()}
 
     def advance(self, *, observed: bool) -> Hessian | None:
         """Compute what the closing linear reads, and move the original model's activations past the branch."""
         closing = self._now.closing if self._joins and self._before is not None else None
-        watch, left = _Watch(self._share, closing), self._room.inner
+        watch, left = Watch(self._share, closing), self._room.inner
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
             x = self._now.advance(x, i)
@@ -137,110 +214,42 @@ class BranchWalk:
             h = self._hidden[i]
             x = self._inner.pop(i, None)
             if x is None:
-                x = self._now.advance(self._now.enter(h), i)
+                x = self._now.advance(self._now.enter(self._reads[i]), i)
             self._hidden[i] = h.add_(self._now.close(x))
+
+    def _keep(self, i: int, x: Tensor, x_0: Tensor | None) -> None:
+        self._inputs[i] = x
+        if x_0 is not None:
+            self._inputs_0[i] = x_0
 
     def _entering(self, i: int) -> tuple[Tensor, Tensor | None]:
         """What the entry linears read, of this model and of the original."""
         x, x_0 = self._inputs.pop(i, None), self._inputs_0.pop(i, None)
         if x is None:
-            x = self._now.enter(self._hidden[i])
-        if x_0 is None and self._before is not None and self._original is not None:
-            x_0 = self._before.enter(self._original[i])
+            x = self._now.enter(self._reads[i])
+        if x_0 is None and self._before is not None and self._reads_0 is not None:
+            x_0 = self._before.enter(self._reads_0[i])
         return x, x_0
 
 
-@dataclass
-class _Seen:
-    """Sums over one part of the text: x xᵀ, and if something is owed, that times xᵀ, and x itself."""
-
-    gram: Gram
-    cross: Cross | None = None
-    inputs: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """All sums."""
-        sums = (self.gram.total, self.cross.total if self.cross else None, self.inputs)
-        return [each for each in sums if each is not None]
+class _EnoughError(BaseException):
+    """All that was to be seen has been seen."""
 
 
-class _Watch:
-    """What one group is to know about its inputs and, if the original model runs alongside, about what is owed to it.
+def _calls(block: nn.Module, body: nn.Module, flow: Flow) -> list[dict[str, Any]]:
+    """What the block calls its attention with besides activations, chunk by chunk: seen while it does so, not rebuilt."""
+    calls: dict[tuple[int, ...], dict[str, Any]] = {}
+    shapes = flow.hidden.shapes()
+    for chunk, shape in enumerate(shapes):
+        if shape in calls:
+            continue
 
-    With `closing`, the owed outputs are seen without what that linear puts out by itself. That follows from the inputs:
-    the mean of (W x + b) xᵀ is W H + b mean(x)ᵀ, which costs nothing beside computing W x for every token.
-    """
+        def look(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any], shape: tuple[int, ...] = shape) -> None:
+            calls[shape] = {key: value for key, value in named.items() if key != "hidden_states"}
+            raise _EnoughError
 
-    def __init__(self, share: Share, closing: nn.Linear | None = None) -> None:
-        self._share, self._closing = share, closing
-        self._pairs = Pairs()
-        self._first: _Seen | None = None
-        self._now: _Seen | None = None
-        self._part = -1
-
-    def see(self, chunk: int, x: Tensor, owed: Tensor | None) -> None:
-        """One chunk: the inputs, and by how much inputs or outputs fall short of the original's."""
-        with span("hessian"):
-            now = self._seen(chunk, x)
-            now.gram.add(x)
-        if owed is None:
-            return
-        with span("drift"):
-            now.cross = now.cross or Cross(owed.shape[-1], x.shape[-1], x.device)
-            now.cross.add(owed, x)
-            if self._closing is not None and self._closing.bias is not None:
-                total = x.flatten(0, -2).sum(dim=0, dtype=torch.float32)
-                now.inputs = total if now.inputs is None else now.inputs + total
-
-    def _seen(self, chunk: int, x: Tensor) -> _Seen:
-        """The sums of the part that the chunk belongs to."""
-        if self._now is None or self._share.part_of[chunk] != self._part:
-            self._end_part()
-            self._part = self._share.part_of[chunk]
-            self._now = _Seen(Gram(x.shape[-1], x.device))
-            self._first = self._first or self._now
-        return self._now
-
-    def _end_part(self) -> None:
-        if self._now is not None:
-            self._pairs.add(self._now.tensors())
-            self._now = None
-
-    def _add_up(self, seen: _Seen) -> None:
-        """What this process has seen, and then what all have: as much of it as each needs."""
-        crew = self._share.crew
-        self._pairs.total()
-        crew.add_up(lower(seen.gram.total))
-        if seen.cross is not None:
-            crew.add_up_rows(seen.cross.total)
-        if seen.inputs is not None:
-            crew.add_up([seen.inputs])
-
-    def hessian(self) -> Hessian:
-        """All that was seen, by all processes."""
-        seen, self._first = self._first, None
-        assert seen is not None, "no activations"
-        with span("hessian"):
-            self._end_part()
-            self._add_up(seen)
-        gram, cross, inputs, self._pairs = seen.gram, seen.cross, seen.inputs, Pairs()
-        gram.tokens = self._share.tokens
-        del seen
-        hessian = gram.hessian()
-        del gram
-        if cross is None:
-            return hessian
-        cross.tokens = self._share.tokens
-        owed = cross.mean()
-        del cross
-        if self._closing is None:
-            return Hessian(hessian.matrix, hessian.tokens, Drift(inputs=owed))
-        with span("drift"):
-            for rows in self._share.crew.rows(len(owed)):  # nobody needs the others
-                weight = Parts.of(self._closing.weight[rows])
-                for start in range(0, owed.shape[1], _PANEL):
-                    panel = slice(start, start + _PANEL)
-                    owed[rows, panel] -= product(weight, hessian.matrix[:, panel])
-            if inputs is not None:
-                owed -= torch.outer(self._closing.bias.float(), inputs / hessian.tokens)
-        return Hessian(hessian.matrix, hessian.tokens, Drift(outputs=owed))
+        handle = body.register_forward_pre_hook(look, with_kwargs=True)
+        weight = next(body.parameters())
+        with handle, suppress(_EnoughError):
+            block(torch.zeros(shape, dtype=weight.dtype, device=weight.device), **flow.contexts[chunk])
+    return [calls[shape] for shape in shapes]

@@ -4,54 +4,118 @@ Everything that could stop a run after hours is refused here in a second, naming
 """
 
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import cached_property
 
+import torch
+from torch import Tensor
+
+from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import FormatError, ModelError, RecipeError
-from marlin_tools.families import Family, find_family
+from marlin_tools.checkpoint.skeleton import foreign_linears
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.families import NESTED, Family, known_types
+from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that will be quantised: N outputs, K inputs."""
+    """A linear that will be quantised: N outputs, K inputs, and where its weight lies."""
 
     name: str
     n: int
     k: int
+    ref: WeightRef | None = None
 
 
 @dataclass(frozen=True)
 class Inventory:
     """`targets` in solving order; `kept` are the linears that stay as they are, with the reason."""
 
-    family: Family
-    blocks: int
+    layout: Layout
     targets: tuple[Target, ...]
     kept: dict[str, str]
+
+    @property
+    def family(self) -> Family:
+        """How the model is built."""
+        return self.layout.family
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return self.layout.blocks
 
     @property
     def names(self) -> frozenset[str]:
         """The names of all targets."""
         return frozenset(target.name for target in self.targets)
 
+    @cached_property
+    def _refs(self) -> dict[str, WeightRef]:
+        return {target.name: target.ref or WeightRef(f"{target.name}.weight") for target in self.targets}
+
+    def weight(self, name: str) -> Tensor:
+        """The weight [N, K] of a target, as it is stored."""
+        return self._refs[name].read(self.checkpoint)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that the weight of a target is stored in."""
+        return self.checkpoint.stored(self._refs[name].tensor).dtype
+
+    def untouched(self, index: int | None) -> dict[str, WeightRef]:
+        """What is written as it was, by the name that it is written under: of a block, or (None) of all that is in none.
+
+        Where a tensor holds all experts of a block, those that are not quantised, and biases, come out of it one by one.
+        """
+        layout, names, every = self.layout, self.names, self.checkpoint.names()
+        if index is None:
+            blocks = tuple(self.family.block_prefix(i) for i in range(self.blocks))
+            return {name: WeightRef(name) for name in every if not name.startswith(blocks)}
+        prefix = self.family.block_prefix(index)
+        split = {f"{name}.{kind}": ref for name, kind, ref in layout.split(index)}
+        taken = {ref.tensor for ref in split.values()}
+        plain = {name: WeightRef(name) for name in every if name.startswith(prefix) and name not in taken}
+        return {name: ref for name, ref in (plain | split).items() if name.removesuffix(".weight") not in names}
+
+    @property
+    def kept_tensors(self) -> set[str]:
+        """The tensors that are taken over as they are, wholly or in part."""
+        return {ref.tensor for index in (None, *range(self.blocks)) for ref in self.untouched(index).values()}
+
+    @property
+    def unquantized(self) -> list[str]:
+        """The names of all linears that stay as they are, as config.json has to list them.
+
+        What stands beside a language model is listed by its tensors and by transformers' modules, where these differ: some
+        engines go by the one, some by the other.
+        """
+        found = list(self.kept)
+        embedding = f"{self.family.stored or self.family.decoder}.{self.family.embedding}"
+        for name in self.checkpoint.names():
+            linear = name.removesuffix(".weight")
+            known = linear in self.names or linear in self.kept or linear in {embedding, self.family.head}
+            if linear != name and not known and len(self.checkpoint.shape(name)) == 2:
+                found.append(linear)
+        nested = self.checkpoint.config.get("model_type") in NESTED
+        modules = [*(foreign_linears(self.checkpoint) if nested else ()), *({"lm_head"} - {self.family.head})]
+        return [*found, *(name for name in modules if name not in found), self.family.head]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model itself."""
+        return self.layout.checkpoint
+
     def reads_same_input(self) -> list[list[Target]]:
         """Targets of the first block, by the group that shares a Hessian."""
-        first = {
-            t.name.removeprefix(self.family.block_prefix(0)): t
-            for t in self.targets
-            if t.name.startswith(self.family.block_prefix(0))
-        }
-        groups = [[f"{b.body}.{name}" for name in names] for b in self.family.branches for names in (b.entry, (b.exit,))]
+        first = {t.name: t for t in self.targets if t.name.startswith(self.family.block_prefix(0))}
+        groups = [[self.layout.linear(0, name) for name in group] for group in self.layout.groups(0)]
         return [[first[name] for name in group if name in first] for group in groups]
 
 
-def take_inventory(
-    checkpoint: Checkpoint, ignore: tuple[str, ...], group_size: int, format_name: str, *, sparse: bool | None = None
-) -> Inventory:
-    """Find the linears and check each against the grid and the format; `sparse` says whether they will be, if that is known."""
-    inventory = take_linears(checkpoint, ignore)
+def check_limits(inventory: Inventory, group_size: int, format_name: str, *, sparse: bool | None = None) -> None:
+    """Hold each linear against the grid and the format; `sparse` says whether they will be, if that is known."""
     limits = FORMATS[format_name].limits
     judged = [(t, limits(t.n, t.k, group_size, sparse=sparse)) for t in inventory.targets]
     refused = [f"`{target.name}`: {reason}" for target, reason in judged if reason]
@@ -63,31 +127,47 @@ def take_inventory(
             if sparse is False and not any(limits(t.n, t.k, group_size, sparse=True) for t in inventory.targets)
             else "use another `--format`, `--group-size -1` (per column), or leave these layers out with `--ignore REGEX`",
         )
-    return inventory
 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     """Find the linears of `checkpoint`, and those that the user wants left alone."""
-    family = find_family(checkpoint.config)
+    layout = Layout(checkpoint := expanded(checkpoint))
     if checkpoint.quantization is not None:
         raise ModelError(
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
-    blocks = int(checkpoint.config.get("num_hidden_layers", 0))
+    _refuse_experts(layout)
     patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
-    for name in (family.block_prefix(i) + linear for i in range(blocks) for linear in family.linears):
-        n, k = _matrix(checkpoint, f"{name}.weight")
-        matched = next((p.pattern for p in patterns if p.search(name)), None)
-        if matched is not None:
-            kept[name] = f"matches --ignore {matched}"
-        else:
-            targets.append(Target(name, n, k))
+    for index in range(layout.blocks):
+        for linear in (linear for group in layout.groups(index) for linear in group):
+            name = layout.linear(index, linear)
+            ref = layout.weight(index, f"{linear}.weight")
+            n, k = _matrix(checkpoint, ref)
+            matched = next((p.pattern for p in patterns if p.search(name)), None)
+            if matched is not None:
+                kept[name] = f"matches --ignore {matched}"
+            else:
+                targets.append(Target(name, n, k, ref))
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
-    return Inventory(family, blocks, tuple(targets), kept)
+    return Inventory(layout, tuple(targets), kept)
+
+
+def _refuse_experts(layout: Layout) -> None:
+    """Experts that the type of the model does not have are told by their tensors: a config.json may name numbers of experts
+    that mean nothing."""
+    if any(branch.experts is not None for branch in layout.family.branches):
+        return
+    prefix = layout.family.block_prefix(0).removesuffix("0.")
+    if (expert := next((n for n in layout.checkpoint.names() if n.startswith(prefix) and ".experts." in n), None)) is not None:
+        kind = layout.checkpoint.config.get("model_type")
+        raise ModelError(
+            f"`{layout.checkpoint.origin}` is a mixture of experts (`{expert}`), which model type `{kind}` is not",
+            hint=f"types that work: {', '.join(known_types())}",
+        )
 
 
 def check_quads(inventory: Inventory) -> None:
@@ -99,18 +179,10 @@ def check_quads(inventory: Inventory) -> None:
         )
 
 
-def check_format(name: str) -> str:
-    """The name of a format that exists, or an error with the nearest one."""
-    if name not in FORMATS:
-        near = get_close_matches(name, FORMATS, n=1)
-        raise RecipeError(
-            f"unknown format `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"known formats: {', '.join(FORMATS)}"
-        )
-    return name
-
-
-def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    shape = checkpoint.shape(name)
+def _matrix(checkpoint: Checkpoint, ref: WeightRef) -> tuple[int, int]:
+    shape = ref.shape(checkpoint)
     if len(shape) != 2:
-        raise ModelError(f"`{name}` has shape {list(shape)}, not [outputs, inputs]", hint="is this a dense decoder model?")
+        raise ModelError(
+            f"`{ref.tensor}` has shape {list(shape)}, not [outputs, inputs]", hint="is this a dense decoder model?"
+        )
     return shape[0], shape[1]

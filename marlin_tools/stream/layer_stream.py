@@ -14,22 +14,29 @@ nothing of it is rebuilt here, so every family that transformers can run comes o
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.crew import ALONE, Crew
-from marlin_tools.families import Branch, Family, find_family
-from marlin_tools.stopwatch import span
+from marlin_tools.families import Branch, Family
+from marlin_tools.families.experts import shell
+from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.stream.activations import Activations, Room
-from marlin_tools.stream.branch import BranchWalk, Flow, Share
-from marlin_tools.stream.read_ahead import ReadAhead, read_weights
-from marlin_tools.stream.shortcuts import shorten_norms
+from marlin_tools.stream.branch import BranchWalk, Flow
+from marlin_tools.stream.read_ahead import Asked, ReadAhead, read_weights
+from marlin_tools.stream.routed import FEW, RoutedWalk
+from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
+from marlin_tools.stream.watch import Share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CHUNK_TOKENS = 8192
 """Tokens per forward chunk; chunks never cut a sequence."""
@@ -37,24 +44,44 @@ CHUNK_TOKENS = 8192
 
 def materialize(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Give a meta module its weights from the checkpoint, in place."""
-    shapes = {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
-    fill(module, read_weights(checkpoint, shapes, device, dtype))
+    asked = {name: Asked(WeightRef(prefix + name), parameter.shape) for name, parameter in module.named_parameters()}
+    if asked:
+        fill(module, read_weights(checkpoint, asked, device, dtype))
 
 
 def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Make these tensors the weights of a module; they come in the order of its parameters."""
-    for (name, _), weight in zip(list(module.named_parameters()), weights.values(), strict=True):
+    """Make these tensors the weights, and the stored buffers, of a module."""
+    for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        home = module.get_submodule(owner)
+        setattr(home, leaf, weight if leaf in home._buffers else nn.Parameter(weight, requires_grad=False))  # noqa: SLF001
+
+
+def _weights_of(module: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+    """Shapes of all that is stored of a module, parameters (True) and buffers."""
+    parameters = dict(module.named_parameters())
+    return {name: (tensor.shape, name in parameters) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 @dataclass
 class Group:
-    """Linears that read the same tensor: one Hessian (None when the stream carries no activations), one factorisation."""
+    """Linears that read the same tensor: one Hessian (None when the stream carries no activations), one factorisation.
+
+    tokens   how many tokens were sent to this expert; None for linears that are no expert's
+    """
 
     names: tuple[str, ...]
     hessian: Hessian | None
     _modules: dict[str, nn.Linear] = field(repr=False)
+    tokens: int | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the record of each of these linears says besides: of an expert, how many tokens it was sent and has seen."""
+        if self.tokens is None or self.hessian is None:
+            return {}
+        few = {"scales_only": True} if self.hessian.tokens < FEW else {}
+        return {"tokens": self.tokens, "tokens_seen": self.hessian.tokens, **few}
 
     def weight(self, name: str) -> Tensor:
         """The weight [N, K] as it is now."""
@@ -63,6 +90,14 @@ class Group:
     def stacked(self) -> Tensor:
         """All weights of the group under each other: rows are independent, so they are solved in one go."""
         return torch.cat([self.weight(name) for name in self.names])
+
+    def rows(self) -> Iterator[tuple[str, slice]]:
+        """Where each linear's rows lie in `stacked`."""
+        start = 0
+        for name in self.names:
+            stop = start + len(self.weight(name))
+            yield name, slice(start, stop)
+            start = stop
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on the stream computes with `weight`."""
@@ -80,9 +115,8 @@ class Block:
 
     def all_groups(self) -> Iterator[Group]:
         """The groups without Hessians; the activations stay where they are."""
-        for branch in self.stream.family.branches:
-            yield self._group(branch, branch.entry)
-            yield self._group(branch, (branch.exit,))
+        for names in self.stream.layout.groups(self.index):
+            yield self._group(names)
 
     def groups(self, *, staged: bool = True) -> Iterator[Group]:
         """The groups in solving order. Unstaged, all Hessians come from the block's original weights (two forwards)."""
@@ -118,30 +152,48 @@ class Block:
         The original model's activations, if they flow alongside, go through the original weights in step. They wait for nobody:
         what they are inside a branch is seen once, chunk by chunk, and never kept.
         """
-        flow = self.stream.flow(self.index)
-        for branch in self.stream.family.branches:
-            walk = BranchWalk(branch, self.module, self._original, hidden, flow)
-            entry, exit_ = self._group(branch, branch.entry), self._group(branch, (branch.exit,))
-            with span("forward"):
-                hessian = walk.enter(observed=observe and bool(entry.names))
-            if observe:
-                yield replace(entry, hessian=hessian)
-            del hessian
-            with span("forward"):
-                hessian = walk.advance(observed=observe and bool(exit_.names))
-            if observe:
-                yield replace(exit_, hessian=hessian)
-            del hessian
-            with span("forward"):
-                walk.close()
+        flow = self.stream.flow(self.index, hidden, with_original=self._original is not None)
+        branches = self.stream.layout.branches(self.index)
+        reads: tuple[Activations, Activations | None] | None = None
+        for branch, following in zip_longest(branches, branches[1:]):
+            beside = self.stream.stands_beside(branch)
+            if following is not None and self.stream.stands_beside(following):
+                reads = hidden.copy(), flow.original.copy() if flow.original is not None else None
 
-    def _group(self, branch: Branch, names: tuple[str, ...]) -> Group:
-        """The targets among `names`, unobserved."""
-        body = self.module.get_submodule(branch.body)
-        full_names = {f"{self.prefix}{branch.body}.{name}": name for name in names}
+            def wanted(names: tuple[str, ...], body: str = branch.body) -> bool:
+                return observe and bool(self._group(tuple(f"{body}.{name}" for name in names)).names)
+
+            for seen in self._walk_of(branch, flow, reads if beside else None).steps(wanted):
+                if observe:
+                    group = self._group(tuple(f"{branch.body}.{name}" for name in seen.names))
+                    yield replace(group, hessian=seen.hessian, tokens=seen.routed)
+                    del group
+                del seen
+        self._scale(hidden, flow.original)
+
+    def _walk_of(
+        self, branch: Branch, flow: Flow, reads: tuple[Activations, Activations | None] | None
+    ) -> BranchWalk | RoutedWalk:
+        if branch.experts is not None:
+            return RoutedWalk(branch, self.module, self._original, flow)
+        if branch.pre is not None and getattr(self.module, branch.pre) is None:  # it reads what the one beside it reads
+            branch = replace(branch, pre=self.stream.family.branches[0].pre)
+        return BranchWalk(branch, self.module, self._original, flow, reads)
+
+    def _scale(self, hidden: Activations, original: Activations | None) -> None:
+        """What some models do to the output of a block."""
+        if (name := self.stream.layout.family.scalar) is not None:
+            scalar: Tensor = getattr(self.module, name)
+            for activations in (hidden, original):
+                for i in range(len(activations) if activations is not None else 0):
+                    activations[i] = activations[i].mul_(scalar)  # type: ignore[index]
+
+    def _group(self, names: tuple[str, ...]) -> Group:
+        """The targets among these linears, by their names in the block, unobserved."""
+        stored = {self.stream.layout.linear(self.index, name): name for name in names}
         modules: dict[str, nn.Linear] = {
-            full: body.get_submodule(name)  # type: ignore[misc]
-            for full, name in full_names.items()
+            full: self.module.get_submodule(name)  # type: ignore[misc]
+            for full, name in stored.items()
             if full in self.stream.targets
         }
         return Group(tuple(modules), None, modules)
@@ -177,13 +229,15 @@ class LayerStream:
         chunk_tokens: int = CHUNK_TOKENS,
         crew: Crew = ALONE,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint = expanded(checkpoint)
         self.targets = targets
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
-        self.family: Family = find_family(checkpoint.config)
-        self.model = skeleton(checkpoint, self.dtype)
+        self.layout = Layout(checkpoint)
+        self.family: Family = self.layout.family
+        self.model = shell(checkpoint, self.dtype)
         shorten_norms(self.model, device, self.dtype)
+        shorten_rotations(self.model, device, self.dtype)
         self.hidden: Activations | None = None
         self.room = Room()
         self._contexts: dict[tuple[int, ...], list[dict[str, Any]]] = {}
@@ -209,15 +263,25 @@ class LayerStream:
                 yield Block(self, index, module)
                 module.to("meta")
 
-    def _wanted(self) -> Iterator[dict[str, torch.Size]]:
+    def _wanted(self) -> Iterator[dict[str, Asked]]:
         """The weights of block after block: full names and shapes."""
         for index, module in enumerate(self._blocks):
-            prefix = self.family.block_prefix(index)
-            yield {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
+            weights = _weights_of(module)
+            yield {name: Asked(self.layout.weight(index, name), *each) for name, each in weights.items()}
 
-    def flow(self, index: int) -> Flow:
+    def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
         """What the branches of block `index` have in common."""
-        return Flow(self.original, self.contexts(index), self.room, self._share)
+        original = self.original if with_original else None
+        return Flow(hidden, original, self.contexts(index), self.room, self._share, self._multiple)
+
+    def stands_beside(self, branch: Branch) -> bool:
+        """Whether a branch reads what the one before it read."""
+        return branch.beside is not None and (branch.beside == "always" or bool(getattr(self._text, branch.beside)))
+
+    @property
+    def _multiple(self) -> float:
+        key = self.family.multiple
+        return 1.0 if key is None else float(getattr(self._text, key))
 
     def contexts(self, index: int) -> list[dict[str, Any]]:
         """What block `index` is called with, chunk by chunk."""
@@ -229,11 +293,12 @@ class LayerStream:
         if self.device.type == "cpu":
             return Room()
         free, _ = torch.cuda.mem_get_info(self.device)
-        return Room.for_sizes(free, tokens * self._width * self.dtype.itemsize)
+        return Room.for_sizes(free, tokens * int(self._text.hidden_size) * self.dtype.itemsize)
 
     @property
-    def _width(self) -> int:
-        return int(self.checkpoint.config["hidden_size"])
+    def _text(self) -> "PreTrainedConfig":
+        """The settings of the language model, with transformers' defaults."""
+        return self.model.config.get_text_config()
 
     @torch.no_grad()
     def logits(self, count: int) -> tuple[Tensor, Tensor]:
@@ -241,27 +306,34 @@ class LayerStream:
         if self.hidden is None:
             raise ValueError("the stream carries no activations")
         norm = getattr(self._decoder, self.family.norm)
-        materialize(norm, f"{self.family.decoder}.{self.family.norm}.", self.checkpoint, self.device, self.dtype)
+        materialize(norm, f"{self._stored}.{self.family.norm}.", self.checkpoint, self.device, self.dtype)
         head = f"{self.family.head}.weight"
         weight = self.checkpoint.read(head if head in self.checkpoint else self._embedding_name).to(self.device, self.dtype)
         logits = (norm(self.hidden[0][0, :count]) @ weight.T).float()
-        cap = self.checkpoint.config.get("final_logit_softcapping")
+        logits = logits * getattr(self._text, "logit_scale", 1.0) / getattr(self._text, "logits_scaling", 1.0)
+        cap = getattr(self._text, "final_logit_softcapping", None)
         return self.first_tokens[:count], (torch.tanh(logits / cap) * cap if cap else logits).cpu()
 
     @property
+    def _stored(self) -> str:
+        """What the names of the decoder's tensors begin with."""
+        return self.family.stored or self.family.decoder
+
+    @property
     def _embedding_name(self) -> str:
-        return f"{self.family.decoder}.{self.family.embedding}.weight"
+        return f"{self._stored}.{self.family.embedding}.weight"
 
     @torch.no_grad()
     def _embed(self, chunks: list[Tensor]) -> Activations:
         """Run the model's own forward with recorders for blocks: gives the first hidden states and every block's context."""
-        embedding = getattr(self._decoder, self.family.embedding)
-        scale = getattr(embedding, "embed_scale", None)
-        materialize(embedding, self._embedding_name.removesuffix("weight"), self.checkpoint, self.device, self.dtype)
-        if scale is not None:  # a buffer that is not in the checkpoint
-            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=self.device)
-        rotary = self._decoder.rotary_emb
-        self._decoder.rotary_emb = type(rotary)(rotary.config).to(self.device)
+        before = [name for name, _ in self._decoder.named_children() if name not in {self.family.blocks, self.family.norm}]
+        for name in before:
+            module = getattr(self._decoder, name)
+            materialize(module, f"{self._stored}.{name}.", self.checkpoint, self.device, self.dtype)
+            if hasattr(module, "scalar_embed_scale"):  # a buffer that is not in the checkpoint
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
+        if (rotary := getattr(self._decoder, "rotary_emb", None)) is not None:
+            self._decoder.rotary_emb = type(rotary)(rotary.config).to(self.device)
         recorders = [_Recorder() for _ in self._blocks]
         norm = getattr(self._decoder, self.family.norm)
         setattr(self._decoder, self.family.blocks, nn.ModuleList(recorders))
@@ -275,5 +347,5 @@ class LayerStream:
             self._contexts.setdefault(tuple(chunk.shape), contexts)
         setattr(self._decoder, self.family.blocks, self._blocks)
         setattr(self._decoder, self.family.norm, norm)
-        embedding.to("meta")
+        getattr(self._decoder, self.family.embedding).to("meta")
         return hidden

@@ -7,6 +7,7 @@ disk, bus and computation work at the same time.
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -14,23 +15,44 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import damaged, read_shaped
+from marlin_tools.checkpoint.skeleton import damaged, mismatched, read_shaped
+from marlin_tools.families.layout import WeightRef
 from marlin_tools.stopwatch import apart
 
 Weights = dict[str, Tensor]
 
 
-def read_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype) -> Weights:
-    """Tensors of these shapes on the device; an error names the one that is not as config.json says, or is not finite."""
+@dataclass(frozen=True)
+class Asked:
+    """A weight of the model: where it lies, its shape, and whether it takes the type that the model computes in."""
+
+    ref: WeightRef
+    shape: torch.Size
+    cast: bool = True
+
+
+def read_weights(checkpoint: Checkpoint, asked: Mapping[str, Asked], device: torch.device, dtype: torch.dtype) -> Weights:
+    """These weights on the device; an error names the one that is not as config.json says, or is not finite."""
     on_gpu = device.type == "cuda"
-    weights, finite = {}, []
-    for name, shape in shapes.items():
-        stored = read_shaped(checkpoint, name, shape, pinned=on_gpu).to(device, non_blocking=True)
-        finite.append(torch.isfinite(stored).all())
-        weights[name] = stored.to(dtype)
-    for name, good in zip(weights, torch.stack(finite).tolist(), strict=True):
+    weights: Weights = {}
+    finite: dict[str, Tensor] = {}
+    stored: tuple[str, Tensor] | None = None  # a tensor that holds all experts is read once
+    for name, each in asked.items():
+        tensor = each.ref.tensor
+        if each.ref.whole:
+            weight = read_shaped(checkpoint, tensor, each.shape, pinned=on_gpu).to(device, non_blocking=True)
+        else:
+            if each.ref.shape(checkpoint) != tuple(each.shape):
+                raise mismatched(tensor, each.ref.shape(checkpoint), each.shape)
+            if stored is None or stored[0] != tensor:
+                stored = tensor, read_shaped(checkpoint, tensor, checkpoint.shape(tensor), pinned=on_gpu)
+            weight = each.ref.take(stored[1]).contiguous().to(device)
+        good = torch.isfinite(weight).all()
+        finite[tensor] = finite[tensor] & good if tensor in finite else good
+        weights[name] = weight.to(dtype) if each.cast else weight
+    for tensor, good in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True):
         if not good:
-            raise damaged(name)
+            raise damaged(tensor)
     return weights
 
 
@@ -38,7 +60,7 @@ class ReadAhead:
     """An iterator over sets of weights that reads the next set while the last one is in use."""
 
     def __init__(
-        self, wanted: Iterator[Mapping[str, torch.Size]], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+        self, wanted: Iterator[Mapping[str, Asked]], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._wanted = wanted
         self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
@@ -65,10 +87,10 @@ class ReadAhead:
         return weights
 
     def _begin(self) -> None:
-        shapes = next(self._wanted, None)
-        self._next = None if shapes is None else self._thread.submit(copy_context().run, self._read, shapes)
+        asked = next(self._wanted, None)
+        self._next = None if asked is None else self._thread.submit(copy_context().run, self._read, asked)
 
     @torch.no_grad()
-    def _read(self, shapes: Mapping[str, torch.Size]) -> Weights:
+    def _read(self, asked: Mapping[str, Asked]) -> Weights:
         with apart("read"), torch.cuda.stream(self._stream):  # no stream, no effect
-            return read_weights(self._checkpoint, shapes, self._device, self._dtype)
+            return read_weights(self._checkpoint, asked, self._device, self._dtype)

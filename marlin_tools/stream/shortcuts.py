@@ -6,18 +6,17 @@ which is tried on random numbers first: a rotation to the last bit, a norm up to
 """
 
 import copy
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.ops.linear.variants import ELEMENTS
 from marlin_tools.ops.model.decode import MOST_COLUMNS, add_norm
 from marlin_tools.ops.model.rotation import can_rotate, rotate
+from marlin_tools.ops.runtime.kernel import ELEMENTS
 
 _ROTATION = "apply_rotary_pos_emb"
 """What transformers' models call it, each in its own module."""
@@ -46,19 +45,31 @@ def shorten_norms(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
     return count
 
 
-@contextmanager
-def short_rotation(attention: nn.Module) -> Iterator[None]:
-    """In here, this attention's module rotates by the kernel, where that agrees with its own code."""
-    home = vars(sys.modules[type(attention).__module__])
-    own = home.get(_ROTATION)
-    if own is None or not next(attention.parameters()).is_cuda:
-        yield
-        return
-    home[_ROTATION] = partial(_rotated, own)
-    try:
-        yield
-    finally:
-        home[_ROTATION] = own
+def shorten_rotations(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """Let the attention of a model rotate by the kernel, where that agrees with its own code; returns how many do."""
+    if device.type != "cuda" or dtype not in ELEMENTS:
+        return 0
+    rotating = [module for module in model.modules() if _rotates(type(module))]
+    for module in rotating:
+        kind: Any = type(module)
+        module.__class__ = _rotating_shortly(kind)
+    return len(rotating)
+
+
+def _rotates(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a module calls the function that rotates."""
+    forward = vars(kind).get("forward")
+    return isinstance(forward, FunctionType) and _ROTATION in forward.__code__.co_names and _ROTATION in forward.__globals__
+
+
+@cache
+def _rotating_shortly(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same attention, whose code finds another function under that name; nobody else's does."""
+    own: FunctionType = vars(kind)["forward"]
+    names = {**own.__globals__, _ROTATION: partial(_rotated, own.__globals__[_ROTATION])}
+    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return type(f"Shortened{kind.__name__}", (kind,), {"forward": forward})
 
 
 def _might_be_short(module: nn.Module) -> bool:

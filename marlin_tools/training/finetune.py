@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,17 +23,20 @@ from torch import Tensor, nn
 
 from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.backends.fill import fill
+from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.writer import ModelWriter
+from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device, processes
 from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
+from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
@@ -51,26 +54,57 @@ _STATE = "training.safetensors"
 _SAMPLED = "sampled.safetensors"
 
 
-class LearningSettings(TrainingSettings):
-    """How to learn, whoever teaches; what else there is to choose is in `training.loop.TrainingSettings`.
+class FinetuneSettings(TrainingSettings, Stage):
+    """How to learn, and from whom; what else there is to choose is in `training.loop.TrainingSettings`.
 
     sampled   windows that the teacher writes itself, besides the text given or instead of it
     seqlen    their length
     device    auto, cpu, cuda or cuda:N; with `torchrun` each process has a GPU of its own
+    teacher   the original model: a directory, a hub id or an alias; in a recipe by default the recipe's model
+    text      what to learn from, in a recipe by default the calibration text
     """
 
+    remakes: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
+
+    stage: Literal["finetune"] = "finetune"
     sampled: int = Field(0, ge=0)
     seqlen: int = Field(1024, ge=2)
     device: str = "auto"
+    teacher: str | None = None
+    text: CalibrationSettings | None = None
 
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """One model in 16 bits."""
+        return ("finetuned",)
 
-class FinetuneSettings(LearningSettings):
-    """All of it.
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text: not if it has a text of its own, or the teacher writes one."""
+        return self.text is None and not self.sampled
 
-    teacher   the original model: a directory, a hub id or an alias
-    """
+    def plan(self, outlook: Outlook) -> Planned:
+        """Refuse two models that cannot be compared, and one that has nothing to keep."""
+        name = self.teacher or outlook.model.origin
+        check_pair(outlook.model, outlook.find(name), self)
+        if outlook.first and not isinstance(outlook.model, Card):
+            check_mask(outlook.model)
+        facts = [("teacher", name)]
+        if text := self.text or (outlook.text if self.needs_data else None):
+            facts.append(("text", f"{text.num_samples} samples of `{text.source}`"))
+        if self.sampled:
+            facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
+        facts.append(("training", f"{self.tokens:,} tokens, {self.batch} sequences a step"))
+        return Planned(tuple(facts))
 
-    teacher: str
+    def run(self, work: Work) -> dict[str, Any]:
+        """Train the model into the one directory that there is."""
+        with work.clock("calibrate and finetune", work.output, device=self.device):
+            tokens = work.tokens(self.text or (work.text if self.needs_data else None))
+            settings = self.model_copy(update={"teacher": self.teacher or work.original})
+            finetune(work.model, tokens, settings, work.output, emit=work.emit, overwrite=work.overwrite, resume=work.resume)
+        return {}
 
 
 @dataclass(frozen=True)
@@ -85,27 +119,29 @@ class FinetunePlan:
 
 def plan_finetune(model: str | Path | Checkpoint, settings: FinetuneSettings) -> FinetunePlan:
     """Check that the two belong together and that there is something to keep, before any work."""
+    if settings.teacher is None:
+        raise ValueError("finetuning needs a teacher")
     student, teacher = Checkpoint.open(model, accept=find_family), Checkpoint.open(settings.teacher, accept=find_family)
     check_pair(student, teacher, settings)
     check_mask(student)
     inventory = take_linears(student, ())
-    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(student, inventory)))
+    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(inventory)))
 
 
 def check_mask(student: Checkpoint) -> None:
     """Refuse a model without zeros to keep; reads no further than the first linear that has them."""
-    if next(_sparse_linears(student, take_linears(student, ())), None) is None:
+    if next(_sparse_linears(take_linears(student, ())), None) is None:
         raise ModelError(
             f"`{student.origin}` has no 2:4 sparse linear, so there is no mask to keep",
             hint="prune it first: `marlin-tools prune`",
         )
 
 
-def _sparse_linears(student: Checkpoint, inventory: Inventory) -> Iterator[str]:
-    return (target.name for target in inventory.targets if is_2_4(student.read(f"{target.name}.weight")))
+def _sparse_linears(inventory: Inventory) -> Iterator[str]:
+    return (target.name for target in inventory.targets if is_2_4(inventory.weight(target.name)))
 
 
-def check_pair(student: Checkpoint, teacher: Checkpoint, settings: LearningSettings) -> None:
+def check_pair(student: Checkpoint, teacher: Checkpoint, settings: FinetuneSettings) -> None:
     """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone."""
     _check_learning(settings)
     if teacher.quantization is not None:
@@ -120,7 +156,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: LearningSetti
                 )
 
 
-def _check_learning(settings: LearningSettings) -> None:
+def _check_learning(settings: FinetuneSettings) -> None:
     if not settings.kl and not settings.ce and not settings.square_head:
         raise RecipeError("`kl`, `ce` and `square_head` are all 0", hint="at least one loss must count")
     if settings.batch % (settings.micro * processes()):
@@ -172,7 +208,8 @@ def finetune(
             model=plan.student.fingerprint,
             teacher=plan.teacher.fingerprint,
             tokens=tokens.fingerprint if tokens else None,
-            settings=settings.model_dump(exclude={"device", "teacher", "saves"}),
+            settings=settings.model_dump(exclude={"stage", "device", "teacher", "text", "saves"}),
+            device=crew.device.type,
             torch=torch.__version__,
         )
         if not overwrite and holds(Path(out), run):
@@ -311,7 +348,7 @@ class _Work:
             "model": {"origin": plan.student.origin, "fingerprint": plan.student.fingerprint},
             "teacher": {"origin": plan.teacher.origin, "fingerprint": plan.teacher.fingerprint},
             "calibration": text.describe(),
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", exclude={"stage", "text"}),
             "sparsity": "2:4",
             **history(plan.student.path),
             "processes": self.crew.size,

@@ -14,6 +14,8 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError
 from marlin_tools.families import find_family
+from marlin_tools.families.experts import stored_shapes
+from marlin_tools.families.layout import Layout
 from marlin_tools.formats import find_format
 from marlin_tools.formats.bits import unpack_nibbles
 from marlin_tools.formats.contents import Contents, keeps
@@ -26,12 +28,20 @@ _UNREAD = re.compile(r"rotary_emb\.inv_freq$|\.attn\.masked_bias$")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. `detail` names what is wrong, or says what was found; `skipped` if there was nothing."""
+    """One thing that was looked at. `detail` names what is wrong, or says what was found; `skipped` if it was not looked at.
+
+    A check that was skipped is `ok` where there is nothing to look at, and not where there should have been.
+    """
 
     name: str
     ok: bool
     detail: str
     skipped: bool = False
+
+    @property
+    def result(self) -> str:
+        """In a word."""
+        return "skipped" if self.skipped else "ok" if self.ok else "FAILED"
 
 
 def judge(name: str, problems: list[str], fine: str) -> Check:
@@ -98,7 +108,7 @@ class Subject:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.family = find_family(checkpoint.config)
+        self.layout = Layout(checkpoint)
         self.stored = StoredLinears(checkpoint)
         self.contents = Contents(checkpoint)
         self.grids = self.contents.grids
@@ -107,14 +117,14 @@ class Subject:
     def inventory(self) -> Check:
         """Every tensor of the model is there, every linear is quantised or meant not to be, and nothing is left over."""
         names = set(self.checkpoint.names())
-        expected = {name: tuple(tensor.shape) for name, tensor in skeleton(self.checkpoint, torch.float16).state_dict().items()}
+        expected = stored_shapes(self.layout)
         problems = []
         for name, grid in self.grids.items():
             shape = expected.pop(f"{name}.weight", None)
             if shape != (grid.n, grid.k):
                 problems.append(f"`{name}` is {grid.n} x {grid.k}, the model has {shape or 'no such linear'}")
-        head = f"{self.family.head}.weight"
-        if self.config.get("tie_word_embeddings") and head not in names:
+        head = f"{self.layout.family.head}.weight"
+        if self.checkpoint.text_config.get("tie_word_embeddings") and head not in names:
             expected.pop(head, None)
         for name, shape in expected.items():
             if name not in names:
@@ -123,7 +133,7 @@ class Subject:
                 problems.append(f"`{name}` is {list(self.checkpoint.shape(name))}, the model has {list(shape)}")
         left = sorted(names - set(expected) - self.stored.tensors)
         problems += [f"`{name}` is unknown to the model" for name in left if self._matters(name)]
-        plain = [name for name in self._linears() if name not in self.grids]
+        plain = [name for name in self.layout.linears() if name not in self.grids]
         problems += [f"`{name}` is not quantised and not listed as kept" for name in plain if not self._kept(name)]
         try:
             self.checkpoint.tokenizer()
@@ -131,17 +141,13 @@ class Subject:
             problems.append(error.message)
         return judge("inventory", problems, f"{len(self.grids)} linears quantised, {len(plain)} kept, nothing left over")
 
-    def _linears(self) -> list[str]:
-        blocks = range(int(self.config["num_hidden_layers"]))
-        return [self.family.block_prefix(i) + linear for i in blocks for linear in self.family.linears]
-
     def _kept(self, name: str) -> bool:
         return name in self.manifest.get("kept", {}) or keeps(self.checkpoint.quantization or {}, name)
 
     def _matters(self, name: str) -> bool:
         """Some writers store buffers that nobody reads, and a bias of zeros for every linear."""
         zeros = name.endswith(".bias") and not bool(self.checkpoint.read(name).any())
-        return not zeros and _UNREAD.search(name) is None
+        return not zeros and not self.layout.foreign(name) and _UNREAD.search(name) is None
 
     def size(self) -> Check:
         """Whether the quantised linears take the space that their codes, 3 bits if 2:4 and else 4, and their scales take."""
@@ -186,7 +192,9 @@ class Subject:
         """Whether the files are those that the manifest was written beside."""
         recorded: dict[str, str] = self.manifest.get("files", {})
         if not recorded:
-            return Check("hashes", ok=True, detail="no manifest with hashes", skipped=True)
+            unreadable = (self.checkpoint.path / "manifest.json").is_file() and not self.manifest
+            detail = "manifest.json cannot be read" if unreadable else "no manifest with hashes"
+            return Check("hashes", ok=not unreadable, detail=detail, skipped=True)
         found = file_hashes(self.checkpoint.path)
         problems = [
             f"`{name}` is {'not what was written' if name in found else 'missing'}"

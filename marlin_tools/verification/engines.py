@@ -7,7 +7,9 @@ rank, whose scales must not be cut). What enters together is fused into one matr
 The table was read off released packages and their maintainers' decisions; `AS_OF` says when. What was not found counts as "no".
 """
 
-from collections.abc import Collection, Mapping
+import json
+import shlex
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,8 @@ class Engine:
     splits     whether it runs INT4 linears tensor-parallel
     marlin     whether it multiplies with Marlin kernels: groups of 32, 64, 128 or per column, tiles of 64 x 128
     pads       whether it fills up incomplete tiles with zeros instead of refusing them
+    command    what starts it on a model directory; Python code begins with "from"
+    serves     whether it is a server for many users, which people want a format for
     """
 
     name: str
@@ -41,6 +45,14 @@ class Engine:
     splits: bool = False
     marlin: bool = False
     pads: bool = False
+    command: str = ""
+    serves: bool = False
+
+    def start(self, directory: str) -> str:
+        """The command, for a shell."""
+        if self.command.startswith("from "):
+            return f"python -c {shlex.quote(self.command.format(json.dumps(directory)))}"
+        return self.command.format(shlex.quote(directory))
 
 
 ENGINES = (
@@ -52,6 +64,8 @@ ENGINES = (
         splits=True,
         marlin=True,
         pads=True,
+        command="vllm serve {}",
+        serves=True,
     ),
     Engine(
         "SGLang",
@@ -60,20 +74,29 @@ ENGINES = (
         {"marlin": "has a check for it, but loading it is unverified", "marlin-24": "removed in 2025-09"},
         splits=True,
         marlin=True,
+        command="python -m sglang.launch_server --model-path {}",
+        serves=True,
     ),
     Engine(
         "transformers",
         "5.17",
         {"gptq": "gptqmodel", "compressed-tensors": "compressed-tensors"},
         {"marlin": "has no reader for it", "marlin-24": "compressed-tensors dropped it in 0.15.0"},
+        command="from transformers import AutoModelForCausalLM as A; A.from_pretrained({})",
     ),
     Engine(
         "GPTQModel",
         "7.3.4",
         {"gptq": "", "marlin": ""},
         {"compressed-tensors": "no reader for it was found", "marlin-24": "has no reader for it"},
+        command="from gptqmodel import GPTQModel; GPTQModel.load({})",
     ),
-    Engine("marlin-tools", __version__, dict.fromkeys(("gptq", "compressed-tensors", "marlin", "marlin-24"), "")),
+    Engine(
+        "marlin-tools",
+        __version__,
+        dict.fromkeys(("gptq", "compressed-tensors", "marlin", "marlin-24"), ""),
+        command="marlin-tools generate {} --prompt 'The'",
+    ),
 )
 
 
@@ -113,14 +136,35 @@ def judge_engines(
 
 def judge_checkpoint(contents: Contents) -> tuple[EngineVerdict, ...]:
     """The same for a quantised checkpoint; no verdict where its headers or its family do not allow one."""
+    return _judge_as(contents, contents.stored.format.name) if contents.stored else ()
+
+
+def served_as(contents: Contents) -> str | None:
+    """The format in which a server would load these weights, where none loads the one that they have."""
+    serving = [engine.name for engine in ENGINES if engine.serves]
+    own = contents.stored.format.name if contents.stored else None
+    for layout in (own, "compressed-tensors", "gptq") if own else ():
+        if any(verdict.loads for verdict in _judge_as(contents, layout) if verdict.engine in serving):
+            return layout if layout != own else None
+    return None
+
+
+def commands(engines: Collection[str], directory: str) -> Iterator[tuple[str, str]]:
+    """(what it does, what starts it on this directory), for the engines that are named, in the order of the table."""
+    for engine in (each for each in ENGINES if each.name in engines):
+        yield f"{'Serve' if engine.serves else 'Run'} it with {engine.name}", engine.start(directory)
+
+
+def _judge_as(contents: Contents, layout: str) -> tuple[EngineVerdict, ...]:
+    """Verdicts on a quantised checkpoint, were its weights stored as `layout`."""
     try:
         linears = {name: (grid.n, grid.k) for name, grid in contents.grids.items()}
     except (FormatError, ModelError):
         return ()
-    if (family := known_family(contents.checkpoint.config)) is None or contents.stored is None or not linears:
+    if (family := known_family(contents.checkpoint.config)) is None or not linears:
         return ()
-    layout, group_size = contents.stored.format.name, max(contents.group_sizes)
-    return judge_engines(contents.checkpoint.config, family, linears, contents.plain, layout, group_size)
+    group_size = max(contents.group_sizes)
+    return judge_engines(contents.checkpoint.text_config, family, linears, contents.plain, layout, group_size)
 
 
 @dataclass(frozen=True)

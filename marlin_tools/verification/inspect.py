@@ -14,7 +14,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.families import known_family
 from marlin_tools.formats.contents import Contents
 from marlin_tools.quantized import ZERO
-from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint
+from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint, served_as
 
 SAMPLE = 32
 """Linears that are read to see how sparse they are; smaller models are read whole."""
@@ -35,7 +35,8 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "family": config.get("model_type"),
         "supported": family is not None,
-        "blocks": config.get("num_hidden_layers"),
+        "blocks": checkpoint.text_config.get("num_hidden_layers"),
+        "positions": checkpoint.text_config.get("max_position_embeddings"),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "parameters": _parameters(contents),
         "bytes": _bytes(contents),
@@ -49,6 +50,7 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "solver": manifest.get("solver"),
         "warnings": manifest.get("warnings", []),
         "worst": _worst(manifest.get("linears", [])),
+        "served_as": served_as(contents),
         "engines": [_verdict(verdict) for verdict in judge_checkpoint(contents)],
     }
 
@@ -91,10 +93,10 @@ def _parameters(contents: Contents) -> int:
 def _bytes(contents: Contents) -> dict[str, int]:
     """What is stored, by kind."""
     taken = contents.stored.tensors if contents.stored else frozenset()
-    sizes = {"quantised linears": 0, "other linears": 0, "embeddings and norms": 0}
+    sizes = {"quantized linears": 0, "other linears": 0, "embeddings and norms": 0}
     for name in contents.checkpoint.names():
         plain = "other linears" if name.removesuffix(".weight") in contents.plain else "embeddings and norms"
-        sizes["quantised linears" if name in taken else plain] += contents.checkpoint.stored(name).nbytes
+        sizes["quantized linears" if name in taken else plain] += contents.checkpoint.stored(name).nbytes
     return {**sizes, "total": contents.checkpoint.nbytes}
 
 

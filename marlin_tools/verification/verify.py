@@ -8,9 +8,11 @@ Read next: `checks.py` for what lies on disk, `trial.py` for what the model comp
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, ModelError
@@ -35,6 +37,27 @@ class Verification:
         """Whether no check failed."""
         return all(check.ok for check in self.checks)
 
+    @property
+    def skipped(self) -> int:
+        """How many checks were not made, which is no pass."""
+        return sum(check.skipped for check in self.checks)
+
+    @property
+    def counted(self) -> str:
+        """How many checks passed, failed and were skipped."""
+        counts = Counter(check.result for check in self.checks)
+        words = {"ok": "passed", "FAILED": "failed", "skipped": "skipped"}
+        return ", ".join(f"{counts[result]} {word}" for result, word in words.items() if counts[result] or result == "ok")
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "ok": self.ok,
+            "skipped": self.skipped,
+            "checks": [{**asdict(check), "result": check.result} for check in self.checks],
+            "engines": [asdict(engine) for engine in self.engines],
+        }
+
 
 def verify(directory: str | Path | Checkpoint, *, device: str = "cpu", emit: Emit = silent) -> Verification:
     """Check a quantised model directory; the model itself runs on `device`."""
@@ -42,12 +65,13 @@ def verify(directory: str | Path | Checkpoint, *, device: str = "cpu", emit: Emi
     checks: list[Check] = []
     for check in _checks(directory, device):
         checks.append(check)
-        emit(Event("progress", check.name, len(checks), data={"ok": check.ok, "detail": check.detail}))
+        emit(Event("progress", check.name, len(checks), data={"result": check.result, "detail": check.detail}))
     readable = all(check.ok for check in checks if check.name in {"files", "config"})
     engines = judge_checkpoint(Contents(Checkpoint.open(directory))) if readable else ()
+    found = Verification(tuple(checks), engines)
     failed = [check.name for check in checks if not check.ok]
-    emit(Event("result", f"failed: {', '.join(failed)}" if failed else f"{len(checks)} checks passed"))
-    return Verification(tuple(checks), engines)
+    emit(Event("result", f"failed: {', '.join(failed)}" if failed else f"checks: {found.counted}"))
+    return found
 
 
 def _checks(directory: str | Path | Checkpoint, device: str) -> Iterator[Check]:

@@ -83,8 +83,8 @@ def test_the_sparsegpt_preset_is_the_published_algorithm(problem: tuple[Tensor, 
     weight, hessian = problem
     pruned = PRUNERS["sparsegpt"].prune("layer", weight, hessian)
     expected = textbook_sparsegpt(weight, hessian.damped(0.01))
-    assert torch.equal(pruned.placed.mask, expected != 0)
-    torch.testing.assert_close(pruned.placed.value.double(), expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(pruned.dense != 0, expected != 0)
+    torch.testing.assert_close(pruned.dense.double(), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_fit_is_least_squares_on_the_kept_positions(problem: tuple[Tensor, Hessian]) -> None:
@@ -92,7 +92,7 @@ def test_fit_is_least_squares_on_the_kept_positions(problem: tuple[Tensor, Hessi
     weight, hessian = problem
     mask = magnitude(weight)
     damped = hessian.damped(0.01)
-    fitted = fit(weight, weight * mask, mask, damped, torch.linalg.inv(damped), tolerance=1e-6)
+    fitted = fit(weight, weight * mask, mask, damped, tolerance=1e-9)
     x = torch.linalg.cholesky(damped.double(), upper=True)
     for row in range(N):
         expected = torch.linalg.lstsq(x[:, mask[row]], x @ weight[row].double()).solution
@@ -103,19 +103,19 @@ def test_fit_is_least_squares_on_the_kept_positions(problem: tuple[Tensor, Hessi
 def test_fit_never_makes_a_row_worse(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     mask, damped = magnitude(weight), hessian.damped(0.01)
-    best = fit(weight, weight * mask, mask, damped, torch.linalg.inv(damped))
-    again = fit(weight, best, mask, damped, torch.linalg.inv(damped))
+    best = fit(weight, weight * mask, mask, damped)
+    again = fit(weight, best, mask, damped)
     assert bool((row_losses(weight, again, damped) <= row_losses(weight, best, damped)).all())
 
 
 def test_reselect_is_what_trying_all_pairs_finds() -> None:
-    """One row, quad after quad: six pairs of positions, each with its best two values, all other quads as they are."""
+    """One row, quad after quad, four times over: six pairs of positions with their best values, all other quads as they are."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(64, 16, generator=generator)
     matrix, weight = x.T @ x / 64, torch.randn(1, 16, generator=generator)
     start = weight * magnitude(weight)
     expected = start[0].clone()
-    for quad in range(0, 16, 4):
+    for quad in 4 * list(range(0, 16, 4)):
         trials = []
         for pair in combinations(range(quad, quad + 4), 2):
             trial, columns = expected.clone(), list(pair)
@@ -137,9 +137,9 @@ def test_every_exact_step_lowers_the_loss(problem: tuple[Tensor, Hessian]) -> No
         PRUNERS["sparsegpt"],
         Pruner(reselect=0),
         Pruner(reselect=1),
-        Pruner(reselect=3),
+        Pruner(),
     ]
-    errors = [float(step.prune("layer", weight, hessian).errors.lost.sum()) for step in steps]
+    errors = [float(step.prune("layer", weight, hessian).losses.output.sum()) for step in steps]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.85 * errors[2]
 
@@ -147,7 +147,7 @@ def test_every_exact_step_lowers_the_loss(problem: tuple[Tensor, Hessian]) -> No
 @pytest.mark.parametrize("preset", PRUNERS)
 def test_every_pruner_gives_two_of_four(problem: tuple[Tensor, Hessian], preset: str) -> None:
     weight, hessian = problem
-    placed = PRUNERS[preset].prune("layer", weight, hessian).placed
+    placed = PRUNERS[preset].placing("layer", hessian).place(weight.float())
     assert bool((placed.mask.view(N, K // 4, 4).sum(dim=2) == 2).all())
     assert not bool(placed.value[~placed.mask].any())
 
@@ -155,10 +155,10 @@ def test_every_pruner_gives_two_of_four(problem: tuple[Tensor, Hessian], preset:
 def test_wanda_and_magnitude_change_no_kept_weight(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     for preset in ("wanda", "magnitude"):
-        placed = PRUNERS[preset].prune("layer", weight, hessian).placed
+        placed = PRUNERS[preset].placing("layer", hessian).place(weight.float())
         assert torch.equal(placed.value, weight * placed.mask)
     assert not PRUNERS["magnitude"].needs_data
-    assert PRUNERS["magnitude"].prune("layer", weight, None).errors.lost is None
+    assert PRUNERS["magnitude"].prune("layer", weight, None).losses.output is None
 
 
 def test_dead_channels_do_no_harm(problem: tuple[Tensor, Hessian]) -> None:
@@ -167,7 +167,7 @@ def test_dead_channels_do_no_harm(problem: tuple[Tensor, Hessian]) -> None:
     matrix = hessian.matrix.clone()
     matrix[8:10] = 0
     matrix[:, 8:10] = 0
-    placed = Pruner().prune("layer", weight, Hessian(matrix, 1)).placed
+    placed = Pruner().placing("layer", Hessian(matrix, 1)).place(weight.float())
     assert bool(torch.isfinite(placed.value).all())
     assert is_2_4(placed.value)
 
@@ -179,7 +179,7 @@ def test_drift_moves_the_aim(problem: tuple[Tensor, Hessian]) -> None:
     drifting = Hessian(hessian.matrix, hessian.tokens, Drift(outputs=owed))
     wanted = weight + torch.linalg.solve(hessian.damped(0.01), owed, left=False)
     missed = [
-        float(row_losses(wanted, Pruner(drift=share).prune("layer", weight, drifting).placed.value, hessian.matrix).sum())
+        float(row_losses(wanted, Pruner(drift=share).prune("layer", weight, drifting).dense, hessian.matrix).sum())
         for share in (0.0, 0.5, 1.0)
     ]
     assert missed == sorted(missed, reverse=True)
@@ -189,7 +189,7 @@ def test_drift_moves_the_aim(problem: tuple[Tensor, Hessian]) -> None:
 def test_int4_with_a_mask_forces_every_zero(problem: tuple[Tensor, Hessian], preset: str) -> None:
     weight, hessian = problem
     pruner = PRUNERS[PRUNER_OF[preset]]
-    sparse = pruner.prune("layer", weight, hessian).placed
+    sparse = pruner.placing("layer", hessian).place(weight.float())
     solved = PRESETS[preset].solve("layer", weight, hessian, G, torch.float16, pruner.placing("layer", hessian, sparse.mask))
     assert bool((solved.linear.codes[~sparse.mask] == 8).all())
     assert solved.linear.is_2_4()
@@ -218,7 +218,7 @@ def test_joint_rows_with_a_mask_keep_it_and_the_others_get_one(problem: tuple[Te
 def test_joint_int4_beats_rounding_what_sparsegpt_left(problem: tuple[Tensor, Hessian]) -> None:
     """Aiming at the dense weight makes up for a part of what the published two steps lose."""
     weight, hessian = problem
-    left = PRUNERS["sparsegpt"].prune("layer", weight, hessian).placed
+    left = PRUNERS["sparsegpt"].placing("layer", hessian).place(weight.float())
     kept = PRUNERS["sparsegpt"].placing("layer", hessian, left.mask)
     published = PRESETS["marlin"].solve("layer", left.value, hessian, G, torch.float16, kept).linear.dequantize()
     joint = GPTQ().solve("layer", weight, hessian, G, torch.float16, Pruner().placing("layer", hessian)).linear.dequantize()

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, RTN, Gram, Hessian
-from marlin_tools.algorithms import hessian as hessians
-from marlin_tools.algorithms.hessian import Correction, Drift, reversed_cholesky, shared_cholesky
+from marlin_tools.algorithms.hessian import Correction, Drift
 from marlin_tools.algorithms.polish import descend, polish, refit, row_losses
 from marlin_tools.algorithms.scales import decode, encode, storable
 from marlin_tools.algorithms.sweep import sweep
+from marlin_tools.distributed.cholesky import shared_cholesky
 from marlin_tools.distributed.crew import Crew
 from marlin_tools.errors import NumericalError
+from marlin_tools.ops.solver import cholesky
+from marlin_tools.ops.solver.cholesky import reversed_cholesky
 from marlin_tools.ops.solver.kernels import Polished
 
 N, K, G = 24, 256, 128
@@ -309,7 +311,7 @@ def test_correction_is_the_least_squares_fit_of_the_original_output() -> None:
 
 
 def test_a_factor_that_processes_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessians, "_FACTOR_BLOCK", 16)
+    monkeypatch.setattr(cholesky, "_FACTOR_BLOCK", 16)
     rows = torch.randn(100, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     matrix = rows.T @ rows
     upper, corners, info = shared_cholesky(matrix.clone(), Crew(cuts=True))

@@ -193,8 +193,8 @@ def test_list_names_every_family(cli):
 def test_build_compiles_once(cli, monkeypatch, tmp_path):
     compiled = []
 
-    def compile_kernel(source, target):
-        compiled.append((source, target))
+    def compile_kernel(kernel):
+        compiled.append(kernel)
         return Binary(b"cubin", "symbol", Resources(40, 0, 0, 1024))
 
     monkeypatch.setattr(cubin_cache, "compile_kernel", compile_kernel)
@@ -203,7 +203,7 @@ def test_build_compiles_once(cli, monkeypatch, tmp_path):
     count = len(compiled)
     again = cli("kernels", "build", "--arch", "sm_80,sm_89", "-o", tmp_path / "cubins")
 
-    assert {target for _, target in compiled} == {"sm_80", "sm_89"}
+    assert {kernel.target for kernel in compiled} == {"sm_80", "sm_89"}
     assert count == len(compiled) == len(first["kernels"]) > 50
     assert not any(kernel["cached"] for kernel in first["kernels"])
     assert first["kernels"][0]["resources"]["registers"] == 40

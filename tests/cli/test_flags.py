@@ -61,6 +61,7 @@ EVAL = [
     (("-b", "8"), "stages.0.batch_size", 8),
     (("--seqlen", "64"), "stages.0.seqlen", 64),
     (("--include_path", "mine"), "stages.0.include_path", ["mine"]),
+    (("--allow-task-code",), "stages.0.allow_task_code", True),
     (("--device", "cpu"), "stages.0.device", "cpu"),
 ]
 RUN = [
@@ -172,7 +173,9 @@ def test_strict_fails_on_a_warning(cli, asked, monkeypatch, verb):
 
     asked(*verb)
     monkeypatch.setattr(
-        marlin_tools.run, "execute", lambda *_, **__: marlin_tools.run.execute.RunResult(warnings=["damping was raised"])
+        marlin_tools.run.execute,
+        "execute",
+        lambda *_, **__: marlin_tools.run.execute.RunResult(warnings=["damping was raised"]),
     )
 
     assert 0 == cli(*verb).code
@@ -184,7 +187,19 @@ def test_every_option_is_tried():
     tried = {(verb[0], flag[0].replace("_", "-").lstrip("-")) for verb, flag, _, _ in CASES}
     tried |= {
         (verb, name)
-        for verb in ("quantize", "prune", "finetune", "eval", "run", "export", "generate", "verify", "inspect", "doctor")
+        for verb in (
+            "quantize",
+            "prune",
+            "finetune",
+            "eval",
+            "run",
+            "export",
+            "generate",
+            "verify",
+            "compare",
+            "inspect",
+            "doctor",
+        )
         for name in ("json",)
     }
     tried |= {("prune", "dry-run"), ("finetune", "dry-run")}  # tests/prune, tests/finetune
@@ -199,7 +214,8 @@ def test_every_option_is_tried():
     tried |= {("bench quantize", name) for name in ("shape", "layers", "preset", "samples", "seqlen", "device")}
     tried |= {("kernels list", "arch"), ("kernels list", "json")}
     tried |= {("kernels build", name) for name in ("arch", "output", "json")}
-    tried |= {(verb, "strict") for verb in ("quantize", "prune", "finetune", "eval", "run")}
+    tried |= {(verb, "strict") for verb in ("quantize", "prune", "finetune", "eval", "run", "verify")}
+    tried |= {("compare", "output")}  # tests/report/test_difference.py
     short = {"o": "output", "t": "tasks", "f": "num-fewshot", "L": "limit", "b": "batch-size", "no-resume": "resume"}
     tried = {(verb, short.get(name, name)) for verb, name in tried}
     offered = set()

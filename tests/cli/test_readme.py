@@ -75,8 +75,8 @@ def test_command_is_understood(asked, collected, command):
 @pytest.fixture
 def collected(cli, monkeypatch):
     """The recipes that `reproduce` would run."""
-    from marlin_tools.report.comparison import Comparison
     from marlin_tools.run import reproduce
+    from marlin_tools.run.verdict import Comparison
 
     def call(*words):
         found = []
@@ -141,8 +141,8 @@ def test_the_recipe_in_the_readme_is_one(tmp_path):
     (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
     (tmp_path / "table.yaml").write_text(table, encoding="utf-8")
 
-    assert ["prune", "finetune", "quantize"] == [stage.stage for stage in load(tmp_path / "sparse.yaml").making]
-    assert ["my-fp16", "my-rtn"] == [recipe.name for recipe in load_all(tmp_path / "table.yaml")]
+    assert ["prune", "finetune", "quantize"] == [stage.stage for stage in load(tmp_path / "sparse.yaml").remaking]
+    assert ["my-fp16", "my-fast", "my-rtn"] == [recipe.name for recipe in load_all(tmp_path / "table.yaml")]
     assert ["quantize", "export", "evaluate", "verify"] == [stage.stage for stage in load(tmp_path / "my.yaml").stages]
 
 

@@ -151,7 +151,8 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
     home = Path("runs/small-int4-g128")
     first = cli("run", recipe)
     assert 0 == first.code, first.err
-    assert f"| {home}/compressed-tensors | all " in first.out
+    assert f"| {home}/compressed-tensors | 8 passed, 1 skipped " in first.out
+    assert first.err.endswith(f"hint: serve it with vLLM: vllm serve {home}/gptq\n")
     evaluation = home / "compressed-tensors" / "evaluation.json"
     measured = evaluation.read_bytes()
     made = _content(home / "gptq")
@@ -178,7 +179,7 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
 
 def test_each_verified_directory_is_charged_for_its_own_check(cli, model, monkeypatch):
     charged = []
-    monkeypatch.setattr("marlin_tools.run.execute.record_stage", lambda path, stage, _cost: charged.append((path.name, stage)))
+    monkeypatch.setattr("marlin_tools.stage.record_stage", lambda path, stage, _cost: charged.append((path.name, stage)))
     stages = "[{stage: quantize, preset: rtn, format: gptq}, {stage: export, formats: [marlin]}, {stage: verify}]"
     Path("two.yaml").write_text(f"name: two\nmodel: {model}\nstages: {stages}\n", encoding="utf-8")
 
@@ -196,6 +197,15 @@ def test_verify_fails_on_a_damaged_file(cli, int4):
     assert 1 == outcome.code
     assert "| hashes" in outcome.out
     assert "FAILED" in outcome.out
+
+
+def test_verify_is_strict_about_what_was_skipped_if_asked(cli, model):
+    assert 0 == cli("quantize", model, "--preset", "rtn", "-o", "rounded").code
+    plain, strict = cli("verify", "rounded"), cli("verify", "rounded", "--strict", "--json")
+
+    assert (0, 1) == (plain.code, strict.code)
+    assert "checks: 8 passed, 1 skipped\n" in plain.err
+    assert 1 == json.loads(strict.out)["verification"]["rounded"]["skipped"]
 
 
 def test_eval_takes_the_newest_run(cli, model, text):

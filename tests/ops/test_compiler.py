@@ -12,17 +12,23 @@ import torch
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, build, kernels
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES, SparseVariant
-from marlin_tools.ops.linear.variants import TILES, Variant, capability_of
+from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, sparse_kernel
+from marlin_tools.ops.linear.tiles import TILES, choices, dense_kernel, dequantizing_kernel, product_kernel
 from marlin_tools.ops.runtime import compiler
-from marlin_tools.ops.runtime.compiler import Binary, Resources, Source, compile_kernel, parse_resources
+from marlin_tools.ops.runtime.compiler import Binary, Resources, compile_kernel, key_of, parse_resources, texts_of
 from marlin_tools.ops.runtime.cubin_cache import CubinCache, default_dir
+from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.resources import kernels_dir
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
 TABLE = Path(__file__).with_name("registers.json")
-SMALL = Variant("dequantize", torch.float16)
+SMALL, OTHER = (dequantizing_kernel("w4a16", torch.float16, target) for target in ("sm_80", "sm_86"))
+
+
+def product(tile, target="compute_90a"):
+    return dense_kernel(tile, torch.float16, target, 128)
 
 
 @pytest.fixture(scope="session")
@@ -57,18 +63,20 @@ def test_shared_memory_and_registers_fit(target, reports):
         if report.target != target:
             continue
         assert report.dynamic_shared_bytes + report.resources.static_shared_bytes <= block
-        variant = next(v for _, v in kernels(target) if v.name == report.kernel)
-        if isinstance(variant, Variant) and variant.tile:
-            tile = variant.tiles[variant.tile]
-            assert tile.slots(capability) >= 2
-            warps_per_quarter = tile.resident(capability) * tile.threads // 128
+    found = {report.kernel: report for report in reports if report.target == target}
+    for family, tiles, groups in (("w4a16", TILES, GROUP_SIZES), ("w24a16", SPARSE_TILES, SPARSE_GROUP_SIZES)):
+        for name, dtype, group in choices(tiles, target, groups):
+            tile = tiles[name].for_group(group)
+            report = found[product_kernel(family, tile, dtype, target, group).name]
+            assert tile.stages(capability) >= 2
+            warps_per_quarter = tile.ctas_on_sm(capability) * tile.threads // 128
             assert report.resources.registers * warps_per_quarter * 32 <= 16384
             if capability >= 90:
-                assert tile.resident(capability) * (report.dynamic_shared_bytes + 1024) <= 228 * 1024
+                assert tile.ctas_on_sm(capability) * (report.dynamic_shared_bytes + 1024) <= 228 * 1024
 
 
 def test_ptx_for_gpus_to_come():
-    binary = compile_kernel(Variant("w4a16", torch.float16, "8x64").source("compute_80"), "compute_80")
+    binary = compile_kernel(product("8x64", "compute_80"))
 
     text = binary.image.decode(errors="replace")
     assert ".target sm_80" in text
@@ -89,31 +97,32 @@ def test_hopper_code_uses_hopper():
         ),
     }
     for tile, instructions in expected.items():
-        binary = compile_kernel(Variant("w4a16", torch.float16, tile).source("compute_90a"), "compute_90a")
+        binary = compile_kernel(product(tile))
         text = binary.image.decode(errors="replace")
         for instruction in instructions:
             assert instruction in text
 
 
-def test_large_tiles_scale_weights_and_others_sums():
+@pytest.mark.parametrize("group", [128, 32])
+def test_large_tiles_scale_weights_and_others_sums(group):
     """What `Tile.rounded` promises, on which the bounds of the tests rest."""
     for name, tile in TILES.items():
-        if tile.kernel == "hopper":
-            text = compile_kernel(Variant("w4a16", torch.float16, name).source("compute_90a"), "compute_90a").image
-            assert (b"mul.rn.f16x2" in text) == tile.rounded
-            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.staged
+        if tile.kernel == "hopper" and (group == 128 or tile.tokens in (16, 32)):
+            text = compile_kernel(dense_kernel(name, torch.float16, "compute_90a", group)).image
+            assert (b"mul.rn.f16x2" in text) == tile.for_group(group).rounded
+            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.for_group(group).staged
 
 
 def test_sparse_tiles_from_64_tokens_on_scale_weights():
     for name, tile in SPARSE_TILES.items():
         if tile.kernel == "hopper":
-            text = compile_kernel(SparseVariant("w24a16", torch.float16, name).source("compute_90a"), "compute_90a").image
+            text = compile_kernel(sparse_kernel(name, torch.float16, "compute_90a", 128)).image
             assert (b"mul.rn.f16x2" in text) == tile.rounded
 
 
 def test_no_header_is_included_but_our_own():
-    for _, variant in kernels():
-        for name, text in variant.source("sm_80").texts().items():
+    for _, kernel in kernels("sm_90a"):
+        for name, text in texts_of(kernel).items():
             assert "#include <" not in text
             assert (kernels_dir() / name).is_file()
 
@@ -125,12 +134,44 @@ def test_serialized_tensor_cores_are_refused(monkeypatch):
     assert not compiler._FATAL_ADVICE.search("ptxas info : Used 128 registers, used 1 barriers, 128 bytes smem")
 
 
+@pytest.mark.parametrize(("tile", "group"), [("8x64", 128), ("32x128", 32), ("8x128-tma", 64)])
+def test_a_size_that_differs_does_not_compile(tile, group):
+    """Tiles, packed weights, shared memory, counters: whatever Python computes as C++ does."""
+    kernel = dense_kernel(tile, torch.float16, "compute_90a", group)
+    assert len(kernel.mirrors) >= 9
+    for what, value in kernel.mirrors:
+        with pytest.raises(DeviceError, match="static assertion failed with"):
+            compile_kernel(dataclasses.replace(kernel, mirrors=((what, value + 1),)))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda fields: fields.replace("m:i n:i", "n:i m:i"), "member|kOverlay"),
+        (lambda fields: fields.replace("bias:Q ", ""), "whole.y"),
+        (lambda fields: fields.replace("token_tiles:i", "token_tiles:q"), "whole.token_tiles|whole.split"),
+        (lambda fields: f"{fields} more:Q", "more"),
+    ],
+)
+def test_an_argument_that_is_laid_out_otherwise_does_not_compile(change, what):
+    kernel = product("8x64", "compute_80")
+    wrong = dataclasses.replace(kernel.arguments, fields=change(kernel.arguments.fields))
+    with pytest.raises(DeviceError, match=what):
+        compile_kernel(dataclasses.replace(kernel, arguments=wrong, mirrors=()))
+
+
+def test_every_kernel_is_guarded():
+    for _, kernel in kernels("sm_90a"):
+        assert f"sizeof({kernel.arguments.name}) == {kernel.arguments.size}" in kernel.guards
+        assert "kThreads == " in kernel.guards
+
+
 def test_unknown_target():
     with pytest.raises(DeviceError, match="`sm_12345`") as caught:
-        compile_kernel(SMALL.source("sm_80"), "sm_12345")
+        compile_kernel(dequantizing_kernel("w4a16", torch.float16, "sm_12345"))
     assert "sm_90a" in caught.value.hint
     with pytest.raises(DeviceError, match="not a GPU target"):
-        SMALL.source("hopper") and capability_of("hopper")
+        capability_of("hopper")
 
 
 def test_spills_are_refused(monkeypatch):
@@ -138,7 +179,7 @@ def test_spills_are_refused(monkeypatch):
     assert parse_resources(log) == Resources(255, 16, 20, 64)
     monkeypatch.setattr(compiler, "parse_resources", lambda _log: Resources(255, 0, 20, 64))
     with pytest.raises(AssertionError):
-        compile_kernel(SMALL.source("sm_80"), "sm_80")
+        compile_kernel(SMALL)
 
 
 # ---- the key ----------------------------------------------------------------------------------------------------------
@@ -148,18 +189,19 @@ def test_key_follows_content(monkeypatch, tmp_path):
     (tmp_path / "a.cu").write_text('#include "b.cuh"\nint a;\n')
     (tmp_path / "b.cuh").write_text("int b;\n")
     monkeypatch.setattr(compiler, "kernels_dir", lambda: tmp_path)
-    source = Source("a.cu", "f<1>")
-    first = source.key("sm_80")
+    kernel = dataclasses.replace(SMALL, file="a.cu", expression="f<1>")
+    first = key_of(kernel)
 
-    assert source.key("sm_80") == first
-    assert source.key("sm_86") != first
-    assert dataclasses.replace(source, expression="f<2>").key("sm_80") != first
+    assert key_of(dataclasses.replace(kernel)) == first
+    assert key_of(dataclasses.replace(kernel, target="sm_86")) != first
+    assert key_of(dataclasses.replace(kernel, expression="f<2>")) != first
+    assert key_of(dataclasses.replace(kernel, mirrors=(("kThreads", 1),))) != first
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (99, 1))
-    assert source.key("sm_80") != first
+    assert key_of(kernel) != first
     monkeypatch.undo()
     monkeypatch.setattr(compiler, "kernels_dir", lambda: tmp_path)
     (tmp_path / "b.cuh").write_text("int c;\n")
-    assert source.key("sm_80") != first
+    assert key_of(kernel) != first
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------------
@@ -170,32 +212,32 @@ def compilations(monkeypatch):
     """Replaces the compiler; the list grows with each compilation."""
     done = []
 
-    def fake(source, target):
-        done.append((source, target))
-        return Binary(b"image\nof " + target.encode(), "symbol", Resources(32, 0, 0, 16))
+    def fake(kernel):
+        done.append(kernel)
+        return Binary(b"image\nof " + kernel.target.encode(), "symbol", Resources(32, 0, 0, 16))
 
     monkeypatch.setattr("marlin_tools.ops.runtime.cubin_cache.compile_kernel", fake)
     return done
 
 
 def test_second_process_compiles_nothing(tmp_path, compilations):
-    first = CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
-    second = CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+    first = CubinCache(tmp_path).get(SMALL)
+    second = CubinCache(tmp_path).get(SMALL)
 
     assert first == second
     assert len(compilations) == 1
-    assert CubinCache(tmp_path).has(SMALL.source("sm_80"), "sm_80")
-    assert not CubinCache(tmp_path).has(SMALL.source("sm_86"), "sm_86")
+    assert CubinCache(tmp_path).has(SMALL)
+    assert not CubinCache(tmp_path).has(OTHER)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}\n", b"not json\nimage"])
 def test_damaged_entry_is_compiled_again(tmp_path, compilations, damage):
-    CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+    CubinCache(tmp_path).get(SMALL)
     (entry,) = tmp_path.glob("*.kernel")
     whole = entry.read_bytes()
     for content in (damage, whole[:-1]):
         entry.write_bytes(content)
-        assert CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80").image == b"image\nof sm_80"
+        assert CubinCache(tmp_path).get(SMALL).image == b"image\nof sm_80"
         assert entry.read_bytes() == whole
     assert len(compilations) == 3
 
@@ -205,7 +247,7 @@ def test_folder_that_cannot_be_written(tmp_path, compilations):
     cache = CubinCache(tmp_path / "file" / "kernels")
 
     for _ in range(3):
-        assert cache.get(SMALL.source("sm_80"), "sm_80").symbol == "symbol"
+        assert cache.get(SMALL).symbol == "symbol"
     assert len(compilations) == 1
 
 
@@ -215,13 +257,13 @@ def test_interrupted_write_leaves_nothing_to_read(tmp_path, compilations, monkey
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
-        CubinCache(tmp_path).get(SMALL.source("sm_80"), "sm_80")
+        CubinCache(tmp_path).get(SMALL)
 
     assert not list(tmp_path.glob("*.kernel"))
 
 
 def _get_slowly(folder, log):
-    def slow(_source, _target):
+    def slow(_kernel):
         with Path(log).open("a") as file:
             file.write("compiled\n")
         time.sleep(0.3)
@@ -229,7 +271,7 @@ def _get_slowly(folder, log):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("marlin_tools.ops.runtime.cubin_cache.compile_kernel", slow)
-        assert CubinCache(Path(folder)).get(SMALL.source("sm_80"), "sm_80").image == b"image"
+        assert CubinCache(Path(folder)).get(SMALL).image == b"image"
 
 
 def test_eight_processes_compile_once(tmp_path):

@@ -7,9 +7,10 @@ import torch
 
 from marlin_tools.checkpoint.output import put
 from marlin_tools.ops.linear import dispatch
-from marlin_tools.ops.linear.dispatch import CUBLAS, DENSE, Measured
-from marlin_tools.ops.linear.variants import TARGETS, TILES, capability_of, dense_kernels
-from marlin_tools.ops.linear.w4a16 import partition
+from marlin_tools.ops.linear.dispatch import CUBLAS, DENSE, TableRow
+from marlin_tools.ops.linear.tiles import TILES, dense_kernels
+from marlin_tools.ops.linear.w4a16 import decompose
+from marlin_tools.ops.runtime.target import TARGETS, capability_of
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def tune(target, measured):
 
 
 def test_tuned_table_wins(tables):
-    tune("sm_80", [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))])
+    tune("sm_80", [TableRow(100, 128, (4, 16), ("8x64", "16x64")), TableRow(9000, 8192, (4,), (CUBLAS,))])
 
     assert [dispatch.choose("sm_80", m, 128, 128) for m in (1, 4, 5, 99)] == ["8x64", "8x64", "16x64", "16x64"]
     assert dispatch.choose("sm_80", 1, 8192, 8192) == CUBLAS
@@ -47,9 +48,9 @@ def test_tuned_table_wins(tables):
 
 def test_tuning_some_shapes_leaves_the_others_as_they_are(tables):
     before = dispatch.choose("sm_90a", 16, 57344, 8192)
-    tune("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
-    tune("sm_80", [Measured(4096, 4096, (16,), (CUBLAS,))])
-    tune("sm_90a", [Measured(4096, 11008, (16,), ("16x64",))])
+    tune("sm_90a", [TableRow(4096, 4096, (16,), ("8x64",))])
+    tune("sm_80", [TableRow(4096, 4096, (16,), (CUBLAS,))])
+    tune("sm_90a", [TableRow(4096, 11008, (16,), ("16x64",))])
 
     assert dispatch.choose("sm_90a", 16, 57344, 8192) == before
     assert [dispatch.choose("sm_90a", 16, 4096, k) for k in (4096, 11008)] == ["8x64", "16x64"]
@@ -66,12 +67,12 @@ def test_table_of_another_version_is_ignored_and_said(tables, caplog, text):
 
     assert dispatch.choose("sm_90a", 16, 4096, 4096) == expected
     assert "tune again" in caplog.text
-    tune("sm_90a", [Measured(4096, 4096, (16,), ("8x64",))])
+    tune("sm_90a", [TableRow(4096, 4096, (16,), ("8x64",))])
     assert dispatch.choose("sm_90a", 16, 4096, 4096) == "8x64"
 
 
 def test_file_is_that_of_the_tables_in_it(tables):
-    rows = [Measured(100, 128, (4, 16), ("8x64", "16x64")), Measured(9000, 8192, (4,), (CUBLAS,))]
+    rows = [TableRow(100, 128, (4, 16), ("8x64", "16x64")), TableRow(9000, 8192, (4,), (CUBLAS,))]
 
     assert json.loads(dispatch.to_json({"sm_80": rows, "sm_90a": rows[:1]})) == {
         "sm_80": [
@@ -88,7 +89,7 @@ def test_shipped_table_is_sound():
     tables = json.loads((kernels_dir() / "dispatch.json").read_text())
     assert "sm_90a" in tables
     for rows in tables.values():
-        DENSE.check([Measured(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"])) for row in rows])
+        DENSE.check([TableRow(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"])) for row in rows])
 
 
 def test_shipped_choices_do_not_multiply_mostly_padding():
@@ -109,11 +110,11 @@ def test_shipped_choices_do_not_multiply_mostly_padding():
 )
 def test_bad_table_is_refused(rows, choices):
     with pytest.raises(ValueError, match=r"rows|unknown"):
-        DENSE.check([Measured(1, 1, rows, choices)])
+        DENSE.check([TableRow(1, 1, rows, choices)])
 
 
 def test_names_are_unique_and_say_the_shape():
-    names = [variant.name for variant in dense_kernels()]
+    names = [kernel.name for kernel in dense_kernels("sm_90a")]
     assert len(names) == len(set(names))
     for name, tile in TILES.items():
         assert name.removesuffix("-tma") == f"{tile.tokens}x{tile.outputs}"
@@ -122,27 +123,26 @@ def test_names_are_unique_and_say_the_shape():
 
 
 def test_copy_engine_and_warpgroups_are_for_hopper_alone():
-    assert any(v.tile.endswith("-tma") for v in dense_kernels("sm_90a"))
+    assert any("-tma" in kernel.name for kernel in dense_kernels("sm_90a"))
     for target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
-        assert not any(v.tile.endswith("-tma") for v in dense_kernels(target))
+        assert not any("-tma" in kernel.name for kernel in dense_kernels(target))
         assert not any(choice.endswith("-tma") for choice in dispatch.choices_on(target))
         assert not any(choice.endswith("-tma") for choice in dispatch.possible(target, 4096, 4096))
 
 
-def test_partition_gives_every_block_work():
+def test_every_cta_has_work():
     shapes = [(n, k) for n in (64, 200, 4096, 8192, 12288, 22016, 57344) for k in (128, 384, 4096, 28672)]
     for tile in TILES.values():
         for n, k in shapes:
             tiles, groups = -(-n // tile.outputs), k // 128
-            blocks, split, units = partition(tile, tiles, groups, 132, 90)
-            assert 1 <= blocks <= 132
-            if split:
-                assert units == tiles
-                assert blocks % split == 0
-                assert blocks // split <= tiles
+            way = decompose(tile, tiles, groups, 132, 90)
+            assert 1 <= way.ctas <= 132
+            assert way.tiles == tiles
+            if way.stream_k:
+                assert way.ctas <= tiles * groups
             else:
-                assert units == tiles * groups
-                assert blocks <= units
+                assert way.ctas % way.split == 0
+                assert way.ctas // way.split <= tiles
 
 
 def test_targets_are_parsed():

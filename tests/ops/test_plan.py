@@ -1,13 +1,25 @@
-"""Plans: a thread keeps so many and no more."""
+"""Launches: a thread keeps so many and no more, and shares none of them."""
 
-from marlin_tools.ops.linear import plan
+import threading
+
+from marlin_tools.ops.runtime import driver
 
 
-def test_a_thread_keeps_a_bounded_number_of_plans(monkeypatch):
+def test_a_thread_keeps_a_bounded_number_of_launches(monkeypatch):
     """Prompts come in many lengths, and each has a plan of its own."""
-    monkeypatch.setattr(plan, "_MOST_PLANS", 3)
-    kept = plan.ThreadPlans()
+    monkeypatch.setattr(driver, "_MOST_KEPT", 3)
+    monkeypatch.setattr(driver.kept, "launches", {})
     for rows in range(5):
-        kept.keep((rows,), rows)
+        driver.keep((rows,), rows)
 
-    assert kept.plans == {(2,): 2, (3,): 3, (4,): 4}
+    assert driver.kept.launches == {(2,): 2, (3,): 3, (4,): 4}
+
+
+def test_another_thread_has_launches_of_its_own(monkeypatch):
+    monkeypatch.setattr(driver.kept, "launches", {"here": 1})
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(dict(driver.kept.launches)))
+    thread.start()
+    thread.join()
+
+    assert seen == [{}]

@@ -13,7 +13,7 @@ from marlin_tools import ops
 from marlin_tools.ops.linear import reference
 from marlin_tools.ops.linear.hopper import powers
 from marlin_tools.ops.linear.layout import exponent_of
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear
 from marlin_tools.resources import kernels_dir
 
 
@@ -22,6 +22,12 @@ def constants(struct, name, dtype):
     source = (kernels_dir() / "common/element.cuh").read_text()
     word = int(re.search(rf"\b{name} = 0x([0-9A-F]{{8}})", source[source.index(f"struct {struct} ") :])[1], 16)
     return torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float64).tolist()
+
+
+def minus_zero_in_bfloat16():
+    """The offset of `Bfloat16` per scale: minus the zero point, times a power of two that stands in the source."""
+    source = (kernels_dir() / "common/element.cuh").read_text()
+    return -ZERO * 2.0 ** int(re.search(r"kOffset = kNegative \| pair_of<7>\(kZero, (-\d+)\)", source)[1])
 
 
 def all_scales():
@@ -52,11 +58,11 @@ def test_float16_weights(row, largest):
     scales = all_scales()
     scales = scales[scales.abs() <= largest]
     exponent = exponent_of(scales)
-    (shrunk, growth), dtype = powers(exponent), torch.float16
-    minus_eight = torch.tensor([shrunk & 0xFFFF], dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float64)
+    (per_scale, growth), dtype = powers(exponent), torch.float16
+    minus_zero = torch.tensor([per_scale & 0xFFFF], dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float64)
     exact = scales.to(torch.float64)[:, None]
 
-    offset = once(exact * minus_eight, dtype)
+    offset = once(exact * minus_zero, dtype)
     factor = once(offset * constants("Half", "kPlanted", dtype)[row], dtype)
     factor = once(factor * constants("Half", "kRest", dtype)[row], dtype)
     weights = once(planted(row, dtype) * factor + offset, dtype)
@@ -77,7 +83,7 @@ def test_bfloat16_weights(row):
     scales, dtype = all_scales(), torch.bfloat16
     rounded = once(scales.to(torch.float64)[:, None], dtype)
 
-    offset = once(rounded * constants("Bfloat16", "kMinusEightShrunk", dtype)[row], dtype)
+    offset = once(rounded * minus_zero_in_bfloat16(), dtype)
     factor = once(rounded * constants("Bfloat16", "kPlanted", dtype)[row], dtype)
     weights = once(planted(row, dtype) * factor + offset, dtype)
 
@@ -94,7 +100,7 @@ def test_reference_rounds_grouped_weights_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (64, 256), dtype=torch.uint8, generator=generator)
     x = torch.randn((3, 256), generator=generator).to(dtype)
-    for group_size in (128, 256):
+    for group_size in (32, 64, 128, 256):
         scales = torch.rand((64, 256 // group_size), generator=generator).to(torch.float16)
         weight = QuantizedLinear(codes, scales, group_size)
         packed = ops.pack(weight)
@@ -102,6 +108,6 @@ def test_reference_rounds_grouped_weights_alone(dtype):
         rounded = reference.exact(x, packed, rounded=True)
 
         grouped = reference.rounded_weight(weight, dtype, packed.exponent)
-        used = grouped if group_size == 128 else weight.dequantize(torch.float64)
+        used = grouped if group_size < 256 else weight.dequantize(torch.float64)
         assert torch.equal(rounded, x.to(torch.float64) @ used.T)
         assert torch.equal(rounded, reference.exact(x, packed)) == (group_size == 256)

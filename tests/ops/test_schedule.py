@@ -1,4 +1,4 @@
-"""`kernels/linear/schedule.cuh`, compiled for the host where there is a compiler and modelled in Python everywhere."""
+"""`kernels/linear/work_range.cuh`, compiled for the host where there is a compiler and modelled in Python everywhere."""
 
 import shutil
 import subprocess
@@ -69,13 +69,13 @@ def test_runs_differ_by_one_step_at_most():
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
-#define SCHEDULE_INLINE
-#include "schedule.cuh"
+#define WORK_INLINE
+#include "work_range.cuh"
 int main(int, char** argv) {
     const unsigned steps = std::atoi(argv[1]), blocks = std::atoi(argv[2]);
     const Schedule s{steps / blocks, steps % blocks};
     for (unsigned b = 0; b <= blocks; ++b) std::printf("%u\\n", s.first_step(b));
-    for (unsigned i = 0; i < steps; ++i) std::printf("%u\\n", s.block_of(i));
+    for (unsigned i = 0; i < steps; ++i) std::printf("%u\\n", s.cta_of(i));
 }
 """
 
@@ -84,7 +84,7 @@ int main(int, char** argv) {
 def test_header_agrees_with_the_model(tmp_path):
     program = tmp_path / "check"
     program.with_suffix(".cpp").write_text(PROGRAM)
-    include = f"-I{kernels_dir() / 'w4a16'}"
+    include = f"-I{kernels_dir() / 'linear'}"
     subprocess.run(["g++", "-std=c++17", include, "-o", program, program.with_suffix(".cpp")], check=True)
     for steps, blocks in ((1, 1), (7, 7), (31, 8), (512, 132), (1536, 132), (133, 132), (1024, 1024)):
         out = subprocess.run([program, str(steps), str(blocks)], check=True, capture_output=True, text=True).stdout

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from marlin_tools.ops.linear.variants import TILES
+from marlin_tools.ops.linear.tiles import TILES
 from marlin_tools.resources import kernels_dir
 
 UNIT = 1024

@@ -1,13 +1,13 @@
-"""The sparse kernels' tables, and how work is dealt out."""
+"""The sparse kernels' tables, and how work is decomposed."""
 
 import json
 
 import pytest
 
 from marlin_tools.ops.linear import dispatch, sparse_dispatch, w24a16
-from marlin_tools.ops.linear.dispatch import Measured
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES, sparse_kernels
-from marlin_tools.ops.linear.variants import TARGETS, capability_of
+from marlin_tools.ops.linear.dispatch import TableRow
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, sparse_kernels
+from marlin_tools.ops.runtime.target import TARGETS, capability_of
 from marlin_tools.resources import kernels_dir
 
 
@@ -24,19 +24,19 @@ def test_shipped_table_is_sound():
     tables = json.loads((kernels_dir() / "dispatch-24.json").read_text())
     assert "sm_90a" in tables
     for target, rows in tables.items():
-        measured = [Measured(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"])) for row in rows]
+        measured = [TableRow(row["n"], row["k"], tuple(row["rows"]), tuple(row["choices"])) for row in rows]
         sparse_dispatch.SPARSE.check(measured)
         assert {choice for row in measured for choice in row.choices} <= set(sparse_dispatch.choices_on(target))
 
 
 def test_tables_of_dense_kernels_are_not_taken_for_theirs():
     with pytest.raises(ValueError, match="8x64-tma"):
-        sparse_dispatch.SPARSE.check([Measured(64, 128, (1,), ("8x64-tma",))])
+        sparse_dispatch.SPARSE.check([TableRow(64, 128, (1,), ("8x64-tma",))])
     assert sparse_dispatch.SPARSE.tuned_path() != dispatch.tuned_path()
 
 
 def test_names_are_unique_and_say_the_shape():
-    names = [variant.name for variant in sparse_kernels()]
+    names = [kernel.name for kernel in sparse_kernels("sm_90a")]
     assert len(names) == len(set(names))
     for name, tile in SPARSE_TILES.items():
         assert name.partition("-")[0] == f"{tile.tokens}x{tile.outputs}"
@@ -45,20 +45,21 @@ def test_names_are_unique_and_say_the_shape():
 
 
 def test_hopper_kernels_are_for_hopper_alone():
-    assert any(v.tile.endswith("-tma") for v in sparse_kernels("sm_90a"))
+    assert any("-tma" in kernel.name for kernel in sparse_kernels("sm_90a"))
     for target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
-        assert not any(v.tile.endswith("-tma") for v in sparse_kernels(target))
+        assert not any("-tma" in kernel.name for kernel in sparse_kernels(target))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_work_is_shared_out_completely(target):
     for tile in SPARSE_TILES.values():
         for tiles, groups in ((1, 1), (7, 3), (64, 32), (66, 32), (128, 64), (131, 8), (132, 8), (500, 32)):
-            blocks, split, units = w24a16.partition(tile, tiles, groups, 132, capability_of(target))
-            assert 1 <= blocks <= 132
-            if split == 0:
-                assert units == tiles * groups >= blocks
+            way = w24a16.decompose(tile, tiles, groups, 132, capability_of(target))
+            assert 1 <= way.ctas <= 132
+            assert way.tiles == tiles
+            if way.stream_k:
+                assert way.shared_tiles == tiles
+                assert tiles * groups >= way.ctas
             else:
-                assert units == tiles
-                assert blocks % split == 0
-                assert split == 1 or (blocks == tiles * split and groups >= tile.along_k * split <= groups)
+                assert way.ctas % way.split == 0
+                assert way.split == 1 or (way.ctas == tiles * way.split and groups >= tile.along_k * way.split)

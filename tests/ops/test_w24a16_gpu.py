@@ -9,10 +9,10 @@ from marlin_tools.ops.linear import dispatch, sparse_dispatch, sparse_reference,
 from marlin_tools.ops.linear import operator as linear_operator
 from marlin_tools.ops.linear.dispatch import CUBLAS
 from marlin_tools.ops.linear.sparse_layout import PackedSparse, pack_sparse
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
-from marlin_tools.ops.linear.variants import TILES as TILE_SHAPES
-from marlin_tools.ops.linear.variants import target_of
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
+from marlin_tools.ops.linear.tiles import TILES as TILE_SHAPES
 from marlin_tools.ops.runtime import driver
+from marlin_tools.ops.runtime.target import target_of
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 pytestmark = pytest.mark.gpu
@@ -246,7 +246,7 @@ def test_refuses_to_compile_while_capturing(monkeypatch):
     x = random_x(1, 128)
     ops.sparse_linear(x, packed)
     monkeypatch.setattr(driver, "_functions", {})
-    monkeypatch.setattr(w24a16.OPERATOR.kept, "plans", {})
+    monkeypatch.setattr(driver.kept, "launches", {})
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(DeviceError, match="not loaded yet"), torch.cuda.graph(graph):
         ops.sparse_linear(x, packed)
@@ -255,7 +255,7 @@ def test_refuses_to_compile_while_capturing(monkeypatch):
 def test_prepare_makes_capture_possible(monkeypatch):
     packed = pack_sparse(random_weight(64, 128))
     monkeypatch.setattr(driver, "_functions", {})
-    monkeypatch.setattr(w24a16.OPERATOR.kept, "plans", {})
+    monkeypatch.setattr(driver.kept, "launches", {})
     ops.prepare_sparse(packed, torch.float16)
     for m in (1, 12, 40, 100):
         x = random_x(m, 128)
@@ -302,7 +302,7 @@ def test_portable_code_runs_here():
 
 
 @pytest.mark.parametrize("tile", [name for name in TILES if SPARSE_TILES[name].kernel == "hopper"])
-def test_every_deal(tile):
+def test_every_decomposition(tile):
     """Whole tiles, shared runs of steps, clusters that split a tile each, alone and behind whole tiles."""
     names = set()
     for n, k, rows in ((392, 2944, (70, 300)), (9001, 384, (1500,))):
@@ -311,10 +311,10 @@ def test_every_deal(tile):
             for m in rows:
                 x, bias = random_x(m, k, dtype), random_x(1, n, dtype, seed=5)[0]
                 plan = w24a16.OPERATOR._plan_for(tile, x, packed.codes, packed.scales, n, target_of(device()))
-                for deal in plan.alternatives():
-                    plan.use(deal)
+                for way in plan.alternatives():
+                    plan.use(way)
                     assert_close(
                         plan(x, packed.codes, packed.scales, bias, packed.exponent), x, packed, bias, rounded=rounds(tile)
                     )
-                    names.add((deal.split > 1, deal.shared_tiles > 0, deal.shared_tiles < deal.tiles))
+                    names.add((way.split > 1, way.shared_tiles > 0, way.shared_tiles < way.tiles))
     assert {(False, False, True), (False, True, False), (True, True, False)} <= names

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from marlin_tools.algorithms import PRESETS
+from marlin_tools.algorithms import PRESETS, PRUNERS
 from marlin_tools.checkpoint.cards import CARDS, Card
 from marlin_tools.compress import forecast
 from marlin_tools.compress.floor import Work, least_seconds
-from marlin_tools.compress.forecast import Forecast, forecast_quantize
+from marlin_tools.compress.forecast import Forecast, forecast_prune, forecast_quantize
 from marlin_tools.errors import DeviceError
-from marlin_tools.stream.inventory import take_inventory
+from marlin_tools.stream.inventory import take_linears
 
 H100 = torch.device("cuda", 0)
 RATE = 7.4e14
@@ -24,7 +24,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expected(name: str, layers: int, preset: str = "default", tokens: int = 128 * 2048) -> Forecast:
     card = Card(CARDS[name] | {"num_hidden_layers": layers}, name)
-    inventory = take_inventory(card, (), 128, "compressed-tensors")
+    inventory = take_linears(card, ())
     return forecast_quantize(card, inventory, PRESETS[preset], tokens, 2048, H100)
 
 
@@ -50,15 +50,25 @@ def test_gpu_memory() -> None:
 
 
 def test_what_costs_more_is_said_to() -> None:
-    by_preset = [expected("meta-llama/Llama-2-7b-hf", 32, preset).seconds for preset in ("rtn", "fast", "default")]
-    assert by_preset == sorted(by_preset)
-    assert expected("meta-llama/Llama-2-7b-hf", 32, tokens=2 * 128 * 2048).seconds > 1.4 * by_preset[-1]
+    fast, default = (expected("meta-llama/Llama-2-7b-hf", 32, preset).seconds for preset in ("fast", "default"))
+    assert fast < default
+    assert expected("meta-llama/Llama-2-7b-hf", 32, tokens=2 * 128 * 2048).seconds > 1.4 * default
+
+
+def test_what_nobody_has_measured_is_not_foretold() -> None:
+    card = Card(CARDS["meta-llama/Llama-2-7b-hf"], "7b")
+    inventory = take_linears(card, ())
+    sparse = forecast_quantize(card, inventory, PRESETS["default"], 128 * 2048, 2048, H100, sparse=True)
+    pruned = forecast_prune(card, inventory, PRUNERS["default"], 128 * 2048, 2048, H100)
+    for found in (expected("meta-llama/Llama-2-7b-hf", 32, "rtn"), sparse, pruned):
+        assert found.seconds is None
+        assert "time" not in dict(found.lines())
 
 
 def test_floor_of_one_linear_by_hand() -> None:
     """One linear alone: 2 N K operations a token and path, K² for its Gram matrix, of which half is needed."""
     card = Card(CARDS["meta-llama/Llama-2-7b-hf"] | {"num_hidden_layers": 1}, "7b")
-    target = next(t for t in take_inventory(card, (), 128, "compressed-tensors").targets if t.name.endswith("o_proj"))
+    target = next(t for t in take_linears(card, ()).targets if t.name.endswith("o_proj"))
     work = Work([[target]], target.k, 1000, 100)
     n, k = target.n, target.k
     parts = least_seconds(work, PRESETS["default"], 1e12, H100)

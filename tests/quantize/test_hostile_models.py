@@ -138,10 +138,15 @@ def test_dead_channels_and_zero_rows_are_quantized(victim: Path, run: Run) -> No
 
 
 def test_mixture_of_experts_and_unknown_types(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
-    change_config(victim, num_local_experts=8)
-    refused(victim, ModelError, "mixture of experts")
-    change_config(victim, num_local_experts=0, model_type="mamba")
+    change_config(victim, model_type="mamba")
     refused(victim, ModelError, "unknown model type `mamba`")
+    change_config(victim, model_type="llama")
+
+    def give_experts(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.0.gate_proj.weight"] = tensors["model.layers.1.mlp.gate_proj.weight"].clone()
+
+    change_weights(victim, give_experts)
+    refused(victim, ModelError, r"mixture of experts \(`model\.layers\.1\.mlp\.experts\.0")
 
 
 def test_shapes_that_do_not_fit_name_the_layers(

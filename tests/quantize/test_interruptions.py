@@ -12,9 +12,11 @@ import pytest
 
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.quantize import QuantizeSettings, _Work, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.shards import Shards
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import MarlinToolsError, ModelError, OutputError
+from marlin_tools.stream.layer_stream import Block
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]
@@ -28,13 +30,13 @@ class Killed(BaseException):
 def solved_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that were really solved, in order."""
     seen: list[int] = []
-    solve = _Work._solve
+    groups = Block.groups
 
-    def spy(self: _Work, block: object) -> object:
-        seen.append(block.index)
-        return solve(self, block)
+    def spy(self: Block, *, staged: bool) -> object:
+        seen.append(self.index)
+        return groups(self, staged=staged)
 
-    monkeypatch.setattr(_Work, "_solve", spy)
+    monkeypatch.setattr(Block, "groups", spy)
     return seen
 
 
@@ -113,7 +115,7 @@ def test_a_shard_damaged_after_the_kill_is_made_again(
 ) -> None:
     run(tiny_llama, "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run(tiny_llama)
     shard = tmp_path / "out.partial" / "model" / "model-00001-of-00003.safetensors"
@@ -160,7 +162,7 @@ def test_kill_minus_nine(tiny_llama: Path, run: Run, digest: Digest, tmp_path: P
 
 def test_another_run_does_not_continue_this_one(tiny_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run(tiny_llama)
     with pytest.raises(OutputError, match="unfinished run with another") as refusal:

@@ -31,22 +31,23 @@ import os
 import signal
 import sys
 import torch
-from marlin_tools.algorithms import hessian
 from marlin_tools.cli import main
-from marlin_tools.compress.quantize import _Work
+from marlin_tools.distributed import crew
+from marlin_tools.ops.solver import cholesky
+from marlin_tools.stream.layer_stream import Block
 
-hessian._SHARED, hessian._FACTOR_BLOCK = 200, 48  # one factorisation in four is shared
+crew._SHARED, cholesky._FACTOR_BLOCK = 200, 48  # one factorisation in four is shared
 model, text, out, presets, victim = sys.argv[1:]
-solve = _Work._solve
+groups = Block.groups
 
-def dying(self, block):
-    if block.index == 1 and os.environ["RANK"] == victim:
+def dying(self, **how):
+    if self.index == 1 and os.environ["RANK"] == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    if block.index == 1 and "short of memory: " + os.environ["RANK"] == victim:
+    if self.index == 1 and "short of memory: " + os.environ["RANK"] == victim:
         raise torch.OutOfMemoryError("out of memory")
-    return solve(self, block)
+    return groups(self, **how)
 
-_Work._solve = dying
+Block.groups = dying
 for preset in presets.split(","):
     try:
         main(["quantize", model, "--calib", text, "--num-samples", "5", "--seqlen", "48", "--device", "cpu", "--preset", preset,

@@ -11,7 +11,7 @@ import torch
 from marlin_tools.algorithms import GPTQ, PRESETS
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.quantize import QuantizeSettings, plan_quantize, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import RecipeError
 from marlin_tools.events import Event
@@ -160,12 +160,12 @@ def test_the_same_run_again_does_nothing(tiny_llama: Path, run: Run, tokens: Tok
 
 def test_forecast_is_known_before_and_compared_after(tiny_llama: Path, run: Run) -> None:
     settings = QuantizeSettings(preset="default", device="cpu")
-    plan = plan_quantize(tiny_llama, settings, tokens=384, longest=64)
+    plan = prepare_quantize(tiny_llama, settings, tokens=384, longest=64)
     real = json.loads((run(tiny_llama, preset="default").path / "manifest.json").read_text())["times"]
 
     assert len(plan.inventory.targets) == 14
     assert {name for name, _ in plan.forecast.lines()} == {"linears", "device", "host memory", "disk", "time"}
     assert real["forecast"].keys() == real["real"].keys()
-    larger = plan_quantize(tiny_llama, settings, tokens=384_000, longest=2048).forecast
+    larger = prepare_quantize(tiny_llama, settings, tokens=384_000, longest=2048).forecast
     assert larger.host_gb > plan.forecast.host_gb
     assert larger.seconds > plan.forecast.seconds

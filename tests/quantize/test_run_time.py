@@ -9,7 +9,8 @@ import torch
 
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.quantize import QuantizeSettings, _Work, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.shards import Shards
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.events import Event
@@ -26,19 +27,19 @@ CPU = torch.device("cpu")
 def failing_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device that has no memory for more than `limit` tokens at a time; returns the chunk sizes that were tried."""
     tried: list[int] = []
-    begin, solve_group = LayerStream.__init__, _Work.solve
+    begin, stacked = LayerStream.__init__, Group.stacked
 
     def init(self: LayerStream, *args: object, chunk_tokens: int = CHUNK_TOKENS, **kwargs: object) -> None:
         tried.append(chunk_tokens)
         begin(self, *args, chunk_tokens=chunk_tokens, **kwargs)
 
-    def solve(self: _Work, group: Group) -> object:
-        if tried[-1] > limit and ".1." in group.names[0]:
+    def solve(self: Group) -> object:
+        if tried[-1] > limit and ".1." in self.names[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return solve_group(self, group)
+        return stacked(self)
 
     monkeypatch.setattr(LayerStream, "__init__", init)
-    monkeypatch.setattr(_Work, "solve", solve)
+    monkeypatch.setattr(Group, "stacked", solve)
     return tried
 
 
@@ -73,7 +74,7 @@ def test_a_damaged_first_block_keeps_the_order_of_the_manifest(
 ) -> None:
     run(tiny_llama, "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(_Work, "_rest", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(tiny_llama)
     shard = tmp_path / "out.partial" / "model" / "model-00001-of-00003.safetensors"

@@ -61,7 +61,8 @@ def test_every_bundled_recipe_plans_offline(name):
     assert [stage.stage for stage in recipe.stages] == [step.stage.stage for step in planned.steps]
     assert {"tasks", "memory"} <= set(facts)
     if recipe.quantize:
-        assert {"linears", "shapes", "host memory", "disk", "time", "blocks"} <= set(facts)
+        assert {"linears", "shapes", "host memory", "disk", "blocks"} <= set(facts)
+        assert ("time" in facts) == (recipe.quantize.sparsity is None and recipe.quantize.preset != "rtn")
         for layout in recipe.formats:
             assert any(key.startswith(f"{layout} in vLLM") for key in facts)
     assert (recipe.model == "demo") == (not any("not on this machine" in note for note in planned.notes))

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from marlin_tools.report.comparison import Comparison, Finding, Outcome, as_markdown, as_text
-from marlin_tools.report.comparison_page import comparison_page
+from marlin_tools.report.comparison import as_markdown, as_text, write_comparison
+from marlin_tools.run.verdict import Comparison, Finding, Outcome
 
 
 def finding(measured=5.0, expected=5.0, tolerance=0.1, **more):
@@ -90,10 +90,11 @@ def test_only_a_control_that_was_measured_and_did_not_fail_stands(row, stands):
     assert stands == row.stands
 
 
-def test_everything_is_said_in_words_in_markdown_and_on_the_page():
+def test_everything_is_said_in_words_in_markdown_and_on_the_page(tmp_path):
     rows = (outcome(GOOD, MISSING, name="first"), outcome(BAD, name="second"), outcome(problem="<no> model", name="third"))
-    comparison = Comparison("mine", rows, overrides=("evaluate.limit=3",))
-    text, markdown, page = as_text(comparison), as_markdown(comparison), comparison_page(comparison)
+    comparison = Comparison("mine", rows, overrides=("evaluate.limit=3",), home=tmp_path)
+    text, markdown = as_text(comparison), as_markdown(comparison)
+    page = write_comparison(comparison).read_text(encoding="utf-8")
 
     assert "| second | ppl:x | perplexity |   6.0000 |    5.0000 |    +1.0000 | ±0.1    | FAIL    |" in text
     assert "first: `ppl:x` was not run: no data" in text
@@ -102,15 +103,15 @@ def test_everything_is_said_in_words_in_markdown_and_on_the_page():
     for each in (markdown, page):
         for word in ("first", "second", "third", "no data", "evaluate.limit=3", "another tokenizer", "a paper", "row.log"):
             assert word in each
+    assert {"report.html", "report.json", "report.md"} == {path.name for path in tmp_path.iterdir()}
+    assert "\\<no\\> model" in markdown
     assert "&lt;no&gt; model" in page
     assert "<no>" not in page
     assert 3 == page.count('class="allowed"') + 1  # a picture for each judged number that was measured
 
 
-def test_the_picture_shows_where_the_number_lies():
-    from marlin_tools.report.charts import band
-
-    assert 'class="inside" x="48.50"' in band(0.0, 0.1)
-    assert 'class="inside" x="73.50"' in band(0.1, 0.1)
-    assert 'class="outside" x="98.50"' in band(7.0, 0.1)
-    assert 'class="outside" x="-1.50"' in band(-7.0, 0.1)
+def test_the_picture_shows_where_the_number_lies(tmp_path):
+    places = {5.0: 'class="inside" x="48.50"', 5.1: 'class="inside" x="73.50"', 12.0: 'class="outside" x="98.50"'}
+    for measured, place in (places | {-2.0: 'class="outside" x="-1.50"'}).items():
+        row = outcome(finding(measured, tolerance=0.1 + 1e-9))
+        assert place in write_comparison(Comparison("x", (row,), home=tmp_path)).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 
 from marlin_tools import report
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.evaluation.scores import Score
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.recipe.recipe import Recipe
-from marlin_tools.report.model_card import model_card
-from marlin_tools.report.page import TIMES, verdict, words
-from marlin_tools.report.result import gather
+from marlin_tools.report.advice import next_steps
+from marlin_tools.report.page import TIMES, code, markdown, plain, words
+from marlin_tools.report.page import page as render
+from marlin_tools.report.result import Losses, gather
 from marlin_tools.run.execute import execute
 from marlin_tools.run.plan import plan
 
@@ -52,6 +55,18 @@ def read(page):
     return reader
 
 
+def card(directory):
+    return report.pages(directory)["README.md"]
+
+
+def changed(result, **manifest):
+    return type(result)(**{**vars(result), "manifest": {**result.manifest, **manifest}})
+
+
+def card_of(result):
+    return markdown("card.md.j2", result=result, steps=[])
+
+
 def without_times(page):
     before, _, rest = page.partition(TIMES[0])
     return before + rest.partition(TIMES[1])[2]
@@ -70,7 +85,7 @@ def made(tmp_path_factory):
     """The embedded model, rounded, in two formats, with one linear left out."""
     recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": STAGES})
     out = tmp_path_factory.mktemp("made") / "x"
-    execute(plan(recipe, out))
+    report.write_pages(execute(plan(recipe, out)))
     return out
 
 
@@ -83,7 +98,7 @@ def test_page_loads_nothing(page):
     reader = read(page)
 
     assert reader.loads == []
-    assert not re.search(r"<script|@import|url\(|https?://(?!www\.w3)", page)
+    assert not re.search(r"<script |@import|url\(|https?://(?!www\.w3)|fetch\(|XMLHttp", page)
     assert len(page) < 200_000
 
 
@@ -95,16 +110,16 @@ def test_page_says_what_people_come_for(page):
         "What each linear lost",
         "Codes and scales",
         "Time and memory",
-        "How to serve it",
+        "What loads it",
+        "How to go on",
         "How it was made",
     ):
         assert title in text
     assert "mlp.down_proj" in text
     assert "`" not in text.partition("How it was made")[0]
     assert "model.layers.1.mlp.down_proj was left as it is: matches --ignore layers.1.mlp.down_proj" in text
-    for stage in ("calibrate and quantize", "evaluate", "verify"):
-        assert stage in text
-    assert "vllm serve DIR" in text
+    stages = re.findall(r'data-label="stage"><span><span class="name">([^<]*)', page)
+    assert ["quantize", "evaluate", "verify"] == stages  # nothing was calibrated
 
 
 def test_numbers_on_the_page_are_those_of_the_evaluation(made, page):
@@ -125,9 +140,27 @@ def test_every_linear_has_a_bar_of_its_own_height(made, page):
     kinds = list(dict.fromkeys(entry["name"].split(".", 3)[3] for entry in linears))
     ordered = [entry["weight_error"] for kind in kinds for entry in linears if entry["name"].endswith(kind)]
 
-    assert 27 == len(linears) == len(heights)
-    assert [pytest.approx(100 * error / top, abs=0.01) for error in ordered] == heights
+    assert (27, 28) == (len(linears), len(heights))  # one was left as it is, and its place is empty
+    assert [pytest.approx(100 * error / top, abs=0.01) for error in ordered] == [height for height in heights if height]
+    assert "block 1: left as it is" in section
+    assert f"block 3: {top:.3%}" in section
     assert 1 == section.count("marked")
+
+
+def test_experts_of_a_block_share_a_bar():
+    names = {
+        "model.layers.0.mlp.experts.0.up": 0.1,
+        "model.layers.0.mlp.experts.1.up": 0.3,
+        "model.layers.2.mlp.experts.0.up": 0.2,
+    }
+    entries = [{"name": name, "weight_error": loss} for name, loss in names.items()] + [
+        {"name": "lm_head", "weight_error": 0.4}
+    ]
+    kinds = Losses("weights'", entries, "weight_error").kinds
+
+    assert {"mlp.experts.*.up": [0.3, 0.0, 0.2], "lm_head": [0.4, 0.0, 0.0]} == {
+        kind: [value for value, _ in bars] for kind, bars in kinds.items()
+    }
 
 
 def test_histograms_count_every_code_and_scale(made):
@@ -150,18 +183,30 @@ def test_exports_show_the_scores_of_the_same_weights(made):
     page = (made / "marlin" / "report.html").read_text(encoding="utf-8")
 
     assert "The same codes and scales were measured, stored as <code>compressed-tensors</code>." in page
-    assert "marlin-tools export DIR --format compressed-tensors" in page
+    assert f"marlin-tools export {made / 'marlin'} --format compressed-tensors -o {made / 'marlin'}-compressed-tensors" in page
+    assert "marlin-tools export . --format compressed-tensors -o ../compressed-tensors" in card(made / "marlin")
+
+
+def test_commands_have_the_real_path_and_nothing_is_exported_to_what_it_is(made, page):
+    place = made / "compressed-tensors"
+
+    assert f"vllm serve {place}" in page
+    assert "marlin-tools export" not in page
+    assert "marlin-tools verify" not in page  # that was done
+    assert "marlin-tools eval" not in page
+    assert "vllm serve .\n" in card(place)
+    assert not re.search(r"\bDIR\b|ORIGINAL", page + card(place))
 
 
 def test_page_is_the_same_wherever_and_whenever_it_is_made(made, tmp_path):
     recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": STAGES})
-    execute(plan(recipe, tmp_path / "elsewhere"))
+    report.write_pages(execute(plan(recipe, tmp_path / "elsewhere")))
     for name in ("compressed-tensors", "marlin"):
         mine, theirs = made / name, tmp_path / "elsewhere" / name
         assert (mine / "README.md").read_bytes() == (theirs / "README.md").read_bytes()
         first, second = ((each / "report.html").read_text(encoding="utf-8") for each in (mine, theirs))
         assert without_times(first) == without_times(second)
-        assert str(tmp_path) not in second
+        assert str(tmp_path) not in without_times(second)
 
 
 def test_page_without_an_evaluation_says_so(made, tmp_path):
@@ -172,8 +217,43 @@ def test_page_without_an_evaluation_says_so(made, tmp_path):
     page = report.pages(bare)["report.html"]
 
     assert "Nobody has measured this model yet." in page
+    assert f"marlin-tools eval {bare} --tasks ppl:demo,demo_qa --baseline demo" in page
     assert "Not verified in this run" in page
+    assert f"marlin-tools verify {bare}" in page
     assert "Not measured yet." in report.pages(bare)["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("base", "positions", "tasks"),
+    (("demo", 256, "ppl:demo,demo_qa"), ("a/b", 512, "ppl:wikitext2"), ("a/b", 4096, "ppl:wikitext2,mmlu")),
+)
+def test_suggested_tasks_are_those_that_the_model_can_be_asked(made, base, positions, tasks):
+    result = changed(gather(made / "marlin", None), model={"origin": base, "fingerprint": "f"})
+    ((_, command), *_) = next_steps(replace(result, facts={**result.facts, "positions": positions}), "x y")
+
+    assert f"marlin-tools eval 'x y' --tasks {tasks} --baseline {base}" == command
+
+
+@pytest.mark.parametrize(("items", "shown"), ((2, False), (99, False), (100, True)))
+def test_a_few_items_make_no_headline(made, items, shown):
+    score = Score("t", "acc", 1.0, 0.0, True, 1.0, 0.0, 0.0, 0.01, None, {"items": items, "on": f"{items} items, 0-shot"})
+    result = gather(made / "marlin", None)
+    result = replace(result, evaluation=replace(gather(made / "compressed-tensors", None).evaluation, scores=(score,)))
+    page = render("model.html.j2", result=result, steps=[])
+
+    assert shown == ("of the original at worst ± 1.0: t, accuracy, 100 items, 0-shot" in page)
+    assert shown == ('<p class="what">Recovery</p>' in page)
+
+
+def test_all_linears_are_in_a_table_that_sorts_without_a_server(made, page):
+    linears = json.loads((made / "compressed-tensors" / "manifest.json").read_text(encoding="utf-8"))["linears"]
+    table = page.partition('<table class="sortable">')[2].partition("</table>")[0]
+    losses = [float(text) for text in re.findall(r"weight lost\">([\d.]+)%", table)]
+
+    assert len(linears) == len(losses)
+    assert sorted(losses, reverse=True) == losses
+    assert all(entry["name"] in table for entry in linears)
+    assert 'querySelectorAll("table.sortable")' in page
 
 
 def test_card_has_front_matter_and_numbers(made):
@@ -184,7 +264,7 @@ def test_card_has_front_matter_and_numbers(made):
     assert "tags: [int4, compressed-tensors, marlin-tools]\n" in front
     assert "base_model" not in front  # the embedded model is not on the hub
     assert "| ppl:demo | perplexity |" in card
-    assert "vllm serve DIR\n" in card
+    assert "vllm serve .\n" in card
 
 
 @pytest.mark.parametrize(
@@ -198,11 +278,10 @@ def test_card_has_front_matter_and_numbers(made):
     ),
 )
 def test_card_names_the_original_but_no_path_of_this_machine(made, origin, name, public):
-    result = gather(made / "compressed-tensors", None)
-    changed = type(result)(**{**vars(result), "manifest": {**result.manifest, "model": {"origin": origin, "fingerprint": "f"}}})
-    card = model_card(changed)
+    result = changed(gather(made / "compressed-tensors", None), model={"origin": origin, "fingerprint": "f"})
+    card = card_of(result)
 
-    assert name == changed.base
+    assert name == result.base
     assert public == (f"base_model: {name}\n" in card)
     assert "/data" not in card
 
@@ -210,15 +289,53 @@ def test_card_names_the_original_but_no_path_of_this_machine(made, origin, name,
 def test_a_directory_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch, made):
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    result = gather(made / "compressed-tensors", None)
-    origin = {"origin": "models/llama", "fingerprint": "f"}
+    result = changed(gather(made / "compressed-tensors", None), model={"origin": "models/llama", "fingerprint": "f"})
 
-    assert "base_model" not in model_card(type(result)(**{**vars(result), "manifest": {**result.manifest, "model": origin}}))
+    assert "base_model" not in card_of(result)
 
 
-def test_what_comes_from_outside_is_escaped():
+EVIL = "<script>alert(1)</script> | `x` [a](http://b) **c**\n# head"
+
+
+def test_what_comes_from_outside_is_escaped(made):
+    """In every field of the manifest that people can name, on the page and in the card."""
     assert words("<b> & `x<y`") == "&lt;b&gt; &amp; <code>x&lt;y</code>"
-    assert "<b>" not in verdict("<b>")
+    tokens = {"source": EVIL, "sequences": 1, "tokens": 2, "seed": 0, "fingerprint": "f" * 64, "notes": [EVIL]}
+    own = gather(made / "compressed-tensors", None)
+    linears = [{**entry, "name": EVIL} for entry in own.manifest["linears"]]
+    names = {"model": {"origin": EVIL, "fingerprint": EVIL}, "calibration": tokens, "warnings": [EVIL], "kept": {EVIL: EVIL}}
+    evaluation = replace(own.evaluation, scores=(replace(own.evaluation.scores[0], task=EVIL),), notes=(EVIL,))
+    result = replace(changed(own, **names, linears=linears), evaluation=evaluation)
+    page = render("model.html.j2", result=result, steps=next_steps(result, EVIL))
+    card = card_of(result)
+
+    read(page)
+    assert "<script>alert" not in page
+    assert "alert(1)" in page
+    for line in re.sub(r"(`+).*?\1", "", card).splitlines():
+        assert not re.search(r"(?<!\\)[<>\[]|\*\*", line.replace("[int4, compressed-tensors, marlin-tools]", "")), line
+        assert not line.startswith("# head")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    (
+        ("a_b <i>", "a_b \\<i\\>"),
+        ("_a_ *b*", "\\_a\\_ \\*b\\*"),
+        ("x\n# y", "x \\# y"),
+        ("1. x", "1\\. x"),
+        ("4.13 bits", "4.13 bits"),
+        ("- x", "\\- x"),
+        ("---", "\\---"),
+    ),
+)
+def test_markdown_shows_text_as_it_is(text, shown):
+    assert shown == plain(text)
+
+
+def test_code_in_markdown_survives_backticks():
+    assert "`a`" == code("a")
+    assert "``` a``b ```" == code("a``b")
 
 
 LEARNING = {"text": {"source": "demo", "num_samples": 12, "seqlen": 64}, "tokens": 256, "batch": 2, "micro": 2}
@@ -231,7 +348,7 @@ SPARSE = [
 
 
 def test_every_model_of_a_chain_has_its_page(tmp_path):
-    execute(plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": SPARSE}), tmp_path / "x"))
+    report.write_pages(execute(plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": SPARSE}), tmp_path / "x")))
     pages = {name: (tmp_path / "x" / name / "report.html") for name in ("pruned", "finetuned", "marlin-24")}
     pruned, finetuned, quantized = ("".join(read(path.read_text(encoding="utf-8")).text) for path in pages.values())
 
@@ -239,10 +356,12 @@ def test_every_model_of_a_chain_has_its_page(tmp_path):
         assert "demo · 2:4, 16 bits" in text
         assert "50.0 %" in text
         assert "Nobody has measured this model yet." in text
-        assert "marlin-tools quantize DIR --sparsity keep" in text
+        assert "--sparsity keep --format marlin-24" in text
         assert "Not verified" not in text
     assert "energy that pruning has taken" in pruned
     assert "Finetuning report" in finetuned
+    assert f"marlin-tools finetune {tmp_path / 'x' / 'pruned'} --teacher demo" in pruned
+    assert "marlin-tools finetune" not in finetuned
     kl = json.loads((tmp_path / "x" / "finetuned" / "manifest.json").read_text(encoding="utf-8"))["held_out_kl"]
     assert f"It began at {kl[0][1]:.4f} and ended at {kl[-1][1]:.4f} nats" in finetuned
     assert len(kl) == pages["finetuned"].read_text(encoding="utf-8").count("<title>after ")

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms import GPTQ, PRESETS, Gram, Hessian
-from marlin_tools.algorithms.hessian import Drift, reversed_cholesky
+from marlin_tools.algorithms import GPTQ, PRESETS, Gram, Hessian, Pruner
+from marlin_tools.algorithms.hessian import Drift
+from marlin_tools.algorithms.masks import magnitude, quads
 from marlin_tools.algorithms.polish import polish, row_losses
+from marlin_tools.algorithms.pruning import TwoOfFour
 from marlin_tools.algorithms.scales import conditional, decode, diagonal, encode
+from marlin_tools.algorithms.support import fit, reselect
+from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.ops.solver import products
+from marlin_tools.ops.solver.cholesky import reversed_cholesky
 from marlin_tools.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.gpu
@@ -145,6 +150,45 @@ def test_polish(group_size: int, masked: bool) -> None:
         assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-3 if masked else 1e-4)
         if mask is not None:
             assert bool((gpu[0].cpu()[~mask] == 8).all())
+
+
+def rows_of_equal_masks(cpu: Tensor, gpu: Tensor) -> Tensor:
+    """A quad where two choices are as good as each other may turn, and pulls others along."""
+    assert bool((quads(gpu).sum(dim=2) == 2).all())
+    equal = (cpu == gpu.cpu()).all(dim=1)
+    share_that_differs("masks", cpu, gpu)
+    assert int((~equal).sum()) <= 4 * FEW * len(cpu)
+    return equal
+
+
+@pytest.mark.parametrize("k", [1024, 1280 + 68])
+def test_choose(k: int) -> None:
+    weight, hessian = problem(k=k)
+    rule = TwoOfFour(weight, hessian.factorize(0.01, "layer"))
+    sweep(weight, hessian.factorize(0.01, "layer"), rule)
+    gpu = Pruner(fit=False, reselect=0).placing("layer", on_gpu(hessian)).place(weight.cuda())
+    rows = rows_of_equal_masks(rule.mask, gpu.mask)
+    torch.testing.assert_close(gpu.value.cpu()[rows], rule.values[rows], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1024, 1280 + 68])
+def test_reselect_and_fit(k: int) -> None:
+    weight, hessian = problem(k=k)
+    mask, damped = magnitude(weight), hessian.damped(0.01)
+    here = reselect(weight, weight * mask, mask, damped)
+    moved = weight.cuda(), (weight * mask).cuda(), mask.cuda(), damped.cuda()
+    there = reselect(*moved)
+    rows = rows_of_equal_masks(here[1], there[1])
+    close = torch.isclose(there[0].cpu()[rows], here[0][rows], rtol=1e-2, atol=1e-4).all(dim=1)
+    assert int((~close).sum()) <= 2 * FEW * len(weight)  # a quad may turn and turn back
+    assert torch.equal(moved[1].cpu(), weight * mask)  # what it began from is not touched
+    losses = [
+        row_losses(weight, value.cpu(), damped).sum()
+        for value in (here[0], there[0], fit(weight, *here, damped), fit(moved[0], here[0].cuda(), here[1].cuda(), moved[3]))
+    ]
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-3)
+    assert float(losses[3]) == pytest.approx(float(losses[2]), rel=1e-3)
+    assert float(losses[2]) < 0.99 * float(losses[0])
 
 
 @pytest.mark.parametrize("preset", ["marlin", "fast", "default"])

@@ -1,6 +1,8 @@
 """Shortcuts away from a GPU: none is taken, and the model's own code is called as it would be."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from marlin_tools.ops.model.rotation import can_rotate
 from marlin_tools.stream import shortcuts
-from marlin_tools.stream.shortcuts import short_rotation, shorten_norms
+from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
 
 
 def model() -> LlamaForCausalLM:
@@ -22,27 +24,35 @@ def test_nothing_changes_on_a_cpu() -> None:
     kinds = [type(module) for module in llama.modules()]
     assert shorten_norms(llama, torch.device("cpu"), torch.float16) == 0
     assert [type(module) for module in llama.modules()] == kinds
-    attention = llama.model.layers[0].self_attn.to_empty(device="cpu")
-    home = sys.modules[type(attention).__module__]
-    own = home.apply_rotary_pos_emb
-    with short_rotation(attention):
-        assert home.apply_rotary_pos_emb is own
+    assert shorten_rotations(llama, torch.device("cpu"), torch.float16) == 0
+    assert [type(module) for module in llama.modules()] == kinds
 
 
-def test_the_models_own_code_comes_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = model().model.layers[0].self_attn
-    home = sys.modules[type(attention).__module__]
-    own = home.apply_rotary_pos_emb
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+@torch.no_grad()
+def test_only_our_own_copy_rotates_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
 
-    def fails() -> None:
-        with short_rotation(attention):
-            assert home.apply_rotary_pos_emb is not own
-            raise KeyError
+    def noted(own: Callable[..., Any], *given: Any) -> Any:
+        called.append("ours")
+        return own(*given)
 
-    with pytest.raises(KeyError):
-        fails()
-    assert home.apply_rotary_pos_emb is own
+    monkeypatch.setattr(shortcuts, "_rotated", noted)
+    shortcuts._rotating_shortly.cache_clear()
+    theirs, ours = model(), model()
+    before = dict(vars(sys.modules[type(theirs.model.layers[0].self_attn).__module__]))
+    assert shorten_rotations(ours, torch.device("cuda"), torch.float16) == 1
+    ids = torch.arange(8)[None]
+    outputs = []
+    for each in (theirs, ours):
+        each.float().to_empty(device="cpu")
+        for parameter in each.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+        each.model.rotary_emb = type(each.model.rotary_emb)(each.config)
+        outputs.append(each(ids).logits)
+        assert called == ([] if each is theirs else ["ours"])
+    assert torch.equal(*outputs)
+    assert dict(vars(sys.modules[type(theirs.model.layers[0].self_attn).__module__])) == before
+    shortcuts._rotating_shortly.cache_clear()
 
 
 def test_what_the_kernel_cannot_do_is_left_to_the_model() -> None:

@@ -40,7 +40,7 @@ def targets_of(checkpoint: Checkpoint) -> frozenset[str]:
 def whole_model(path: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize(("model_type", "changes"), FAMILY_CASES, ids=lambda value: value if isinstance(value, str) else "")
@@ -175,9 +175,8 @@ def test_without_tokens_the_stream_carries_weights_only(tiny_llama: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "llama", "num_experts": 4}, "mixture of experts"),
         ({"model_type": "bert"}, "unknown model type `bert`"),
+        ({"model_type": "misstral"}, "unknown model type `misstral`"),
         ({}, "unknown model type `None`"),
     ],
 )
@@ -190,5 +189,5 @@ def test_models_that_cannot_be_done_are_refused(config: dict[str, Any], message:
 def test_every_family_file_declares_its_family() -> None:
     for name in FAMILIES:
         family = find_family({"model_type": name})
-        assert len(family.linears) == 7
-        assert len(set(family.linears)) == 7
+        assert len(family.linears) == len(set(family.linears)) >= 4
+        assert family.block_prefix(3).endswith(".3.")

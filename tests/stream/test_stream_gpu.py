@@ -14,7 +14,7 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.families import find_family
 from marlin_tools.stream.activations import Room
 from marlin_tools.stream.layer_stream import LayerStream
-from marlin_tools.stream.shortcuts import short_rotation, shorten_norms
+from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
 
 pytestmark = pytest.mark.gpu
 
@@ -35,9 +35,9 @@ def quantized(
     for block in stream:
         for group in block.groups():
             solved = PRESETS["default"].solve(group.names[0], group.stacked(), group.hessian, 128, torch.float16)
-            for name, part in zip(group.names, solved.split([len(group.weight(n)) for n in group.names]), strict=True):
-                group.replace(name, part.linear.dequantize(group.weight(name).dtype))
-                codes[name] = part.linear.codes.cpu()
+            for name, rows in group.rows():
+                group.replace(name, solved.value(group.weight(name).dtype)[rows])
+                codes[name] = solved.linear.codes[rows].cpu()
     codes["logits"] = stream.logits(64)[1]
     assert stream.original is not None
     stream.hidden = stream.original
@@ -91,9 +91,9 @@ def test_shortcuts_are_what_the_model_does(dtype: torch.dtype) -> None:
     angles = rotary(x, torch.arange(96, device="cuda")[None])
     with torch.no_grad():
         short = norm(x)
-        with short_rotation(attention):
-            short_out = attention(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
         own_out = attention(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
+        assert shorten_rotations(attention, torch.device("cuda"), dtype) == 1
+        short_out = attention(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
     own = norm(x.requires_grad_()).detach()  # where gradients are wanted, the model's own code runs
     assert torch.equal(short_out, own_out)
     assert float((short == own).float().mean()) > 0.99

@@ -6,7 +6,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS
 from marlin_tools.formats.contents import Contents
-from marlin_tools.stream.inventory import take_inventory
+from marlin_tools.stream.inventory import take_linears
 from marlin_tools.verification.engines import ENGINES, judge_checkpoint, judge_engines
 
 
@@ -173,7 +173,7 @@ def test_our_own_kernels_have_limits_too():
 def test_the_forecast_is_the_verdict(tiny_model, rounded):
     """What is said before quantising, from the original's headers, is what is said of the result."""
     checkpoint = Checkpoint.open(tiny_model("llama"))
-    inventory = take_inventory(checkpoint, (), 128, "gptq")
+    inventory = take_linears(checkpoint, ())
     linears = {target.name: (target.n, target.k) for target in inventory.targets}
     before = judge_engines(checkpoint.config, inventory.family, linears, inventory.kept, "gptq", 128)
 

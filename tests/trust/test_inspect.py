@@ -18,7 +18,7 @@ def test_dense(tiny_llama):
     assert ("llama", 2, "float16", True) == (facts["family"], facts["blocks"], facts["dtype"], facts["supported"])
     assert LINEARS + EMBEDDINGS + NORMS == facts["parameters"]
     assert {
-        "quantised linears": 0,
+        "quantized linears": 0,
         "other linears": 2 * (LINEARS + EMBEDDINGS // 2),
         "embeddings and norms": 2 * (EMBEDDINGS // 2 + NORMS),
         "total": 2 * (LINEARS + EMBEDDINGS + NORMS),
@@ -34,7 +34,7 @@ def test_quantized(in_format, name):
     assert LINEARS + EMBEDDINGS + NORMS == facts["parameters"]
     assert (name, [128], 14, []) == tuple(facts[key] for key in ("format", "group_sizes", "quantized", "kept"))
     assert facts["bytes"]["total"] == sum(size for kind, size in facts["bytes"].items() if kind != "total")
-    assert LINEARS * (4 / 8 + 2 / 128) == pytest.approx(facts["bytes"]["quantised linears"], rel=0.04)
+    assert LINEARS * (4 / 8 + 2 / 128) == pytest.approx(facts["bytes"]["quantized linears"], rel=0.04)
     assert ("noise", 4 * 96) == (facts["calibration"]["source"], facts["calibration"]["tokens"])
     assert "gptq" == facts["solver"]["kind"]
     assert 5 == len(facts["engines"])

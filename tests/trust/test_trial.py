@@ -1,5 +1,6 @@
 """What running the model finds: logits that are not those of when it was quantised, and tokens without sense."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import DeviceError
 from marlin_tools.verification import trial
 from marlin_tools.verification.verify import verify
@@ -64,16 +66,56 @@ def test_a_model_that_says_one_word(damaged, edit, failures):
         tensors["model.norm.weight"].zero_()
 
     found = failures(damaged)["generation"]
-    assert "from the beginning: nothing but token 0; from the reference text: nothing but token 0" == found
+    assert (
+        "from the beginning: nothing but token 0; from the reference text: nothing but token 0; the original goes on" == found
+    )
 
 
 def test_one_word_after_nothing_is_no_fault(monkeypatch):
     """Only a model that is stuck after every prompt is broken."""
     monkeypatch.setattr(trial, "_continue", lambda model, prompt: [1] * 16 if len(prompt) == 1 else list(range(16)))
+    monkeypatch.setattr(trial, "_original", lambda checkpoint: None)
     checkpoint = SimpleNamespace(config={"bos_token_id": 1})
+    alone = trial._generate(None, checkpoint, None)
 
     assert trial._generate(None, checkpoint, (torch.arange(8), torch.zeros(8, 4))).ok
-    assert not trial._generate(None, checkpoint, None).ok
+    assert ("skipped", "from the beginning: nothing but token 1; the original is not here to compare with") == (
+        alone.result,
+        alone.detail,
+    )
+
+
+def generation(directory):
+    return next(check for check in verify(directory).checks if check.name == "generation")
+
+
+def test_a_model_that_repeats_itself_as_its_original_does_is_right(tmp_path):
+    """After the beginning mark alone the embedded model ends at once, and so it does with all but `down_proj` in INT4."""
+    settings = QuantizeSettings(preset="rtn", format="gptq", ignore=("down_proj",), device="cpu")
+    check = generation(quantize("demo", None, settings, tmp_path / "out").path)
+
+    assert ("ok", "16 greedy tokens from the beginning, repeated as the original repeats itself") == (
+        check.result,
+        check.detail,
+    )
+
+
+@pytest.mark.parametrize("family", ("gemma", "gemma2", "gemma3_text"))
+def test_random_weights_that_say_one_word_are_right(rounded, family):
+    """A tied head without training answers every token with itself."""
+    check = generation(rounded(family, tie_word_embeddings=True))
+
+    assert "ok" == check.result
+    assert "as the original repeats itself" in check.detail
+
+
+def test_another_model_in_the_place_of_the_original_proves_nothing(rounded, tiny_model, tmp_path):
+    source = Path(shutil.copytree(tiny_model("gemma", tie_word_embeddings=True), tmp_path / "source"))
+    made = rounded(source=source)
+    shutil.rmtree(source)
+    shutil.copytree(tiny_model("llama"), source)
+
+    assert "skipped" == generation(made).result
 
 
 def test_weights_that_are_not_finite(damaged, edit, failures):

@@ -51,6 +51,19 @@ def test_another_tools_checkpoint_passes(foreign):
 
     assert verification.ok, [check for check in verification.checks if not check.ok]
     assert {"hashes", "logits"} == {check.name for check in verification.checks if check.skipped}
+    assert "8 passed, 2 skipped" == verification.counted
+    assert ["hashes", "logits"] == [each["name"] for each in verification.describe()["checks"] if each["result"] == "skipped"]
+
+
+@pytest.mark.parametrize("content", ("{", "[]"))
+def test_a_manifest_that_cannot_be_read_is_no_pass(copy, content):
+    directory = copy()
+    (directory / "manifest.json").write_text(content)
+    verification = verify(directory)
+    (hashes,) = (check for check in verification.checks if check.name == "hashes")
+
+    assert not verification.ok
+    assert ("skipped", "manifest.json cannot be read") == (hashes.result, hashes.detail)
 
 
 @pytest.mark.parametrize("model_type", ("mistral", "qwen2", "qwen3"))

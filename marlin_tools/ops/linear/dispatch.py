@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from marlin_tools.ops.linear.variants import TILES, Tile, capability_of, target_of
+from marlin_tools.ops.linear.tiles import TILES, Tile
 from marlin_tools.ops.runtime.cubin_cache import default_dir
+from marlin_tools.ops.runtime.target import capability_of, target_of
 from marlin_tools.resources import kernels_dir
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def gpu_of(device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TableRow:
     """The winners for one weight shape: `choices[i]` for up to `rows[i]` rows; the last one holds from there on."""
 
     n: int
@@ -56,26 +57,26 @@ class Measured:
 class Tables:
     """The tables of one family of kernels. `by_design` serves GPUs that nobody has measured: what the tiles are made for."""
 
-    def __init__(self, file: str, tiles: Mapping[str, Tile], by_design: Measured) -> None:
-        self._file, self._tiles, self._by_design = file, tiles, by_design
+    def __init__(self, file: str, tiles: Mapping[str, Tile], by_design: TableRow) -> None:
+        self._file, self.tiles, self._by_design = file, tiles, by_design
         self.table = lru_cache(maxsize=None)(self._table)
         self.choose = lru_cache(maxsize=4096)(self._choose)
 
     def choices_on(self, gpu: str) -> tuple[str, ...]:
         """Everything that can run on a GPU."""
-        return (*(name for name, tile in self._tiles.items() if tile.runs_on(capability_of(gpu.split(maxsplit=1)[0]))), CUBLAS)
+        return (*(name for name, tile in self.tiles.items() if tile.runs_on(capability_of(gpu.split(maxsplit=1)[0]))), CUBLAS)
 
     def tuned_path(self) -> Path:
         """Where the table measured on this machine lies."""
         return default_dir() / self._file
 
-    def check(self, rows: Sequence[Measured]) -> None:
+    def check(self, rows: Sequence[TableRow]) -> None:
         """Raise ValueError if a table names what does not exist."""
-        unknown = {choice for row in rows for choice in row.choices} - set(self._tiles) - {CUBLAS}
+        unknown = {choice for row in rows for choice in row.choices} - set(self.tiles) - {CUBLAS}
         if unknown:
             raise ValueError(f"unknown choices {sorted(unknown)}")
 
-    def _table(self, gpu: str) -> tuple[Measured, ...]:
+    def _table(self, gpu: str) -> tuple[TableRow, ...]:
         """The shipped rows for a GPU, those that were tuned here in their place; by design if there are none."""
         path = kernels_dir() / self._file
         shipped = self._read(path, gpu) or self._read(path, gpu.split(maxsplit=1)[0])
@@ -87,15 +88,15 @@ class Tables:
         rows = {(row.n, row.k): row for row in (*shipped, *tuned)}
         return tuple(rows.values()) or (self._by_design,)
 
-    def _read(self, path: Path, gpu: str) -> tuple[Measured, ...]:
+    def _read(self, path: Path, gpu: str) -> tuple[TableRow, ...]:
         if not path.is_file():
             return ()
         found = json.loads(path.read_text(encoding="utf-8")).get(gpu, [])
-        rows = tuple(Measured(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in found)
+        rows = tuple(TableRow(r["n"], r["k"], tuple(r["rows"]), tuple(r["choices"])) for r in found)
         self.check(rows)
         return rows
 
-    def tuned_with(self, gpu: str, measured: Sequence[Measured]) -> str:
+    def tuned_with(self, gpu: str, measured: Sequence[TableRow]) -> str:
         """The file of this machine's tables with these rows in it; earlier ones of other shapes and GPUs stay."""
         path = self.tuned_path()
         try:
@@ -117,7 +118,11 @@ class Tables:
         """Everything that `choose` may return for a weight, over all M."""
         return tuple(dict.fromkeys(self._nearest(gpu, n, k).choices))
 
-    def _nearest(self, gpu: str, n: int, k: int) -> Measured:
+    def named_on(self, gpu: str) -> tuple[str, ...]:
+        """Everything that `choose` may return on a GPU, whatever the weight."""
+        return tuple(dict.fromkeys(choice for row in self.table(gpu) for choice in row.choices))
+
+    def _nearest(self, gpu: str, n: int, k: int) -> TableRow:
         return min(self.table(gpu), key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)))
 
     def forget(self) -> None:
@@ -126,7 +131,7 @@ class Tables:
         self.choose.cache_clear()
 
 
-def to_json(tables: Mapping[str, Sequence[Measured]]) -> str:
+def to_json(tables: Mapping[str, Sequence[TableRow]]) -> str:
     """A file of tables by GPU, as `Tables` read it: a line for each shape."""
     lines = {
         gpu: ",\n".join(
@@ -140,7 +145,7 @@ def to_json(tables: Mapping[str, Sequence[Measured]]) -> str:
 DENSE = Tables(
     "dispatch.json",
     TILES,
-    Measured(4096, 4096, (8, 16, 32, 256, 257), ("8x64", "16x64", "32x128", "64x128", CUBLAS)),
+    TableRow(4096, 4096, (8, 16, 32, 256, 257), ("8x64", "16x64", "32x128", "64x128", CUBLAS)),
 )
 
 choices_on, tuned_path, table, choose, possible, forget = (

@@ -4,13 +4,12 @@ An operator is functional, has a fake for tracing and a CPU implementation in pl
 `torch.compile(fullgraph=True)`. On a GPU it checks its operands, takes the kernel that the dispatch table names for the shape,
 and launches it by a plan that it keeps.
 
-Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/128 or 1, 64], bias [N], y [M, N], N <= 64 tiles;
+Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/G, 64], bias [N], y [M, N], N <= 64 tiles;
 the exponent is that of `layout.exponent_of`.
 """
 
-import struct
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ from torch.compiler import is_compiling
 
 from marlin_tools.ops.linear.dispatch import CUBLAS, Tables, gpu_of
 from marlin_tools.ops.linear.layout import LEAST_EXPONENT, MOST_EXPONENT, MOST_ROUNDED, TILE_K, TILE_N, Packed
-from marlin_tools.ops.linear.plan import Plan, ThreadPlans
-from marlin_tools.ops.linear.variants import ELEMENTS, Variant, target_of
+from marlin_tools.ops.linear.plan import Plan
+from marlin_tools.ops.linear.trust import require_trust
 from marlin_tools.ops.runtime import driver
-
-_WEIGHTS = struct.Struct("3Q3i4x")  # `struct Weights` in dequantize.cuh
+from marlin_tools.ops.runtime.kernel import ELEMENTS, Kernel
+from marlin_tools.ops.runtime.target import target_of
 
 # Weights that are dequantised and multiplied at once on the cuBLAS path: a bound on the scratch memory. (Chunks small enough to
 # stay in the L2 cache were measured, and are slower: cuBLAS then has too few tiles to fill the GPU.)
@@ -38,8 +37,9 @@ class LinearOperator:
 
     words      int32 of a packed tile
     tables     which kernel multiplies
-    variant    the kernel for a choice of the tables, a type of activations and scales; for cuBLAS the one that dequantises
+    kernel     the one for a choice, a type of activations, a group of inputs and a target; for cuBLAS the one that dequantises
     plan       how a tile's kernel is launched for x, codes and a number of outputs
+    groups     how many inputs may share a scale
     reference  the operation in plain torch
     """
 
@@ -48,13 +48,13 @@ class LinearOperator:
         name: str,
         words: int,
         tables: Tables,
-        variant: Callable[[str, torch.dtype, Tensor], Variant],
-        plan: Callable[[str, driver.Function, Tensor, Tensor, int], Plan],
+        kernel: Callable[[str, torch.dtype, int, str], Kernel],
+        plan: Callable[[Any, driver.Function, Tensor, Tensor, int], Plan],
         reference: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor],
+        groups: tuple[int, ...],
     ) -> None:
-        self._words, self._tables, self._variant, self._plan, self._reference = words, tables, variant, plan, reference
-        self.kept = ThreadPlans()
-        """The plans of each thread."""
+        self._groups = groups
+        self._words, self._tables, self._kernel, self._plan, self._reference = words, tables, kernel, plan, reference
         _library.define(
             f"{name}(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int exponent) -> Tensor"
         )
@@ -85,8 +85,13 @@ class LinearOperator:
         device = weight.codes.device
         choices = self._tables.possible(gpu_of(device), weight.out_features, weight.in_features)
         for choice in (*choices, CUBLAS) if weight.exponent > MOST_ROUNDED else choices:
-            driver.loaded(self._variant(choice, dtype, weight.scales), device)
+            driver.loaded(self._kernel(choice, dtype, group_of(weight.codes, weight.scales), target_of(device)), device)
         torch.cuda.synchronize(device)  # the kernels fetch weights ahead of stream order: these must be complete
+
+    def kernels(self, device: torch.device, dtype: torch.dtype, group: int) -> dict[str, Kernel]:
+        """By choice, every kernel that may be chosen on a device, whatever the size of the weight and M; `group` as below."""
+        choices = dict.fromkeys((*self._tables.named_on(gpu_of(device)), CUBLAS))
+        return {choice: self._kernel(choice, dtype, group, target_of(device)) for choice in choices}
 
     def multiply_with(
         self, choice: str, x: Tensor, weight: Packed, bias: Tensor | None = None, target: str | None = None
@@ -98,7 +103,7 @@ class LinearOperator:
             return self._through_cublas(x, codes, scales, bias, out_features)
         if x.shape[0] == 0:
             return x.new_empty((0, out_features))
-        plan = self._plan_for(choice, x, codes, scales, out_features, target or _target(x.device.index))
+        plan = self._plan_for(choice, x, codes, scales, out_features, target or target_of(x.device))
         return plan(x, codes, scales, bias, weight.exponent)
 
     def dequantize(self, weight: Packed, dtype: torch.dtype) -> Tensor:
@@ -110,7 +115,7 @@ class LinearOperator:
 
     def forget_plans(self) -> None:
         """Choose anew: the dispatch tables changed."""
-        self.kept.plans.clear()
+        driver.kept.launches.clear()
 
     def check(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int) -> None:
         """Refuse, by name, what the kernels cannot read."""
@@ -134,12 +139,11 @@ class LinearOperator:
     def _check_weight(self, codes: Tensor, scales: Tensor, out_features: int) -> None:
         if codes.dtype != torch.int32 or codes.ndim != 3 or codes.shape[2] != self._words:
             raise ValueError(f"codes must be int32 [N/64, K/128, {self._words}], got {codes.dtype} {list(codes.shape)}")
-        tiles, groups, _ = codes.shape
-        shapes = {(tiles, groups, TILE_N), (tiles, 1, TILE_N)}
-        if scales.dtype != torch.float16 or scales.ndim != 3 or scales.shape not in shapes:
-            raise ValueError(
-                f"scales must be float16 [{tiles}, {groups} or 1, {TILE_N}], got {scales.dtype} {list(scales.shape)}"
-            )
+        tiles, k = codes.shape[0], codes.shape[1] * TILE_K
+        rows = [1, *(k // group for group in self._groups)]
+        if scales.dtype != torch.float16 or scales.shape not in {(tiles, count, TILE_N) for count in rows}:
+            counts = " or ".join(map(str, rows))
+            raise ValueError(f"scales must be float16 [{tiles}, {counts}, {TILE_N}], got {scales.dtype} {list(scales.shape)}")
         if not (tiles - 1) * TILE_N < out_features <= tiles * TILE_N:
             raise ValueError(f"out_features {out_features} does not fit {tiles} tiles of {TILE_N}")
 
@@ -159,35 +163,32 @@ class LinearOperator:
         devices = (x.get_device(), codes.get_device(), scales.get_device())
         wild = exponent > MOST_ROUNDED
         key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
-        plan = self.kept.plans.get(key)
+        plan: Plan | None = driver.kept.launches.get(key)
         if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
             self.check(x, codes, scales, bias, out_features, exponent)
         if plan is None:
             plan = self._make_plan(x, codes, scales, out_features, exponent)
             if plan is None:
                 return self._through_cublas(x, codes, scales, bias, out_features)
-            self.kept.keep(key, plan)
+            driver.keep(key, plan)
         return plan(x, codes, scales, bias, exponent)
 
     def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, exponent: int) -> Plan | None:
         """How to multiply, or None for cuBLAS."""
-        from marlin_tools.ops.linear.selftest import require_trust  # it tests the operators
-
         require_trust(x.device.index)
-        target = _target(x.device.index)
         choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
-        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
+        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, group_of(codes, scales))):
             return None
-        return self._plan_for(choice, x, codes, scales, out_features, target)
+        return self._plan_for(choice, x, codes, scales, out_features, target_of(x.device))
 
-    def _rounds_float16(self, choice: str, dtype: torch.dtype, scales: Tensor) -> bool:
+    def _rounds_float16(self, choice: str, dtype: torch.dtype, group: int) -> bool:
         """Whether a tile's kernel applies scales to float16 weights."""
-        variant = self._variant(choice, dtype, scales)
-        return variant.grouped and dtype == torch.float16 and variant.tiles[choice].rounded
+        return group > 0 and dtype == torch.float16 and self._tables.tiles[choice].for_group(group).rounded
 
     def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
-        function = driver.loaded(self._variant(choice, x.dtype, scales), x.device, target)
-        return self._plan(choice, function, x, codes, out_features)
+        function = driver.loaded(self._kernel(choice, x.dtype, group_of(codes, scales), target), x.device)
+        tile = self._tables.tiles[choice].for_group(group_of(codes, scales))
+        return self._plan(tile, function, x, codes, out_features)
 
     def _through_cublas(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         """Dequantise some outputs' weights, multiply, next outputs: for many rows, where the tensor cores are the limit."""
@@ -210,8 +211,9 @@ class LinearOperator:
 
     def _dequantize_rows(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         tiles, groups, _ = codes.shape
-        function = driver.loaded(self._variant(CUBLAS, out.dtype, scales), out.device)
-        launch = driver.Launch(function, _WEIGHTS, tiles * groups)
+        launch = driver.launch_of(
+            self._kernel(CUBLAS, out.dtype, group_of(codes, scales), target_of(out.device)), out.device, tiles * groups
+        )
         stream = driver.current_stream(out.device.index)
         launch(stream, codes.data_ptr(), scales.data_ptr(), out.data_ptr(), groups, scales.shape[1], out.shape[0])
 
@@ -220,6 +222,6 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_fea
     return x.new_empty((x.shape[0], out_features))
 
 
-@cache
-def _target(device_index: int) -> str:
-    return target_of(torch.device("cuda", device_index))
+def group_of(codes: Tensor, scales: Tensor) -> int:
+    """Inputs that share a scale, 0 if all of K do: then it is applied once, at the end."""
+    return 0 if scales.shape[1] == 1 else codes.shape[1] * TILE_K // scales.shape[1]

@@ -1,27 +1,19 @@
 """Launches of products with packed weights: what does not change from call to call is worked out once per shape, in a plan."""
 
-import struct
-import threading
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from marlin_tools.ops.linear.variants import Tile, capability_of
+from marlin_tools.ops.linear.decomposition import Decomposition
+from marlin_tools.ops.linear.tiles import Tile
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.scratch import COUNTER_BYTES, scratch_for
-
-_PROBLEM = struct.Struct("7Q6i2I")  # `struct Problem` in problem.cuh
-
-# Plans that a thread keeps, a kilobyte or two each: prompts come in many lengths, each with a plan per shape of weight.
-_MOST_PLANS = 4096
+from marlin_tools.ops.runtime.target import capability_of
 
 LEAST_BUSY = 0.96
-"""Share of the multiprocessors' time that a partition into whole tiles must use to be preferred to stream-K."""
-
-Partition = tuple[int, int, int]
-"""Blocks; how many of them split a tile, 0 for stream-K; the units that clusters share out: whole tiles, or steps."""
+"""Share of the SMs' time that whole tiles must use to be preferred to stream-K."""
 
 
 class Plan:
@@ -70,13 +62,13 @@ class Plan:
         return ()
 
 
-class PartitionPlan(Plan):
-    """For the kernels that run on any GPU. `partition` deals out so many tiles of so many groups to so many multiprocessors."""
+class PortablePlan(Plan):
+    """For the kernels that run on any GPU. `decompose` cuts so many tiles of so many steps for so many SMs of a capability."""
 
     def __init__(
         self,
         tile: Tile,
-        partition: Callable[[int, int, int, int], Partition],
+        decompose: Callable[[int, int, int, int], Decomposition],
         function: driver.Function,
         x: Tensor,
         codes: Tensor,
@@ -87,28 +79,15 @@ class PartitionPlan(Plan):
         token_tiles = -(-x.shape[0] // tile.tokens)
         tiles = token_tiles * -(-tiles_n // tile.along_n)
         assert tiles * groups < 2**31, (x.shape, codes.shape)
-        capability = capability_of(function.target)
-        blocks, split, units = partition(tiles, groups, multiprocessors(self._device_index), capability)
-        clusters = blocks // max(1, split)
-        self._launch = driver.Launch(function, _PROBLEM, blocks, max(1, split))
-        self._sizes = (*self._shape, tiles_n, groups, token_tiles, split, *divmod(units, clusters))
-        self._partial_bytes = 0 if split else 2 * blocks * tile.partial_bytes
-
-
-class ThreadPlans(threading.local):
-    """Plans by shape; their launch buffers must not be shared between threads."""
-
-    def __init__(self) -> None:
-        self.plans: dict[tuple[object, ...], Plan] = {}
-
-    def keep(self, key: tuple[object, ...], plan: Plan) -> None:
-        """Add one; the oldest leaves when there are too many."""
-        if len(self.plans) >= _MOST_PLANS:
-            del self.plans[next(iter(self.plans))]
-        self.plans[key] = plan
+        way = decompose(tiles, groups, sm_count(self._device_index), capability_of(function.kernel.target))
+        assert way.ctas * tile.counters * 4 <= COUNTER_BYTES, (way, tile)
+        self._launch = driver.Launch(function, way.ctas, way.split)
+        schedule = divmod(tiles * groups if way.stream_k else tiles, way.ctas // way.split)
+        self._sizes = (*self._shape, tiles_n, groups, token_tiles, 0 if way.stream_k else way.split, *schedule)
+        self._partial_bytes = 2 * way.ctas * tile.partial_bytes if way.stream_k else 0
 
 
 @cache
-def multiprocessors(device_index: int) -> int:
+def sm_count(device_index: int) -> int:
     """Of a device."""
     return torch.cuda.get_device_properties(device_index).multi_processor_count

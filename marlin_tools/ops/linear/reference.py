@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear.layout import PackedWeight, unpack
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear
 
 
 def w4a16_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -47,12 +47,12 @@ def rounded_weight(weight: QuantizedLinear, dtype: torch.dtype, exponent: int) -
     In bfloat16 of a scale that is rounded to bfloat16. In float16 products are rounded when they are smaller by 2^exponent:
     that is no other rounding than that of `QuantizedLinear.dequantize`, but for subnormal numbers.
     """
-    codes = weight.codes.to(torch.float64) - 8
+    codes = weight.codes.to(torch.float64) - ZERO
     if dtype == torch.bfloat16:
         scales = weight.scales.to(dtype).to(torch.float64)
         return (codes * scales.repeat_interleave(weight.group_size, dim=1)).to(dtype).to(torch.float64)
-    scales = (weight.scales.to(torch.float64) * 2.0 ** (3 - exponent)).to(dtype).to(torch.float64)
-    products = codes / 8 * scales.repeat_interleave(weight.group_size, dim=1)
+    scales = (weight.scales.to(torch.float64) * ZERO * 2.0**-exponent).to(dtype).to(torch.float64)
+    products = codes / ZERO * scales.repeat_interleave(weight.group_size, dim=1)
     return products.to(dtype).to(torch.float64) * 2.0**exponent
 
 
@@ -61,4 +61,4 @@ def _values(packed: PackedWeight, rounded_to: torch.dtype | None) -> Tensor:
     weight = unpack(packed)
     if rounded_to is not None and weight.scales.shape[1] > 1:
         return rounded_weight(weight, rounded_to, packed.exponent)
-    return (weight.codes.to(torch.float64) - 8) * weight.scales.to(torch.float64).repeat_interleave(weight.group_size, dim=1)
+    return (weight.codes.to(torch.float64) - ZERO) * weight.scales.to(torch.float64).repeat_interleave(weight.group_size, dim=1)

@@ -2,20 +2,21 @@
 measured must pass before its results are used.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
-from marlin_tools.ops.linear.layout import pack
+from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, trust, w4a16, w24a16
+from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES, pack
 from marlin_tools.ops.linear.sparse_layout import pack_sparse
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES
-from marlin_tools.ops.linear.variants import ELEMENTS, TARGETS, TILES, Tile, target_of
+from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
+from marlin_tools.ops.linear.tiles import TILES, Tile
+from marlin_tools.ops.runtime.kernel import ELEMENTS
+from marlin_tools.ops.runtime.target import target_of
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 _N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
@@ -35,6 +36,7 @@ class _Family:
     """Kernels for one kind of weight, and what they are compared with."""
 
     mark: str
+    groups: tuple[int, ...]
     tables: dispatch.Tables
     tiles: Mapping[str, Tile]
     pack: Callable[[QuantizedLinear], Any]
@@ -44,9 +46,10 @@ class _Family:
 
 
 _FAMILIES = (
-    _Family("", dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
+    _Family("", GROUP_SIZES, dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
     _Family(
         "2:4 ",
+        SPARSE_GROUP_SIZES,
         sparse_dispatch.SPARSE,
         SPARSE_TILES,
         pack_sparse,
@@ -63,29 +66,30 @@ def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
         raise DeviceError("torch finds no CUDA device", hint="the kernels need one; `--backend reference` runs on a CPU")
     device = torch.device("cuda", torch.device(device).index or 0)
     results = []
-    for family in _FAMILIES:
+    for sparse, family in enumerate(_FAMILIES):
+        choices = family.tables.choices_on(target_of(device))
         for dtype in ELEMENTS:
-            for group_size in (128, _K):
-                packed = family.pack(_weight(group_size, device))
-                for choice in family.tables.choices_on(target_of(device)):
-                    scales = "g128" if group_size == 128 else "column"
-                    name = f"{family.mark}{choice} {str(dtype).removeprefix('torch.')} {scales}"
-                    results.append(_check(name, family, choice, packed, dtype))
+            for group in (*family.groups, 0):
+                results += check_choices(device, dtype, choices, sparse=bool(sparse), group=group)
     return results
 
 
-@cache
-def require_trust(device_index: int) -> None:
-    """On a GPU whose target is not tested in advance, run the self-test once and refuse to go on if a kernel fails."""
-    device = torch.device("cuda", device_index)
-    if target_of(device) in TARGETS:
-        return
-    failed = [result for result in self_test(device) if not result.passed]
-    if failed:
-        raise DeviceError(
-            f"the native kernels are wrong on `{torch.cuda.get_device_name(device)}`: {failed[0].name}: {failed[0].detail}",
-            hint="use `--backend reference`, and report this with the output of `marlin-tools doctor --json`",
-        )
+def check_choices(
+    device: torch.device, dtype: torch.dtype, choices: Iterable[str], *, sparse: bool, group: int
+) -> list[CheckResult]:
+    """The same for some kernels, one type of activations and one size of groups (0: one scale per output)."""
+    family = _FAMILIES[sparse]
+    packed = family.pack(_weight(group or _K, device))
+    kind = f"{str(dtype).removeprefix('torch.')} {f'g{group}' if group else 'column'}"
+    return [_check(f"{family.mark}{choice} {kind}", family, choice, packed, dtype) for choice in choices]
+
+
+def _failure(device: torch.device) -> str | None:
+    failed = next((result for result in self_test(device) if not result.passed), None)
+    return None if failed is None else f"{failed.name}: {failed.detail}"
+
+
+trust.register(_failure)
 
 
 def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> CheckResult:
@@ -100,7 +104,7 @@ def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dt
 def _errors(family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> Iterator[float]:
     generator = torch.Generator(packed.codes.device).manual_seed(0)
     tile = family.tiles.get(choice)
-    rounded = tile is not None and tile.rounded
+    rounded = tile is not None and tile.for_group(packed.group_size % packed.in_features).rounded
     for m in _ROWS:
         x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
         y = family.multiply_with(choice, x, packed)

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear import sparse_dispatch, sparse_reference
-from marlin_tools.ops.linear.deal import Costs, Deal, deals
+from marlin_tools.ops.linear.decomposition import Costs, Decomposition, decompositions
 from marlin_tools.ops.linear.dispatch import CUBLAS
 from marlin_tools.ops.linear.hopper import HopperPlan
-from marlin_tools.ops.linear.layout import TILE_N
+from marlin_tools.ops.linear.layout import SPARSE_GROUP_SIZES, TILE_N
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.plan import LEAST_BUSY, Partition, PartitionPlan, Plan
+from marlin_tools.ops.linear.plan import LEAST_BUSY, Plan, PortablePlan
 from marlin_tools.ops.linear.sparse_layout import WORDS, PackedSparse
-from marlin_tools.ops.linear.sparse_variants import SPARSE_TILES, SparseTile, SparseVariant
-from marlin_tools.ops.linear.variants import OVERLAP_CAPABILITY
+from marlin_tools.ops.linear.sparse_tiles import SparseTile, sparse_kernel
+from marlin_tools.ops.linear.tiles import dequantizing_kernel
 from marlin_tools.ops.runtime import driver
+from marlin_tools.ops.runtime.kernel import Kernel
+from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
 
 
 class _Cycles(NamedTuple):
-    """What the Hopper kernel's deals cost, fitted to measured times of all of them: a packed tile and group by tokens, and at
-    least; sums over blocks through global memory and through a cluster, by the size of a block's tile relative to 128 x 256;
-    and per block of a cluster.
+    """What the Hopper kernel's decompositions cost, fitted to measured times of all of them: a step of a packed tile by tokens,
+    and at least; sums over CTAs through global memory and through a cluster, by the size of a CTA's tile relative to 128 x 256;
+    and per CTA of a cluster.
     """
 
     per_token: float
@@ -45,10 +47,10 @@ _BAD_CLUSTERS = {7}  # always slower than of six: too few find seven partners wh
 class _SparseHopperPlan(HopperPlan):
     """The sparse Hopper kernel is launched like the dense one; what its steps and sums cost was measured on an H100."""
 
-    def alternatives(self) -> list[Deal]:
-        tiles, groups, places, clusters = self._room()
+    def alternatives(self) -> list[Decomposition]:
+        tiles, groups, sms, clusters = self._room()
         clusters = {size: count for size, count in clusters.items() if size not in _BAD_CLUSTERS}
-        return deals(tiles, groups, places, clusters)
+        return decompositions(tiles, groups, sms, clusters)
 
     def _costs(self) -> Costs:
         tile = self._tile
@@ -59,34 +61,35 @@ class _SparseHopperPlan(HopperPlan):
         return Costs(shared / step, split / step, cycles.split_each / step, super()._costs().shared_step)
 
 
-def partition(tile: SparseTile, tiles: int, groups: int, multiprocessors: int, capability: int) -> Partition:
-    """Whole tiles, or one tile per cluster of `split` blocks, where that wastes little, else steps of one group: stream-K.
+def decompose(tile: SparseTile, tiles: int, groups: int, sms: int, capability: int) -> Decomposition:
+    """Whole tiles, or one tile per cluster of `split` CTAs, where that wastes little, else stream-K.
 
     The first two need no sums over global memory, which cost some microseconds at the end of a kernel.
     """
-    rounds = -(-tiles // multiprocessors)
-    if tiles >= LEAST_BUSY * rounds * multiprocessors:
-        return min(tiles, multiprocessors), 1, tiles
+    waves = -(-tiles // sms)
+    if tiles >= LEAST_BUSY * waves * sms:
+        return Decomposition(min(tiles, sms), 1, tiles)
     for split in range(2, tile.splits + 1) if capability >= OVERLAP_CAPABILITY else ():
-        if LEAST_BUSY * multiprocessors <= tiles * split <= multiprocessors and groups >= tile.along_k * split:
-            return tiles * split, split, tiles
-    return max(1, min(multiprocessors, tiles * groups)), 0, tiles * groups
+        if LEAST_BUSY * sms <= tiles * split <= sms and groups >= tile.along_k * split:
+            return Decomposition(tiles * split, split, tiles, tiles)
+    return Decomposition(max(1, min(sms, tiles * groups)), 1, tiles, tiles)
 
 
-def _variant(choice: str, dtype: torch.dtype, scales: Tensor) -> SparseVariant:
+def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     if choice == CUBLAS:
-        return SparseVariant("dequantize-24", dtype)
-    return SparseVariant("w24a16", dtype, choice, grouped=scales.shape[1] > 1)
+        return dequantizing_kernel("w24a16", dtype, target)
+    return sparse_kernel(choice, dtype, target, group)
 
 
-def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
-    tile = SPARSE_TILES[choice]
+def _plan(tile: SparseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
     if tile.kernel == "hopper":
         return _SparseHopperPlan(tile, function, x, codes, out_features)
-    return PartitionPlan(tile, partial(partition, tile), function, x, codes, out_features)
+    return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)
 
 
-OPERATOR = LinearOperator("w24a16_linear", WORDS, sparse_dispatch.SPARSE, _variant, _plan, sparse_reference.w24a16_linear)
+OPERATOR = LinearOperator(
+    "w24a16_linear", WORDS, sparse_dispatch.SPARSE, _kernel, _plan, sparse_reference.w24a16_linear, SPARSE_GROUP_SIZES
+)
 prepare_sparse, multiply_with, dequantize_sparse = OPERATOR.prepare, OPERATOR.multiply_with, OPERATOR.dequantize
 check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 

@@ -10,42 +10,44 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear import dispatch, reference
+from marlin_tools.ops.linear.decomposition import Decomposition
 from marlin_tools.ops.linear.hopper import HopperPlan
-from marlin_tools.ops.linear.layout import WORDS, PackedWeight
+from marlin_tools.ops.linear.layout import GROUP_SIZES, WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.plan import LEAST_BUSY, Partition, PartitionPlan, Plan
-from marlin_tools.ops.linear.variants import OVERLAP_CAPABILITY, TILES, TileShape, Variant
+from marlin_tools.ops.linear.plan import LEAST_BUSY, Plan, PortablePlan
+from marlin_tools.ops.linear.tiles import DenseTile, dense_kernel, dequantizing_kernel
 from marlin_tools.ops.runtime import driver
+from marlin_tools.ops.runtime.kernel import Kernel
+from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
 
 
-def partition(tile: TileShape, tiles: int, groups: int, multiprocessors: int, capability: int) -> Partition:
-    """Whole tiles per cluster of `split` blocks where that wastes little, else stream-K.
+def decompose(tile: DenseTile, tiles: int, groups: int, sms: int, capability: int) -> Decomposition:
+    """Whole tiles, or one tile per cluster of `split` CTAs, where that wastes little, else stream-K.
 
-    Whole tiles need no sums over global memory, which cost some microseconds at the end of a kernel.
+    The first two need no sums over global memory, which cost some microseconds at the end of a kernel.
     """
     for split in (1, 2) if tile.kernel == "narrow" and capability >= OVERLAP_CAPABILITY else (1,):
-        clusters = min(tiles, multiprocessors // split)
-        rounds = -(-tiles // clusters)
-        once = split == 1 or rounds == 1  # several tiles of a cluster cost more in its barriers than stream-K does
-        if once and tiles * split >= LEAST_BUSY * rounds * multiprocessors and groups >= tile.along_k * split:
-            return clusters * split, split, tiles
-    return max(1, min(multiprocessors, tiles * groups)), 0, tiles * groups
+        clusters = min(tiles, sms // split)
+        waves = -(-tiles // clusters)
+        once = split == 1 or waves == 1  # several tiles of a cluster cost more in its barriers than stream-K does
+        if once and tiles * split >= LEAST_BUSY * waves * sms and groups >= tile.along_k * split:
+            return Decomposition(clusters * split, split, tiles, tiles if split > 1 else 0)
+    return Decomposition(max(1, min(sms, tiles * groups)), 1, tiles, tiles)
 
 
-def _variant(choice: str, dtype: torch.dtype, scales: Tensor) -> Variant:
+def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     if choice == dispatch.CUBLAS:
-        return Variant("dequantize", dtype)
-    return Variant("w4a16", dtype, choice, grouped=scales.shape[1] > 1)
+        return dequantizing_kernel("w4a16", dtype, target, group)
+    return dense_kernel(choice, dtype, target, group)
 
 
-def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
-    tile = TILES[choice]
+def _plan(tile: DenseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
     if tile.kernel == "hopper":
         return HopperPlan(tile, function, x, codes, out_features)
-    return PartitionPlan(tile, partial(partition, tile), function, x, codes, out_features)
+    return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)
 
 
-OPERATOR = LinearOperator("w4a16_linear", WORDS, dispatch.DENSE, _variant, _plan, reference.w4a16_linear)
+OPERATOR = LinearOperator("w4a16_linear", WORDS, dispatch.DENSE, _kernel, _plan, reference.w4a16_linear, GROUP_SIZES)
 prepare, multiply_with, dequantize = OPERATOR.prepare, OPERATOR.multiply_with, OPERATOR.dequantize
 check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 

@@ -9,8 +9,6 @@ Each has a plain-torch implementation for the CPU, and the kernels are tested ag
 Shape letters: B sequences, H heads, L capacity of the cache, D elements per head.
 """
 
-import struct
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from marlin_tools.ops.linear.variants import ELEMENTS
 from marlin_tools.ops.runtime import driver
-from marlin_tools.ops.runtime.compiler import Source
+from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
 from marlin_tools.ops.runtime.scratch import COUNTER_BYTES, scratch_for
+from marlin_tools.ops.runtime.target import target_of
 
 HEAD_SIZES = (64, 128, 256)
 """Elements per head that the kernels know."""
@@ -31,56 +29,58 @@ HEAD_SIZES = (64, 128, 256)
 MOST_COLUMNS = 16384
 """The widest residual stream that a block's registers hold."""
 
-_THREADS = {"add_norm": 512, "gate": 256, "attend": 256}
-_NORM, _GATE, _ATTEND = struct.Struct("4Qfi"), struct.Struct("3Qi4x"), struct.Struct("11Q2f4i")
+_NORM, _GATE, _ATTEND = 512, 256, 256  # threads of a CTA
+_ARGUMENTS = {
+    "add_norm": Arguments("NormArguments", "residual:P branch:P weight:P out:P epsilon:f columns:i"),
+    "gate": Arguments("GateArguments", "both:P out:P vectors:Q width:i"),
+    "attend": Arguments(
+        "AttendArguments",
+        "joint:P keys:P values:P out:P cosines:P sines:P query_norm:P key_norm:P partials:P arrivals:P position:P "
+        "epsilon:f scale:f sharers:i key_heads:i capacity:i splits:i",
+    ),
+}
 _LOG2_E = log2(e)
 
 
-@dataclass(frozen=True)
-class DecodeKernel:
-    """One compiled kernel. `head` and `queries` are template parameters, 0 where the kernel has none."""
-
-    kind: str
-    dtype: torch.dtype
-    head: int = 0
-    queries: int = 0
-
-    @property
-    def name(self) -> str:
-        """As shown to users and used as the key of the register table."""
-        sizes = f"{self.head}" * bool(self.head) + f"x{self.queries}" * bool(self.queries)
-        return "-".join(part for part in (self.kind, sizes, str(self.dtype).removeprefix("torch.")) if part)
-
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-        return _THREADS[self.kind]
-
-    @property
-    def overlaps(self) -> bool:
-        """All wait by themselves for the kernel before them."""
-        return True
-
-    def source(self, target: str) -> Source:
-        """The instantiation."""
-        sizes = [str(size) for size in (self.head, self.queries) if size]
-        file = {"add_norm": "norm"}.get(self.kind, self.kind)
-        return Source(f"decode/{file}.cu", f"{self.kind}_kernel<{', '.join([ELEMENTS[self.dtype], *sizes])}>")
-
-    def dynamic_shared_bytes(self, target: str) -> int:
-        """None: what they share is declared in the source."""
-        return 0
+def _kernel(kind: str, file: str, dtype: torch.dtype, target: str, threads: int, *sizes: int) -> Kernel:
+    """All wait by themselves for the kernel before them. `sizes` are template parameters."""
+    mirrors = [("kThreads", threads), *([("kThreads * kMostVectors * 8", MOST_COLUMNS)] if kind == "add_norm" else [])]
+    return Kernel(
+        "-".join([kind, *(["x".join(map(str, sizes))] if sizes else []), str(dtype).removeprefix("torch.")]),
+        target,
+        f"decode/{file}.cu",
+        f"{kind}_kernel<{', '.join([ELEMENTS[dtype], *map(str, sizes)])}>",
+        threads,
+        _ARGUMENTS[kind],
+        overlaps=True,
+        mirrors=tuple(mirrors),
+    )
 
 
-def decode_kernels() -> list[DecodeKernel]:
+@cache
+def _norm_kernel(dtype: torch.dtype, target: str) -> Kernel:
+    return _kernel("add_norm", "norm", dtype, target, _NORM)
+
+
+@cache
+def _gate_kernel(dtype: torch.dtype, target: str) -> Kernel:
+    return _kernel("gate", "gate", dtype, target, _GATE)
+
+
+@cache
+def _attend_kernel(dtype: torch.dtype, target: str, head: int, queries: int) -> Kernel:
+    return _kernel("attend", "attend", dtype, target, _ATTEND, head, queries)
+
+
+def decode_kernels(target: str) -> list[Kernel]:
     """Every instantiation that exists."""
     return [
         kernel
         for dtype in ELEMENTS
         for kernel in (
-            DecodeKernel("add_norm", dtype),
-            DecodeKernel("gate", dtype),
-            *(DecodeKernel("attend", dtype, head, queries) for head in HEAD_SIZES for queries in (1, 2, 4)),
+            _norm_kernel(dtype, target),
+            _gate_kernel(dtype, target),
+            *(_attend_kernel(dtype, target, head, queries) for head in HEAD_SIZES for queries in (1, 2, 4)),
         )
     ]
 
@@ -196,7 +196,8 @@ def _add_norm_on_cuda(residual: Tensor, branch: Tensor | None, weight: Tensor, e
     if columns % 8 or columns > MOST_COLUMNS:
         raise ValueError(f"columns must be a multiple of 8 up to {MOST_COLUMNS}, got {columns}")
     out = torch.empty_like(residual)
-    launch = _launch(DecodeKernel("add_norm", residual.dtype), residual.device, _NORM, rows)
+    device = residual.device
+    launch = driver.launch_of(_norm_kernel(residual.dtype, target_of(device)), device, rows)
     launch(_stream(residual), residual.data_ptr(), _address(branch), weight.data_ptr(), out.data_ptr(), epsilon, columns)
     return out
 
@@ -210,7 +211,7 @@ def _gate_on_cuda(both: Tensor) -> Tensor:
         raise ValueError(f"each half must be a multiple of 8 columns, got {columns} in all")
     out = both.new_empty((rows, width))
     vectors = rows * width // 8
-    launch = _launch(DecodeKernel("gate", both.dtype), both.device, _GATE, -(-vectors // _THREADS["gate"]))
+    launch = driver.launch_of(_gate_kernel(both.dtype, target_of(both.device)), both.device, -(-vectors // _GATE))
     launch(_stream(both), both.data_ptr(), out.data_ptr(), vectors, width)
     return out
 
@@ -230,12 +231,13 @@ def _attend_on_cuda(
     heads = per_token - 2 * key_heads
     together = next(count for count in (4, 2, 1) if heads // key_heads % count == 0)
     jobs, index = batch * heads // together, joint.device.index
-    splits = max(1, min(2 * _multiprocessors(index) // jobs, capacity // 128))
+    splits = max(1, min(2 * _sm_count(index) // jobs, capacity // 128))
     assert jobs * 4 <= COUNTER_BYTES or splits == 1, (jobs, splits)
     stream = _stream(joint)
     scratch = scratch_for(index, stream, jobs * splits * together * (head + 2) * 4 if splits > 1 else 0)
     out = joint.new_empty((batch, heads, head))
-    launch = _launch(DecodeKernel("attend", joint.dtype, head, together), joint.device, _ATTEND, jobs * splits)
+    kernel = _attend_kernel(joint.dtype, target_of(joint.device), head, together)
+    launch = driver.launch_of(kernel, joint.device, jobs * splits)
     addresses = map(_address, (joint, keys, values, out, cosines, sines, query_norm, key_norm))
     sizes = heads // key_heads, key_heads, capacity, splits
     launch(stream, *addresses, scratch + COUNTER_BYTES, scratch, position.data_ptr(), epsilon, scale * _LOG2_E, *sizes)
@@ -266,24 +268,6 @@ def _stream(tensor: Tensor) -> int:
     return driver.current_stream(tensor.device.index)
 
 
-class _ThreadLaunches(threading.local):
-    """Launches by what they depend on; their buffers must not be shared between threads."""
-
-    def __init__(self) -> None:
-        self.launches: dict[tuple[object, ...], driver.Launch] = {}
-
-
-_thread = _ThreadLaunches()
-
-
-def _launch(kernel: DecodeKernel, device: torch.device, layout: struct.Struct, blocks: int) -> driver.Launch:
-    key = (kernel, device, blocks)
-    launch = _thread.launches.get(key)
-    if launch is None:
-        launch = _thread.launches[key] = driver.Launch(driver.loaded(kernel, device), layout, blocks)
-    return launch
-
-
 @cache
-def _multiprocessors(device_index: int) -> int:
+def _sm_count(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count

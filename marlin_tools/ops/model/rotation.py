@@ -3,48 +3,41 @@
 Shape letters: B sequences, S tokens, H heads, D elements per head.
 """
 
-import struct
-from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from marlin_tools.ops.linear.variants import ELEMENTS, target_of
 from marlin_tools.ops.runtime import driver
-from marlin_tools.ops.runtime.compiler import Source
+from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
+from marlin_tools.ops.runtime.target import target_of
 
 HEAD_SIZES = (64, 128, 256)
 """Elements per head that there are kernels for."""
 
 _THREADS = 256
-_LAYOUT = struct.Struct("4P3q4i")
+_ARGUMENTS = Arguments(
+    "RotateArguments",
+    "queries:P keys:P cosines:P sines:P query_stride:q key_stride:q table_stride:q tokens:i length:i query_heads:i key_heads:i",
+)
 
 
-@dataclass(frozen=True)
-class RotateKernel:
-    """One compiled kernel."""
-
-    dtype: torch.dtype
-    head: int
-    threads: int = field(default=_THREADS, init=False)
-    overlaps: bool = field(default=False, init=False)
-
-    @property
-    def name(self) -> str:
-        """As shown to users."""
-        return f"rotate-{self.head}-{str(self.dtype).removeprefix('torch.')}"
-
-    def source(self, target: str) -> Source:
-        """What to compile; the same for every target."""
-        return Source("stream/rotate.cu", f"rotate_kernel<{ELEMENTS[self.dtype]}, {self.head}>")
-
-    def dynamic_shared_bytes(self, target: str) -> int:
-        """None."""
-        return 0
+@cache
+def _kernel(dtype: torch.dtype, head: int, target: str) -> Kernel:
+    return Kernel(
+        f"rotate-{head}-{str(dtype).removeprefix('torch.')}",
+        target,
+        "stream/rotate.cu",
+        f"rotate_kernel<{ELEMENTS[dtype]}, {head}>",
+        _THREADS,
+        _ARGUMENTS,
+        mirrors=(("kThreads", _THREADS),),
+    )
 
 
-ROTATE_KERNELS = tuple(RotateKernel(dtype, head) for dtype in ELEMENTS for head in HEAD_SIZES)
-"""Every kernel of this kind."""
+def rotate_kernels(target: str) -> list[Kernel]:
+    """Every kernel of this kind."""
+    return [_kernel(dtype, head, target) for dtype in ELEMENTS for head in HEAD_SIZES]
 
 
 def can_rotate(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> bool:
@@ -65,8 +58,7 @@ def rotate(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> Non
     key_heads = keys.shape[1]
     items = batch * tokens * (query_heads + key_heads) * head // 16
     device = queries.device
-    function = driver.loaded(RotateKernel(queries.dtype, head), device, target_of(device))
-    launch = driver.Launch(function, _LAYOUT, -(-items // _THREADS))
+    launch = driver.launch_of(_kernel(queries.dtype, head, target_of(device)), device, -(-items // _THREADS))
     launch(
         driver.current_stream(device.index),
         *(queries.data_ptr(), keys.data_ptr(), cosines.data_ptr(), sines.data_ptr()),

@@ -1,8 +1,8 @@
 """CUDA source to machine code with NVRTC: no nvcc, no headers, no GPU.
 
-A kernel is named by a C++ expression such as `narrow_kernel<Narrow<1, 1, 4, 2>, Half, true>`. NVRTC instantiates it,
-tells its mangled symbol, and (through ptxas) what it costs: registers, spills, shared memory. Targets are `sm_80`, `sm_90a`
-and the like (machine code for exactly that GPU) or `compute_80` (PTX, which the driver finishes on any later GPU).
+NVRTC instantiates the C++ expression that names a kernel, tells its mangled symbol, and (through ptxas) what it costs:
+registers, spills, shared memory. The result is machine code for exactly one GPU (`sm_90a`), or PTX, which the driver finishes
+on any later GPU (`compute_80`).
 """
 
 import hashlib
@@ -14,41 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools.errors import DeviceError
+from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.resources import kernels_dir
 
 OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 # C7508: setmaxnreg ignored. C7510 to C7519: wgmma serialised. Any makes a kernel much slower than it was meant to be.
 _FATAL_ADVICE = re.compile(r"\(C7508\)|\(C751\d\)|wgmma.mma_async instructions are serialized")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One compilable kernel: a file under `kernels/` and the C++ expression that names the instantiation."""
-
-    file: str
-    expression: str
-
-    def texts(self) -> dict[str, str]:
-        """The file and everything that it includes, by the names used in `#include`."""
-        found: dict[str, str] = {}
-        waiting = [self.file]
-        while waiting:
-            name = waiting.pop()
-            if name not in found:
-                found[name] = (kernels_dir() / name).read_text(encoding="utf-8")
-                waiting += _INCLUDE.findall(found[name])
-        return found
-
-    def key(self, target: str) -> str:
-        """Changes whenever the machine code could: content, options, target and compiler version."""
-        digest = hashlib.sha256()
-        parts = [self.file, self.expression, target, *OPTIONS, *map(str, nvrtc_version())]
-        for name, text in sorted(self.texts().items()):
-            parts += [name, text]
-        for part in parts:
-            digest.update(f"{len(part)}:{part}".encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,42 +50,65 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def compile_kernel(source: Source, target: str) -> Binary:
-    """Compile one kernel for `target`; raises if it spills or if ptxas gives one of the fatal advices."""
+def texts_of(kernel: Kernel) -> dict[str, str]:
+    """A kernel's file and everything that it includes, by the names used in `#include`."""
+    found: dict[str, str] = {}
+    waiting = [kernel.file]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = (kernels_dir() / name).read_text(encoding="utf-8")
+            waiting += _INCLUDE.findall(found[name])
+    return found
+
+
+def key_of(kernel: Kernel) -> str:
+    """Changes whenever the machine code could: content, options, target and compiler version."""
+    digest = hashlib.sha256()
+    parts = [kernel.file, kernel.expression, kernel.target, kernel.guards, *OPTIONS, *map(str, nvrtc_version())]
+    for name, text in sorted(texts_of(kernel).items()):
+        parts += [name, text]
+    for part in parts:
+        digest.update(f"{len(part)}:{part}".encode())
+    return digest.hexdigest()
+
+
+def compile_kernel(kernel: Kernel) -> Binary:
+    """Compile one kernel for its target; raises if it spills or if ptxas gives one of the fatal advices."""
     nvrtc = _nvrtc()
-    texts = source.texts()
-    main = texts.pop(source.file)
+    texts = texts_of(kernel)
+    main = texts.pop(kernel.file) + kernel.guards
     names = sorted(texts)
     program = _check(
         nvrtc.nvrtcCreateProgram(
             main.encode(),
-            Path(source.file).name.encode(),
+            Path(kernel.file).name.encode(),
             len(names),
             [texts[name].encode() for name in names],
             [name.encode() for name in names],
         )
     )
     try:
-        expression = source.expression.encode()
+        expression = kernel.expression.encode()
         _check(nvrtc.nvrtcAddNameExpression(program, expression))
-        options = [option.encode() for option in (f"--gpu-architecture={target}", *OPTIONS)]
+        options = [option.encode() for option in (f"--gpu-architecture={kernel.target}", *OPTIONS)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace").rstrip("\0")
         if int(status):
             raise DeviceError(
-                f"`{source.expression}` does not compile for `{target}`: {_first_error(log)}",
+                f"`{kernel.expression}` does not compile for `{kernel.target}`: {_first_error(log)}",
                 hint=f"is the target spelt as in `sm_90a`, and known to this NVRTC ({'.'.join(map(str, nvrtc_version()))})?",
             )
         symbol = _check(nvrtc.nvrtcGetLoweredName(program, expression)).decode()
-        ptx = target.startswith("compute_")
+        ptx = kernel.target.startswith("compute_")
         size, get = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if ptx else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
         image = _read(size, get, program)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     resources = Resources(0, 0, 0, 0) if ptx else parse_resources(log)
-    assert not resources.spill_bytes, (source, target, resources)
-    assert not resources.stack_bytes, (source, target, resources)
-    assert not _FATAL_ADVICE.search(log), (source, target, log)
+    assert not resources.spill_bytes, (kernel.name, kernel.target, resources)
+    assert not resources.stack_bytes, (kernel.name, kernel.target, resources)
+    assert not _FATAL_ADVICE.search(log), (kernel.name, kernel.target, log)
     return Binary(image, symbol, resources)
 
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from marlin_tools.ops.runtime.compiler import Binary, Resources, Source, compile_kernel
+from marlin_tools.ops.runtime.compiler import Binary, Resources, compile_kernel, key_of
+from marlin_tools.ops.runtime.kernel import Kernel
 
 _log = logging.getLogger(__name__)
 
@@ -37,18 +38,18 @@ class CubinCache:
         self.folder = default_dir() if folder is None else folder
         self._in_memory: dict[str, Binary] = {}
 
-    def has(self, source: Source, target: str) -> bool:
+    def has(self, kernel: Kernel) -> bool:
         """True when `get` will not compile."""
-        key = source.key(target)
+        key = key_of(kernel)
         return key in self._in_memory or self._read(key) is not None
 
-    def get(self, source: Source, target: str) -> Binary:
-        """The kernel compiled for `target`."""
-        key = source.key(target)
+    def get(self, kernel: Kernel) -> Binary:
+        """The compiled kernel."""
+        key = key_of(kernel)
         binary = self._in_memory.get(key) or self._read(key)
         if binary is None:
             with self._locked(key) as writable:
-                binary = (self._read(key) if writable else None) or compile_kernel(source, target)
+                binary = (self._read(key) if writable else None) or compile_kernel(kernel)
                 if writable:
                     self._publish(key, binary)
         self._in_memory[key] = binary

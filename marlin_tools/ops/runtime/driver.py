@@ -1,25 +1,30 @@
 """Loading compiled kernels and launching them, with as little Python per launch as possible.
 
 Loading goes through `cuda.bindings`. A launch is one call into the driver with a buffer that was laid out beforehand: the
-kernel's only argument is a struct, `Launch.__call__` writes its fields with one `struct.pack_into` and calls. The buffers
-belong to one thread (see `linear/plan.py`), since ctypes releases the interpreter lock during the call.
+kernel's only argument is a struct, `Launch.__call__` writes its fields with one `struct.pack_into` and calls. During the call
+ctypes releases the interpreter lock, so a buffer belongs to one thread: `kept` is where each thread has its own.
 """
 
 import ctypes
-import struct
+import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops.linear.variants import OVERLAP_CAPABILITY, capability_of, target_of
-from marlin_tools.ops.runtime.compiler import Binary, Source
+from marlin_tools.ops.runtime.compiler import Binary
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
+from marlin_tools.ops.runtime.kernel import Kernel
+from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY, capability_of
 
 _ALIGNMENT = 64  # of a kernel's argument: what a tensor map needs
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+
+# A kilobyte or two each: prompts come in many lengths, each with a plan per shape of weight.
+_MOST_KEPT = 4096
 
 
 class _Attribute(ctypes.Structure):
@@ -41,63 +46,40 @@ class _Config(ctypes.Structure):
     )
 
 
-class Kernel(Protocol):
-    """One kernel as it can be compiled and launched; hashable, so that it is loaded once."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether it may start before the kernel before it has ended: it waits by itself, or reads nothing of it."""
-
-    def source(self, target: str) -> Source:
-        """The instantiation to compile for a target."""
-
-    def dynamic_shared_bytes(self, target: str) -> int:
-        """What the launch must ask for."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Function:
     """A kernel loaded on one device."""
 
     handle: int
-    variant: Kernel
-    target: str
+    kernel: Kernel
     device: torch.device
     module: object  # keeps the code loaded
 
 
 class Launch:
-    """One kernel with a fixed grid and argument layout. Not thread-safe: its buffers are rewritten by every call."""
+    """One kernel with a fixed grid. Not thread-safe: its buffers are rewritten by every call."""
 
-    def __init__(self, function: Function, layout: struct.Struct, blocks: int, cluster: int = 1, lead: int = 0) -> None:
-        attributes = []
-        if function.variant.overlaps and capability_of(function.target) >= OVERLAP_CAPABILITY:
+    def __init__(self, function: Function, ctas: int, cluster: int = 1) -> None:
+        kernel, attributes = function.kernel, []
+        if kernel.overlaps and capability_of(kernel.target) >= OVERLAP_CAPABILITY:
             attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)))
         if cluster > 1:
             attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(cluster, 1, 1)))
         self._attributes = (_Attribute * len(attributes))(*attributes)
         self._config = _Config(
-            grid=(blocks, 1, 1),
-            block=(function.variant.threads, 1, 1),
-            shared_bytes=function.variant.dynamic_shared_bytes(function.target),
+            grid=(ctas, 1, 1),
+            block=(kernel.threads, 1, 1),
+            shared_bytes=kernel.shared_bytes,
             attributes=ctypes.cast(self._attributes, ctypes.POINTER(_Attribute)),
             attribute_count=len(attributes),
         )
-        self._memory = ctypes.create_string_buffer(lead + layout.size + _ALIGNMENT)
+        self._memory = ctypes.create_string_buffer(kernel.arguments.size + _ALIGNMENT)
         self.argument = -(-ctypes.addressof(self._memory) // _ALIGNMENT) * _ALIGNMENT
-        """Where the argument lies: `lead` bytes that belong to somebody else, then the fields."""
-        self._fields = self.argument - ctypes.addressof(self._memory) + lead
+        """Where the argument lies: a tensor map, if it begins with one, then the fields."""
+        self._fields = self.argument - ctypes.addressof(self._memory) + kernel.arguments.lead
         self._arguments = (ctypes.c_void_p * 1)(self.argument)
         self._function = function
-        self._pack = layout.pack_into
+        self._pack = kernel.arguments.layout.pack_into
         self._launch = _launch_function()
         self._fixed = (ctypes.byref(self._config), ctypes.c_void_p(function.handle), self._arguments, None)
 
@@ -107,7 +89,7 @@ class Launch:
         self._config.stream = stream
         status = self._launch(*self._fixed)
         if status:
-            raise DeviceError(f"the driver refused to launch `{self._function.variant.name}` (CUDA error {status})")
+            raise DeviceError(f"the driver refused to launch `{self._function.kernel.name}` (CUDA error {status})")
 
 
 @cache
@@ -115,35 +97,67 @@ def _launch_function() -> Any:
     return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
 
 
-_functions: dict[tuple[int, Kernel, str], Function] = {}
+class _PerThread(threading.local):
+    """What each thread launches with, by what it depends on."""
+
+    def __init__(self) -> None:
+        self.launches: dict[Hashable, Any] = {}
 
 
-def loaded(variant: Kernel, device: torch.device, target: str | None = None) -> Function:
+kept = _PerThread()
+"""The only cache of launches. A `Launch` by kernel, device and grid; and whatever else is built around one."""
+
+
+def keep(key: Hashable, item: object) -> None:
+    """Add to this thread's launches; the oldest leaves when there are too many."""
+    launches = kept.launches
+    if len(launches) >= _MOST_KEPT:
+        del launches[next(iter(launches))]
+    launches[key] = item
+
+
+def launch_of(kernel: Kernel, device: torch.device, ctas: int) -> Launch:
+    """This thread's launch of a kernel with so many CTAs."""
+    key = (kernel, device.index, ctas)
+    launch: Launch | None = kept.launches.get(key)
+    if launch is None:
+        launch = Launch(loaded(kernel, device), ctas)
+        keep(key, launch)
+    return launch
+
+
+_functions: dict[tuple[int, Kernel], Function] = {}
+_loading = threading.Lock()
+
+
+def loaded(kernel: Kernel, device: torch.device) -> Function:
     """The kernel on this device, compiled and loaded on first use, but never while a CUDA graph is being captured."""
-    target = target_of(device) if target is None else target
-    key = (device.index, variant, target)
+    key = (device.index, kernel)
     function = _functions.get(key)
-    if function is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise DeviceError(
-                f"kernel `{variant.name}` is not loaded yet, and a CUDA graph is being captured",
-                hint="run the model once before the capture, or call `marlin_tools.ops.prepare`",
-            )
-        binary = CubinCache().get(variant.source(target), target)
-        with torch.cuda.device(device):
-            handle, module = _load(binary, variant.dynamic_shared_bytes(target))
-        function = _functions[key] = Function(handle, variant, target, device, module)
-    return function
+    if function is not None:
+        return function
+    if torch.cuda.is_current_stream_capturing():
+        raise DeviceError(
+            f"kernel `{kernel.name}` is not loaded yet, and a CUDA graph is being captured",
+            hint="run the model once before the capture, or call `marlin_tools.ops.prepare`",
+        )
+    with _loading:
+        if key not in _functions:
+            binary = CubinCache().get(kernel)
+            with torch.cuda.device(device):
+                handle, module = _load(binary, kernel.shared_bytes)
+            _functions[key] = Function(handle, kernel, device, module)
+        return _functions[key]
 
 
 @cache
 def resident_clusters(function: Function, size: int) -> int:
-    """How many clusters of so many blocks the device holds at once: not every multiprocessor finds partners."""
+    """How many clusters of so many CTAs the device holds at once: not every SM finds partners."""
     attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(size, 1, 1))
     config = _Config(
         grid=(size, 1, 1),
-        block=(function.variant.threads, 1, 1),
-        shared_bytes=function.variant.dynamic_shared_bytes(function.target),
+        block=(function.kernel.threads, 1, 1),
+        shared_bytes=function.kernel.shared_bytes,
         attributes=ctypes.pointer(attribute),
         attribute_count=1,
     )

@@ -10,9 +10,6 @@ from typing import Any
 
 from marlin_tools.errors import DeviceError
 
-BYTES = 128
-"""Size of a map; it must be aligned to 64."""
-
 _UINT16, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _FILL_ZEROS = 1, 0, 3, 3, 0  # of CUtensorMap's enumerations
 _BOX_COLUMNS = 64  # 128 bytes: the width of the swizzle
 

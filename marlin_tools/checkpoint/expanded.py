@@ -1,0 +1,113 @@
+"""Checkpoints whose weights are stored in 8 or 4 bits by their makers, read as if they were stored in 16.
+
+    fp8      F8_E4M3 codes `x.weight` and a scale for each block of them, `x.weight_scale_inv`: DeepSeek, Qwen
+    mxfp4    E2M1 codes `x_blocks`, two in a byte, and a power of two for every 32 of them, `x_scales`: GPT-OSS
+
+MXFP4 values are exact in bfloat16. FP8 values are multiplied in float32 and rounded once, as their makers do it.
+"""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_tools.checkpoint.headers import Stored
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.errors import ModelError
+
+_SCALES = "_scale_inv"
+_BLOCKS, _EXPONENTS = "_blocks", "_scales"
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BIAS = 127
+_BROKEN = "the tensors do not follow the quantization_config; download the model again"
+
+
+def expanded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in 16 bits, if it is stored in a way that can be undone; else as it is."""
+    method = (checkpoint.quantization or {}).get("quant_method")
+    return Expanded(checkpoint) if method in {"fp8", "mxfp4"} else checkpoint
+
+
+class Expanded(Checkpoint):
+    """A view of a checkpoint: names, shapes and values of the 16-bit model that its codes stand for."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.path, self.origin, self._source = source.path, source.origin, source
+        self.config: dict[str, Any] = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        if self.dtype not in {torch.float16, torch.bfloat16, torch.float32}:
+            raise ModelError(f"`{source.origin}`: its weights cannot be expanded to {self.dtype}", hint=_BROKEN)
+        self._tensors = dict(self._headers())
+
+    def _headers(self) -> list[tuple[str, Stored]]:
+        names = set(self._source.names())
+        headers = []
+        for name in sorted(names):
+            stored = self._source.stored(name)
+            if name.endswith(_BLOCKS) and name.removesuffix(_BLOCKS) + _EXPONENTS in names:
+                experts, rows, groups, half = stored.shape
+                headers.append((name.removesuffix(_BLOCKS), self._as_16_bits(stored, (experts, groups * half * 2, rows))))
+            elif name + _SCALES in names:
+                headers.append((name, self._as_16_bits(stored, stored.shape)))
+            elif stored.dtype.itemsize == 1 and stored.dtype.is_floating_point:
+                raise ModelError(f"`{name}` has FP8 codes, but no `{name}{_SCALES}`", hint=_BROKEN)
+            elif not self._belongs(name, names):
+                headers.append((name, stored))
+        return headers
+
+    def _belongs(self, name: str, names: set[str]) -> bool:
+        """Whether a tensor holds scales of another."""
+        return (name.endswith(_SCALES) and name.removesuffix(_SCALES) in names) or (
+            name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _BLOCKS in names
+        )
+
+    def _as_16_bits(self, stored: Stored, shape: tuple[int, ...]) -> Stored:
+        return Stored(stored.file, shape, self.dtype, math.prod(shape) * self.dtype.itemsize)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, expanded."""
+        if name + _BLOCKS in self._source:
+            return _from_mxfp4(name, self._source.read(name + _BLOCKS), self._source.read(name + _EXPONENTS)).to(self.dtype)
+        if name in self._source and name + _SCALES in self._source:
+            codes, scales = self._source.read(name), self._source.read(name + _SCALES)
+            return _from_fp8(name, codes, scales, self._block_size).to(self.dtype)
+        self.stored(name)
+        return self._source.read(name)
+
+    def read_pinned(self, name: str) -> Tensor:
+        """The same in pinned memory."""
+        return self.read(name).pin_memory()
+
+    @property
+    def _block_size(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        size = (self._source.quantization or {}).get("weight_block_size")
+        if not isinstance(size, list) or len(size) != 2 or not all(isinstance(each, int) and each > 0 for each in size):
+            raise ModelError(f"`{self.path / 'config.json'}`: `weight_block_size` is {size!r}, not two sizes", hint=_BROKEN)
+        return size[0], size[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the files as they are."""
+        return self._source.fingerprint
+
+
+def _from_fp8(name: str, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Codes [N, K] times the scale of their block; the blocks at the edges may be smaller."""
+    height, width = block
+    wanted = [-(-size // each) for size, each in zip(codes.shape, block, strict=False)]
+    if codes.ndim != 2 or codes.dtype != torch.float8_e4m3fn or list(scales.shape) != wanted:
+        raise ModelError(f"`{name}` is {list(codes.shape)} with scales {list(scales.shape)}, not {wanted}", hint=_BROKEN)
+    each = scales.float().repeat_interleave(height, 0)[: codes.shape[0]].repeat_interleave(width, 1)[:, : codes.shape[1]]
+    return codes.float() * each
+
+
+def _from_mxfp4(name: str, blocks: Tensor, exponents: Tensor) -> Tensor:
+    """Codes [E, N, K/32, 16] and exponents [E, N, K/32] -> [E, K, N], as transformers holds experts of this kind."""
+    if blocks.ndim != 4 or blocks.dtype != torch.uint8 or blocks.shape[:-1] != exponents.shape:
+        raise ModelError(f"`{name}` is {list(blocks.shape)} with exponents {list(exponents.shape)}", hint=_BROKEN)
+    values = torch.tensor((*_E2M1, *(-value for value in _E2M1)), dtype=torch.bfloat16)
+    pairs = torch.stack((values[(blocks & 15).int()], values[(blocks >> 4).int()]), dim=-1).flatten(-2)
+    numbers = torch.ldexp(pairs.float(), exponents.int()[..., None] - _BIAS)
+    return numbers.flatten(-2).transpose(1, 2).contiguous()

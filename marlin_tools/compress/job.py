@@ -1,0 +1,189 @@
+"""What `prune` and `quantize` share around the loop: a directory that appears whole or not at all, continues where a killed run
+stopped, with the same bytes in the end, and says how it came to be.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlin_tools.algorithms import GPTQ, RTN, Pruner
+from marlin_tools.checkpoint.journal import Journal, fingerprint_of
+from marlin_tools.checkpoint.manifest import history, holds, write_manifest
+from marlin_tools.checkpoint.output import OutputDirectory, check_output
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import check_finite
+from marlin_tools.checkpoint.writer import ModelWriter
+from marlin_tools.compress.forecast import Forecast, in_words
+from marlin_tools.compress.loop import Method, Store, compress_blocks
+from marlin_tools.compress.shards import Shards
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.distributed.crew import ALONE, Crew
+from marlin_tools.distributed.device import describe_device
+from marlin_tools.errors import DeviceError
+from marlin_tools.events import Emit, Event
+from marlin_tools.settings import Settings
+from marlin_tools.stopwatch import span
+from marlin_tools.stream.inventory import Inventory
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
+
+LARGE_ERROR = 0.25
+"""A linear that loses more than this share of its output's energy is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the work begins."""
+
+    checkpoint: Checkpoint
+    inventory: Inventory
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage on one model.
+
+    stage      its name
+    tokens     what the solver looks at; None for a solver that needs no data
+    settings   all that the user chose, for the manifest
+    identity   the part of it that decides the result, beside model, tokens, solver and the kind of device
+    facts      what else the manifest records
+    config     what config.json says about how the linears are stored; None if as in the original
+    original   whether the original model runs alongside
+    crew       the processes that do it; the first one writes
+    """
+
+    stage: str
+    prepared: Prepared
+    tokens: TokenSet | None
+    solver: RTN | GPTQ | Pruner
+    settings: Settings
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+    config: dict[str, Any] | None
+    device: torch.device
+    original: bool
+    crew: Crew = ALONE
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two runs that must give the same bytes; a CPU and a GPU round differently."""
+        return fingerprint_of(
+            model=self.prepared.checkpoint.fingerprint,
+            tokens=self.tokens.fingerprint if self.tokens else None,
+            solver=self.solver.model_dump(),
+            device=self.device.type,
+            torch=torch.__version__,
+            **({"cut": True} if self.crew.cuts else {}),
+            **self.identity,
+        )
+
+
+def compress(
+    job: Job, method: Method, store: Store, out: str | Path, emit: Emit, *, overwrite: bool, resume: bool
+) -> Checkpoint:
+    """Do the work into the directory `out`. Too little GPU memory: again with smaller chunks, from where it stopped."""
+    plan, crew, begin = job.prepared, job.crew, time.perf_counter()
+    for name, reason in plan.inventory.kept.items():
+        emit(Event("note", f"`{name}` stays as it is: {reason}"))
+    check_output(out, (plan.checkpoint.path,), overwrite=True)
+    plan.forecast.check(Path(out))
+    check_finite(plan.inventory.checkpoint, sorted(plan.inventory.kept_tensors))
+    run = job.fingerprint if crew.leads else ""
+    finished = crew.leads and not overwrite and holds(Path(out), run)
+    if crew.decide(choice=finished):
+        emit(Event("note", f"`{out}` already holds this result; nothing to do"))
+        return Checkpoint.open(out)
+    output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=(plan.checkpoint.path,))
+    with output if crew.leads else nullcontext():
+        journal = Journal(output, run) if crew.leads else None
+        writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
+        shards = Shards(plan.inventory, writer, journal, job.device)
+        tokens = CHUNK_TOKENS
+        while True:
+            try:
+                stream = _stream(job, tokens)
+                shards.start()
+                compress_blocks(stream, method, store, shards, crew, emit)
+                break
+            except torch.OutOfMemoryError as error:
+                tokens = _fewer(job, tokens, error, emit)
+        if crew.leads:
+            writer.finish(plan.checkpoint, job.config)
+            _publish(job, output, run, shards.entries, time.perf_counter() - begin, emit)
+        crew.wait()
+    return Checkpoint.open(out)
+
+
+def _stream(job: Job, chunk_tokens: int) -> LayerStream:
+    with span("embed"):
+        return LayerStream(
+            job.prepared.checkpoint,
+            job.tokens,
+            job.prepared.inventory.names,
+            job.device,
+            with_original=job.original,
+            chunk_tokens=chunk_tokens,
+            crew=job.crew,
+        )
+
+
+def _fewer(job: Job, tokens: int, error: torch.OutOfMemoryError, emit: Emit) -> int:
+    """How many tokens to try at a time after the device has run out of memory; raises if they cannot be fewer."""
+    longest = job.tokens.longest if job.tokens else tokens
+    if tokens <= longest or job.crew.size > 1:
+        raise DeviceError(
+            f"`{job.device}` lacks memory even for {tokens} tokens at a time: {str(error).split('.')[0]}",
+            hint="use fewer or shorter samples (`--num-samples`, `--seqlen`), or another `--device`",
+        ) from error
+    said = f"`{job.device}` ran out of memory; going on with {tokens // 2} tokens at a time"
+    job.warnings.append(said)
+    emit(Event("note", said))
+    torch.cuda.empty_cache()
+    return tokens // 2
+
+
+def _publish(job: Job, output: OutputDirectory, run: str, entries: list[dict[str, Any]], seconds: float, emit: Emit) -> None:
+    """Give the model its manifest and its final name."""
+    plan = job.prepared
+    linears = [record for entry in entries for record in entry["linears"]]
+    warnings = [*job.warnings, *_warnings(job, linears)]
+    for warning in warnings:
+        emit(Event("warning", warning))
+    comparison = plan.forecast.compare(seconds)
+    times = comparison | {"blocks_s": [entry["seconds"] for entry in entries], "processes": job.crew.size}
+    facts = {
+        "fingerprint": run,
+        "model": {"origin": plan.checkpoint.origin, "fingerprint": plan.checkpoint.fingerprint},
+        "calibration": job.tokens.describe() if job.tokens else None,
+        "settings": job.settings.model_dump(mode="json", exclude={"stage"}),
+        "solver": job.solver.model_dump(mode="json"),
+        **job.facts,
+        **history(plan.checkpoint.path),
+        "device": describe_device(job.device),
+        "linears": linears,
+        "kept": plan.inventory.kept,
+    }
+    write_manifest(output, job.stage, facts, times, warnings)
+    output.publish()
+    emit(Event("note", in_words(comparison)))
+    emit(Event("result", f"{job.stage}: {len(plan.inventory.targets)} linears into `{output.out}`", data=times))
+
+
+def _warnings(job: Job, linears: list[dict[str, Any]]) -> list[str]:
+    """What happened that the user did not ask for; resumed blocks included."""
+    asked = getattr(job.solver, "damp", None)
+    said = []
+    if lost := [record["name"] for record in linears if record.get("mask") == "lost"]:
+        said.append(f"the 2:4 zeros of {len(lost)} linears were not kept (`{lost[0]}`); `--sparsity keep` keeps them")
+    for record in linears:
+        if record["damp"] is not None and record["damp"] != asked:
+            said.append(f"`{record['name']}`: damping was raised from {asked:g} to {record['damp']:g}")
+        if (record["output_error"] or 0.0) > LARGE_ERROR:
+            said.append(f"`{record['name']}`: {record['output_error']:.0%} of the output is lost")
+    return said

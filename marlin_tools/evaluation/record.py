@@ -1,0 +1,75 @@
+"""evaluation.json: a measurement beside the weights that were measured, taken over while nothing that decides it changes."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from marlin_tools.checkpoint.journal import fingerprint_of
+from marlin_tools.checkpoint.manifest import versions
+from marlin_tools.checkpoint.output import folder, put
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.distributed.device import describe_device, pick_device
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+from marlin_tools.evaluation.scores import Evaluation
+from marlin_tools.events import Emit, Event, silent
+from marlin_tools.resources import demo_dir
+
+NAME = "evaluation.json"
+
+
+class Record:
+    """The measurement of a model in the directory `home`, or nowhere; that it can be written is seen before any work."""
+
+    def __init__(self, home: Path | None, model: Checkpoint, settings: EvaluateSettings, baseline: str | None) -> None:
+        self.home, self.model, self.settings, self.baseline = home, model, settings, baseline
+        if home is not None:
+            folder(home, hint="measure a copy of the model, or make its directory writable")
+
+    def found(self, emit: Emit = silent) -> Evaluation | None:
+        """An earlier measurement, if nothing that decides it has changed."""
+        if self.home is None or (found := read_record(self.home)).get("fingerprint") != self.fingerprint:
+            return None
+        emit(Event("note", f"`{self.home / NAME}` already holds this evaluation; nothing to do"))
+        return Evaluation.restore(found)
+
+    def measure(self, emit: Emit = silent) -> Evaluation:
+        """Measure, and write it down."""
+        measured = evaluate(self.model, self.settings, baseline=self.baseline, emit=emit)
+        if self.home is not None:
+            content = {"fingerprint": self.fingerprint, **measured.describe()}
+            del content["times"]  # the only part that differs from run to run
+            put(self.home / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return measured
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Everything that decides the numbers: weights, settings, device, versions, contents of local texts and tasks."""
+        asked = self.settings
+        texts = [Path(task.removeprefix("ppl:")) for task in asked.tasks if task.startswith("ppl:")]
+        folders = (demo_dir() / "tasks", *asked.include_path)
+        files = [*texts, *(path for each in folders for path in sorted(each.rglob("*")))]
+        return fingerprint_of(
+            model=self.model.fingerprint,
+            baseline=Checkpoint.open(self.baseline).fingerprint if self.baseline else None,
+            settings=asked.model_dump(mode="json", exclude={"stage", "baseline"}),
+            device=_device(asked.device),
+            files={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
+            versions=versions(),
+        )
+
+
+def read_record(home: Path) -> dict[str, Any]:
+    """An earlier evaluation; empty if there is none that can be read."""
+    try:
+        content = json.loads((home / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _device(name: str) -> str:
+    """What computes, however many threads it has."""
+    device = pick_device(name)
+    return describe_device(device) if device.type == "cuda" else device.type

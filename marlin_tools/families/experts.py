@@ -1,0 +1,145 @@
+"""Experts as modules of our own: three linears each, in the place of transformers' tensors that hold all experts of a block.
+
+As linears they are observed, replaced and quantised like all others, and a backend gives each its kernel. What they compute is
+what transformers computes in eager mode: the gating is its own code, and the sums are in the same order.
+"""
+
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import skeleton
+from marlin_tools.families import Family, known_family
+from marlin_tools.families.layout import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Look = Callable[[Tensor, Tensor, Tensor], None]
+"""Told what experts are called with: (tokens [T, H], who is called [T, top k], with which weight [T, top k])."""
+
+
+class Expert(nn.Module):
+    """One gated feed-forward network."""
+
+    def __init__(self, hidden: int, inner: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+
+
+class SplitExperts(nn.Module):
+    """All experts of a block, numbered. `scales_inputs`: a token's weight multiplies what an expert reads, not its output."""
+
+    def __init__(self, fused: nn.Module, sizes: tuple[int, int, int], *, bias: bool, scales_inputs: bool = False) -> None:
+        super().__init__()
+        count, hidden, inner = sizes
+        dtype = next(fused.parameters()).dtype
+        for number in range(count):
+            self.add_module(str(number), Expert(hidden, inner, bias=bias, dtype=dtype))
+        self.count, self.scales_inputs = count, scales_inputs
+        self.act_fn: Any = None
+        self._interleaved = not getattr(fused, "is_concatenated", True)
+        for name in ("act_fn", "alpha", "limit"):
+            if hasattr(fused, name):
+                setattr(self, name, getattr(fused, name))
+        own = getattr(type(fused), "_apply_gate", None)
+        self._gate = types.MethodType(own, self) if own is not None else self._usual_gate
+        self.look: Look | None = None
+
+    def expert(self, number: int) -> Expert:
+        """One of them."""
+        expert = self.get_submodule(str(number))
+        assert isinstance(expert, Expert)
+        return expert
+
+    def gated(self, number: int, x: Tensor) -> Tensor:
+        """What the down projection of an expert reads."""
+        expert = self.expert(number)
+        pair = expert.gate_proj(x), expert.up_proj(x)
+        both = torch.stack(pair, dim=-1).flatten(-2) if self._interleaved else torch.cat(pair, dim=-1)
+        gated: Tensor = self._gate(both)
+        return gated
+
+    def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Each token through the experts that were chosen for it."""
+        total = torch.zeros_like(hidden_states)
+        if self.look is not None:
+            self.look(hidden_states, chosen, weights)
+            return total
+        for number in chosen.unique().tolist():
+            token, place = torch.where(chosen == number)
+            x, weight = hidden_states[token], weights[token, place, None]
+            x = self.expert(number).down_proj(self.gated(number, x * weight if self.scales_inputs else x))
+            total.index_add_(0, token, (x if self.scales_inputs else x * weight).to(total.dtype))
+        return total
+
+    def _usual_gate(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        gated: Tensor = up * self.act_fn(gate)
+        return gated
+
+
+class WeighedBefore(nn.Module):
+    """Llama 4's mixture: what an expert reads is multiplied by the router's score.
+
+    transformers computes all experts. Here only those that were chosen are: the others read zeros and put out zeros.
+    """
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.router: Any = whole.router
+        self.experts: Any = whole.experts
+        self.shared_expert: Any = whole.shared_expert
+        self.top_k: Any = whole.top_k
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs and the router's logits, as the original gives them."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores, logits = self.router(tokens)
+        weights, chosen = scores.topk(self.top_k, dim=-1)
+        out: Tensor = self.shared_expert(tokens) + self.experts(tokens, chosen, weights)
+        return out, logits
+
+
+def split_experts(model: nn.Module, family: Family) -> None:
+    """Put experts of our own in the place of a model's, which has no weights yet."""
+    for branch in family.branches:
+        if branch.experts is None:
+            continue
+        blocks: Any = getattr(model.get_submodule(family.decoder), family.blocks)
+        for block in blocks:
+            body: Any = getattr(block, branch.body, None)
+            fused = getattr(body, branch.experts.path, None)
+            if isinstance(fused, nn.Module) and hasattr(fused, "gate_up_proj"):
+                own = _split(fused, transposed=branch.experts.transposed, scales_inputs=not hasattr(fused, "_apply_gate"))
+                setattr(body, branch.experts.path, own)
+                if own.scales_inputs:
+                    setattr(block, branch.body, WeighedBefore(body))
+
+
+def _split(fused: nn.Module, *, transposed: bool, scales_inputs: bool) -> SplitExperts:
+    down: Any = fused.down_proj
+    count, hidden, inner = (down.shape[0], down.shape[2], down.shape[1]) if transposed else down.shape
+    with torch.device("meta"):
+        own = SplitExperts(fused, (count, hidden, inner), bias=hasattr(fused, "down_proj_bias"), scales_inputs=scales_inputs)
+    return own.eval()
+
+
+def shell(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model of config.json without weights, with experts of our own; as transformers makes it for a family not known."""
+    model = skeleton(checkpoint, dtype)
+    if (family := known_family(checkpoint.config)) is not None:
+        split_experts(model, family)
+    return model
+
+
+def stored_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the language model has when its experts are stored one by one."""
+    tensors = shell(layout.checkpoint, torch.float16).state_dict()
+    return {layout.place(name).tensor: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,0 +1,16 @@
+"""Mixtral: every feed-forward network is a mixture of experts, which checkpoints store under names of their own."""
+
+from marlin_tools.families import Branch, Experts, Family
+
+FAMILY = Family(
+    branches=(
+        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
+        Branch(pre="post_attention_layernorm", body="mlp", experts=Experts()),
+    ),
+    renames=(
+        (r"^mlp\b", "block_sparse_moe"),
+        (r"(experts\.\d+)\.gate_proj", r"\1.w1"),
+        (r"(experts\.\d+)\.down_proj", r"\1.w2"),
+        (r"(experts\.\d+)\.up_proj", r"\1.w3"),
+    ),
+)

@@ -1,0 +1,64 @@
+"""`marlin_tools::packed_linear`: packed weights, dense or 2:4 sparse, as tensors alone, for engines that compile a model once.
+
+Such an engine keeps what it compiled and may run it with another checkpoint under the same path. So nothing that depends on the
+weights' values is a number in the graph: the width of the tiles says whether a weight is dense or sparse, and the exponent lies
+in a tensor. That one stays on the CPU: reading it synchronises nothing, also while a CUDA graph is being captured.
+"""
+
+import torch
+from torch import Tensor
+
+from marlin_tools.ops.linear import w4a16, w24a16
+from marlin_tools.ops.linear.layout import WORDS, Packed
+from marlin_tools.ops.linear.operator import LinearOperator
+from marlin_tools.ops.linear.sparse_layout import WORDS as SPARSE_WORDS
+
+_OPERATORS = {WORDS: w4a16.OPERATOR, SPARSE_WORDS: w24a16.OPERATOR}
+
+_library = torch.library.Library("marlin_tools", "FRAGMENT")
+_library.define(
+    "packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor exponent, Tensor? bias, int out_features) -> Tensor"
+)
+
+
+def packed_linear(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """Compute x [..., K] times the packed weight, transposed, plus bias; `exponent` is `exponent_tensor` of the weight."""
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = torch.ops.marlin_tools.packed_linear(rows, codes, scales, exponent, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def exponent_tensor(weight: Packed) -> Tensor:
+    """The exponent of a weight as the operator takes it."""
+    return torch.tensor([weight.exponent], dtype=torch.int32, device="cpu")
+
+
+def _operator(codes: Tensor) -> LinearOperator:
+    words = codes.shape[-1]
+    if words not in _OPERATORS:
+        raise ValueError(f"codes have {words} words a tile, packed weights have {' or '.join(map(str, _OPERATORS))}")
+    return _OPERATORS[words]
+
+
+def _on_cuda(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return _operator(codes).on_cuda(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+
+
+def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return _operator(codes).on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+
+
+def _fake(
+    x: Tensor,
+    codes: Tensor,  # noqa: ARG001
+    scales: Tensor,  # noqa: ARG001
+    exponent: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+_library.impl("packed_linear", _on_cuda, "CUDA")
+_library.impl("packed_linear", _on_cpu, "CPU")
+torch.library.register_fake("marlin_tools::packed_linear", _fake, lib=_library)

@@ -1,0 +1,216 @@
+"""Our kernel as vLLM knows kernels: an `MPLinearKernel`, first in the list from which vLLM picks one for each INT4 layer.
+
+Three moments of a layer: vLLM asks `can_implement` before there are weights, and this is where the kernels are compiled and
+tested; `process_weights_after_loading` packs the weights, as 2:4 if their codes are; `apply_weights` is one operator. Whatever
+we cannot do goes to the kernel that vLLM would have taken without us.
+
+vLLM keeps what `torch.compile` made of a model and finds it again by a hash of its settings, which does not know about kernels:
+`_knows_our_choice` adds what we took to the hash, so that no compiled model meets weights that were packed for another one.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.kernels import linear as registry
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, MPLinearLayerConfig
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from marlin_tools import __version__, ops
+from marlin_tools.ops.linear.layout import Packed
+from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
+from marlin_tools.ops.runtime.scratch import share_among_captures
+from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.serving.tally import TALLY
+from marlin_tools.serving.trust import unfit
+from marlin_tools.serving.vllm import Contained, log
+
+_EXPONENT = "packed_exponent"
+_READ = {"full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"}
+
+# A scale of a bfloat16 model that float16 cannot hold exactly is wrong by at most 2^-25. That is nothing beside scales of usual
+# size; a layer in which it is not goes back to vLLM.
+_LARGEST_ERROR = 2.0**-12
+
+_stand_aside: ContextVar[bool] = ContextVar("stand_aside", default=False)
+"""True while vLLM chooses for a layer that we gave back."""
+
+
+def install() -> None:
+    """Put the kernel first in vLLM's list, and our choice into its compile cache's key. Twice is as good as once."""
+    missing = _READ - {field.name for field in fields(MPLinearLayerConfig)}
+    if missing:
+        raise TypeError(f"this vLLM describes layers without {', '.join(sorted(missing))}")
+    kernels = registry._POSSIBLE_KERNELS[PlatformEnum.CUDA]  # noqa: SLF001  (`register_linear_kernel` only appends)
+    if PackedInt4LinearKernel in kernels:
+        return
+    from vllm.config import VllmConfig
+
+    VllmConfig.compute_hash = _knows_our_choice(VllmConfig.compute_hash)
+    kernels.insert(0, PackedInt4LinearKernel)
+
+
+def _knows_our_choice(compute_hash: Callable[..., str]) -> Callable[..., str]:
+    """A hash of settings that also tells which layers run on our kernels; unchanged where none does."""
+
+    @functools.wraps(compute_hash)
+    def with_our_choice(*args: Any, **kwargs: Any) -> str:
+        plain = compute_hash(*args, **kwargs)
+        ours = TALLY.fingerprint()
+        return hashlib.sha256(f"{plain} {__version__} {ours}".encode()).hexdigest()[: len(plain)] if ours else plain
+
+    return with_our_choice
+
+
+class PackedInt4LinearKernel(MPLinearKernel):
+    """Symmetric INT4 in groups of 128 or per column, under float16 or bfloat16, dense or 2:4 sparse."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere."""
+        return 80
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether, and if not why not. Compiles and tests the kernels when it is asked for the first time."""
+        if _stand_aside.get():
+            return False, "the layer was given back"
+        with Contained("a layer stays on vLLM's own kernel") as attempt:
+            reason = _obstacle(c)
+            if reason is None:
+                with _plain_torch():
+                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=max(c.group_size, 0))
+            if reason is not None:
+                TALLY.refuse(_shape(c), reason)
+            return reason is None, reason
+        TALLY.refuse(_shape(c), str(attempt.failure))
+        return False, attempt.failure
+
+    def __init__(self, c: MPLinearLayerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(c, *args, **kwargs)
+        self._arguments = (args, kwargs)
+        self._instead: MPLinearKernel | None = None
+        self._out_features = c.partition_weight_shape[1]
+        TALLY.expect()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack the weights; or let vLLM's next kernel have them, untouched."""
+        with Contained("a layer goes back to vLLM's own kernel") as attempt, _plain_torch(), torch.no_grad():
+            packed = self._pack(layer)
+            self._keep(layer, packed)
+            TALLY.take(packed)
+            return
+        with _standing_aside():
+            chosen = registry.choose_mp_linear_kernel(self.config)
+        args, kwargs = self._arguments
+        self._instead = chosen(self.config, *args, **kwargs)
+        self._instead.process_weights_after_loading(layer)
+        TALLY.give_back(_shape(self.config), str(attempt.failure))
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One operator, whatever the weights are."""
+        if self._instead is not None:
+            return self._instead.apply_weights(layer, x, bias)
+        codes, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
+        return packed_linear(x, codes, scales, getattr(layer, _EXPONENT), bias, self._out_features)
+
+    def _pack(self, layer: nn.Module) -> Packed:
+        c = self.config
+        weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
+        device = weight.codes.device
+        sparse = weight.is_2_4() and _sparse_fits(device.index, c)  # other sparse layers run as dense ones
+        packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
+        (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
+        share_among_captures(device.index)
+        return packed
+
+    def _keep(self, layer: nn.Module, packed: Packed) -> None:
+        """In the place of what was loaded; when a model is loaded again, in the place of what was packed then."""
+        self._transform_param(layer, self.w_q_name, lambda _: packed.codes)
+        self._transform_param(layer, self.w_s_name, lambda _: packed.scales)
+        exponent = exponent_tensor(packed)
+        if hasattr(layer, _EXPONENT):
+            getattr(layer, _EXPONENT).copy_(exponent)
+        else:
+            layer.register_buffer(_EXPONENT, exponent, persistent=False)
+
+
+def _obstacle(c: MPLinearLayerConfig) -> str | None:
+    """Why our kernels cannot hold such a layer, or None."""
+    if c.weight_type != scalar_types.uint4b8:
+        return f"weights of type {c.weight_type}, not symmetric INT4"
+    if c.zero_points:
+        return "zero points"
+    if getattr(c, "has_g_idx", False):  # gone in newer versions, which do not offer such layers
+        return "inputs in another order (act-order)"
+    if c.act_type not in (torch.float16, torch.bfloat16):
+        return f"activations of type {c.act_type}, not float16 or bfloat16"
+    if getattr(c, "out_type", None) not in (None, c.act_type):
+        return f"outputs of type {c.out_type}"
+    inputs = c.partition_weight_shape[0]
+    return ops.limits(inputs, inputs if c.group_size == -1 else c.group_size)
+
+
+def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
+    inputs = c.partition_weight_shape[0]
+    if ops.limits(inputs, inputs if c.group_size == -1 else c.group_size, sparse=True) is not None:
+        return False
+    reason = unfit(device_index, c.act_type, sparse=True, group=max(c.group_size, 0))
+    if reason is not None:
+        log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)
+    return reason is None
+
+
+def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
+    """The weight [N, K] of a layer as it was loaded; `output_dim` says which way its tensors lie, codes are packed along K."""
+    k, n = shape
+    words, scales = (tensor.detach() if _outputs_first(tensor) else tensor.detach().t() for tensor in (words, scales))
+    as_bytes = words.contiguous().view(torch.uint8).view(n, k // 2)
+    codes = torch.stack((as_bytes & 15, as_bytes >> 4), dim=2).view(n, k)
+    return QuantizedLinear(codes, _float16(scales.contiguous()), k // scales.shape[1])
+
+
+def _outputs_first(parameter: Any) -> bool:
+    """[N, ...], as compressed-tensors stores them, or [..., N], as gptq does."""
+    return bool(parameter.output_dim == 0)
+
+
+def _float16(scales: Tensor) -> Tensor:
+    cast = scales.to(torch.float16)
+    error = (cast.float() - scales.float()).abs().max()
+    if not bool(error <= _LARGEST_ERROR * scales.float().abs().max()):
+        raise ValueError(f"scales are not exact in float16: wrong by up to {error.item():g}")
+    return cast
+
+
+def _shape(c: MPLinearLayerConfig) -> str:
+    k, n = c.partition_weight_shape
+    return f"{n} x {k}"
+
+
+@contextmanager
+def _standing_aside() -> Iterator[None]:
+    token = _stand_aside.set(True)
+    try:
+        yield
+    finally:
+        _stand_aside.reset(token)
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Torch's usual default type and device: vLLM sets its own while it makes layers."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(default)

@@ -1,0 +1,165 @@
+"""All calibration activations on their way through a mixture of experts, in three passes over the chunks.
+
+    look at what gate and up of every expert read    ... which are then replaced
+    look at what down of every expert reads          ... which is then replaced
+    the outputs join the residual stream
+
+An expert is calibrated on the tokens that the router sends to it and, so that rare experts are neither starved nor bent to a
+few tokens, on one token in `ALSO` of all text besides. One that has seen fewer than `FEW` tokens gets no error feedback: its
+Hessian is reduced to the diagonal, which leaves a search for scales. Drift is not measured here; the original model's
+activations go through the original experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.families import Branch, Experts
+from marlin_tools.families.experts import SplitExperts
+from marlin_tools.stopwatch import span
+from marlin_tools.stream.branch import Flow, Path, Seen, Wanted
+from marlin_tools.stream.watch import Watch
+
+ALSO = 64
+"""One token in so many goes to every expert that is calibrated, whatever the router says."""
+
+FEW = 256
+"""An expert that has seen fewer tokens than this is only given scales."""
+
+_MEMORY_SHARE = 0.25
+_HOST_BYTES = 8 << 30
+"""What the Hessians of experts may take at a time: of a GPU's memory, and on a CPU."""
+
+
+class RoutedWalk:
+    """See the top of this file. `now` is the block with the weights that it has by now, `before` that of the original model."""
+
+    def __init__(self, branch: Branch, now: nn.Module, before: nn.Module | None, flow: Flow) -> None:
+        assert branch.experts is not None
+        self._flow, self._spec = flow, branch.experts
+        self._now = Path(now, branch, flow)
+        self._before = Path(before, branch, flow) if before is not None else None
+        experts = self._now.body.get_submodule(self._spec.path)
+        assert isinstance(experts, SplitExperts)
+        self._experts = experts
+        self._steps = branch.steps(experts.count)
+
+    def steps(self, wanted: Wanted) -> Iterator[Seen]:
+        """Group after group; to be exhausted, so that the activations are past the branch."""
+        for step in self._steps:
+            groups = [names for names in step if wanted(names)]
+            for batch in self._batches(groups):
+                with span("forward"):
+                    seen = self._look(batch)
+                while seen:
+                    yield seen.pop(0)
+        with span("forward"):
+            self._close()
+
+    def _batches(self, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+        """As many groups at a time as there is memory for their Hessians."""
+        weight = next(self._experts.parameters())
+        room = _HOST_BYTES
+        if weight.is_cuda:
+            room = int(_MEMORY_SHARE * torch.cuda.get_device_properties(weight.device).total_memory)
+        if self._flow.share.crew.cuts:
+            room //= 4  # sums of several parts wait for each other
+        while groups:
+            count, left = 0, room
+            while count < len(groups) and (count == 0 or left > 0):
+                inputs = self._linear(groups[count][0]).in_features
+                left -= 4 * inputs * inputs
+                count += 1
+            yield groups[:count]
+            groups = groups[count:]
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self._now.body.get_submodule(name)
+        assert isinstance(linear, nn.Linear), name
+        return linear
+
+    def _look(self, groups: list[tuple[str, ...]]) -> list[Seen]:
+        """What these groups read."""
+        share, numbers = self._flow.share, {names: _number(self._spec, names[0]) for names in groups}
+        watches = {names: Watch(share) for names in groups}
+        routed = torch.zeros(self._experts.count, dtype=torch.float64, device=next(self._experts.parameters()).device)
+        through = [names[0] for names in groups if numbers[names] is None]
+        for i in range(len(self._flow.hidden)):
+            x = self._now.enter(self._flow.hidden[i])
+            also = torch.arange(x.shape[1], device=x.device).remainder(ALSO).eq(0).repeat(x.shape[0])
+
+            def look(tokens: Tensor, chosen: Tensor, weights: Tensor, i: int = i, also: Tensor = also) -> None:
+                routed.add_(torch.bincount(chosen.flatten(), minlength=len(routed)))
+                for names, number in numbers.items():
+                    if number is not None:
+                        watches[names].see_some(i, self._read(names[0], number, tokens, (chosen, weights), also))
+
+            self._experts.look = look
+            try:
+                seen = self._through(x, i, through)
+            finally:
+                self._experts.look = None
+            for names in groups:
+                if numbers[names] is None:
+                    watches[names].see(i, seen[names[0]], None)
+        share.crew.add_up([routed])
+        counts = [int(count) for count in routed.tolist()]
+        found = []
+        for names in groups:
+            number = numbers[names]
+            hessian = watches.pop(names).hessian()
+            found.append(Seen(names, hessian) if number is None else Seen(names, _enough(hessian), counts[number]))
+        return found
+
+    def _through(self, x: Tensor, i: int, names: list[str]) -> dict[str, Tensor]:
+        """The whole body, and what these linears, which all tokens go through, read on the way."""
+        seen: dict[str, Tensor] = {}
+        handles = []
+        for name in names:
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                seen[name] = args[0]
+
+            handles.append(self._linear(name).register_forward_pre_hook(hook))
+        try:
+            self._now.compute(x, i)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def _read(self, name: str, number: int, tokens: Tensor, routing: tuple[Tensor, Tensor], also: Tensor) -> Tensor:
+        """What a linear of one expert reads of a chunk."""
+        chosen, weights = routing
+        mine = chosen == number
+        rows = (mine.any(dim=-1) | also).nonzero()[:, 0]
+        x = tokens[rows]
+        if self._experts.scales_inputs:
+            weight = torch.where(mine, weights, 0).sum(dim=-1)[rows, None]
+            x = x * torch.where(weight > 0, weight, weights.mean())
+        return x if name.endswith((".gate_proj", ".up_proj")) else self._experts.gated(number, x)
+
+    def _close(self) -> None:
+        """Add the branch's outputs to the residual stream, and the original's to its own."""
+        hidden, original = self._flow.hidden, self._flow.original
+        for i in range(len(hidden)):
+            h = hidden[i]
+            hidden[i] = h.add_(self._now.join(self._now.compute(self._now.enter(h), i)))
+            if self._before is not None and original is not None:
+                h = original[i]
+                original[i] = h.add_(self._before.join(self._before.compute(self._before.enter(h), i)))
+
+
+def _number(experts: Experts, name: str) -> int | None:
+    """Which expert a linear belongs to; None for the one that all tokens go through."""
+    if experts.shared is not None and name.startswith(f"{experts.shared}."):
+        return None
+    return int(name.removeprefix(f"{experts.path}.").split(".")[0])
+
+
+def _enough(hessian: Hessian) -> Hessian:
+    """What few tokens say about single channels holds; what they say about pairs of them does not."""
+    return hessian if hessian.tokens >= FEW else replace(hessian, matrix=torch.diag(hessian.diagonal))

@@ -1,0 +1,190 @@
+"""Tiny models of every type that can be worked on, made from transformers' configuration classes; nothing in them is 0 or 1."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from marlin_tools.data.tokens import TokenSet
+
+HIDDEN, HEADS, HEAD, INNER, VOCABULARY = 128, 4, 32, 128, 64
+
+TEXT: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INNER}
+DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 16},
+    "ministral3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 16},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"use_qkv_bias": True},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16},
+    "exaone4": {"sliding_window": 16},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "attention_multiplier": 0.2},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "glm": {},
+    "glm4": {},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"sliding_window": 16, "logit_scale": 0.3},
+    "starcoder2": {"sliding_window": 16},
+    "gpt_neox": {},
+    "nemotron": {},
+    "arcee": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "ernie4_5": {"use_bias": True},
+    "cwm": {"sliding_window": 16},
+    "qwen3_5_text": DELTA,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": INNER, "decoder_sparse_step": 1},
+    "qwen3_moe": {**EXPERTS, "mlp_only_layers": [0]},
+    "qwen3_next": {**EXPERTS, **DELTA, "shared_expert_intermediate_size": INNER},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "deepseek_v3": {
+        "moe_intermediate_size": INNER,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": INNER,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 16,
+        "attn_temperature_tuning": True,
+    },
+}
+
+NESTED_CASES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**TEXT, "sliding_window": 16},
+        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral"},
+        "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
+        "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
+    },
+    "qwen3_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": HIDDEN,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "qwen3_5": {
+        "text_config": {**TEXT, **DELTA},
+        "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
+    },
+    "llama4": {
+        "text_config": {**TEXT, **CASES["llama4_text"]},
+        "vision_config": {**VISION, "image_size": 28, "patch_size": 14, "vision_output_dim": 64, "projector_output_dim": 64},
+    },
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `model_type` runs for every type."""
+    marked = [mark for mark in metafunc.definition.iter_markers("parametrize") if "model_type" in str(mark.args[0])]
+    if "model_type" in metafunc.fixturenames and not marked:
+        metafunc.parametrize("model_type", [*CASES, *NESTED_CASES])
+
+
+def _eager(model_type: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if model_type in NESTED_CASES else AutoModelForCausalLM
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny model of this type."""
+    from transformers import AutoConfig
+
+    folders: dict[str, Path] = {}
+
+    def make(model_type: str) -> Path:
+        if model_type not in folders:
+            settings = NESTED_CASES.get(model_type) or {**TEXT, **CASES[model_type]}
+            model = _eager(model_type).from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
+            generator = torch.Generator().manual_seed(0)
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    noise = torch.randn(tensor.shape, generator=generator)
+                    tensor.copy_(noise.mul_(0.1).add_(0.5) if tensor.ndim == 1 else noise.mul_(0.15))
+            folders[model_type] = tmp_path_factory.mktemp(f"tiny-{model_type}-")
+            model.half().save_pretrained(folders[model_type])
+        return folders[model_type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def eager() -> Callable[[str, Path], torch.nn.Module]:
+    """A model of this type as transformers loads it, computed in the plainest way."""
+
+    def load(model_type: str, path: Path) -> torch.nn.Module:
+        plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = _eager(model_type).from_pretrained(path, dtype=torch.float32, **plain).eval()
+        return torch.nn.Module.float(model)  # of a quantised model, what was dequantised too
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tokens() -> TokenSet:
+    """Three sequences, of two lengths."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = tuple(torch.randint(2, VOCABULARY, (n,), generator=generator) for n in (40, 40, 23))
+    return TokenSet(sequences, "test", False, 3)

@@ -1,0 +1,135 @@
+"""Mixtures of experts: what each expert is calibrated on, what the manifest says about it, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marlin_tools.checkpoint.manifest import read_manifest
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import ModelError
+from marlin_tools.families.layout import Layout
+from marlin_tools.stream import routed
+from marlin_tools.stream.layer_stream import LayerStream
+
+Load = Callable[[str, Path], torch.nn.Module]
+ROUTER = {"qwen3_moe": "model.layers.1.mlp.gate", "gpt_oss": "model.layers.1.mlp.router"}
+
+
+def expert_groups(path: Path, tokens: TokenSet) -> dict[str, tuple[Tensor, int, int | None]]:
+    """By the first linear of each group: its Hessian, tokens seen, tokens routed."""
+    checkpoint = Checkpoint.open(path)
+    stream = LayerStream(checkpoint, tokens, frozenset(Layout(checkpoint).linears()), torch.device("cpu"))
+    found = {}
+    for block in stream:
+        for group in block.groups():
+            assert group.hessian is not None
+            found[group.names[0]] = group.hessian.matrix, group.hessian.tokens, group.tokens
+    return found
+
+
+@pytest.mark.parametrize("model_type", ROUTER, ids=str)
+@torch.no_grad()
+def test_experts_see_their_tokens_and_a_share_of_all(
+    made: Callable[[str], Path],
+    eager: Load,
+    tokens: TokenSet,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+) -> None:
+    monkeypatch.setattr(routed, "FEW", 1)
+    monkeypatch.setattr(routed, "ALSO", 16)
+    found = expert_groups(made(model_type), tokens)
+    model, router = eager(model_type, made(model_type)), ROUTER[model_type]
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.get_submodule(router).register_forward_hook(lambda _, args, out: seen.append((args[0], out[2])))
+    for sequence in tokens.sequences:
+        model(sequence[None])
+    for expert in range(4):
+        rows, sent = [], 0
+        for x, chosen in seen:
+            mine = (chosen == expert).any(dim=-1)
+            sent += int(mine.sum())
+            rows.append(x.reshape(-1, x.shape[-1])[mine | (torch.arange(len(mine)) % 16 == 0)])
+        inputs = torch.cat(rows)
+        matrix, count, tokens_sent = found[f"model.layers.1.mlp.experts.{expert}.gate_proj"]
+        assert (count, tokens_sent) == (len(inputs), sent)
+        expected = inputs.T @ inputs / len(inputs)
+        torch.testing.assert_close(matrix, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        _, count_down, sent_down = found[f"model.layers.1.mlp.experts.{expert}.down_proj"]
+        assert (count_down, sent_down) == (count, sent)
+
+
+def test_few_tokens_leave_a_search_for_scales(made: Callable[[str], Path], tokens: TokenSet) -> None:
+    for name, (matrix, count, sent) in expert_groups(made("mixtral"), tokens).items():
+        off_diagonal = matrix - torch.diag(matrix.diagonal())
+        assert (sent is None) == (".experts." not in name)
+        assert bool(off_diagonal.any()) == (sent is None or count >= routed.FEW)
+
+
+def test_the_manifest_counts_tokens(made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path) -> None:
+    out = quantize(made("qwen2_moe"), tokens, QuantizeSettings(preset="default", group_size=32), tmp_path / "out")
+    records = (read_manifest(out.path) or {})["linears"]
+    sent = [record["tokens"] for record in records if record["name"].startswith("model.layers.0.mlp.experts.")]
+    assert len(sent) == 12
+    assert sum(sent) == 3 * 2 * tokens.tokens
+    assert all(record["scales_only"] and record["tokens_seen"] >= record["tokens"] for record in records if "tokens" in record)
+    assert not any("tokens" in record for record in records if ".experts." not in record["name"])
+
+
+def test_pruned_experts_are_sparse_one_by_one(made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path) -> None:
+    out = prune(made("gpt_oss"), tokens, PruneSettings(preset="magnitude"), tmp_path / "out")
+    weight = out.read("model.layers.1.mlp.experts.2.up_proj.weight")
+    assert bool(((weight.reshape(-1, 4) != 0).sum(dim=1) <= 2).all())
+    again = quantize(out, None, QuantizeSettings(preset="rtn", group_size=32, sparsity="keep"), tmp_path / "int4")
+    assert "model.layers.1.mlp.experts.2.up_proj.weight_packed" in again
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object], **config: object) -> Path:
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | config))
+    return folder
+
+
+def cut(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensors[name][:, :, :-2].contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "config", "message"),
+    [
+        (
+            "qwen3_moe",
+            lambda _tensors: None,
+            {"num_experts": 3, "num_local_experts": 3},
+            "holds 4 experts, config.json asks for 3",
+        ),
+        ("gpt_oss", cut("model.layers.0.mlp.experts.gate_up_proj"), {}, "config.json asks for"),
+        ("mixtral", lambda t: t["model.layers.1.block_sparse_moe.gate.weight"].fill_(torch.nan), {}, "gate.weight` holds NaN"),
+    ],
+    ids=["count", "shape", "router"],
+)
+def test_what_does_not_fit_is_refused_before_work(
+    made: Callable[[str], Path],
+    tmp_path: Path,
+    model_type: str,
+    change: Callable[[dict[str, Tensor]], object],
+    config: dict[str, object],
+    message: str,
+) -> None:
+    path = changed(made(model_type), tmp_path / "odd", change, **config)
+    with pytest.raises(ModelError, match=message):
+        quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

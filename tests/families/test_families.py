@@ -1,0 +1,93 @@
+"""Every type of model through the whole: the stream, the files that come out, and those read back."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from marlin_tools.backends import load
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.families.layout import Layout
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.stream.layer_stream import LayerStream
+
+Load = Callable[[str, Path], torch.nn.Module]
+
+
+@torch.no_grad()
+def test_activations_are_those_of_eager_transformers(
+    made: Callable[[str], Path], eager: Load, tokens: TokenSet, model_type: str
+) -> None:
+    path = made(model_type)
+    checkpoint = Checkpoint.open(path)
+    linears = Layout(checkpoint).linears()
+    stream = LayerStream(checkpoint, tokens, frozenset(linears), torch.device("cpu"), with_original=True)
+    handed = []
+    for block in stream:
+        for group in block.groups():
+            assert group.hessian is not None
+            assert group.hessian.matrix.shape[0] == group.weight(group.names[0]).shape[1]
+            handed += group.names
+    ids, logits = stream.logits(64)
+
+    expected = eager(model_type, path)(input_ids=ids[None]).logits[0]
+    assert sorted(handed) == sorted(linears)
+    assert float(expected.std()) > 0.01
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert stream.hidden is not None
+    assert stream.original is not None
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(stream.hidden, stream.original, strict=True))
+
+
+@torch.no_grad()
+def test_what_is_written_reads_back(
+    made: Callable[[str], Path], eager: Load, tokens: TokenSet, model_type: str, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(made(model_type))
+    out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    linears = Layout(source).linears()
+    stored = StoredLinears(out)
+
+    assert sorted(stored.names) == sorted(linears)
+    assert out.names() == sorted(set(out.names()))
+    kept = set(out.names()) - set(stored.tensors)
+    fused = {name for name in source.names() if ".experts." in name and name not in kept and not name.endswith(".weight")}
+    assert kept - {name for name in kept if ".experts." in name} == {
+        name for name in source.names() if name.removesuffix(".weight") not in linears and name not in fused
+    }
+    for name in kept & set(source.names()):
+        assert torch.equal(out.read(name), source.read(name)), name
+    listed = (out.quantization or {})["ignore"]
+    assert len(listed) == len(set(listed))
+    ignored = set((out.quantization or {})["ignore"])
+    assert not ignored & set(linears)
+    matrices = {name.removesuffix(".weight") for name in kept if name.endswith(".weight") and len(out.shape(name)) == 2}
+    assert matrices - ignored <= {name for name in matrices if "embed" in name}
+
+    ids = tokens.sequences[0][None]
+    ours = load(out, device="cpu", backend="reference")(input_ids=ids).logits
+    expected = eager(model_type, _dequantized(source, stored, tmp_path / "dequantized"))(input_ids=ids).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    if not any(
+        ".experts." in name for name in linears
+    ):  # transformers holds experts in one tensor, compressed-tensors has linears
+        theirs = eager(model_type, out.path)(input_ids=ids).logits
+        torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+def _dequantized(source: Checkpoint, stored: StoredLinears, folder: Path) -> Path:
+    """The source with the values that its quantised linears stand for, in the source's own layout."""
+    from safetensors.torch import save_file
+
+    layout = Layout(source)
+    tensors = {name: source.read(name).float() for name in source.names()}
+    for index in range(layout.blocks):
+        for linear in (linear for group in layout.groups(index) for linear in group):
+            ref = layout.weight(index, f"{linear}.weight")
+            ref.take(tensors[ref.tensor]).copy_(stored.read(layout.linear(index, linear)).dequantize(torch.float32))
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
+    return folder

@@ -1,0 +1,119 @@
+"""Checkpoints that their makers stored in 8 or 4 bits, against the 16-bit models that transformers makes of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marlin_tools.checkpoint.expanded import Expanded, expanded
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.errors import ModelError
+from marlin_tools.formats.stored import StoredLinears
+
+
+def rewritten(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None], scheme: dict[str, object]) -> Path:
+    """The model with other tensors, and a quantization_config that says so."""
+    folder.mkdir()
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "quantization_config": scheme}))
+    return folder
+
+
+def to_fp8(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name]
+        scales = torch.rand(-(-weight.shape[0] // 48), -(-weight.shape[1] // 48)) + 0.5
+        tensors[name + "_scale_inv"] = scales
+        tensors[name] = weight.to(torch.float8_e4m3fn)
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [48, 48], "activation_scheme": "dynamic"}
+
+
+def test_fp8_blocks_are_codes_times_their_scale(made: Callable[[str], Path], tmp_path: Path) -> None:
+    path = rewritten(made("qwen3_moe"), tmp_path / "fp8", to_fp8, FP8)
+    raw, view = load_file(path / "model.safetensors"), expanded(Checkpoint.open(path))
+    assert isinstance(view, Expanded)
+    assert view.quantization is None
+    assert view.names() == sorted(name for name in raw if not name.endswith("_scale_inv"))
+    for name in view.names():
+        value = view.read(name)
+        assert value.dtype == torch.bfloat16
+        assert tuple(value.shape) == view.shape(name)
+        if name.endswith("_proj.weight"):
+            codes, scales = raw[name].float(), raw[name + "_scale_inv"]
+            expected = torch.stack(
+                [torch.stack([c * scales[i // 48, j // 48] for j, c in enumerate(row)]) for i, row in enumerate(codes[:60])]
+            )
+            assert torch.equal(value[:60], expected.bfloat16())
+            break
+
+
+def test_a_model_in_fp8_is_quantized_as_if_it_were_not(made: Callable[[str], Path], tmp_path: Path) -> None:
+    path = rewritten(made("llama"), tmp_path / "fp8", to_fp8, FP8)
+    view, wide = expanded(Checkpoint.open(path)), tmp_path / "wide"
+    wide.mkdir()
+    save_file({name: view.read(name) for name in view.names()}, wide / "model.safetensors", metadata={"format": "pt"})
+    (wide / "config.json").write_text(json.dumps(view.config))
+    settings = QuantizeSettings(preset="rtn", group_size=32, ignore=("k_proj",))
+    ours, expected = (quantize(each, None, settings, tmp_path / f"{each.name}-int4") for each in (path, wide))
+    assert ours.names() == expected.names()
+    assert all(torch.equal(ours.read(name), expected.read(name)) for name in ours.names())
+    assert ours.read("model.layers.0.self_attn.k_proj.weight").dtype == torch.bfloat16
+
+
+def to_mxfp4(tensors: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = experts, outputs, inputs // 32
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 126, shape, generator=generator, dtype=torch.uint8)
+
+
+def test_mxfp4_is_what_transformers_reads(made: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    path = rewritten(made("gpt_oss"), tmp_path / "mxfp4", to_mxfp4, {"quant_method": "mxfp4"})
+    raw, view = load_file(path / "model.safetensors"), expanded(Checkpoint.open(path))
+    for kind in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{kind}"
+        expected = convert_moe_packed_tensors(raw[f"{name}_blocks"], raw[f"{name}_scales"])
+        assert torch.equal(view.read(name), expected)
+        assert view.shape(name) == tuple(expected.shape)
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert "model.layers.1.mlp.experts.3.up_proj" in StoredLinears(out).names
+    assert torch.equal(
+        out.read("model.layers.0.mlp.experts.2.gate_proj.bias"),
+        raw["model.layers.0.mlp.experts.gate_up_proj_bias"][2, ::2],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "scheme", "message"),
+    [
+        (lambda tensors: (to_fp8(tensors), tensors.pop("model.layers.0.mlp.up_proj.weight_scale_inv")), FP8, "but no"),
+        (to_fp8, {"quant_method": "fp8"}, "weight_block_size"),
+        (to_fp8, FP8 | {"weight_block_size": [64, 64]}, "with scales"),
+        (lambda _tensors: None, {"quant_method": "bitsandbytes"}, "already quantised"),
+    ],
+)
+def test_what_cannot_be_expanded_is_refused_by_name(
+    made: Callable[[str], Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, Tensor]], None],
+    scheme: dict[str, object],
+    message: str,
+) -> None:
+    path = rewritten(made("llama"), tmp_path / "odd", change, scheme)
+    with pytest.raises(ModelError, match=message):
+        quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
