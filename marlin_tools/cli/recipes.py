@@ -135,8 +135,9 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
 def recipes_schema(table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False) -> int:
     """Print the JSON Schema of recipes, for editors."""
     from marlin_tools.cli import ui
-    from marlin_tools.recipe import recipe
-    from marlin_tools.recipe import table as recipe_table
+    from marlin_tools.recipe.recipe import Recipe
+    from marlin_tools.recipe.table import Table
+    from marlin_tools.recipe.yaml_reader import json_schema
 
-    ui.write_json(recipe_table.schema() if table else recipe.schema())
+    ui.write_json(json_schema(Table if table else Recipe))
     return 0

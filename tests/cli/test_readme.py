@@ -142,7 +142,7 @@ def test_the_recipe_in_the_readme_is_one(tmp_path):
     (tmp_path / "table.yaml").write_text(table, encoding="utf-8")
 
     assert ["prune", "finetune", "quantize"] == [stage.stage for stage in load(tmp_path / "sparse.yaml").remaking]
-    assert ["my-fp16", "my-rtn"] == [recipe.name for recipe in load_all(tmp_path / "table.yaml")]
+    assert ["my-fp16", "my-fast", "my-rtn"] == [recipe.name for recipe in load_all(tmp_path / "table.yaml")]
     assert ["quantize", "export", "evaluate", "verify"] == [stage.stage for stage in load(tmp_path / "my.yaml").stages]
 
 
