@@ -62,7 +62,7 @@ _HOME = {
     "finetune": "marlin_tools.training.finetune",
     "generate": "marlin_tools.evaluation.generate",
     "inspect": "marlin_tools.verification.inspect",
-    "load": "marlin_tools.backends",
+    "load": "marlin_tools.transformers",
     "prune": "marlin_tools.compress.prune",
     "quantize": "marlin_tools.compress.quantize",
     "verify": "marlin_tools.verification.verify",

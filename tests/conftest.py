@@ -89,7 +89,7 @@ SHAPE = {
 TEXT = "The boat left the harbour at dawn. Nine marlins were seen off the point, and the skipper counted them twice.\n"
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE that can spell any text: 2 marks, 256 bytes, and as many merges as the text above yields."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -127,7 +127,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
             model.save_pretrained(folder)
-            _write_tokenizer(folder)
+            write_tokenizer(folder)
             made[key] = folder
         return made[key]
 

@@ -17,9 +17,10 @@ struct Weights {
 
 constexpr int kTurnedBytes = kTileRows * kTileColumns * 2;
 
-// Two neighbouring outputs' scales for a group.
-__device__ __forceinline__ u32 load_scale_pair(const Weights& w, int tile_n, int group, int output) {
-    const u64 row = static_cast<u64>(tile_n) * w.scale_groups + (w.scale_groups == 1 ? 0 : group);
+// Two neighbouring outputs' scales in one of the rows that a packed tile has.
+template <int kRows>
+__device__ __forceinline__ u32 load_scale_pair(const Weights& w, int tile_n, int tile_k, int within, int output) {
+    const u64 row = static_cast<u64>(tile_n) * w.scale_groups + (w.scale_groups == 1 ? 0 : tile_k * kRows + within);
     return *reinterpret_cast<const u32*>(w.scales + row * kTileRows + output);
 }
 

@@ -27,10 +27,10 @@ struct ConsumerWarp {
         : p(problem), memory(memory_), warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0)), lane(threadIdx.x % 32),
           tile(warp * T::kTiles / 4), fragment(warp * T::kTiles % 4) {}
 
-    // Of this lane's two outputs in packed tile `r`.
-    __device__ __forceinline__ u32 load_scales(u32 stage, int r) const {
-        return *reinterpret_cast<const u32*>(memory + T::kScalesAt + stage * T::kStageScaleBytes + tile * kScaleBytes +
-                                             lane / 4 * 16 + (fragment + r) * 4);
+    // Of this lane's two outputs in packed tile `r`, one of its rows.
+    __device__ __forceinline__ u32 load_scales(u32 stage, int r, int row = 0) const {
+        return *reinterpret_cast<const u32*>(memory + T::kScalesAt + stage * T::kStageScaleBytes + tile * T::kTileScaleBytes +
+                                             row * kScaleBytes + lane / 4 * 16 + (fragment + r) * 4);
     }
 
     // Adds a group's sums, scaled.

@@ -12,11 +12,12 @@ template <int kTokens_,            // tokens per CTA: 8 to 128
           int kStages_,            // stages of the pipeline
           int kCtasPerSm_,         // CTAs that must fit on an SM
           int kPackedBytes_,       // of a packed tile
+          int kScaleRows_,         // rows of scales of a packed tile
           bool kRounded_ = false>  // scales are applied to the weights, which rounds them to 16 bits; else to the sums
 struct HopperTile {
     static constexpr int kTokens = kTokens_, kConsumers = kConsumers_, kTiles = kTiles_, kStages = kStages_,
                          kCtasPerSm = kCtasPerSm_;
-    static constexpr int kPackedBytes = kPackedBytes_;
+    static constexpr int kPackedBytes = kPackedBytes_, kTileScaleBytes = kScaleRows_ * kScaleBytes;
     static constexpr bool kRounded = kRounded_;
     static constexpr int kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128,
                          kConsumerWarps = 4 * kConsumers;
@@ -28,7 +29,7 @@ struct HopperTile {
     static constexpr int kCodesAt = 2 * kBoxBytes;
     static constexpr int kStageBytes = kCodesAt + kCtaTiles * kPackedBytes;
     static constexpr int kScalesAt = kStages * kStageBytes;
-    static constexpr int kStageScaleBytes = kCtaTiles * kScaleBytes;
+    static constexpr int kStageScaleBytes = kCtaTiles * kTileScaleBytes;
     static constexpr int kBarriersAt = kScalesAt + kStages * kStageScaleBytes;
     static constexpr int kSumsBarrierAt = kBarriersAt + kStages * 16;
     static constexpr int kWorkAt = kSumsBarrierAt + 16;  // one per warp that multiplies
@@ -138,16 +139,16 @@ struct Producer {
     __device__ __forceinline__ void load_weights(const StepIterator<T>& at, u32 stage) const {
         const u32 barrier = T::full(memory, stage);
         const int left = p.tiles_n - at.tile_n, tiles = left < 0 ? 0 : left < T::kCtaTiles ? left : T::kCtaTiles;
-        barrier_expect(barrier, 2 * T::kBoxBytes + tiles * (T::kPackedBytes + (kGroup > 0 ? kScaleBytes : 0)));
+        barrier_expect(barrier, 2 * T::kBoxBytes + tiles * (T::kPackedBytes + (kGroup > 0 ? T::kTileScaleBytes : 0)));
         u64 tile = static_cast<u64>(at.tile_n) * p.tiles_k + at.step;
         u32 codes = memory + stage * T::kStageBytes + T::kCodesAt, scales = memory + T::kScalesAt + stage * T::kStageScaleBytes;
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
             tma_load(codes, p.codes + tile * T::kPackedBytes, T::kPackedBytes, barrier);
-            if constexpr (kGroup > 0) tma_load(scales, p.scales + tile * kScaleBytes, kScaleBytes, barrier);
+            if constexpr (kGroup > 0) tma_load(scales, p.scales + tile * T::kTileScaleBytes, T::kTileScaleBytes, barrier);
             tile += p.tiles_k;
             codes += T::kPackedBytes;
-            scales += kScaleBytes;
+            scales += T::kTileScaleBytes;
         }
     }
 

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
     const int g = lane / 4, t = lane % 4;
     const u8* const half = w.codes + static_cast<u64>(blockIdx.x) * kSparseTile + jj * kSparseHalf;
     const uint2 q = *reinterpret_cast<const uint2*>(half + threadIdx.x % 128 * 8);
-    const u32 pair = load_scale_pair(w, tile_n, group, g * 8 + i * 2);
+    const u32 pair = load_scale_pair<1>(w, tile_n, group, 0, g * 8 + i * 2);
     const float scale[2] = {half_to_float(pair & 0xFFFF), half_to_float(pair >> 16)};
 #pragma unroll
     for (int r = 0; r < 8; ++r) {  // k32 step, 16 inputs of it, output: the quad of register r % 4 of the step's fragment

@@ -6,8 +6,8 @@
 #include "w24a16/few.cuh"
 #include "w24a16/many.cuh"
 
-template <int kTokens, int kConsumers, int kTiles, int kStages, int kCtasPerSm>
-struct Hopper : HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kSparseTile, (kTokens >= 64)> {
+template <int kTokens, int kConsumers, int kTiles, int kStages, int kCtasPerSm, int kScaleRows>
+struct Hopper : HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kSparseTile, kScaleRows, (kTokens >= 64)> {
     static constexpr bool kStaged = false;
 };
 

@@ -5,14 +5,16 @@
 // Each of these owns its outputs from the first product to the store, so the only thing that they share is the pipeline, and
 // they drift apart: while one dequantises, scales or stores, the tensor cores work for the other.
 //
-// Up to 32 tokens, scales are applied to float32 sums, every 128 inputs: the tensor cores see the exact integers -8..7. That
+// For few tokens, scales are applied to float32 sums, for every group: the tensor cores see the exact integers -8..7. That
 // costs a second set of sums and half an instruction per token, output and group, and the products must end before each
-// scaling. From 64 tokens on, they are applied to the weights as these are converted, which rounds them to 16 bits and costs
-// next to nothing: products follow each other without a pause.
+// scaling; with groups narrower than a packed tile there are two such sets, one for every other group. For many tokens, scales
+// are applied to the weights as these are converted, which rounds them to 16 bits and costs next to nothing: products follow
+// each other without a pause.
 #include "linear/hopper.cuh"
 
-template <int kTokens, int kConsumers, int kTiles, int kStages, int kCtasPerSm>
-using Hopper = HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kTileBytes, (kTokens >= 64)>;
+template <int kTokens, int kConsumers, int kTiles, int kStages, int kCtasPerSm, int kScaleRows>
+using Hopper = HopperTile<kTokens, kConsumers, kTiles, kStages, kCtasPerSm, kTileBytes, kScaleRows,
+                          (kTokens >= (kScaleRows > 1 ? 32 : 64))>;  // many tokens
 
 template <class T, class E, int kGroup>
 struct Consumer : ConsumerWarp<T> {
@@ -20,14 +22,17 @@ struct Consumer : ConsumerWarp<T> {
     using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::state, Warp::sums;
     using Warp::Warp;
 
-    // A batch is so many k16 steps. While the tensor cores work on one, the next is converted.
-    static constexpr int kSteps = T::kRounded ? 2 : 4, kBatches = 8 / kSteps, kBuffers = 2;
     static constexpr bool kScalesWeights = T::kRounded && kGroup > 0;
+    // Where a packed tile has several groups, each is a batch with sums of its own.
+    static constexpr bool kGroupBatches = !T::kRounded && kNarrowGroups<kGroup>;
+    // A batch is so many k16 steps. While the tensor cores work on one, the next is converted.
+    static constexpr int kSteps = T::kRounded ? 2 : kGroupBatches ? kGroup / 16 : 4, kBatches = 8 / kSteps, kBuffers = 2;
+    static constexpr int kParts = kGroupBatches ? 2 : 1, kRows = kScalesWeights ? kScaleRows<kGroup> : 1;
 
-    float part[T::kRounded ? 1 : T::kFragments][4];  // of one packed tile and group
-    u32 a[kBuffers][kSteps][4];                      // weights of as many batches
-    Vec16 codes[2];                                  // of the two halves of a group
-    u32 next_scales = 0;                             // of the tile whose codes were read last
+    float part[kParts][T::kRounded ? 1 : T::kFragments][4];  // of one packed tile and group
+    u32 a[kBuffers][kSteps][4];                              // weights of as many batches
+    Vec16 codes[2];                                          // of the two halves of a group
+    u32 next_scales[kRows] = {};                             // of the tile whose codes were read last
     typename E::Scales scales;
     bool flowing = false;  // products of the stage before may still run
 
@@ -39,6 +44,8 @@ struct Consumer : ConsumerWarp<T> {
     __device__ __forceinline__ void multiply(bool more) {
         if constexpr (T::kRounded) {
             flow(more);
+        } else if constexpr (kGroupBatches) {
+            pause_at_stages(more);
         } else {
             pause_at_groups(more);
         }
@@ -92,7 +99,7 @@ struct Consumer : ConsumerWarp<T> {
             if constexpr (kGroup > 0) scales = Warp::load_scales(stage, r);
 #pragma unroll
             for (int batch = 0; batch < kBatches; ++batch) {
-                issue(kGroup > 0 ? part : sums[r], batch, tokens, kGroup == 0 || batch > 0);
+                issue(kGroup > 0 ? part[0] : sums[r], batch, tokens, kGroup == 0 || batch > 0);
                 warpgroup_wait<1>();  // the registers of the next batch are free
                 if (batch + 1 < kBatches) {
                     convert(batch + 1);
@@ -106,8 +113,40 @@ struct Consumer : ConsumerWarp<T> {
                 }
             }
             warpgroup_wait<0>();
-            if constexpr (kGroup > 0) Warp::collect(sums[r], part, scales);
+            if constexpr (kGroup > 0) Warp::collect(sums[r], part[0], scales);
         }
+        __syncwarp();  // all lanes have read the stage
+        if (lane == 0) barrier_arrive(T::empty(shared, stage));
+    }
+
+    // One stage, where groups are narrower than a packed tile. While a group's products run, the sums of the one before are
+    // scaled and added up, and the weights of the next are converted.
+    __device__ __forceinline__ void pause_at_stages(bool more) {
+        const u32 shared = shared_address(memory), stage = state.stage;
+        const u64 tokens = swizzled_descriptor(shared + stage * T::kStageBytes);
+        state.advance();
+        u32 scales[2];
+#pragma unroll
+        for (int number = 0; number < T::kTiles * kBatches; ++number) {
+            const int r = number / kBatches, batch = number % kBatches;
+            hold(number);
+            issue(part[number % 2], batch, tokens, false);
+            scales[number % 2] = Warp::load_scales(stage, r, batch);
+            if (batch + 1 == kBatches) {
+                if (r + 1 < T::kTiles) {
+                    load(stage, r + 1);
+                } else {
+                    barrier_wait_if(more, T::full(shared, state.stage), state.phase);
+                    load(state.stage, 0);
+                }
+            }
+            warpgroup_wait<1>();  // the group before: its sums are there, its registers free
+            hold(number + 1);
+            if (number > 0) Warp::collect(sums[(number - 1) / kBatches], part[(number - 1) % 2], scales[(number - 1) % 2]);
+            convert((batch + 1) % kBatches);
+        }
+        warpgroup_wait<0>();
+        Warp::collect(sums[T::kTiles - 1], part[1], scales[1]);
         __syncwarp();  // all lanes have read the stage
         if (lane == 0) barrier_arrive(T::empty(shared, stage));
     }
@@ -142,12 +181,17 @@ struct Consumer : ConsumerWarp<T> {
     __device__ __forceinline__ void load_half(u32 stage, int r, int half) {
         codes[half] = *reinterpret_cast<const Vec16*>(memory + stage * T::kStageBytes + T::kCodesAt + tile * kTileBytes +
                                                       half * (kTileBytes / 2) + (fragment + r) * 512 + lane * 16);
-        if (kScalesWeights && half == 0) next_scales = Warp::load_scales(stage, r);
+        if constexpr (kScalesWeights) {
+#pragma unroll
+            for (int row = 0; row < kRows; ++row)
+                if (row * 2 / kRows == half) next_scales[row] = Warp::load_scales(stage, r, row);
+        }
     }
 
     // The weights of a batch.
     __device__ __forceinline__ void convert(int batch) {
-        if (kScalesWeights && batch == 0) E::set(scales, next_scales, p.offset_per_scale);
+        if (kScalesWeights && batch * kRows % kBatches == 0)
+            E::set(scales, next_scales[batch * kRows / kBatches], p.offset_per_scale);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int step = batch * kSteps + j;

@@ -13,14 +13,16 @@
 template <int kN8_,         // n8 tiles of tokens: 8 or 16 tokens
           int kWarpsN_,     // warps side by side along the outputs, 64 each; the other 8 / kWarpsN split the inputs
           int kStages_,     // half tiles in a warp's pipeline
-          int kCtasPerSm_>  // CTAs that must fit on an SM, which caps the registers
+          int kCtasPerSm_,  // CTAs that must fit on an SM, which caps the registers
+          int kScaleRows_>  // rows of scales of a packed tile
 struct Narrow {
     static constexpr int kN8 = kN8_, kWarpsN = kWarpsN_, kStages = kStages_, kCtasPerSm = kCtasPerSm_;
     static constexpr int kWarpsK = kWarps / kWarpsN;
     static constexpr int kTokens = 8 * kN8;
-    // A stage is half a packed tile: codes, scales (with the second half only), activations.
+    // A stage is half a packed tile: codes, scales (if both halves share a row, with the second only), activations.
+    static constexpr int kScaleRows = kScaleRows_, kHalfScaleRows = kScaleRows > 1 ? kScaleRows / 2 : 1;
     static constexpr int kRowBytes = kHalfTokenBytes + 16;
-    static constexpr int kTokensAt = kHalfBytes + kScaleBytes;
+    static constexpr int kTokensAt = kHalfBytes + kHalfScaleRows * kScaleBytes;
     static constexpr int kStageBytes = kTokensAt + kTokens * kRowBytes;
     static constexpr int kPipelineBytes = kStages * kStageBytes;
     static constexpr int kSharedBytes = kWarps * kPipelineBytes + kWarpsN * 4 * kN8 * 512;  // and where a cluster's sums meet
@@ -77,14 +79,19 @@ struct Stream {
         }
     }
 
-    // Two KB of codes: 64 bytes per lane. The scales of a tile come with its second half, when they are used.
+    // Two KB of codes: 64 bytes per lane. Scales come with the half at whose end they are used.
     __device__ __forceinline__ void load_weights(u32 stage) const {
         const u8* const codes = p.codes + static_cast<u64>(tile * 2 + half) * kHalfBytes + lane * 16;
 #pragma unroll
         for (int q = 0; q < 4; ++q) copy_async(stage + q * 512 + lane * 16, codes + q * 512);
-        if constexpr (kGroup > 0)
+        if constexpr (kGroup == kTileColumns) {
             if (half == 1 && lane < kScaleBytes / 16)
                 copy_async(stage + kHalfBytes + lane * 16, p.scales + static_cast<u64>(tile) * kScaleBytes + lane * 16);
+        } else if constexpr (kGroup > 0) {
+            constexpr int kBytes = T::kHalfScaleRows * kScaleBytes;
+            if (lane < kBytes / 16)
+                copy_async(stage + kHalfBytes + lane * 16, p.scales + static_cast<u64>(tile * 2 + half) * kBytes + lane * 16);
+        }
     }
 
     // Eight lanes per row. Rows past the last token are neither loaded nor cleared: their columns of the product are never
@@ -172,17 +179,22 @@ struct Warp {
     // The next packed tile of this warp. The last of a range leaves its second stage empty: it serves as scratch first.
     __device__ __forceinline__ void multiply_tile(bool last) {
         float part[T::kFragments][4];
-        float (&into)[T::kFragments][4] = kGroup > 0 ? part : sums;
         const u8* const own = memory + warp * T::kPipelineBytes;
         const u32 tokens = pipeline + T::kTokensAt + token_offset<T::kN8, T::kRowBytes>(lane);
-        if constexpr (kGroup > 0) clear(part);
+        if constexpr (kGroup == kTileColumns) clear(part);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             copy_async_wait<T::kStages - 1>();
             __syncwarp();
-            multiply_half<E, T::kN8, T::kRowBytes>(into, own + stage, tokens + stage, lane);
-            if constexpr (kGroup > 0)
-                if (half == 1) add_scaled<T::kN8>(sums, part, load_scales(own + stage + kHalfBytes, lane));
+            const u8* const scales = own + stage + kHalfBytes;
+            if constexpr (kNarrowGroups<kGroup>) {
+                multiply_groups<E, kGroup, T::kN8, T::kRowBytes>(sums, own + stage, scales, tokens + stage, lane);
+            } else {
+                float (&into)[T::kFragments][4] = kGroup > 0 ? part : sums;
+                multiply_half<E, T::kN8, T::kRowBytes>(into, own + stage, tokens + stage, lane);
+                if constexpr (kGroup > 0)
+                    if (half == 1) add_scaled<T::kN8>(sums, part, load_scales(scales, lane));
+            }
             if (half == 0 || !last) {
                 __syncwarp();
                 refill();

@@ -5,15 +5,16 @@
 #include "linear/epilogue.cuh"
 
 // How a CTA's eight warps share the work of one stage. kWarpsN * kWarpsT * kWarpsK = 8.
-template <int kN8_,      // n8 tiles of tokens per warp; a warp computes 64 outputs x (8 kN8) tokens
-          int kWarpsN_,  // warps side by side along the outputs, 64 each
-          int kWarpsT_,  // warps side by side along the tokens; each dequantises the same weights again
-          int kWarpsK_,  // warps that split the inputs of a stage; their sums meet in shared memory at the end of a tile
-          int kTilesK_,  // packed tiles along the inputs per stage
-          int kStages_>  // stages of the pipeline; all but one are in flight
+template <int kN8_,         // n8 tiles of tokens per warp; a warp computes 64 outputs x (8 kN8) tokens
+          int kWarpsN_,     // warps side by side along the outputs, 64 each
+          int kWarpsT_,     // warps side by side along the tokens; each dequantises the same weights again
+          int kWarpsK_,     // warps that split the inputs of a stage; their sums meet in shared memory at the end of a tile
+          int kTilesK_,     // packed tiles along the inputs per stage
+          int kStages_,     // stages of the pipeline; all but one are in flight
+          int kScaleRows_>  // rows of scales of a packed tile
 struct Wide {
     static constexpr int kN8 = kN8_, kWarpsN = kWarpsN_, kWarpsT = kWarpsT_, kWarpsK = kWarpsK_;
-    static constexpr int kTilesK = kTilesK_, kStages = kStages_;
+    static constexpr int kTilesK = kTilesK_, kStages = kStages_, kScaleRows = kScaleRows_;
     static constexpr int kTokens = 8 * kN8 * kWarpsT;
     static constexpr int kHalves = 2 * kTilesK / kWarpsK;     // halves of packed tiles per warp and stage
     static constexpr int kEpilogueWarps = kWarpsN * kWarpsT;  // warps that hold a finished tile's sums
@@ -21,11 +22,11 @@ struct Wide {
     // A stage: codes, scales, activations.
     static constexpr int kRowBytes = kTilesK * kTokenBytes + 16;
     static constexpr int kScalesAt = kWarpsN * kTilesK * kTileBytes;
-    static constexpr int kTokensAt = kScalesAt + kWarpsN * kTilesK * kScaleBytes;
+    static constexpr int kTokensAt = kScalesAt + kWarpsN * kTilesK * kScaleRows * kScaleBytes;
     static constexpr int kStageBytes = kTokensAt + kTokens * kRowBytes;
 
     static_assert(kWarpsN * kWarpsT * kWarpsK == kWarps, "eight warps");
-    static_assert(kHalves == 1 || kHalves == 2, "a warp's share of a stage lies in one group");
+    static_assert(kHalves == 1 || kHalves == 2, "a warp's share of a stage lies in one packed tile");
     static_assert(kStageBytes >= kWarps * 4 * 512, "the sum over warps borrows a stage");
     static_assert(kStages >= 2, "a pipeline");
 };
@@ -58,23 +59,27 @@ struct StageIterator {
 // Streams packed weights and scales into the pipeline. Everything but the step from tile to tile is an addition.
 template <class T, int kGroup>
 struct WeightStream {
+    static constexpr int kRows = T::kTilesK * T::kScaleRows;  // of scales in a stage, for each packed tile along the outputs
+    static_assert(T::kWarpsN * kRows * 8 <= kThreads, "one copy of scales per thread");
+
     const Problem& p;
     StageIterator<T> at;
     const u8 *codes, *scales;  // this thread's 16 bytes of the next stage
-    int scale_n, scale_group;  // which of the stage's rows of scales this thread copies, if any
+    int scale_n, scale_row;    // which of the stage's rows of scales this thread copies, if any
 
     __device__ __forceinline__ explicit WeightStream(const Problem& problem)
-        : p(problem), at(problem), scale_n(threadIdx.x / 8 / T::kTilesK), scale_group(threadIdx.x / 8 % T::kTilesK) {
+        : p(problem), at(problem), scale_n(threadIdx.x / 8 / kRows), scale_row(threadIdx.x / 8 % kRows) {
         seek();
     }
 
     __device__ __forceinline__ void seek() {
         const u64 tile = static_cast<u64>(at.work.tile_n) * p.tiles_k + at.step;
         codes = p.codes + tile * kTileBytes + threadIdx.x * 16;
-        scales = p.scales + (tile + static_cast<u64>(scale_n) * p.tiles_k + scale_group) * kScaleBytes + threadIdx.x % 8 * 16;
+        scales = p.scales + ((tile + static_cast<u64>(scale_n) * p.tiles_k) * T::kScaleRows + scale_row) * kScaleBytes +
+                 threadIdx.x % 8 * 16;
     }
 
-    // One packed tile is 4 KB: 16 bytes per thread. Tiles past the last output or group are left out.
+    // One packed tile is 4 KB: 16 bytes per thread. Tiles past the last output or input are left out.
     __device__ __forceinline__ void load(u32 stage) {
         if (!at.more) return;
         const int count = at.count(), tiles = p.tiles_n - at.work.tile_n;
@@ -87,10 +92,10 @@ struct WeightStream {
                     copy_async(stage + (n * T::kTilesK + g) * kTileBytes + threadIdx.x * 16, source + g * kTileBytes);
         }
         if constexpr (kGroup > 0)
-            if (scale_n < T::kWarpsN && scale_n < tiles && scale_group < count)
+            if (scale_n < T::kWarpsN && scale_n < tiles && scale_row < count * T::kScaleRows)
                 copy_async(stage + T::kScalesAt + threadIdx.x * 16, scales);
         codes += T::kTilesK * kTileBytes;
-        scales += T::kTilesK * kScaleBytes;
+        scales += kRows * kScaleBytes;
         if (at.advance(p)) seek();
     }
 };
@@ -185,18 +190,29 @@ struct Block {
 
     // This warp's 64 outputs x 64 or 128 inputs of a stage that holds `count` packed tiles.
     __device__ __forceinline__ void multiply(const u8* stage, int count) {
-        const int half0 = warp_k * T::kHalves, group = half0 / 2, tile = warp_n * T::kTilesK + group;
-        if (group >= count) return;
-        float part[4 * T::kN8][4];
-        float (&into)[4 * T::kN8][4] = kGroup > 0 ? part : sums;
-        if constexpr (kGroup > 0) clear(part);
+        const int half0 = warp_k * T::kHalves, step = half0 / 2, tile = warp_n * T::kTilesK + step;
+        if (step >= count) return;
         const u32 tokens = shared_address(stage) + T::kTokensAt + warp_t * T::kN8 * 8 * T::kRowBytes + half0 * kHalfTokenBytes +
                            token_offset<T::kN8, T::kRowBytes>(lane);
+        const u8* const scales = stage + T::kScalesAt + tile * T::kScaleRows * kScaleBytes;
+        if constexpr (kNarrowGroups<kGroup>) {
+#pragma unroll 1
+            for (int half = 0; half < T::kHalves; ++half) {
+                const int number = half0 % 2 + half;
+                multiply_groups<E, kGroup, T::kN8, T::kRowBytes>(sums, stage + tile * kTileBytes + number * kHalfBytes,
+                                                                 scales + number * (T::kScaleRows / 2) * kScaleBytes,
+                                                                 tokens + half * kHalfTokenBytes, lane);
+            }
+        } else {
+            float part[4 * T::kN8][4];
+            float (&into)[4 * T::kN8][4] = kGroup > 0 ? part : sums;
+            if constexpr (kGroup > 0) clear(part);
 #pragma unroll
-        for (int half = 0; half < T::kHalves; ++half)
-            multiply_half<E, T::kN8, T::kRowBytes>(into, stage + tile * kTileBytes + (half0 % 2 + half) * kHalfBytes,
-                                                   tokens + half * kHalfTokenBytes, lane);
-        if constexpr (kGroup > 0) add_scaled<T::kN8>(sums, part, load_scales(stage + T::kScalesAt + tile * kScaleBytes, lane));
+            for (int half = 0; half < T::kHalves; ++half)
+                multiply_half<E, T::kN8, T::kRowBytes>(into, stage + tile * kTileBytes + (half0 % 2 + half) * kHalfBytes,
+                                                       tokens + half * kHalfTokenBytes, lane);
+            if constexpr (kGroup > 0) add_scaled<T::kN8>(sums, part, load_scales(scales, lane));
+        }
     }
 
     // Adds the sums of the warps that split k into those of the first, in a fixed order. Borrows the stage just consumed: the

@@ -2,9 +2,8 @@
 
 SparseGPT is the column sweep with a rule that rounds nothing: at the first column of a quad it looks at what the quad's four
 columns should hold by now, gives up the two whose loss R[j, j]² t_j² is smallest, and every later column pays for them. That is
-greedy twice over, in the positions and in the values. Two exact steps follow unless they are switched off: quad by quad the
-pair of positions and values that lowers the loss, several times over, and the least-squares weights on what is then kept
-(`support.py`).
+greedy twice over, in the positions and in the values. Two exact steps follow by turns unless they are switched off: quad by
+quad the pair of positions that lowers the loss, and the least-squares weights on all that are kept (`support.py`).
 """
 
 from dataclasses import dataclass
@@ -27,6 +26,12 @@ from marlin_tools.stopwatch import span
 _SLAB = 1 << 26
 """Weights that a GPU works on at a time."""
 
+_ROUNDS = 3
+"""How often all quads are chosen again between two fits."""
+
+_COARSE = 3e-4
+"""The tolerance of a fit after which positions change again; what it leaves, the next round and the last fit find."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -41,8 +46,8 @@ class Pruner(Settings):
 
     mask         how the kept positions are chosen: `sparsegpt`, `wanda` or `magnitude`
     damp         added to the Hessian's diagonal, as a fraction of its mean
-    reselect     rounds of choosing every quad's positions and values again
-    fit          give the weights that are kept in the end their least-squares values
+    fit          give the kept weights their least-squares values
+    reselect     turns of choosing every quad's positions again, each followed by a fit
     sequential   later groups of a block are calibrated on the pruned outputs of earlier ones
     drift        aim at weights that undo this share of what earlier pruning has done to the activations
     """
@@ -50,7 +55,7 @@ class Pruner(Settings):
     mask: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
     damp: float = Field(0.01, gt=0, le=10)
     fit: bool = True
-    reselect: int = Field(6, ge=0, le=100)
+    reselect: int = Field(2, ge=0, le=100)
     sequential: bool = True
     drift: float = Field(0.5, ge=0, le=1)
 
@@ -138,7 +143,10 @@ class Placing:
         """The values and the mask of rows that have none yet, chosen again until no position changes."""
         with span("choose"):
             value_nk, mask_nk = self._first(target_nk)
-        for _ in range(self.pruner.reselect):
+        for number in range(_ROUNDS * self.pruner.reselect):
+            if self.pruner.fit and number and number % _ROUNDS == 0:
+                with span("fit"):
+                    value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk, _COARSE)
             before_nk = mask_nk
             with span("reselect"):
                 value_nk, mask_nk = reselect(target_nk, value_nk, mask_nk, self._damped_kk)

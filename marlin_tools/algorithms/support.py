@@ -43,7 +43,7 @@ def fit(weight_nk: Tensor, start_nk: Tensor, mask_nk: Tensor, hessian_kk: Tensor
     for _ in range(_ITERATIONS):
         conditioned_nk = residual_nk / energy_k
         size_n = (residual_nk * conditioned_nk).sum(dim=1, keepdim=True)
-        direction_nk.mul_(size_n / before_n).add_(conditioned_nk)
+        direction_nk = torch.addcmul(conditioned_nk, direction_nk, size_n / before_n)
         response_nk = product(direction_nk, hessian_kk).mul_(mask_nk)
         length_n = size_n / (direction_nk * response_nk).sum(dim=1, keepdim=True)
         gain_n = length_n * size_n
@@ -116,7 +116,7 @@ def _fused_reselect(weight_nk: Tensor, state: solver.Quads, hessian_kk: Tensor) 
         for start in range(first, last, BLOCK):
             done, block = slice(0, start - first), slice(start - first, min(start + BLOCK, last) - first)
             gradient_nb = torch.addmm(gradient_nw[:, block], change_nw[:, done], hessian_kk[first:start, first:last][:, block])
-            change_nw[:, block] = solver.reselect_block(state, gradient_nb, hessian_kk, start, _WALKS)
+            solver.reselect_block(state, gradient_nb, hessian_kk, change_nw[:, block], start, _WALKS)
         errors.put(slice(first, last), weight_nk[:, first:last] - state.values[:, first:last])
 
 

@@ -115,6 +115,8 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
     if name != "auto" and name not in BACKENDS:
         near = get_close_matches(name, BACKENDS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: auto, {', '.join(BACKENDS)}"
+        if name == "vllm":
+            hint = "only `marlin-tools eval` runs through vLLM; to serve, `vllm serve DIR`"
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
     tried = []

@@ -96,7 +96,7 @@ def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dt
     _check_limits(f"a linear of {weight.shape[0]} x {weight.shape[1]}", weight)
     weight = weight.to(device)
     bias = None if bias is None else bias.detach().to(device, dtype)
-    if weight.is_2_4():
+    if weight.is_2_4() and not ops.limits(weight.shape[1], weight.group_size, sparse=True):
         sparse = ops.pack_sparse(weight)
         if device.type == "cuda":
             ops.prepare_sparse(sparse, dtype)

@@ -25,7 +25,7 @@ from marlin_tools.checkpoint.output import folder, put
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
-from marlin_tools.ops.linear.layout import TILE_K, TILE_N, PackedWeight, exponent_of
+from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES, TILE_K, TILE_N, PackedWeight, exponent_of
 from marlin_tools.ops.linear.sparse_layout import PackedSparse, random_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES
@@ -64,7 +64,7 @@ class BenchSettings(Settings):
     models: tuple[str, ...] = Field(default=("llama2-7b", "llama2-70b"), min_length=1)
     rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     dtype: Literal["float16", "bfloat16"] = "float16"
-    group_size: Literal[128, -1] = Field(default=128, description="128, or -1 for one scale per output")
+    group_size: Literal[128, 64, 32, -1] = Field(default=128, description="128, 64, 32, or -1 for one scale per output")
     peers: bool = True
     device: str = "cuda"
 
@@ -133,7 +133,7 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     tables: dict[str, list[dispatch.TableRow]] = {kind.name: [] for kind in _KINDS}
     for index, shape in enumerate(shapes):
         problem = _Problem.make(shape, settings, rates)
-        for kind in _KINDS:
+        for kind in (kind for kind in _KINDS if kind.name in problem.ours):
             winners = [problem.fastest(kind, m) for m in settings.rows]
             tables[kind.name].append(dispatch.TableRow(shape.n, shape.k, settings.rows, tuple(winners)))
         emit(Event("progress", "tuning", index + 1, len(shapes), {"model": shape.model, "layer": shape.layer}))
@@ -223,6 +223,7 @@ class _Kind:
     density: float
     tables: dispatch.Tables
     tokens: Mapping[str, int]
+    groups: tuple[int, ...]
     random: Callable[[Shape, int, torch.device], Any]
     linear: Callable[[Tensor, Any], Tensor]
     multiply_with: Callable[[str, Tensor, Any], Tensor]
@@ -260,9 +261,11 @@ class _Problem:
     def make(shape: Shape, settings: BenchSettings, rates: Rates) -> "_Problem":
         device, dtype = _device(settings.device), getattr(torch, settings.dtype)
         copies = range(timing.copies_past_l2(device, shape.k * shape.n * 3 // 8))
-        ours = {kind.name: [kind.random(shape, settings.group_size, device) for _ in copies] for kind in _KINDS}
+        group = settings.group_size
+        kinds = [kind for kind in _KINDS if group in {*kind.groups, -1}]
+        ours = {kind.name: [kind.random(shape, group, device) for _ in copies] for kind in kinds}
         peer = [_tinygemm_weight(shape, device) for _ in copies] if settings.peers else []
-        scales = shape.k // TILE_K if settings.group_size == TILE_K else 1
+        scales = 1 if group == -1 else shape.k // group
         return _Problem(shape, ours, [w4a16.dequantize(p, dtype) for p in ours[DENSE]], peer, scales, rates)
 
     def inputs(self, m: int) -> list[Tensor]:
@@ -282,7 +285,7 @@ class _Problem:
         contestants: dict[str, list[Callable[[], object]]] = {
             BASELINE: [partial(_multiply, x, w) for x, w in zip(xs, self.dense, strict=True)],
         }
-        for kind in _KINDS:
+        for kind in (kind for kind in _KINDS if kind.name in self.ours):
             weights = self.ours[kind.name]
             choices[kind.name] = kind.tables.choose(dispatch.gpu_of(xs[0].device), m, self.shape.n, self.shape.k)
             kind.check(xs[0], weights[0], choices[kind.name], self.shape)
@@ -329,12 +332,12 @@ def _random_weight(shape: Shape, group_size: int, device: torch.device) -> Packe
     """Any bits are codes; scales as those of a quantised normal weight: zeros would run faster than real weights do."""
     tiles, groups = shape.n // TILE_N, shape.k // TILE_K
     codes = torch.randint(-(2**31), 2**31 - 1, (tiles, groups, 1024), dtype=torch.int32, device=device)
-    scales = torch.randn((tiles, groups if group_size == TILE_K else 1, TILE_N), device=device).abs() * 0.002 + 0.004
+    scales = torch.randn((tiles, 1 if group_size == -1 else shape.k // group_size, TILE_N), device=device).abs() * 0.002 + 0.004
     return PackedWeight(codes, scales.to(torch.float16), shape.n, exponent_of(scales))
 
 
 def _random_sparse(shape: Shape, group_size: int, device: torch.device) -> PackedSparse:
-    return random_sparse(shape.n, shape.k, device, per_column=group_size != TILE_K)
+    return random_sparse(shape.n, shape.k, device, per_column=group_size == -1)
 
 
 def _tinygemm_weight(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -352,6 +355,7 @@ _KINDS = (
         1.0,
         dispatch.DENSE,
         {name: tile.tokens for name, tile in TILES.items()},
+        GROUP_SIZES,
         _random_weight,
         w4a16.linear,
         w4a16.multiply_with,
@@ -363,6 +367,7 @@ _KINDS = (
         0.5,
         sparse_dispatch.SPARSE,
         {name: tile.tokens for name, tile in SPARSE_TILES.items()},
+        SPARSE_GROUP_SIZES,
         _random_sparse,
         w24a16.sparse_linear,
         w24a16.multiply_with,

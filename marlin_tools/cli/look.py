@@ -1,11 +1,12 @@
-"""The verbs that look at what is there: `verify`, `inspect` and `doctor`."""
+"""The verbs that look at what is there: `verify`, `compare`, `inspect` and `doctor`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from marlin_tools.cli.options import PLAIN, Directory, Json, Model, flag
+from marlin_tools.cli.options import PLAIN, Directory, Json, Model, argument, flag, option
 from marlin_tools.cli.perform import perform, recipe_of, short_name
 
 app = typer.Typer(**PLAIN)
@@ -23,6 +24,29 @@ def verify(
     """
     recipe = recipe_of(short_name(str(directory)), str(directory), [{"stage": "verify"}])
     return perform(recipe, strict=strict, as_json=json)
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], argument("DIR...", "Directories of models, two or more; the first is compared with.")],
+    output: Annotated[
+        Path | None, option("-o", "--output", of="FILE", text="Where the page goes: runs/compare/<names>.html.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Say what differs between results: sizes, scores, losses, settings."""
+    from marlin_tools.checkpoint.output import put
+    from marlin_tools.cli import ui
+    from marlin_tools.report import difference as show
+    from marlin_tools.run.plan import RUNS
+
+    found = show.compare(directories)
+    names = "+".join(short_name(name) for name in found.names)[:100]
+    place = output or RUNS / "compare" / f"{names}.html"
+    put(place, show.as_page(found))
+    ui.note(f"`{place}` shows it")
+    ui.write_json(found.describe()) if json else ui.write(show.as_text(found))
+    return 0
 
 
 @app.command()

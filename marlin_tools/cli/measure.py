@@ -17,7 +17,7 @@ def evaluate(
     tasks: Annotated[str, option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.")],
     model: Annotated[str | None, argument("MODEL", "As for quantize; the newest model under runs/ if left out.")] = None,
     baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.")] = None,
-    backend: Backend = None,
+    backend: Annotated[str | None, option(of="NAME", text="auto, native, reference, reference-packed or vllm.")] = None,
     num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
     limit: Annotated[float | None, option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
     batch_size: Annotated[str | None, option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,

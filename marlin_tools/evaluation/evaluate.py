@@ -24,7 +24,7 @@ from marlin_tools.data.evaluation import evaluation_documents
 from marlin_tools.data.render import Encoder
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, DeviceError
-from marlin_tools.evaluation.perplexity import score_text, tokens_per_batch, trace
+from marlin_tools.evaluation.perplexity import Traces, score_text, tokens_per_batch, trace
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats import find_format
@@ -54,7 +54,7 @@ class EvaluateSettings(Settings):
     seqlen        window of the perplexity; by default 4096, or the model's positions if it has fewer
     include_path  directories with lm-eval tasks of your own
     allow_task_code  whether functions and scripts of those tasks may run
-    backend       what runs the quantised linears: a name in `backends.BACKENDS`
+    backend       what runs the quantised linears: a name in `backends.BACKENDS`; or `vllm`, which runs all of both models
     device        auto, cpu, cuda or cuda:N
     seed          of everything that lm-eval draws, above all the few-shot examples
     """
@@ -183,20 +183,9 @@ class _Run:
             self._check_vocabulary(original)
 
     def scores(self) -> list[Score]:
-        """Ask the model, ask the baseline, read the texts with both in memory; without texts only one is there at a time."""
-        found: list[Score] = []
-        model = self._load_and_ask(self.subject)
-        base = None
-        if self.original is not None:
-            if not self.texts:
-                model = None
-                gc.collect()  # modules refer to each other; the memory is needed now
-            base = self._load_and_ask(self.original, beside=model is not None)
-        for name, tokens in self.texts.items():
-            assert model is not None
-            budget = tokens_per_batch(model, 1 if base is None else 2)
-            traces = trace(model, base, tokens, budget, self.emit)
-            found += score_text(name, traces, self._text_details(tokens))
+        """Ask the model and the baseline, let both read the texts, and count."""
+        traces = self._through_vllm() if self.settings.backend == "vllm" else self._through_torch()
+        found = [score for name, tokens in self.texts.items() for score in self._text_scores(name, traces[name], tokens)]
         if self.harness is not None:
             from marlin_tools.evaluation.harness import read_scores
 
@@ -204,6 +193,47 @@ class _Run:
             other = self.original.answers if self.original is not None else None
             found += read_scores(self.harness, self.subject.answers, other, common)
         return found
+
+    def _text_scores(self, name: str, traces: Traces, tokens: TokenSet) -> list[Score]:
+        details = self._text_details(tokens)
+        if self.settings.backend == "vllm":
+            details["kl"] = "a lower bound: the likeliest words of both models, and all others as one"
+        return score_text(name, traces, details)
+
+    def _through_torch(self) -> dict[str, Traces]:
+        """The texts are read with both models in memory; without texts only one is there at a time."""
+        model = self._load_and_ask(self.subject)
+        base = None
+        if self.original is not None:
+            if not self.texts:
+                model = None
+                gc.collect()  # modules refer to each other; the memory is needed now
+            base = self._load_and_ask(self.original, beside=model is not None)
+        if model is None:
+            return {}
+        budget = tokens_per_batch(model, 1 if base is None else 2)
+        return {name: trace(model, base, tokens, budget, self.emit) for name, tokens in self.texts.items()}
+
+    def _through_vllm(self) -> dict[str, Traces]:
+        """One engine after the other."""
+        from marlin_tools.backends.vllm import Served, divergence
+
+        longest = max((tokens.longest for tokens in self.texts.values()), default=0)
+        sides = [side for side in (self.subject, self.original) if side is not None]
+        readings = []
+        for side in sides:
+            with Served(side.checkpoint, longest, self.settings.seed, self.emit) as served:
+                side.how = served.how
+                if self.harness is not None:
+                    side.answers = self.harness.ask_judge(served.judge, self.settings.limit, self.emit)
+                readings.append({name: served.read(name, t.sequences, self.emit) for name, t in self.texts.items()})
+        traces = {}
+        for name, ours in readings[0].items():
+            theirs = readings[1][name] if len(readings) > 1 else []
+            pairs = [divergence(a, b) for a, b in zip(ours, theirs, strict=False)]
+            kl, top1 = ([pair[i] for pair in pairs] for i in (0, 1))
+            traces[name] = Traces([each.loss for each in ours], [each.loss for each in theirs], kl, top1)
+        return traces
 
     def _load_and_ask(self, side: _Side, *, beside: bool = False) -> "PreTrainedModel":
         def hear(event: Event) -> None:

@@ -11,9 +11,10 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import TextIOBase
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 from lm_eval import evaluate
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from marlin_tools.data.offline import give_up_early
@@ -136,12 +138,8 @@ class Harness:
     ) -> Answers:
         """Every item of every task; halves the batch when memory runs out (the longest items come first, so that is early)."""
         while True:
-            self._draw_from_seed()
             try:
-                with _subdued(emit) as aloud:
-                    judge = _Judge(model, tokenizer, batch, aloud)
-                    results = evaluate(judge, self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-                return Answers(results, _items(results["samples"]))
+                return self._answers(partial(_Judge, model, tokenizer, batch), limit, emit)
             except torch.OutOfMemoryError as error:
                 if batch == 1:
                     raise DeviceError(
@@ -150,10 +148,21 @@ class Harness:
                     ) from error
                 batch //= 2
                 emit(Event("warning", f"out of memory: starting the tasks again with batch size {batch}"))
-            except (KeyError, ValueError, TypeError, TemplateError) as error:
-                raise DataError(
-                    f"lm-eval cannot run {', '.join(self.names)}: {error}", hint="check the task's YAML file"
-                ) from error
+
+    def ask_judge(self, judge: LM, limit: float | None, emit: Emit) -> Answers:
+        """Every item of every task, put to a model that lm-eval itself made."""
+        return self._answers(lambda _: judge, limit, emit)
+
+    def _answers(self, judge: Callable[[Emit], LM], limit: float | None, emit: Emit) -> Answers:
+        self._draw_from_seed()
+        try:
+            with _subdued(emit) as aloud:
+                results = evaluate(judge(aloud), self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
+            return Answers(results, _items(results["samples"]))
+        except (KeyError, ValueError, TypeError, TemplateError) as error:
+            raise DataError(
+                f"lm-eval cannot run {', '.join(self.names)}: {error}", hint="check the task's YAML file"
+            ) from error
 
     def weights(self, group: str, metric: str) -> bool:
         """Whether a group counts items (True) or its tasks (False) alike in this metric."""

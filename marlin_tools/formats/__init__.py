@@ -19,10 +19,11 @@ from marlin_tools.formats.gptq import GPTQ, GPTQ_V2
 from marlin_tools.formats.marlin import MARLIN
 from marlin_tools.formats.marlin_24 import GPTQ_MARLIN_24, MARLIN_24
 
-__all__ = ["FORMATS", "Format", "find_format", "get_format", "known_format"]
+__all__ = ["FORMATS", "READABLE", "Format", "find_format", "get_format", "known_format"]
 
 FORMATS: dict[str, Format] = {each.name: each for each in (GPTQ, COMPRESSED_TENSORS, MARLIN, MARLIN_24)}
-_READABLE: tuple[Format, ...] = (*FORMATS.values(), GPTQ_V2, GPTQ_MARLIN_24)
+READABLE: tuple[Format, ...] = (*FORMATS.values(), GPTQ_V2, GPTQ_MARLIN_24)
+"""Everything that checkpoints may say they are."""
 
 
 def known_format(name: str) -> str:
@@ -41,12 +42,12 @@ def get_format(name: str) -> Format:
 
 def find_format(quantization_config: Mapping[str, Any]) -> Format:
     """The format of a checkpoint with this `quantization_config`; FormatError if it is not one that we can hold exactly."""
-    for candidate in _READABLE:
+    for candidate in READABLE:
         if candidate.recognize(quantization_config):
             check_readable(quantization_config)
             return candidate
     method, layout = spelling_of(quantization_config)
-    known = {spelling for each in _READABLE for spelling in each.spellings}
+    known = {spelling for each in READABLE for spelling in each.spellings}
     if layouts := sorted(layout for known_method, layout in known if known_method == method):
         raise FormatError(f"`quantization_config`: unknown layout `{layout}` of `{method}`", hint=_suggest(layout, layouts))
     methods = sorted({known_method for known_method, _ in known})

@@ -7,7 +7,9 @@ from typing import Any
 
 from marlin_tools.checkpoint.output import put
 from marlin_tools.evaluation.scores import spell
+from marlin_tools.report.difference import points
 from marlin_tools.report.page import markdown, page
+from marlin_tools.report.result import gather
 from marlin_tools.report.text import table
 from marlin_tools.run.verdict import Comparison, Finding, Outcome, Verdict
 
@@ -16,7 +18,9 @@ COLUMNS = ("recipe", "task", "metric", "measured", "published", "difference", "a
 
 def write_comparison(comparison: Comparison) -> Path:
     """Write report.md, report.html and report.json beside the logs; returns the page."""
-    values: dict[str, Any] = {"comparison": comparison, "remarks": remarks}
+    made = {each.name: (Path(each.outputs[-1]), each.evaluation) for each in comparison.outcomes if each.outputs}
+    results = {name: gather(path, None, found, weights=False) for name, (path, found) in made.items() if path.is_dir()}
+    values: dict[str, Any] = {"comparison": comparison, "remarks": remarks, "points": points(results)}
     put(comparison.home / "report.md", as_markdown(comparison))
     put(comparison.home / "report.json", json.dumps(comparison.describe(), indent=1, allow_nan=False) + "\n")
     put(comparison.home / "report.html", page("reproduction.html.j2", **values))

@@ -76,17 +76,16 @@ class Losses:
         return max(float(entry[self.key]) for entry in self.entries)
 
     @property
-    def kinds(self) -> dict[str, list[float]]:
-        """The losses block by block, for each kind of linear: what follows the block's number in its name."""
-        found: dict[str, list[float]] = {}
+    def kinds(self) -> dict[str, list[Bar]]:
+        """For each kind of linear a bar for every block: the loss, of experts the largest; none where it was left as it is."""
+        found: dict[str, dict[int, float]] = {}
         for entry in self.entries:
-            found.setdefault(re.sub(r"^.*\.\d+\.", "", entry["name"]), []).append(entry[self.key])
-        return found
-
-    @staticmethod
-    def bars(values: Sequence[float]) -> list[Bar]:
-        """A bar for each block."""
-        return [(value, f"block {index}: {value:.3%}") for index, value in enumerate(values)]
+            inside = re.search(r"\.(\d+)\.(.*)", entry["name"])
+            block, kind = (int(inside[1]), re.sub(r"\.\d+\.", ".*.", inside[2])) if inside else (0, entry["name"])
+            losses = found.setdefault(kind, {})
+            losses[block] = max(losses.get(block, 0.0), float(entry[self.key]))
+        blocks = range(1 + max(block for losses in found.values() for block in losses))
+        return {kind: [_bar(block, losses.get(block)) for block in blocks] for kind, losses in found.items()}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,6 +105,10 @@ class Losses:
 
 _MEASURES = {"output lost": "output_error", "weight lost": "weight_error", "damp": "damp"}
 """Columns of the table of linears: what they are called, and where the manifest has them."""
+
+
+def _bar(block: int, loss: float | None) -> Bar:
+    return (0.0, f"block {block}: left as it is") if loss is None else (loss, f"block {block}: {loss:.3%}")
 
 
 def _measure(entry: Mapping[str, Any], key: str) -> str:
@@ -130,6 +133,11 @@ class Result:
         return str(self.manifest.get("stage", ""))
 
     @property
+    def linears(self) -> Sequence[Mapping[str, Any]]:
+        """What the manifest says of each linear."""
+        return self.manifest.get("linears", [])
+
+    @property
     def calibration(self) -> Mapping[str, Any] | None:
         """The text that it was made with."""
         return self.manifest.get("calibration")
@@ -143,7 +151,7 @@ class Result:
     @property
     def base(self) -> str:
         """What the original is called: a hub id, or the last part of a path, which says nothing of this machine."""
-        origin, _ = hub_name(str(self.original.get("origin", "an unknown model")))
+        origin, _ = hub_name(str(self.original.get("origin") or self.facts["model"]))
         return origin if self.base_is_public(origin) else Path(origin).name
 
     @property
@@ -165,7 +173,7 @@ class Result:
     def scheme(self) -> str:
         """Bits and what shares a scale, for a headline."""
         if not self.quantized:
-            return "2:4, 16 bits"
+            return "2:4, 16 bits" if (self.facts["sparsity"] or {}).get("2:4") else "16 bits"
         sizes = self.facts["group_sizes"]
         groups = "per column" if sizes == [-1] else f"g{', '.join(map(str, sizes))}"
         sparsity = self.facts["sparsity"]
@@ -177,7 +185,7 @@ class Result:
         settings, solver = self.manifest.get("settings") or {}, self.manifest.get("solver") or {}
         before = [_before(each) for each in self.manifest.get("history", ())]
         if not self.quantized:
-            return ", then ".join([*before, _before(self.manifest)])
+            return ", then ".join([*before, *([_before(self.manifest)] if self.stage in {"prune", "finetune"} else [])])
         kind = {"gptq": "GPTQ", "rtn": "round to nearest"}.get(str(solver.get("kind")), str(solver.get("kind", "unknown")))
         how = kind if settings.get("algorithm") else f"{kind}, preset {settings.get('preset', 'unknown')}"
         return ", then ".join([*before, how])
@@ -195,13 +203,13 @@ class Result:
     @property
     def bits(self) -> float:
         """Stored bits per quantised weight, scales included."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
         return 8 * self.facts["bytes"]["quantized linears"] / weights if weights else 0.0
 
     @property
     def before_bytes(self) -> int:
         """What the same model takes in 16 bits."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
         return int(self.facts["bytes"]["total"] - self.facts["bytes"]["quantized linears"] + 2 * weights)
 
     @property
@@ -214,9 +222,8 @@ class Result:
     @property
     def losses(self) -> Losses | None:
         """By outputs if they were measured, else by weights, if anything was."""
-        linears = self.manifest.get("linears", [])
         for of, key in (("output's", "output_error"), ("weights'", "weight_error")):
-            if measured := [entry for entry in linears if entry.get(key) is not None]:
+            if measured := [entry for entry in self.linears if entry.get(key) is not None]:
                 return Losses(of, measured, key)
         return None
 
@@ -238,6 +245,12 @@ class Result:
         """What each stage has cost; one that read no text is not said to have calibrated."""
         costs: Mapping[str, Mapping[str, float]] = self.manifest.get("times", {}).get("stages", {})
         return {stage if self.calibration else stage.removeprefix("calibrate and "): cost for stage, cost in costs.items()}
+
+    @property
+    def seconds(self) -> float | None:
+        """What making it took, without measuring and checking it."""
+        made = [cost["seconds"] for stage, cost in self.stages.items() if stage not in {"evaluate", "verify"}]
+        return sum(made) if made else None
 
     @property
     def remarks(self) -> list[str]:
@@ -267,14 +280,16 @@ class Result:
         return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()))]
 
 
-def gather(directory: Path, verification: Verification | None, evaluation: Evaluation | None = None) -> Result:
+def gather(
+    directory: Path, verification: Verification | None, evaluation: Evaluation | None = None, *, weights: bool = True
+) -> Result:
     """Read a model directory; what is not there is None or empty. Its own evaluation goes before one that is handed over."""
     checkpoint = Checkpoint.open(directory)
     content = read_record(directory)
     return Result(
         manifest=read_manifest(directory) or {},
         facts=inspect(checkpoint),
-        weights=_weights(checkpoint) if checkpoint.quantization is not None else None,
+        weights=_weights(checkpoint) if weights and checkpoint.quantization is not None else None,
         evaluation=Evaluation.restore(content) if content else evaluation,
         verification=verification,
         recipe=(directory / "recipe.yaml").read_text(encoding="utf-8") if (directory / "recipe.yaml").is_file() else "",

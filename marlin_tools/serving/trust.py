@@ -15,22 +15,22 @@ from marlin_tools.serving.vllm import Contained, log
 
 
 @cache
-def unfit(device_index: int, dtype: torch.dtype, *, sparse: bool, grouped: bool) -> str | None:
+def unfit(device_index: int, dtype: torch.dtype, *, sparse: bool, group: int) -> str | None:
     """Why the kernels for such weights cannot be used on this GPU, or None. Compiles them if nobody has."""
     with Contained("our kernels cannot be used") as attempt:
-        return _judge(torch.device("cuda", device_index), dtype, sparse=sparse, grouped=grouped)
+        return _judge(torch.device("cuda", device_index), dtype, sparse=sparse, group=group)
     return attempt.failure
 
 
-def _judge(device: torch.device, dtype: torch.dtype, *, sparse: bool, grouped: bool) -> str | None:
+def _judge(device: torch.device, dtype: torch.dtype, *, sparse: bool, group: int) -> str | None:
     operator = w24a16.OPERATOR if sparse else w4a16.OPERATOR
     target, folder, begin = target_of(device), CubinCache(), time.perf_counter()
-    kernels = operator.kernels(device, dtype, 128 if grouped else 0)
+    kernels = operator.kernels(device, dtype, group)
     compiled = compile_ahead(list(kernels.values()), folder)
     if compiled:
         took = time.perf_counter() - begin
         log.info("marlin-tools: compiled %d kernels for %s in %.1f s into `%s`", compiled, target, took, folder.folder)
-    results = check_choices(device, dtype, kernels, sparse=sparse, grouped=grouped)
+    results = check_choices(device, dtype, kernels, sparse=sparse, group=group)
     scratch.forget(device.index)  # an engine may have allocated it among weights that it gives back while it sleeps
     failed = [result for result in results if not result.passed]
     return f"self-test: {failed[0].name}: {failed[0].detail}" if failed else None

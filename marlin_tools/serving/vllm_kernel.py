@@ -86,7 +86,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
             reason = _obstacle(c)
             if reason is None:
                 with _plain_torch():
-                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, grouped=c.group_size != -1)
+                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=max(c.group_size, 0))
             if reason is not None:
                 TALLY.refuse(_shape(c), reason)
             return reason is None, reason
@@ -125,7 +125,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
-        sparse = weight.is_2_4() and _sparse_fits(device.index, c)
+        sparse = weight.is_2_4() and _sparse_fits(device.index, c)  # other sparse layers run as dense ones
         packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
         (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
         share_among_captures(device.index)
@@ -159,7 +159,10 @@ def _obstacle(c: MPLinearLayerConfig) -> str | None:
 
 
 def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
-    reason = unfit(device_index, c.act_type, sparse=True, grouped=c.group_size != -1)
+    inputs = c.partition_weight_shape[0]
+    if ops.limits(inputs, inputs if c.group_size == -1 else c.group_size, sparse=True) is not None:
+        return False
+    reason = unfit(device_index, c.act_type, sparse=True, group=max(c.group_size, 0))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)
     return reason is None
@@ -168,11 +171,15 @@ def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
 def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
     """The weight [N, K] of a layer as it was loaded; `output_dim` says which way its tensors lie, codes are packed along K."""
     k, n = shape
-    words = (words if words.output_dim == 0 else words.t()).detach().contiguous()
-    scales = (scales if scales.output_dim == 0 else scales.t()).detach().contiguous()
-    as_bytes = words.view(torch.uint8).view(n, k // 2)
+    words, scales = (tensor.detach() if _outputs_first(tensor) else tensor.detach().t() for tensor in (words, scales))
+    as_bytes = words.contiguous().view(torch.uint8).view(n, k // 2)
     codes = torch.stack((as_bytes & 15, as_bytes >> 4), dim=2).view(n, k)
-    return QuantizedLinear(codes, _float16(scales), k // scales.shape[1])
+    return QuantizedLinear(codes, _float16(scales.contiguous()), k // scales.shape[1])
+
+
+def _outputs_first(parameter: Any) -> bool:
+    """[N, ...], as compressed-tensors stores them, or [..., N], as gptq does."""
+    return bool(parameter.output_dim == 0)
 
 
 def _float16(scales: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from marlin_tools import ops
 from marlin_tools.distributed.device import matmul_rate
 from marlin_tools.errors import MarlinToolsError
 from marlin_tools.resources import demo_dir
+from marlin_tools.serving import vllm
 
 Status = Literal["ok", "note", "problem"]
 
@@ -43,7 +44,7 @@ class Fact:
 
 def diagnose() -> list[Fact]:
     """Look at everything that has kept someone from running this."""
-    sections: tuple[Callable[[], Iterator[Fact]], ...] = (_python, _packages, _gpus, _host, _hub, _demo)
+    sections: tuple[Callable[[], Iterator[Fact]], ...] = (_python, _packages, _serving, _gpus, _host, _hub, _demo)
     return [fact for section in sections for fact in section()]
 
 
@@ -72,6 +73,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _serving() -> Iterator[Fact]:
+    """Whether vLLM, if it is here, will find our kernels."""
+    found, obstacle = vllm.seen()
+    yield Fact("vllm", found) if obstacle is None else Fact("vllm", f"{found}, without our kernels", "note", obstacle)
 
 
 def _driver() -> str | None:

@@ -61,6 +61,7 @@ EVAL = [
     (("-b", "8"), "stages.0.batch_size", 8),
     (("--seqlen", "64"), "stages.0.seqlen", 64),
     (("--include_path", "mine"), "stages.0.include_path", ["mine"]),
+    (("--allow-task-code",), "stages.0.allow_task_code", True),
     (("--device", "cpu"), "stages.0.device", "cpu"),
 ]
 RUN = [
@@ -186,13 +187,25 @@ def test_every_option_is_tried():
     tried = {(verb[0], flag[0].replace("_", "-").lstrip("-")) for verb, flag, _, _ in CASES}
     tried |= {
         (verb, name)
-        for verb in ("quantize", "prune", "finetune", "eval", "run", "export", "generate", "verify", "inspect", "doctor")
+        for verb in (
+            "quantize",
+            "prune",
+            "finetune",
+            "eval",
+            "run",
+            "export",
+            "generate",
+            "verify",
+            "compare",
+            "inspect",
+            "doctor",
+        )
         for name in ("json",)
     }
     tried |= {("prune", "dry-run"), ("finetune", "dry-run")}  # tests/prune, tests/finetune
     tried |= {("quantize", "dry-run"), ("run", "dry-run"), ("quantize", "preview")}  # tests/cli/test_results.py
     tried |= {("reproduce", name) for name in ("set", "output", "dry-run", "overwrite", "json")}  # tests/cli/test_reproduce.py
-    tried |= {("recipes schema", "table")}  # tests/cli/test_results.py
+    tried |= {("recipes schema", "table"), ("recipes list", "json"), ("recipes validate", "json")}  # tests/cli/test_results.py
     tried |= {("bench kernels", name) for name in ("shapes", "batch", "dtype", "group-size", "peers", "figure", "tune")}
     tried |= {("bench model", name) for name in ("shape", "tokens-in", "tokens-out", "batch", "schemes")}
     tried |= {
@@ -201,7 +214,8 @@ def test_every_option_is_tried():
     tried |= {("bench quantize", name) for name in ("shape", "layers", "preset", "samples", "seqlen", "device")}
     tried |= {("kernels list", "arch"), ("kernels list", "json")}
     tried |= {("kernels build", name) for name in ("arch", "output", "json")}
-    tried |= {(verb, "strict") for verb in ("quantize", "prune", "finetune", "eval", "run")}
+    tried |= {(verb, "strict") for verb in ("quantize", "prune", "finetune", "eval", "run", "verify")}
+    tried |= {("compare", "output")}  # tests/report/test_difference.py
     short = {"o": "output", "t": "tasks", "f": "num-fewshot", "L": "limit", "b": "batch-size", "no-resume": "resume"}
     tried = {(verb, short.get(name, name)) for verb, name in tried}
     offered = set()

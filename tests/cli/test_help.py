@@ -37,7 +37,7 @@ def test_every_page_belongs_to_a_verb():
 
 def test_verbs_are_those_of_this_version():
     """What is planned for later is absent, not stubbed."""
-    expected = "quantize prune finetune export eval generate run reproduce verify inspect doctor recipes bench kernels"
+    expected = "quantize prune finetune export eval generate run reproduce verify compare inspect doctor recipes bench kernels"
     assert expected.split() == list(VERBS)
 
 

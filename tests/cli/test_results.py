@@ -151,7 +151,8 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
     home = Path("runs/small-int4-g128")
     first = cli("run", recipe)
     assert 0 == first.code, first.err
-    assert f"| {home}/compressed-tensors | 9 passed, 1 skipped " in first.out
+    assert f"| {home}/compressed-tensors | 8 passed, 1 skipped " in first.out
+    assert first.err.endswith(f"hint: serve it with vLLM: vllm serve {home}/gptq\n")
     evaluation = home / "compressed-tensors" / "evaluation.json"
     measured = evaluation.read_bytes()
     made = _content(home / "gptq")
@@ -196,6 +197,15 @@ def test_verify_fails_on_a_damaged_file(cli, int4):
     assert 1 == outcome.code
     assert "| hashes" in outcome.out
     assert "FAILED" in outcome.out
+
+
+def test_verify_is_strict_about_what_was_skipped_if_asked(cli, model):
+    assert 0 == cli("quantize", model, "--preset", "rtn", "-o", "rounded").code
+    plain, strict = cli("verify", "rounded"), cli("verify", "rounded", "--strict", "--json")
+
+    assert (0, 1) == (plain.code, strict.code)
+    assert "checks: 8 passed, 1 skipped\n" in plain.err
+    assert 1 == json.loads(strict.out)["verification"]["rounded"]["skipped"]
 
 
 def test_eval_takes_the_newest_run(cli, model, text):
@@ -267,6 +277,8 @@ def test_json_is_one_document(cli, model, text):
     assert json.loads(cli("inspect", "int4", "--json").out)["format"] == "compressed-tensors"
     assert "torch" in {fact["name"] for fact in json.loads(cli("doctor", "--json").out)}
     assert "steps" in json.loads(cli("run", "demo", "--dry-run", "--json").out)
+    assert {"demo", "llama2-paper"} <= set(json.loads(cli("recipes", "list", "--json").out))
+    assert {"ok": ["demo"]} == json.loads(cli("recipes", "validate", "demo", "--json").out)
 
 
 def test_doctor_names_everything_with_its_state(cli):

@@ -17,14 +17,16 @@ def random_weight(n, k, group_size, seed=0):
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 300), groups=st.integers(1, 4), per_column=st.booleans(), seed=st.integers(0, 99))
-def test_unpack_inverts_pack(n, groups, per_column, seed):
-    weight = random_weight(n, 128 * groups, 128 * groups if per_column else 128, seed)
+@given(n=st.integers(1, 300), tiles=st.integers(1, 4), group=st.sampled_from((*layout.GROUP_SIZES, 0)), seed=st.integers(0, 99))
+def test_unpack_inverts_pack(n, tiles, group, seed):
+    k = 128 * tiles
+    weight = random_weight(n, k, group or k, seed)
 
     packed = layout.pack(weight)
     back = layout.unpack(packed)
 
-    assert packed.codes.shape == (-(-n // 64), groups, 1024)
+    assert packed.codes.shape == (-(-n // 64), tiles, 1024)
+    assert packed.scales.shape == (-(-n // 64), k // (group or k), 64)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scales, weight.scales)
     assert back.group_size == weight.group_size
@@ -57,6 +59,14 @@ def test_every_word_is_one_a_fragment():
     assert len(seen) == 3 * 64 * 128
 
 
+def test_scales_of_narrow_groups_lie_row_by_row():
+    """A packed tile's rows are one piece of memory, in the order of its inputs."""
+    weight = random_weight(128, 256, 32)
+    rows = layout.pack(weight).scales.view(2, 2, 4, 64)  # [tile, packed tile along K, row, output]
+    for tile, along, row in ((0, 0, 0), (0, 1, 2), (1, 0, 3), (1, 1, 1)):
+        assert torch.equal(rows[tile, along, row], weight.scales[64 * tile : 64 * tile + 64, 4 * along + row])
+
+
 def test_a_lane_owns_eight_neighboring_outputs():
     for g in range(8):
         outputs = [8 * g + 2 * i + h for i in range(4) for h in range(2)]
@@ -71,7 +81,9 @@ def test_padding_is_zero_weight():
     assert (full.scales[65:] == 0).all()
 
 
-@pytest.mark.parametrize(("k", "group_size", "words"), [(192, 64, "multiple of 128"), (256, 64, "group_size 64")])
+@pytest.mark.parametrize(
+    ("k", "group_size", "words"), [(192, 64, "multiple of 128"), (256, 16, "group_size 16"), (512, 256, "group_size 256")]
+)
 def test_refuses_what_the_kernels_cannot_hold(k, group_size, words):
     with pytest.raises(ValueError, match=words):
         layout.pack(random_weight(64, k, group_size))

@@ -41,6 +41,29 @@ def test_same_as_a_linear_with_the_dequantized_weight(bias, shape):
     assert torch.allclose(network(x), expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_narrow_groups(group_size):
+    network, weight, x = model(), quantized(group_size=group_size), torch.randn((3, 256)).to(torch.float16)
+    replace(network, {"0.0": weight})
+
+    assert network[0][0].weight.group_size == group_size
+    exact = x.double() @ weight.dequantize(torch.float64).T + network[0][0].bias
+    assert torch.allclose(network[0](x).double(), exact, atol=2e-3, rtol=2e-3)
+    assert "group_size=" + str(group_size) in repr(network)
+
+
+def test_sparse_weights_with_narrow_groups_run_on_the_dense_operator():
+    weight = pruned()
+    narrow = QuantizedLinear(weight.codes, weight.scales.repeat_interleave(2, dim=1), 64)
+    network, same, x = model(n=128), model(n=128), torch.randn((3, 256)).to(torch.float16)
+    same.load_state_dict(network.state_dict())
+    replace(network, {"0.0": narrow})
+    replace(same, {"0.0": weight})
+
+    assert type(network[0][0]) is NativeLinear
+    assert torch.allclose(network(x), same(x), atol=2e-3)
+
+
 def pruned(n=128, k=256, seed=0):
     """2:4 sparse."""
     weight = quantized(n, k)
@@ -105,7 +128,7 @@ def test_nothing_is_touched_when_one_layer_is_wrong():
         ("0.7", quantized(), "no layer `0.7`"),
         ("1", quantized(), "`1` is a ReLU"),
         ("0.0", quantized(64), "96 x 256 in the model"),
-        ("0.0", quantized(group_size=64), "group_size 64 is neither"),
+        ("0.0", quantized(group_size=16), "group_size 16 is neither"),
     ],
 )
 def test_refuses_by_name(name, weight, message):

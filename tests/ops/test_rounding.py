@@ -100,7 +100,7 @@ def test_reference_rounds_grouped_weights_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (64, 256), dtype=torch.uint8, generator=generator)
     x = torch.randn((3, 256), generator=generator).to(dtype)
-    for group_size in (128, 256):
+    for group_size in (32, 64, 128, 256):
         scales = torch.rand((64, 256 // group_size), generator=generator).to(torch.float16)
         weight = QuantizedLinear(codes, scales, group_size)
         packed = ops.pack(weight)
@@ -108,6 +108,6 @@ def test_reference_rounds_grouped_weights_alone(dtype):
         rounded = reference.exact(x, packed, rounded=True)
 
         grouped = reference.rounded_weight(weight, dtype, packed.exponent)
-        used = grouped if group_size == 128 else weight.dequantize(torch.float64)
+        used = grouped if group_size < 256 else weight.dequantize(torch.float64)
         assert torch.equal(rounded, x.to(torch.float64) @ used.T)
         assert torch.equal(rounded, reference.exact(x, packed)) == (group_size == 256)

@@ -17,6 +17,7 @@ from marlin_tools.quantized import QuantizedLinear
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float16, torch.bfloat16]
+GROUPS = layout.GROUP_SIZES
 
 
 def device():
@@ -42,9 +43,9 @@ def random_x(m, k, dtype=torch.float16, seed=1):
     return torch.randn((m, k), device=device(), generator=generator).to(dtype)
 
 
-def rounds(choice):
+def rounds(choice, group_size=128):
     """Whether a tile multiplies with weights that were rounded to 16 bits."""
-    return SHAPES[choice].rounded
+    return SHAPES[choice].for_group(group_size).rounded
 
 
 def assert_close(y, x, packed, bias=None, *, rounded=False):
@@ -58,24 +59,25 @@ def assert_close(y, x, packed, bias=None, *, rounded=False):
     )
 
 
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", TILES)
-def test_every_m(tile, dtype, poisoned):
-    packed = ops.pack(random_weight(192, 640))
+def test_every_m(tile, dtype, group_size, poisoned):
+    packed = ops.pack(random_weight(192, 640, group_size))
     for m in [*range(1, 273), *range(511, 515), *range(1023, 1026), 4096]:
         x = random_x(m, 640, dtype, seed=m)
-        assert_close(w4a16.multiply_with(tile, x, packed), x, packed, rounded=rounds(tile))
+        assert_close(w4a16.multiply_with(tile, x, packed), x, packed, rounded=rounds(tile, packed.group_size))
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 63, 64, 65, 200, 264, 1088])
 @pytest.mark.parametrize("k", [128, 256, 384, 1152, 2944])
 @pytest.mark.parametrize("tile", TILES)
 def test_odd_shapes(tile, n, k, poisoned):
-    for group_size in {128, k}:
+    for group_size in {*GROUPS, k}:
         packed = ops.pack(random_weight(n, k, group_size))
         for m, dtype in ((1, torch.float16), (13, torch.bfloat16), (70, torch.float16)):
             x, bias = random_x(m, k, dtype), random_x(1, n, dtype, seed=5)[0]
-            assert_close(w4a16.multiply_with(tile, x, packed, bias), x, packed, bias, rounded=rounds(tile))
+            assert_close(w4a16.multiply_with(tile, x, packed, bias), x, packed, bias, rounded=rounds(tile, group_size))
 
 
 MODEL_SHAPES = [
@@ -90,9 +92,10 @@ MODEL_SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize(("n", "k"), MODEL_SHAPES)
-def test_model_shapes(n, k):
-    packed = ops.pack(random_weight(n, k))
+def test_model_shapes(n, k, group_size):
+    packed = ops.pack(random_weight(n, k, group_size))
     for m in (1, 16, 48, 257):
         x = random_x(m, k)
         y = ops.linear(x, packed)
@@ -103,14 +106,15 @@ def test_model_shapes(n, k):
         if choice == dispatch.CUBLAS:  # which sees weights rounded to 16 bits
             assert ((some - reference.exact(x, part)).abs().mean() / reference.exact(x, part).abs().mean()) < 1e-3
         else:
-            assert_close(some, x, part, rounded=rounds(choice))
+            assert_close(some, x, part, rounded=rounds(choice, group_size))
 
 
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("m", [24, 48, 100, 200, 300, 700, 1500])
-def test_nothing_falls_below_dequantizing_and_cublas(m):
+def test_nothing_falls_below_dequantizing_and_cublas(m, group_size):
     """Between the measured numbers of rows, and on a shape that no table has: the dispatched kernel against the fallback."""
     n, k = 6144, 4096
-    packed = ops.pack(random_weight(n, k))
+    packed = ops.pack(random_weight(n, k, group_size))
     xs = [random_x(m, k, seed=seed) for seed in range(8)]
     ours = [partial(ops.linear, x, packed) for x in xs]
     fallback = [partial(w4a16.multiply_with, dispatch.CUBLAS, x, packed) for x in xs]
@@ -118,9 +122,10 @@ def test_nothing_falls_below_dequantizing_and_cublas(m):
     assert times["ours"].microseconds < 1.05 * times["fallback"].microseconds
 
 
+@pytest.mark.parametrize("group_size", [*GROUPS, 1152])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cublas_path(dtype):
-    weight = random_weight(1000, 1152)
+def test_cublas_path(dtype, group_size):
+    weight = random_weight(1000, 1152, group_size)
     packed = ops.pack(weight)
     assert torch.equal(ops.dequantize(packed, dtype), weight.dequantize(dtype))
     x, bias = random_x(300, 1152, dtype), random_x(1, 1000, dtype)[0]
@@ -139,9 +144,10 @@ def test_cublas_path_in_chunks(monkeypatch):
     assert (whole - parts).abs().max() <= 2 * torch.finfo(torch.float16).eps * whole.abs().max()
 
 
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("tile", TILES)
-def test_hostile_scales(tile):
-    weight = random_weight(128, 512)
+def test_hostile_scales(tile, group_size):
+    weight = random_weight(128, 512, group_size)
     scales = weight.scales.clone()
     scales[0] = 6e-8  # the smallest subnormal
     scales[1] = 65504.0
@@ -149,15 +155,15 @@ def test_hostile_scales(tile):
     scales[3] = -scales[3]
     scales[4, 1] = float("inf")
     scales[5, 2] = float("nan")
-    packed = ops.pack(QuantizedLinear(weight.codes, scales, 128))
+    packed = ops.pack(QuantizedLinear(weight.codes, scales, group_size))
     x = random_x(5, 512) * 1e-3
     y = w4a16.multiply_with(tile, x, packed)
 
     assert (y[:, 2] == 0).all()
     assert not torch.isfinite(y[:, 4:6]).any()
     fine = [row for row in range(128) if row not in {4, 5}]
-    clean = ops.pack(QuantizedLinear(weight.codes[fine], scales[fine], 128))
-    assert_close(y[:, fine], x, clean, rounded=rounds(tile))
+    clean = ops.pack(QuantizedLinear(weight.codes[fine], scales[fine], group_size))
+    assert_close(y[:, fine], x, clean, rounded=rounds(tile, group_size))
 
 
 def test_weights_that_float16_cannot_hold_beside_others_are_not_rounded():
@@ -184,9 +190,10 @@ def test_per_column_sums_beyond_float16():
         assert_close(w4a16.multiply_with(tile, x, packed), x, packed)
 
 
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("tile", TILES)
-def test_hundred_runs_are_bit_equal(tile):
-    packed = ops.pack(random_weight(4096, 2048))
+def test_hundred_runs_are_bit_equal(tile, group_size):
+    packed = ops.pack(random_weight(4096, 2048, group_size))
     x = random_x(24, 2048)
     first = w4a16.multiply_with(tile, x, packed)
     for _ in range(100):
@@ -327,9 +334,10 @@ def test_more_than_2_31_elements():
         assert (y[rows] - expected).abs().max() <= 4 * 2**-11 * expected.abs().max()
 
 
-def test_portable_code_runs_here():
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_portable_code_runs_here(group_size):
     """The Ampere code path, finished by the driver from PTX."""
-    packed = ops.pack(random_weight(1024, 2048))
+    packed = ops.pack(random_weight(1024, 2048, group_size))
     for tile in (name for name, shape in SHAPES.items() if shape.runs_on(80)):
         for dtype in DTYPES:
             x = random_x(30, 2048, dtype)

@@ -1,4 +1,4 @@
-"""The plugin against stand-ins of vLLM's classes, oldest and newest: what it takes and leaves, and that it never raises."""
+"""The plugin against stand-ins of vLLM's classes, oldest and newest: what it takes, what it leaves; it never raises."""
 
 import logging
 
@@ -72,7 +72,7 @@ BAD = {
     "not symmetric INT4": lambda e: {"weight_type": e.types.uint8b128},
     "zero points": lambda e: {"zero_points": True},
     "not float16 or bfloat16": lambda e: {"act_type": torch.float8_e4m3fn},
-    "group_size 64": lambda e: {"group_size": 64},
+    "group_size 16": lambda e: {"group_size": 16},
     "outputs of type": lambda e: {"out_type": torch.float32},
     "not a multiple of 128": lambda e: {"partition_weight_shape": (192, 128)},
 }
@@ -127,19 +127,19 @@ def test_a_layer_that_cannot_be_packed_is_given_back_untouched(engine, make, mon
     assert "no layers on our kernels, 1 on vLLM's own (OutOfMemoryError: full)" in caplog.text
 
 
-def test_scales_that_float16_cannot_hold_are_given_back(engine, make, caplog):
-    tiny = make()
-    kernel, _layer = engine.load(type(tiny)(tiny.codes, tiny.scales * 0 + 2.0**-24 * 3, 128), act_type=torch.bfloat16)
-    assert kernel._instead is None  # exact, though small
-
+def test_small_scales_are_exact_in_float16(engine, make):
     weight = make()
-    original = engine.kernel._float16
-    engine.load(weight, act_type=torch.bfloat16)
-    with pytest.raises(ValueError, match="not exact"):
-        original(torch.full((4, 2), 2.0**-26, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="not exact"):
-        original(torch.full((4, 2), 2.0**17, dtype=torch.bfloat16))
+    small = type(weight)(weight.codes, torch.full_like(weight.scales, 3 * 2.0**-24), 128)
+
+    kernel, _layer = engine.load(small, act_type=torch.bfloat16)
+
     assert kernel._instead is None
+
+
+@pytest.mark.parametrize("scale", [2.0**-26, 2.0**17], ids=["too small", "too large"])
+def test_scales_that_float16_cannot_hold_go_back(engine, scale):
+    with pytest.raises(ValueError, match="not exact in float16"):
+        engine.kernel._float16(torch.full((4, 2), scale, dtype=torch.bfloat16))
 
 
 def test_a_failure_of_sparse_kernels_leaves_the_dense_ones(engine, make, monkeypatch, caplog):
@@ -151,11 +151,11 @@ def test_a_failure_of_sparse_kernels_leaves_the_dense_ones(engine, make, monkeyp
 
 
 def test_one_line_says_which_layers_are_ours(engine, make, caplog):
-    engine.choose(engine.describe(group_size=64))
+    engine.choose(engine.describe(group_size=16))
     engine.load(make())
     engine.load(make(sparse=True))
 
-    assert "1 layers 2:4 and 1 layers dense on our kernels, 1 on vLLM's own (group_size 64" in caplog.messages[-1]
+    assert "1 layers 2:4 and 1 layers dense on our kernels, 1 on vLLM's own (group_size 16" in caplog.messages[-1]
 
 
 def test_the_weights_are_in_no_number_of_the_graph(engine, make):

@@ -1,7 +1,8 @@
 """The one packed weight layout that all kernels read, and its exact inverse.
 
 Weights are cut into tiles of 64 outputs x 128 inputs, 4 KB each, tiles of the same outputs side by side:
-`codes` int32 [N/64, K/128, 1024], `scales` float16 [N/64, groups, 64] in natural order. N is padded to 64 with code 8 (zero).
+`codes` int32 [N/64, K/128, 1024], `scales` float16 [N/64, K/G, 64] in natural order, where G inputs share a scale: 128, 64, 32,
+or all K. N is padded to 64 with code 8 (zero).
 
 Inside a tile, one 32-bit word holds one lane's A fragment of `mma.m16n8k16`: outputs in the 16 rows, inputs in the 16
 columns. Word order is [jj 0..1][i 0..3][lane 0..31][j 0..3]: fragment i (16 of the 64 outputs), inputs 64 jj + 16 j onwards,
@@ -31,8 +32,8 @@ TILE_N = 64
 TILE_K = 128
 """Inputs per packed tile."""
 
-GROUP = 128
-"""Inputs that share a scale, if not all of K do."""
+GROUP_SIZES, SPARSE_GROUP_SIZES = (128, 64, 32), (128,)
+"""How many inputs may share a scale, if not all of K do; and of sparse weights."""
 
 LEVELS = 16
 """Codes of the grid; that of the value 0 is `quantized.ZERO`."""
@@ -71,7 +72,7 @@ class Packed:
 
     @property
     def group_size(self) -> int:
-        """128, or K with one scale per output."""
+        """How many inputs share a scale: K with one per output."""
         return self.in_features // self.scales.shape[1]
 
     def to(self, device: torch.device | str) -> Self:
@@ -95,12 +96,14 @@ def exponent_of(scales: Tensor) -> int:
     return next((exponent for exponent in _EXPONENTS if least <= exponent), least)
 
 
-def limits(in_features: int, group_size: int) -> str | None:
-    """Why the kernels cannot hold such a weight, or None."""
+def limits(in_features: int, group_size: int, *, sparse: bool = False) -> str | None:
+    """Why the kernels, dense or sparse, cannot hold such a weight, or None."""
     if in_features % TILE_K:
         return f"{in_features} inputs are not a multiple of {TILE_K}"
-    if group_size not in {GROUP, in_features}:
-        return f"group_size {group_size} is neither {GROUP} nor all of the {in_features} inputs"
+    known = SPARSE_GROUP_SIZES if sparse else GROUP_SIZES
+    if group_size not in {*known, in_features}:
+        sizes = ", ".join(map(str, known))
+        return f"group_size {group_size} is neither {sizes} nor all of the {in_features} inputs"
     return None
 
 
@@ -110,13 +113,13 @@ def pack(weight: QuantizedLinear) -> PackedWeight:
 
 
 def pack_tiles(
-    weight: QuantizedLinear, words: int, words_of: Callable[[Tensor, int], Tensor]
+    weight: QuantizedLinear, words: int, words_of: Callable[[Tensor, int], Tensor], *, sparse: bool = False
 ) -> tuple[Tensor, Tensor, int, int]:
     """Codes, scales, N and exponent of a packed weight. `words_of` packs some rows, a multiple of 64, given the number of the
     first.
     """
     n, k = weight.shape
-    reason = limits(k, weight.group_size)
+    reason = limits(k, weight.group_size, sparse=sparse)
     if reason:
         raise ValueError(reason)
     tiles = -(-n // TILE_N)

@@ -4,11 +4,12 @@ An operator is functional, has a fake for tracing and a CPU implementation in pl
 `torch.compile(fullgraph=True)`. On a GPU it checks its operands, takes the kernel that the dispatch table names for the shape,
 and launches it by a plan that it keeps.
 
-Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/128 or 1, 64], bias [N], y [M, N], N <= 64 tiles;
+Shapes: x [M, K], codes int32 [tiles, K/128, words], scales float16 [tiles, K/G, 64], bias [N], y [M, N], N <= 64 tiles;
 the exponent is that of `layout.exponent_of`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class LinearOperator:
     tables     which kernel multiplies
     kernel     the one for a choice, a type of activations, a group of inputs and a target; for cuBLAS the one that dequantises
     plan       how a tile's kernel is launched for x, codes and a number of outputs
+    groups     how many inputs may share a scale
     reference  the operation in plain torch
     """
 
@@ -47,9 +49,11 @@ class LinearOperator:
         words: int,
         tables: Tables,
         kernel: Callable[[str, torch.dtype, int, str], Kernel],
-        plan: Callable[[str, driver.Function, Tensor, Tensor, int], Plan],
+        plan: Callable[[Any, driver.Function, Tensor, Tensor, int], Plan],
         reference: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor],
+        groups: tuple[int, ...],
     ) -> None:
+        self._groups = groups
         self._words, self._tables, self._kernel, self._plan, self._reference = words, tables, kernel, plan, reference
         _library.define(
             f"{name}(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int exponent) -> Tensor"
@@ -135,12 +139,11 @@ class LinearOperator:
     def _check_weight(self, codes: Tensor, scales: Tensor, out_features: int) -> None:
         if codes.dtype != torch.int32 or codes.ndim != 3 or codes.shape[2] != self._words:
             raise ValueError(f"codes must be int32 [N/64, K/128, {self._words}], got {codes.dtype} {list(codes.shape)}")
-        tiles, groups, _ = codes.shape
-        shapes = {(tiles, groups, TILE_N), (tiles, 1, TILE_N)}
-        if scales.dtype != torch.float16 or scales.ndim != 3 or scales.shape not in shapes:
-            raise ValueError(
-                f"scales must be float16 [{tiles}, {groups} or 1, {TILE_N}], got {scales.dtype} {list(scales.shape)}"
-            )
+        tiles, k = codes.shape[0], codes.shape[1] * TILE_K
+        rows = [1, *(k // group for group in self._groups)]
+        if scales.dtype != torch.float16 or scales.shape not in {(tiles, count, TILE_N) for count in rows}:
+            counts = " or ".join(map(str, rows))
+            raise ValueError(f"scales must be float16 [{tiles}, {counts}, {TILE_N}], got {scales.dtype} {list(scales.shape)}")
         if not (tiles - 1) * TILE_N < out_features <= tiles * TILE_N:
             raise ValueError(f"out_features {out_features} does not fit {tiles} tiles of {TILE_N}")
 
@@ -174,17 +177,18 @@ class LinearOperator:
         """How to multiply, or None for cuBLAS."""
         require_trust(x.device.index)
         choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
-        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, scales)):
+        if choice == CUBLAS or (exponent > MOST_ROUNDED and self._rounds_float16(choice, x.dtype, group_of(codes, scales))):
             return None
         return self._plan_for(choice, x, codes, scales, out_features, target_of(x.device))
 
-    def _rounds_float16(self, choice: str, dtype: torch.dtype, scales: Tensor) -> bool:
+    def _rounds_float16(self, choice: str, dtype: torch.dtype, group: int) -> bool:
         """Whether a tile's kernel applies scales to float16 weights."""
-        return scales.shape[1] > 1 and dtype == torch.float16 and self._tables.tiles[choice].rounded
+        return group > 0 and dtype == torch.float16 and self._tables.tiles[choice].for_group(group).rounded
 
     def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
         function = driver.loaded(self._kernel(choice, x.dtype, group_of(codes, scales), target), x.device)
-        return self._plan(choice, function, x, codes, out_features)
+        tile = self._tables.tiles[choice].for_group(group_of(codes, scales))
+        return self._plan(tile, function, x, codes, out_features)
 
     def _through_cublas(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         """Dequantise some outputs' weights, multiply, next outputs: for many rows, where the tensor cores are the limit."""

@@ -48,7 +48,14 @@ def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Te
     return _operator(codes).on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
 
 
-def _fake(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:  # noqa: ARG001
+def _fake(
+    x: Tensor,
+    codes: Tensor,  # noqa: ARG001
+    scales: Tensor,  # noqa: ARG001
+    exponent: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    out_features: int,
+) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 

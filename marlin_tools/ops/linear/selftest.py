@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, trust, w4a16, w24a16
-from marlin_tools.ops.linear.layout import pack
+from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES, pack
 from marlin_tools.ops.linear.sparse_layout import pack_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES, Tile
@@ -36,6 +36,7 @@ class _Family:
     """Kernels for one kind of weight, and what they are compared with."""
 
     mark: str
+    groups: tuple[int, ...]
     tables: dispatch.Tables
     tiles: Mapping[str, Tile]
     pack: Callable[[QuantizedLinear], Any]
@@ -45,9 +46,10 @@ class _Family:
 
 
 _FAMILIES = (
-    _Family("", dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
+    _Family("", GROUP_SIZES, dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
     _Family(
         "2:4 ",
+        SPARSE_GROUP_SIZES,
         sparse_dispatch.SPARSE,
         SPARSE_TILES,
         pack_sparse,
@@ -63,23 +65,22 @@ def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
     if not torch.cuda.is_available():
         raise DeviceError("torch finds no CUDA device", hint="the kernels need one; `--backend reference` runs on a CPU")
     device = torch.device("cuda", torch.device(device).index or 0)
-    every = ((sparse, dtype, grouped) for sparse in (False, True) for dtype in ELEMENTS for grouped in (True, False))
-    return [
-        result
-        for sparse, dtype, grouped in every
-        for result in check_choices(
-            device, dtype, _FAMILIES[sparse].tables.choices_on(target_of(device)), sparse=sparse, grouped=grouped
-        )
-    ]
+    results = []
+    for sparse, family in enumerate(_FAMILIES):
+        choices = family.tables.choices_on(target_of(device))
+        for dtype in ELEMENTS:
+            for group in (*family.groups, 0):
+                results += check_choices(device, dtype, choices, sparse=bool(sparse), group=group)
+    return results
 
 
 def check_choices(
-    device: torch.device, dtype: torch.dtype, choices: Iterable[str], *, sparse: bool, grouped: bool
+    device: torch.device, dtype: torch.dtype, choices: Iterable[str], *, sparse: bool, group: int
 ) -> list[CheckResult]:
-    """The same for some kernels, one type of activations and one kind of scales."""
+    """The same for some kernels, one type of activations and one size of groups (0: one scale per output)."""
     family = _FAMILIES[sparse]
-    packed = family.pack(_weight(128 if grouped else _K, device))
-    kind = f"{str(dtype).removeprefix('torch.')} {'g128' if grouped else 'column'}"
+    packed = family.pack(_weight(group or _K, device))
+    kind = f"{str(dtype).removeprefix('torch.')} {f'g{group}' if group else 'column'}"
     return [_check(f"{family.mark}{choice} {kind}", family, choice, packed, dtype) for choice in choices]
 
 
@@ -103,7 +104,7 @@ def _check(name: str, family: _Family, choice: str, packed: Any, dtype: torch.dt
 def _errors(family: _Family, choice: str, packed: Any, dtype: torch.dtype) -> Iterator[float]:
     generator = torch.Generator(packed.codes.device).manual_seed(0)
     tile = family.tiles.get(choice)
-    rounded = tile is not None and tile.rounded
+    rounded = tile is not None and tile.for_group(packed.group_size % packed.in_features).rounded
     for m in _ROWS:
         x = torch.randn((m, packed.in_features), device=packed.codes.device, generator=generator).to(dtype)
         y = family.multiply_with(choice, x, packed)

@@ -51,7 +51,7 @@ class PackedSparse(Packed):
 
 def pack_sparse(weight: QuantizedLinear) -> PackedSparse:
     """Arrange kept codes, positions and scales for the kernels, on the device where they are."""
-    return PackedSparse(*pack_tiles(weight, WORDS, _words))
+    return PackedSparse(*pack_tiles(weight, WORDS, _words, sparse=True))
 
 
 def unpack_sparse(packed: PackedSparse) -> QuantizedLinear:

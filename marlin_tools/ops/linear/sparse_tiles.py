@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from marlin_tools.ops.linear.layout import TILE_K, TILE_N
+from marlin_tools.ops.linear.layout import SPARSE_GROUP_SIZES, TILE_K, TILE_N
 from marlin_tools.ops.linear.sparse_layout import WORDS
 from marlin_tools.ops.linear.tiles import Tile, choices, dequantizing_kernel, product_kernel
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Kernel
@@ -88,6 +88,6 @@ def sparse_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Ker
 
 def sparse_kernels(target: str) -> list[Kernel]:
     """Every sparse kernel that exists for a target."""
-    found = choices(SPARSE_TILES, target)
+    found = choices(SPARSE_TILES, target, SPARSE_GROUP_SIZES)
     products = [sparse_kernel(name, dtype, target, group) for name, dtype, group in found]
     return products + [dequantizing_kernel("w24a16", dtype, target) for dtype in ELEMENTS]

@@ -6,12 +6,13 @@ a type of activations and a kind of scales is one kernel. `sparse_tiles.py` has 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Self
 
 import torch
 
-from marlin_tools.ops.linear.layout import GROUP, LEVELS, TILE_K, TILE_N, WORDS
+from marlin_tools.ops.linear.layout import GROUP_SIZES, LEVELS, TILE_K, TILE_N, WORDS
 from marlin_tools.ops.runtime.kernel import ELEMENTS, MAP_BYTES, Arguments, Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY, capability_of
 from marlin_tools.quantized import ZERO
@@ -50,6 +51,7 @@ class Tile(ABC):
     along_t      warps side by side along the tokens (`wide`, `warps`)
     ctas_per_sm  CTAs that share an SM where consecutive kernels overlap; elsewhere one has it for itself
     consumers    warpgroups of a CTA that multiply; one more is the producer (`hopper`)
+    scale_rows   rows of scales of a packed tile: what `for_group` makes of the tiles in the tables
     """
 
     kernel: str
@@ -58,6 +60,11 @@ class Tile(ABC):
     along_t: int = 1
     ctas_per_sm: int = 1
     consumers: int = 2
+    scale_rows: int = 1
+
+    def for_group(self, group: int) -> Self:
+        """The same tile for scales per `group` of inputs or, with 0, per output."""
+        return replace(self, scale_rows=max(1, TILE_K // group) if group else 1)
 
     @property
     def tokens(self) -> int:
@@ -78,9 +85,10 @@ class Tile(ABC):
     def rounded(self) -> bool:
         """Whether grouped scales are applied to the weights, which rounds these to the type of the operands, not to sums.
 
-        From 64 tokens on, where products that must pause for the sums to be scaled would cost more than a rounding.
+        From 64 tokens on, or 32 with narrow groups, where products that must pause for the sums to be scaled would cost more
+        than a rounding.
         """
-        return self.kernel == "hopper" and self.tokens >= 64
+        return self.kernel == "hopper" and self.tokens >= (32 if self.scale_rows > 1 else 64)
 
     @property
     def staged(self) -> bool:
@@ -125,8 +133,9 @@ class Tile(ABC):
         return self.kernel != "hopper" or capability == 90
 
     def ctas_on_sm(self, capability: int) -> int:
-        """CTAs that must fit on an SM."""
-        return self.ctas_per_sm if capability >= OVERLAP_CAPABILITY else 1
+        """CTAs that must fit on an SM. The registers of two for 16 tokens with narrow groups would not."""
+        alone = capability < OVERLAP_CAPABILITY or (self.kernel == "narrow" and self.n8 > 1 and self.scale_rows > 1)
+        return 1 if alone else self.ctas_per_sm
 
     def stages(self, capability: int) -> int:
         """As many as are useful and fit; `ctas_on_sm` CTAs must fit."""
@@ -143,7 +152,8 @@ class Tile(ABC):
         """The C++ type."""
         stages, ctas = self.stages(capability), self.ctas_on_sm(capability)
         if self.kernel == "hopper":
-            return f"Hopper<{self.tokens}, {self.consumers}, {self.along_n // self.consumers}, {stages}, {ctas}>"
+            along_n = self.along_n // self.consumers
+            return f"Hopper<{self.tokens}, {self.consumers}, {along_n}, {stages}, {ctas}, {self.scale_rows}>"
         return self._expression(stages, ctas)
 
     @abstractmethod
@@ -193,17 +203,21 @@ class DenseTile(Tile):
     def stage_bytes(self) -> int:
         """Shared memory that one more stage costs a CTA."""
         if self.kernel == "narrow":  # eight rings of half groups
-            return 8 * (TILE_N * TILE_K // 4 + TILE_N * 2 + self.tokens * (TILE_K + 16))
+            scales = TILE_N * 2 * max(1, self.scale_rows // 2)
+            return 8 * (TILE_N * TILE_K // 4 + scales + self.tokens * (TILE_K + 16))
         padding = 16 * self.tokens if self.kernel == "wide" else 16  # of rows; two barriers
-        return self.groups * (self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K * 2) + padding
+        return (
+            self.groups * (self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2 * self.scale_rows) + self.tokens * TILE_K * 2)
+            + padding
+        )
 
     def _cluster_bytes(self, capability: int) -> int:
         return self.partial_bytes if self.kernel == "narrow" else 0
 
     def _expression(self, stages: int, ctas: int) -> str:
         if self.kernel == "narrow":
-            return f"Narrow<{self.n8}, {self.along_n}, {stages}, {ctas}>"
-        return f"Wide<{self.n8}, {self.along_n}, {self.along_t}, {self.along_k}, {self.groups}, {stages}>"
+            return f"Narrow<{self.n8}, {self.along_n}, {stages}, {ctas}, {self.scale_rows}>"
+        return f"Wide<{self.n8}, {self.along_n}, {self.along_t}, {self.along_k}, {self.groups}, {stages}, {self.scale_rows}>"
 
 
 TILES = {
@@ -239,17 +253,20 @@ _PACKED = {"w4a16": ("kTileBytes", 4 * WORDS), "w24a16": ("kSparseTile", 3 * WOR
 @cache
 def dense_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel:
     """The kernel of a dense tile, for scales per `group` of inputs or, with 0, per output."""
-    return product_kernel("w4a16", TILES[tile], dtype, target, group)
+    return product_kernel("w4a16", TILES[tile].for_group(group), dtype, target, group)
 
 
 @cache
-def dequantizing_kernel(family: str, dtype: torch.dtype, target: str) -> Kernel:
+def dequantizing_kernel(family: str, dtype: torch.dtype, target: str, group: int = 0) -> Kernel:
     """What turns packed weights back to 16 bits."""
+    group = group or TILE_K  # the same kernel serves weights with one scale per output
+    parts = [*(["24"] if family == "w24a16" else []), *([f"g{group}"] if group < TILE_K else [])]
+    types = types_of(dtype, dtype, dtype)
     return Kernel(
-        "-".join(["dequantize", *(["24"] if family == "w24a16" else []), str(dtype).removeprefix("torch.")]),
+        "-".join(["dequantize", *parts, str(dtype).removeprefix("torch.")]),
         target,
         f"{family}/dequantize.cu",
-        f"dequantize_kernel<{types_of(dtype, dtype, dtype)}>",
+        f"dequantize_kernel<{types}, {group}>" if family == "w4a16" else f"dequantize_kernel<{types}>",
         _THREADS,
         WEIGHTS,
         mirrors=_constants(family),
@@ -284,11 +301,11 @@ def _constants(family: str) -> tuple[tuple[str, int], ...]:
 
 def dense_kernels(target: str) -> list[Kernel]:
     """Every dense kernel that exists for a target."""
-    products = [dense_kernel(name, dtype, target, group) for name, dtype, group in choices(TILES, target)]
-    return products + [dequantizing_kernel("w4a16", dtype, target) for dtype in ELEMENTS]
+    products = [dense_kernel(name, dtype, target, group) for name, dtype, group in choices(TILES, target, GROUP_SIZES)]
+    return products + [dequantizing_kernel("w4a16", dtype, target, group) for dtype in ELEMENTS for group in GROUP_SIZES]
 
 
-def choices(tiles: Mapping[str, Tile], target: str) -> list[tuple[str, torch.dtype, int]]:
+def choices(tiles: Mapping[str, Tile], target: str, groups: tuple[int, ...]) -> list[tuple[str, torch.dtype, int]]:
     """Every tile that exists for a target, with all types and kinds of scales."""
     names = [name for name, tile in tiles.items() if tile.runs_on(capability_of(target))]
-    return [(name, dtype, group) for name in names for dtype in ELEMENTS for group in (GROUP, 0)]
+    return [(name, dtype, group) for name in names for dtype in ELEMENTS for group in (*groups, 0)]

@@ -13,11 +13,11 @@ from marlin_tools.ops.linear import sparse_dispatch, sparse_reference
 from marlin_tools.ops.linear.decomposition import Costs, Decomposition, decompositions
 from marlin_tools.ops.linear.dispatch import CUBLAS
 from marlin_tools.ops.linear.hopper import HopperPlan
-from marlin_tools.ops.linear.layout import TILE_N
+from marlin_tools.ops.linear.layout import SPARSE_GROUP_SIZES, TILE_N
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.plan import LEAST_BUSY, Plan, PortablePlan
 from marlin_tools.ops.linear.sparse_layout import WORDS, PackedSparse
-from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, SparseTile, sparse_kernel
+from marlin_tools.ops.linear.sparse_tiles import SparseTile, sparse_kernel
 from marlin_tools.ops.linear.tiles import dequantizing_kernel
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
@@ -81,14 +81,15 @@ def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     return sparse_kernel(choice, dtype, target, group)
 
 
-def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
-    tile = SPARSE_TILES[choice]
+def _plan(tile: SparseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
     if tile.kernel == "hopper":
         return _SparseHopperPlan(tile, function, x, codes, out_features)
     return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)
 
 
-OPERATOR = LinearOperator("w24a16_linear", WORDS, sparse_dispatch.SPARSE, _kernel, _plan, sparse_reference.w24a16_linear)
+OPERATOR = LinearOperator(
+    "w24a16_linear", WORDS, sparse_dispatch.SPARSE, _kernel, _plan, sparse_reference.w24a16_linear, SPARSE_GROUP_SIZES
+)
 prepare_sparse, multiply_with, dequantize_sparse = OPERATOR.prepare, OPERATOR.multiply_with, OPERATOR.dequantize
 check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from marlin_tools.ops.linear import dispatch, reference
 from marlin_tools.ops.linear.decomposition import Decomposition
 from marlin_tools.ops.linear.hopper import HopperPlan
-from marlin_tools.ops.linear.layout import WORDS, PackedWeight
+from marlin_tools.ops.linear.layout import GROUP_SIZES, WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.plan import LEAST_BUSY, Plan, PortablePlan
-from marlin_tools.ops.linear.tiles import TILES, DenseTile, dense_kernel, dequantizing_kernel
+from marlin_tools.ops.linear.tiles import DenseTile, dense_kernel, dequantizing_kernel
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
@@ -37,18 +37,17 @@ def decompose(tile: DenseTile, tiles: int, groups: int, sms: int, capability: in
 
 def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     if choice == dispatch.CUBLAS:
-        return dequantizing_kernel("w4a16", dtype, target)
+        return dequantizing_kernel("w4a16", dtype, target, group)
     return dense_kernel(choice, dtype, target, group)
 
 
-def _plan(choice: str, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
-    tile = TILES[choice]
+def _plan(tile: DenseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
     if tile.kernel == "hopper":
         return HopperPlan(tile, function, x, codes, out_features)
     return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)
 
 
-OPERATOR = LinearOperator("w4a16_linear", WORDS, dispatch.DENSE, _kernel, _plan, reference.w4a16_linear)
+OPERATOR = LinearOperator("w4a16_linear", WORDS, dispatch.DENSE, _kernel, _plan, reference.w4a16_linear, GROUP_SIZES)
 prepare, multiply_with, dequantize = OPERATOR.prepare, OPERATOR.multiply_with, OPERATOR.dequantize
 check, forget_plans = OPERATOR.check, OPERATOR.forget_plans
 

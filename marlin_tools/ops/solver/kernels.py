@@ -34,7 +34,7 @@ _CLIPS = [1 - step / 100 for step in range(76)]
 _SWEEP = Arguments(
     "SweepArguments",
     "weight:P owed:P feedback:P scales:P group_of:P kept:P codes:P errors:P "
-    "stride:q owed_stride:q feedback_stride:q rows:i width:i groups:i unused:i",
+    "stride:q owed_stride:q feedback_stride:q rows:i width:i groups:i",
 )
 _DESCEND = Arguments(
     "DescendArguments",
@@ -47,7 +47,7 @@ _SEARCH = Arguments(
 )
 _CLIP = Arguments(
     "ClipArguments",
-    f"weight:P factor:P scales:P stride:q rows:i groups:i bfloat16:i unused:i ratios:{len(_CLIPS)}f",
+    f"weight:P factor:P scales:P stride:q rows:i groups:i bfloat16:i ratios:{len(_CLIPS)}f",
 )
 _CHOOSE = Arguments(
     "ChooseArguments",
@@ -168,7 +168,7 @@ def clip_scales(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Ten
         _ctas(n),
         weight_nb,
         *(_address(weight_nb), factor_bb.data_ptr(), _address(scales_n)),
-        *(factor_bb.stride(0), n, 1, int(dtype == torch.bfloat16), 0),
+        *(factor_bb.stride(0), n, 1, int(dtype == torch.bfloat16)),
         *_CLIPS,
     )
     return scales_n
@@ -188,7 +188,7 @@ def sweep_block(
         *(_address(weight_nk, start), owed_nb.data_ptr(), feedback_bb.data_ptr(), _address(grid.scales)),
         *(_address(grid.group_of, start), 0 if mask is None else _address(mask, start)),
         *(_address(codes_nk, start), _address(errors_nk, start)),
-        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, width, grid.scales.shape[1], 0),
+        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, width, grid.scales.shape[1]),
     )
 
 
@@ -229,15 +229,15 @@ def choose_block(
     owed_nb: Tensor,
     feedback_bb: Tensor,
     diagonal_k: Tensor,
-    placed: tuple[Tensor, Tensor, Tensor],
+    filled: tuple[Tensor, Tensor, Tensor],
     start: int,
 ) -> None:
     """Keep two of every four columns from `start` on, as `algorithms.pruning.TwoOfFour` does.
 
-    `placed` is what is filled: masks, values, errors [N, K]. `owed` is what earlier columns left to pay.
+    Fills masks, values and errors [N, K]. `owed` is what earlier columns left to pay.
     """
     n, k = weight_nk.shape
-    mask_nk, value_nk, errors_nk = placed
+    mask_nk, value_nk, errors_nk = filled
     _launch(
         _choose(target_of(weight_nk.device)),
         _ctas(n),
@@ -263,20 +263,17 @@ class Quads:
     preference: float
 
 
-def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, start: int, walks: int) -> Tensor:
-    """Choose every quad of one block again, `walks` times over; returns by how much the errors changed [N, B]."""
+def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, change_nb: Tensor, start: int, walks: int) -> None:
+    """Choose every quad of one block again, `walks` times over; fills by how much the errors changed."""
     n, k = state.values.shape
-    width = min(BLOCK, k - start)
-    change_nb = torch.empty(n, width, device=state.values.device)
     _launch(
         _reselect(target_of(state.values.device)),
         _ctas(n),
         state.values,
         *(gradient_nb.data_ptr(), hessian_kk[start, start:].data_ptr(), _address(state.inverses, 6 * start)),
         *(_address(state.values, start), _address(state.mask, start), change_nb.data_ptr()),
-        *(k, gradient_nb.stride(0), width, n, width, walks, state.preference),
+        *(k, gradient_nb.stride(0), change_nb.stride(0), n, min(BLOCK, k - start), walks, state.preference),
     )
-    return change_nb
 
 
 def cut(matrix: Tensor, factors: tuple[Tensor | None, Tensor | None], high: Tensor, low: Tensor | None) -> None:

@@ -1,0 +1,170 @@
+"""What differs between results: sizes, scores, the loss of every linear, and the settings that made them.
+
+Any model directories, two or more; the first is what the others are compared with.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marlin_tools.errors import RecipeError
+from marlin_tools.evaluation.scores import Score, finite, spell
+from marlin_tools.report.page import duration, page, size
+from marlin_tools.report.result import Result, gather
+from marlin_tools.report.text import table
+
+TOLD = 10
+"""Linears on the terminal: those whose losses differ most. The page and the JSON have all."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Results by what they are called; every row of a table has one cell for each of them."""
+
+    results: Mapping[str, Result]
+
+    @property
+    def names(self) -> list[str]:
+        """What they are called."""
+        return list(self.results)
+
+    @property
+    def facts(self) -> list[tuple[str, list[str]]]:
+        """What they are and what they take."""
+        of = list(self.results.values())
+        rows = [
+            ("model", [each.base for each in of]),
+            ("format", [each.facts["format"] or each.facts["dtype"] for each in of]),
+            ("method", [each.method for each in of]),
+            ("size", [size(each.facts["bytes"]["total"]) for each in of]),
+            ("bits per weight", [f"{each.bits:.2f}" if each.quantized else "16" for each in of]),
+            ("made in", ["" if each.seconds is None else duration(each.seconds) for each in of]),
+        ]
+        return [row for row in rows if any(row[1])]
+
+    @property
+    def settings(self) -> list[tuple[str, list[str]]]:
+        """What was set, read or used otherwise: only what is not the same for all."""
+        flat = [dict(_flat(_made_with(each))) for each in self.results.values()]
+        rows = [(key, [each.get(key, "") for each in flat]) for key in dict.fromkeys(key for each in flat for key in each)]
+        return [row for row in rows if len({*row[1]}) > 1]
+
+    @property
+    def scores(self) -> list[tuple[Score, list[Score | None]]]:
+        """Every score that one of them has, and what each has of it; what was measured on another sample is another score."""
+        found = [{(s.task, s.metric, s.details.get("on")): s for s in _scores(each)} for each in self._all]
+        keys = dict.fromkeys(key for each in found for key in each)
+        rows = [[each.get(key) for each in found] for key in keys]
+        return [(next(score for score in row if score), row) for row in rows]
+
+    @property
+    def of(self) -> str:
+        """What of the linears was measured in all of them: "output", or "weight"; empty if nothing was."""
+        for of in ("output", "weight"):
+            if all(any(entry.get(f"{of}_error") is not None for entry in each.linears) for each in self._all if each.linears):
+                return of
+        return ""
+
+    @property
+    def linears(self) -> list[tuple[str, list[float | None]]]:
+        """The loss of every linear in each; those that differ most come first."""
+        key = f"{self.of}_error"
+        found = [{e["name"]: float(e[key]) for e in each.linears if e.get(key) is not None} for each in self._all]
+        rows = [(name, [each.get(name) for each in found]) for name in dict.fromkeys(name for each in found for name in each)]
+        return sorted(rows, key=lambda row: -_span(row[1]))
+
+    @property
+    def _all(self) -> Sequence[Result]:
+        return list(self.results.values())
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "models": self.names,
+            "facts": dict(self.facts),
+            "bytes": [each.facts["bytes"] for each in self._all],
+            "settings": dict(self.settings),
+            "scores": [
+                {
+                    "task": first.task,
+                    "metric": first.metric,
+                    "values": [None if each is None else finite(each.value) for each in row],
+                }
+                for first, row in self.scores
+            ],
+            "linears": dict(self.linears),
+        }
+
+
+def compare(directories: Sequence[Path]) -> Difference:
+    """Read two or more model directories."""
+    names = [str(path) for path in directories]
+    if len({path.expanduser().resolve() for path in directories}) < max(2, len(names)):
+        raise RecipeError("two or more different directories can be compared", hint="marlin-tools compare DIR DIR")
+    return Difference({name: gather(Path(name).expanduser(), None, weights=False) for name in names})
+
+
+def as_text(found: Difference) -> str:
+    """Tables for the terminal."""
+    parts = [table(("", *found.names), [(what, *cells) for what, cells in found.facts])]
+    if found.settings:
+        parts.append(table(("setting", *found.names), [(what, *cells) for what, cells in found.settings]))
+    if found.scores:
+        parts.append(
+            table(("task", "metric", "on", *found.names), [(*_asked(first), *_told(row)) for first, row in found.scores])
+        )
+    if found.linears:
+        rows = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
+        parts.append(table((f"linear: {found.of} lost", *found.names), rows))
+    return "\n\n".join(parts)
+
+
+def as_page(found: Difference) -> str:
+    """report.html."""
+    return page("difference.html.j2", found=found, points=points(found.results))
+
+
+def points(results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """Mean KL beside bits and time, of those that were measured: what quality costs."""
+    found = []
+    for name, each in results.items():
+        kl = next((score for score in _scores(each) if score.metric == "kl"), None)
+        if kl is not None:
+            found.append({"name": name, "kl": kl.value, "bits": each.bits or 16.0, "seconds": each.seconds})
+    return found if len(found) > 1 else []
+
+
+def _scores(result: Result) -> Sequence[Score]:
+    return result.evaluation.scores if result.evaluation else ()
+
+
+def _told(row: Sequence[Score | None]) -> Iterator[str]:
+    yield from ("" if score is None else spell(score.value, score.stderr) for score in row)
+
+
+def _asked(score: Score) -> tuple[str, str, str]:
+    return score.task, score.metric, str(score.details.get("on", ""))
+
+
+def _span(losses: Sequence[float | None]) -> float:
+    known = [loss for loss in losses if loss is not None]
+    return max(known) - min(known) if len(known) > 1 else 0.0
+
+
+def _made_with(result: Result) -> dict[str, Any]:
+    """What decides a result."""
+    own = {key: result.manifest.get(key) for key in ("stage", "settings", "solver", "device", "versions")}
+    tokens = {key: value for key, value in (result.calibration or {}).items() if key != "notes"}
+    tokens |= {key: str(value)[:16] for key, value in tokens.items() if key == "fingerprint"}
+    return {**own, "calibration": tokens, "original": str(result.original.get("fingerprint", ""))[:16]}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`a.b` and what stands there."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)

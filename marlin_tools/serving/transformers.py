@@ -1,0 +1,240 @@
+"""A quantizer for transformers: `from_pretrained` runs our four formats on packed weights instead of unpacking them to 16 bits.
+
+    import marlin_tools.transformers                      # once
+    model = AutoModelForCausalLM.from_pretrained(DIR, device_map="cuda")
+
+transformers finds quantizers by `quant_method`. `register` takes over those of our formats: a checkpoint that we can read gets
+a `StoredConfig` and with it our quantizer, any other one what transformers had before. While a model loads, each quantised
+linear is a `Waiting` module with the tensors that the checkpoint has for it; then it becomes the linear of `backends`: our
+kernels on a GPU, the packed reference on a CPU. `save_pretrained` writes the same tensors again.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from marlin_tools import ops
+from marlin_tools.backends import native, reference
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.formats import READABLE, find_format
+from marlin_tools.formats.format import Format
+from marlin_tools.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+_ELSEWHERE = "use `marlin_tools.load(DIR)`, or `marlin_tools.transformers.unregister()` for what transformers does without us"
+
+
+class StoredConfig(QuantizationConfigMixin):
+    """A `quantization_config` as it stands in config.json, which is also how it is written again."""
+
+    def __init__(self, stored: Mapping[str, Any]) -> None:
+        self.stored = dict(stored)
+        self.quant_method = str(stored["quant_method"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was read."""
+        return copy.deepcopy(self.stored)
+
+
+class _Takeover:
+    """Stands in both of transformers' tables for one `quant_method`, before what was there."""
+
+    def __init__(self, config: Any, quantizer: Any) -> None:
+        self.config, self.quantizer = config, quantizer
+
+    def from_dict(self, stored: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The config of a checkpoint."""
+        try:
+            find_format(stored)
+        except FormatError as error:
+            if self.config is None:
+                raise
+            _log.info("not for our kernels: %s", error.message)
+            return self.config.from_dict(stored, *args, **kwargs)
+        return StoredConfig(stored)
+
+    def __call__(self, config: Any, **kwargs: Any) -> HfQuantizer:
+        """The quantizer for a config."""
+        if isinstance(config, StoredConfig):
+            return PackedQuantizer(config, **kwargs)
+        return self.quantizer(config, **kwargs)
+
+
+def register() -> None:
+    """Take over the formats that we read. Twice is as good as once."""
+    for method in {method for readable in READABLE for method, _ in readable.spellings}:
+        if not isinstance(AUTO_QUANTIZER_MAPPING.get(method), _Takeover):
+            before = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method), AUTO_QUANTIZER_MAPPING.get(method)
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = _Takeover(*before)
+
+
+def unregister() -> None:
+    """Leave transformers as it was."""
+    for method, found in list(AUTO_QUANTIZER_MAPPING.items()):
+        if isinstance(found, _Takeover):
+            for table, before in (
+                (AUTO_QUANTIZATION_CONFIG_MAPPING, found.config),
+                (AUTO_QUANTIZER_MAPPING, found.quantizer),
+            ):
+                if before is None:
+                    del table[method]
+                else:
+                    table[method] = before
+
+
+class Waiting(nn.Module):
+    """A quantised linear while the checkpoint's tensors for it arrive."""
+
+    def __init__(self, linear: nn.Linear, stored: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
+        super().__init__()
+        self.shape = linear.out_features, linear.in_features
+        for suffix, (shape, dtype) in stored.items():
+            empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+        self.bias: nn.Parameter | None = linear.bias
+
+
+class PackedQuantizer(HfQuantizer):
+    """Loads and saves models whose linears stay packed."""
+
+    requires_calibration = True
+    is_compileable = True
+    is_trainable = False
+
+    def __init__(self, config: StoredConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self._format: Format = find_format(config.stored)
+
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
+        """Packed weights stay where they are put."""
+        if isinstance(device_map, Mapping):
+            _check_places(device_map.values())
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+        """In the format that they were loaded from."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
+    ) -> None:
+        stored = dict(_headers(checkpoint_files or (), self._format))
+        if not stored:
+            raise ModelError(
+                f"the checkpoint holds no tensors of format `{self._format.name}`, which its config.json names",
+                hint="only *.safetensors are read; download or export the checkpoint again",
+            )
+        for name, tensors in stored.items():
+            _set(model, name, Waiting(_linear(model, name), tensors))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
+        waiting = {name: module for name, module in model.named_modules() if isinstance(module, Waiting)}
+        devices = {getattr(module, self._format.suffixes[0]).device.type for module in waiting.values()}
+        _check_places(devices)
+        for name, module in waiting.items():
+            _set(model, name, self._built(name, module, model.dtype))
+        return model
+
+    def _built(self, name: str, module: Waiting, dtype: torch.dtype) -> nn.Module:
+        tensors = {suffix: getattr(module, suffix).detach() for suffix in self._format.suffixes}
+        try:
+            weight = self._format.unpack(tensors, module.shape)
+        except FormatError as error:
+            raise FormatError(f"`{name}`: {error.message}", hint=error.hint) from error
+        device = weight.codes.device
+        reason = ops.limits(weight.shape[1], weight.group_size)
+        fits = device.type == "cuda" and reason is None and dtype in (torch.float16, torch.bfloat16)
+        if device.type == "cuda" and not fits:
+            _log.warning("`%s` runs on the reference: %s", name, reason or f"activations are {dtype}")
+        bias = None if module.bias is None else module.bias.detach()
+        built = (native.build if fits else reference.at_call)(weight, bias, device, dtype)
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(built, hook)
+        return built.eval()
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of the checkpoint, and not those that our linears hold."""
+        ours = {name: module for name, module in model.named_modules() if _weight(module) is not None}
+        state = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name.rpartition(".")[0] not in ours or name.endswith(".bias")
+        }
+        for name, module in ours.items():
+            weight = _weight(module)
+            assert weight is not None
+            for suffix, tensor in self._format.pack(weight, model.dtype).items():
+                state[f"{name}.{suffix}"] = tensor
+        return state, {}
+
+
+def _weight(module: nn.Module) -> QuantizedLinear | None:
+    """What one of our linears computes with, in the neutral form."""
+    if isinstance(module, native.NativeSparseLinear):
+        return ops.unpack_sparse(module.weight)
+    if isinstance(module, native.NativeLinear):
+        packed = module.weight
+        assert isinstance(packed, ops.PackedWeight)
+        return ops.unpack(packed)
+    return module.weight() if isinstance(module, reference.PackedLinear) else None
+
+
+def _headers(files: Sequence[str], stored_as: Format) -> Iterator[tuple[str, dict[str, tuple[Sequence[int], torch.dtype]]]]:
+    """The quantised linears of a checkpoint: shapes and types of their tensors by suffix."""
+    found: dict[str, tuple[Sequence[int], torch.dtype]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dictionary)
+                if name.rpartition(".")[2] in stored_as.suffixes:
+                    part = tensors.get_slice(name)
+                    found[name] = part.get_shape(), _dtype(part.get_dtype())
+    marker = f".{stored_as.suffixes[0]}"
+    for name in [name.removesuffix(marker) for name in found if name.endswith(marker)]:
+        parts = {suffix: found.get(f"{name}.{suffix}") for suffix in stored_as.suffixes}
+        if missing := [suffix for suffix, part in parts.items() if part is None]:
+            raise FormatError(f"`{name}` has no `{missing[0]}`", hint="download or export the checkpoint again")
+        yield name, {suffix: part for suffix, part in parts.items() if part is not None}
+
+
+def _dtype(spelled: str) -> torch.dtype:
+    kind, bits = re.fullmatch(r"([A-Z]+)(\d+)", spelled).groups()  # type: ignore[union-attr]
+    dtype: torch.dtype = getattr(torch, {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}[kind] + bits)
+    return dtype
+
+
+def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"the checkpoint holds a quantised `{name}`, the model has no such module", hint=_ELSEWHERE) from None
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"`{name}` is quantised, but a {type(module).__name__} in the model", hint=_ELSEWHERE)
+    return module
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_places(places: Any) -> None:
+    """Our linears cannot be moved for each call, as accelerate does with what lies on a CPU or a disk beside a GPU."""
+    kinds = {str(getattr(place, "type", place)).partition(":")[0] for place in places}
+    if "disk" in kinds or "meta" in kinds or ("cpu" in kinds and len(kinds) > 1):
+        raise ModelError(
+            "`device_map` leaves packed weights on the CPU or on disk beside a GPU",
+            hint='put all layers on GPUs, or all on the CPU: `device_map="cuda"` or `device_map="cpu"`',
+        )

@@ -1,0 +1,116 @@
+"""`--backend vllm`: what becomes of vLLM's log-probabilities, and how an evaluation goes through a stand-in for the engine."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from marlin_tools.backends import load, vllm
+from marlin_tools.errors import DeviceError, RecipeError
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+from marlin_tools.evaluation.harness import _Judge
+
+
+def _given(logits, ids, count):
+    """`prompt_logprobs` as vLLM gives them: nothing for the first, then the likeliest words and the word that stands there."""
+    logs = logits.float().log_softmax(-1)
+    rows = [None]
+    for row, word in zip(logs, ids[1:], strict=False):
+        words = {*row.topk(count).indices.tolist(), word}
+        rows.append({each: SimpleNamespace(logprob=row[each].item()) for each in words})
+    return rows
+
+
+@pytest.fixture
+def predictions():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(7, 50, generator=generator) * 3
+    return base, base + torch.randn(7, 50, generator=generator) * 0.5, torch.randint(0, 50, (8,), generator=generator).tolist()
+
+
+def test_the_loss_is_exact(predictions):
+    base, _, ids = predictions
+    expected = torch.nn.functional.cross_entropy(base, torch.tensor(ids[1:]))
+
+    assert vllm.reading(ids, _given(base, ids, 4)).loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_divergence_is_exact_over_the_whole_vocabulary(predictions):
+    base, model, ids = predictions
+    p, q = base.log_softmax(-1), model.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1).mean().item()
+
+    kl, same = vllm.divergence(vllm.reading(ids, _given(model, ids, 50)), vllm.reading(ids, _given(base, ids, 50)))
+
+    assert kl == pytest.approx(exact, rel=1e-4)
+    assert same == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 40])
+def test_with_fewer_words_it_is_a_lower_bound(predictions, count):
+    base, model, ids = predictions
+    p, q = base.log_softmax(-1), model.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1).mean().item()
+
+    kl, _ = vllm.divergence(vllm.reading(ids, _given(model, ids, count)), vllm.reading(ids, _given(base, ids, count)))
+
+    assert 0 <= kl <= exact + 1e-6
+    assert count < 16 or kl > 0.9 * exact
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda _: None)
+    with pytest.raises(DeviceError, match="vLLM is not installed"):
+        vllm.Served._check()
+
+
+def test_only_evaluation_goes_through_vllm(int4):
+    with pytest.raises(RecipeError) as caught:
+        load(int4, backend="vllm", device="cpu")
+    assert "vllm serve DIR" in str(caught.value.hint)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stands for vLLM with the reference backend; `alive` counts engines that were not ended."""
+    state = SimpleNamespace(alive=0, most=0)
+
+    class Engine(contextlib.AbstractContextManager):
+        def __init__(self, checkpoint, longest, seed, emit):
+            self.model = load(checkpoint, device="cpu", backend="reference")
+            self.judge = _Judge(self.model, checkpoint.tokenizer(), 8, emit)
+            self.how = {"backend": "vllm", "device": "stand-in", "vllm": "0"}
+            state.alive += 1
+            state.most = max(state.most, state.alive)
+
+        def __exit__(self, *_):
+            state.alive -= 1
+
+        def read(self, _name, sequences, _emit):
+            with torch.inference_mode():
+                logits = [self.model(each[None]).logits[0] for each in sequences]
+            size = logits[0].shape[-1]
+            return [
+                vllm.reading(each.tolist(), _given(row[:-1], each.tolist(), size))
+                for each, row in zip(sequences, logits, strict=True)
+            ]
+
+    monkeypatch.setattr(vllm, "Served", Engine)
+    return state
+
+
+def test_the_scores_are_those_of_the_same_model_elsewhere(engine, model, int4, text):
+    def scores(backend):
+        settings = EvaluateSettings(tasks=(text,), seqlen=32, limit=4, backend=backend, device="cpu")
+        return evaluate(int4, settings, baseline=model)
+
+    there, here = scores("vllm"), scores("reference")
+
+    assert [score.metric for score in there.scores] == [score.metric for score in here.scores]
+    for ours, theirs in zip(there.scores, here.scores, strict=True):
+        assert math.isclose(ours.value, theirs.value, rel_tol=1e-3, abs_tol=1e-6)
+    assert "lower bound" in there.scores[0].details["kl"]
+    assert there.model["backend"] == "vllm"
+    assert (engine.alive, engine.most) == (0, 1)

@@ -1,0 +1,119 @@
+"""Results side by side: what is told is what differs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from marlin_tools.compress.export import export
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.errors import RecipeError
+from marlin_tools.report.difference import as_page, as_text, compare
+
+SCORE = {"task": "ppl:demo", "metric": "kl", "value": 0.5, "details": {"on": "8 documents", "tokens": 2000}}
+NAMES = "stderr higher_is_better baseline baseline_stderr difference difference_stderr part_of".split()
+
+
+def measured(directory, kl, on="8 documents"):
+    score = dict.fromkeys(NAMES) | SCORE | {"value": kl, "details": {"on": on}}
+    content = {"model": {}, "baseline": None, "settings": {}, "versions": {}, "notes": [], "scores": [score]}
+    (directory / "evaluation.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def pair(tiny_model, tmp_path):
+    """A model rounded in two ways."""
+    for name, size in (("first", 128), ("second", 64)):
+        settings = QuantizeSettings(preset="rtn", format="gptq", group_size=size, device="cpu")
+        quantize(tiny_model("llama"), None, settings, tmp_path / name)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_only_what_differs_is_told(pair):
+    found = compare(pair)
+
+    assert {"settings.group_size": ["128", "64"]} == found.describe()["settings"]
+    first, second = (float(bits) for bits in dict(found.facts)["bits per weight"])
+    assert 4.125 < first < second < 4.6  # with the zero points of the format
+
+
+def test_losses_stand_beside_each_other_the_most_different_first(pair):
+    losses = compare(pair).describe()["linears"]
+    manifests = [json.loads((path / "manifest.json").read_text())["linears"] for path in pair]
+    gaps = [abs(a - b) for a, b in losses.values()]
+
+    assert {entry["name"]: entry["weight_error"] for entry in manifests[1]} == {name: row[1] for name, row in losses.items()}
+    assert 14 == len(losses)
+    assert sorted(gaps, reverse=True) == gaps
+
+
+def test_scores_on_other_samples_are_other_scores(pair):
+    measured(pair[0], 0.5)
+    measured(pair[1], 0.25)
+    assert [[0.5, 0.25]] == [each["values"] for each in compare(pair).describe()["scores"]]
+    measured(pair[1], 0.25, on="2 documents")
+    assert [[0.5, None], [None, 0.25]] == [each["values"] for each in compare(pair).describe()["scores"]]
+
+
+def test_page_and_table_show_all_of_it(pair):
+    measured(pair[0], 0.5)
+    measured(pair[1], 0.25)
+    found = compare(pair)
+    page, text = as_page(found), as_text(found)
+
+    for word in ("0.5000", "0.2500", "settings.group_size", "model.layers.0.mlp.down_proj"):
+        assert word in page
+        assert word in text
+    assert 2 == page.count('title="')  # nobody took the time of these
+    times = {"stages": {"quantize": {"seconds": 3.0, "host_gb": 1.0}, "verify": {"seconds": 9.0, "host_gb": 1.0}}}
+    for path in pair:
+        (path / "manifest.json").write_text(json.dumps(json.loads((path / "manifest.json").read_text()) | {"times": times}))
+    timed = compare(pair)
+    assert 4 == as_page(timed).count('title="')
+    assert ["3.0 s", "3.0 s"] == dict(timed.facts)["made in"]
+
+
+@pytest.mark.parametrize(("kept", "of"), (("weight_error", "weight"), (None, "")))
+def test_outputs_are_compared_with_outputs_and_weights_with_weights(pair, kept, of):
+    for number, path in enumerate(pair):
+        manifest = json.loads((path / "manifest.json").read_text())
+        for entry in manifest["linears"]:
+            entry["output_error"] = 0.5 if number else None
+            entry["weight_error"] = entry["weight_error"] if number == 0 or kept else None
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    found = compare(pair)
+
+    assert of == found.of
+    assert (
+        bool(of)
+        == bool(found.linears)
+        == ("linear: weight lost" in as_text(found))
+        == ("What each linear lost" in as_page(found))
+    )
+
+
+def test_the_original_and_an_export_can_be_compared_too(pair, tiny_model, tmp_path):
+    export(pair[0], "compressed-tensors", tmp_path / "other")
+    found = compare([pair[0], tmp_path / "other", tiny_model("llama")])
+
+    assert ["gptq", "compressed-tensors", "float16"] == dict(found.facts)["format"]
+    assert as_page(found)
+
+
+@pytest.mark.parametrize("count", (1, 2))
+def test_one_directory_is_not_compared_with_itself(pair, count):
+    with pytest.raises(RecipeError, match="two or more different directories"):
+        compare([pair[0]] * count)
+
+
+def test_the_verb_prints_tables_and_leaves_a_page(pair, monkeypatch, tmp_path, capsys):
+    from marlin_tools.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["first", "second"], ["first", "second", "-o", "x.html", "--json"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(["compare", *arguments])
+        assert 0 == exit_.value.code
+    assert ["first", "second"] == json.loads(capsys.readouterr().out)["models"]
+    assert Path("runs/compare/first+second.html").read_text() == Path("x.html").read_text()

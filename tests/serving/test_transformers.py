@@ -1,0 +1,170 @@
+"""The quantizer: transformers' own `from_pretrained` and `save_pretrained` on every format, on a CPU."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import marlin_tools.transformers
+from marlin_tools.backends import reference
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.formats import FORMATS
+from marlin_tools.serving.transformers import PackedQuantizer, StoredConfig, _check_places
+
+CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+    "attention_bias": True,
+}
+
+
+@pytest.fixture
+def stored(tmp_path, make):
+    """A small Llama in a format; also its weights in the neutral form."""
+
+    def write(layout, **changes):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG)).half()
+        tensors, weights = {}, {}
+        for name, tensor in model.state_dict().items():
+            linear = name.removesuffix(".weight")
+            if not linear.endswith("_proj") or not name.endswith(".weight"):
+                tensors[name] = tensor
+                continue
+            weights[linear] = make(*tensor.shape, sparse=layout == "marlin-24", seed=len(weights))
+            packed = FORMATS[layout].pack(weights[linear], torch.float16)
+            tensors.update({f"{linear}.{suffix}": part.contiguous() for suffix, part in packed.items()})
+        config = model.config.to_dict() | {"dtype": "float16", "architectures": ["LlamaForCausalLM"]}
+        config["quantization_config"] = FORMATS[layout].quantization_config(128, ["lm_head"]) | changes
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path, weights
+
+    return write
+
+
+@pytest.fixture(params=FORMATS)
+def layout(request):
+    return request.param
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def test_linears_stay_packed(stored, layout):
+    folder, weights = stored(layout)
+    model = load(folder)
+    for name, weight in weights.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, reference.PackedLinear)
+        assert torch.equal(module.weight().codes, weight.codes)
+        assert (module.bias is not None) == name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert {type(module).__name__ for module in model.modules()} & {"Waiting"} == set()
+
+
+def test_it_generates_what_the_reference_does(stored, layout):
+    folder, _ = stored(layout)
+    ids = torch.tensor([[1, 2, 3]])
+    ours, theirs = load(folder), marlin_tools.transformers.load(folder, device="cpu", backend="reference")
+    with torch.inference_mode():
+        tokens = [model.generate(ids, max_new_tokens=6, do_sample=False) for model in (ours, theirs)]
+        static = ours.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="static")
+
+    assert torch.equal(*tokens)
+    assert torch.equal(static, tokens[0])
+
+
+def test_saving_writes_the_same_checkpoint(stored, layout, tmp_path):
+    folder, _ = stored(layout)
+    load(folder).save_pretrained(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_a_device_map_may_name_the_cpu(stored, layout):
+    folder, _ = stored(layout)
+
+    assert load(folder, device_map="cpu").model.layers[0].mlp.up_proj.pairs.device.type == "cpu"
+
+
+def test_the_model_can_be_traced_whole(stored):
+    folder, _ = stored("gptq")
+    model = load(folder)
+    with torch.inference_mode():
+        traced = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
+        x = torch.randn(1, 3, 256)
+        assert torch.equal(traced(x), model.model.layers[0].mlp(x))
+    assert model.hf_quantizer.is_compileable
+
+
+@pytest.mark.parametrize("places", [{"a": "cpu", "b": 0}, {"a": "disk"}, {"a": "cuda:0", "b": "disk"}])
+def test_packed_weights_are_not_offloaded(places):
+    with pytest.raises(ModelError, match="on the CPU or on disk"):
+        _check_places(places.values())
+
+
+@pytest.mark.parametrize("places", [{"": "cpu"}, {"a": "cuda:0", "b": "cuda:1"}, {"": 0}, {}])
+def test_other_places_are_fine(places):
+    _check_places(places.values())
+
+
+def test_permuted_inputs_are_refused_by_name(stored):
+    folder, weights = stored("gptq")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(FormatError, match=rf"`{name}`.*permutes the inputs"):
+        load(folder)
+
+
+def test_missing_tensors_are_named(stored):
+    folder, weights = stored("gptq")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    del tensors[f"{name}.scales"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(FormatError, match=rf"`{name}` has no `scales`"):
+        load(folder)
+
+
+def test_a_checkpoint_without_packed_tensors_says_so(stored, tmp_path):
+    folder, _ = stored("gptq")
+    save_file({"model.norm.weight": torch.ones(256)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match="holds no tensors of format `gptq`"):
+        load(folder)
+
+
+def test_other_checkpoints_get_what_transformers_had():
+    taken = AUTO_QUANTIZER_MAPPING["gptq"]
+    ours = FORMATS["gptq"].quantization_config(128, [])
+
+    assert isinstance(taken.from_dict(ours), StoredConfig)
+    assert isinstance(taken(taken.from_dict(ours)), PackedQuantizer)
+    assert type(taken.from_dict(ours | {"bits": 8})).__name__ == "GPTQConfig"
+
+
+def test_it_can_be_undone():
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    marlin_tools.transformers.unregister()
+    try:
+        assert AUTO_QUANTIZER_MAPPING["gptq"].__name__ == "GptqHfQuantizer"
+        assert "marlin" not in AUTO_QUANTIZER_MAPPING
+    finally:
+        marlin_tools.transformers.register()
+    assert before.keys() == AUTO_QUANTIZER_MAPPING.keys()
