@@ -88,6 +88,10 @@ class Layout:
             self._chosen[index] = self.family.chosen(lambda name: self._stored(prefix + self._renamed(name)))
         return self._chosen[index]
 
+    def has(self, index: int, name: str) -> bool:
+        """Whether block `index` has a module of this name."""
+        return self._stored(self.linear(index, name))
+
     def _stored(self, name: str) -> bool:
         return name in self._modules
 

@@ -151,7 +151,7 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
-    _refuse_experts(layout)
+    _refuse_unknown_parts(layout)
     patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
@@ -170,9 +170,13 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     return Inventory(layout, tuple(targets), kept)
 
 
-def _refuse_experts(layout: Layout) -> None:
-    """Experts that the type of the model does not have are told by their tensors: a config.json may name numbers of experts
-    that mean nothing."""
+def _refuse_unknown_parts(layout: Layout) -> None:
+    """Refuse what the type of the model does not have, by its tensors: a config.json may name numbers that mean nothing."""
+    if part := next((part for part in layout.family.lacks if layout.has(0, part)), None):
+        raise ModelError(
+            f"`{layout.checkpoint.origin}`: blocks with `{part}` are not known",
+            hint="dense models of this type without embeddings for each layer work",
+        )
     if any(branch.experts is not None for branch in layout.family.branches):
         return
     prefix = layout.family.block_prefix(0).removesuffix("0.")
