@@ -140,6 +140,15 @@ def shell(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def stored_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the language model has when its experts are stored one by one."""
-    tensors = shell(layout.checkpoint, torch.float16).state_dict()
-    return {layout.place(name).tensor: tuple(tensor.shape) for name, tensor in tensors.items()}
+    """Name and shape of every tensor that the language model has when its experts are stored one by one.
+
+    What is tied is stored under one of its names, or under all.
+    """
+    tied: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in shell(layout.checkpoint, torch.float16).state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), {})[layout.place(name).tensor] = tuple(tensor.shape)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for same in tied.values():
+        there = {name: shape for name, shape in same.items() if name in layout.checkpoint}
+        shapes |= there or dict([next(iter(same.items()))])
+    return shapes

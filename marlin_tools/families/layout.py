@@ -196,6 +196,10 @@ class Layout:
 
     def foreign(self, name: str) -> bool:
         """Whether a stored tensor belongs to something beside the language model: what sees, hears or predicts ahead."""
+        blocks = re.escape(self.family.block_prefix(0).removesuffix("0."))
+        block = re.match(rf"{blocks}(\d+)\.", name)
+        if name.startswith(("mtp.", "model.mtp.")) or (block and int(block[1]) >= self.blocks):
+            return True
         inside = name.startswith((f"{self.family.stored or self.family.decoder}.", f"{self.family.head}."))
         return not inside and self.checkpoint.config.get("model_type") in NESTED
 

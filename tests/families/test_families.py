@@ -1,8 +1,11 @@
 """Every type of model through the whole: the stream, the files that come out, and those read back."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from marlin_tools.backends import load
@@ -12,6 +15,7 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.stream.layer_stream import LayerStream
+from marlin_tools.verification.checks import Subject, check_config
 
 Load = Callable[[str, Path], torch.nn.Module]
 
@@ -43,7 +47,7 @@ def test_activations_are_those_of_eager_transformers(
 
 @torch.no_grad()
 def test_what_is_written_reads_back(
-    made: Callable[[str], Path], eager: Load, tokens: TokenSet, model_type: str, tmp_path: Path
+    made: Callable[[str], Path], eager: Load, tokens: TokenSet, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Checkpoint.open(made(model_type))
     out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
@@ -66,6 +70,10 @@ def test_what_is_written_reads_back(
     matrices = {name.removesuffix(".weight") for name in kept if name.endswith(".weight") and len(out.shape(name)) == 2}
     assert matrices - ignored <= {name for name in matrices if "embed" in name}
 
+    assert check_config(out).ok, check_config(out).detail
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _self: None)  # these models have none
+    assert Subject(out).inventory().ok, Subject(out).inventory().detail
+
     ids = tokens.sequences[0][None]
     ours = load(out, device="cpu", backend="reference")(input_ids=ids).logits
     expected = eager(model_type, _dequantized(source, stored, tmp_path / "dequantized"))(input_ids=ids).logits
@@ -75,6 +83,30 @@ def test_what_is_written_reads_back(
     ):  # transformers holds experts in one tensor, compressed-tensors has linears
         theirs = eager(model_type, out.path)(input_ids=ids).logits
         torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_what_predicts_ahead_is_copied(
+    made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "ahead"
+    shutil.copytree(made("glm4_moe"), path)
+    own = load_file(path / "model.safetensors")
+    ahead = {
+        f"model.layers.2.{name.removeprefix('model.layers.1.')}": t.clone() for name, t in own.items() if ".layers.1." in name
+    }
+    save_file(own | ahead, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert all(torch.equal(out.read(name), tensor) for name, tensor in ahead.items())
+    assert "model.layers.2.mlp.experts.3.up_proj" in (out.quantization or {})["ignore"]
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _self: None)
+    assert Subject(out).inventory().ok, Subject(out).inventory().detail
+    ids = tokens.sequences[0][None]
+    assert bool(load(out, device="cpu", backend="reference")(input_ids=ids).logits.isfinite().all())
 
 
 def _dequantized(source: Checkpoint, stored: StoredLinears, folder: Path) -> Path:
