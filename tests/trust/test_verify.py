@@ -253,7 +253,9 @@ def test_swapped_shards(damaged, failures):
     second.rename(first)
     (damaged / "aside").rename(second)
 
-    assert "is not in `model-00001-of-00003.safetensors`, where the index has it" in failures(damaged)["files"]
+    found = failures(damaged)["files"]
+    assert "is not in `model-00001-of-00003.safetensors`, where `" in found
+    assert "model.safetensors.index.json` has it" in found
 
 
 def test_a_shard_of_another_model(copy, tiny_model, rounded, failures, forget_hashes):
