@@ -24,7 +24,7 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from marlin_tools import __version__, ops
-from marlin_tools.ops.linear.layout import Packed
+from marlin_tools.ops.linear.layout import PackedTiles
 from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
 from marlin_tools.ops.runtime.scratch import share_among_captures
 from marlin_tools.quantized import QuantizedLinear
@@ -121,17 +121,17 @@ class PackedInt4LinearKernel(MPLinearKernel):
         codes, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
         return packed_linear(x, codes, scales, getattr(layer, _EXPONENT), bias, self._out_features)
 
-    def _pack(self, layer: nn.Module) -> Packed:
+    def _pack(self, layer: nn.Module) -> PackedTiles:
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
         sparse = weight.is_2_4() and _sparse_fits(device.index, c)  # other sparse layers run as dense ones
-        packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
+        packed: PackedTiles = ops.pack_sparse(weight) if sparse else ops.pack(weight)
         (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
         share_among_captures(device.index)
         return packed
 
-    def _keep(self, layer: nn.Module, packed: Packed) -> None:
+    def _keep(self, layer: nn.Module, packed: PackedTiles) -> None:
         """In the place of what was loaded; when a model is loaded again, in the place of what was packed then."""
         self._transform_param(layer, self.w_q_name, lambda _: packed.codes)
         self._transform_param(layer, self.w_s_name, lambda _: packed.scales)

@@ -2,8 +2,8 @@
 
 Every verb that writes a model is run once undisturbed, counting what it does to files: syncs, renames, removals. A trial then
 takes a verb and dies by SIGKILL before or after one of these, publishing included, or at a moment in between; the same command
-is given again and has to end with the same bytes, with nothing left beside them. In the meantime what is under the final name is
-absent, or what was there before, or complete. Processes are forked from this one, which never computes, so that a trial is fast.
+is given again and has to end with the same bytes, with nothing left beside them. In the meantime what is under the final name
+is absent, or what was there before, or complete. Processes are forked from this one, which never computes, so a trial is fast.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -91,9 +92,9 @@ def forked(work: Callable[[], None], log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 (the parent is told by the code, people by the log)
-        traceback.print_exc()
     finally:
+        if code == 70:  # the parent is told by the code, people by the log
+            traceback.print_exc()
         sys.stderr.flush()
         os._exit(code)
 
@@ -167,12 +168,11 @@ def prepare(root: Path) -> Path:
     """What the verbs start from: a model, a text, a pruned and a quantised model."""
     base = root / "base"
     base.mkdir()
-    steps: list[Callable[[], None]] = [lambda: make_model(base)]
-    for arguments in (
+    made = (
         ("prune", "model", "--preset", "magnitude", "-o", "pruned"),
         ("quantize", "model", "--preset", "fast", *TEXT_FLAGS, "--format", "gptq", "-o", "made"),
-    ):
-        steps.append(lambda arguments=arguments: watched(base, arguments, None))
+    )
+    steps = [partial(make_model, base), *(partial(watched, base, arguments, None) for arguments in made)]
     for step in steps:
         if ended(forked(step, root / "log")):
             raise SystemExit((root / "log").read_text())
