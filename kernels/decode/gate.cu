@@ -9,7 +9,6 @@ struct GateArguments {
     u16* out;         // [rows, width]
     u64 vectors;      // rows * width / 8
     int width;
-    int unused;
 };
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }

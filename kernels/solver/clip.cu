@@ -14,7 +14,6 @@ struct ClipArguments {
     int rows;
     int groups;
     int bfloat16;
-    int unused;
     float ratios[kCandidates];
 };
 

@@ -19,7 +19,6 @@ struct SweepArguments {
     int rows;
     int width;
     int groups;
-    int unused;
 };
 
 template <int kChunk, bool kMasked>

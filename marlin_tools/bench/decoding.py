@@ -144,8 +144,9 @@ def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "Pr
 def card_for(settings: BenchModelSettings) -> dict[str, Any]:
     """The shapes that are asked for, if they are known and have room for that many tokens."""
     repository = ALIASES.get(settings.shape, settings.shape)
-    if repository not in CARDS:
-        known = [alias for alias, name in ALIASES.items() if name in CARDS]
+    flat = {name for name, card in CARDS.items() if "text_config" not in card}
+    if repository not in flat:
+        known = [alias for alias, name in ALIASES.items() if name in flat]
         raise ModelError(f"no shape is built in for `{settings.shape}`", hint=f"known: {', '.join(known)}")
     card, asked = CARDS[repository], settings.tokens_in + settings.tokens_out
     if asked > card["max_position_embeddings"]:

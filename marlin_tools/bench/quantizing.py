@@ -114,8 +114,9 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
     Of several processes the first one makes it, and all quantise it.
     """
     repository = ALIASES.get(settings.shape, settings.shape)
-    if repository not in CARDS:
-        known = [alias for alias, name in ALIASES.items() if name in CARDS]
+    flat = {name for name, card in CARDS.items() if "text_config" not in card}
+    if repository not in flat:
+        known = [alias for alias, name in ALIASES.items() if name in flat]
         raise ModelError(f"no shapes are known for `{settings.shape}`", hint=f"known: {', '.join(known)}")
     blocks = int(CARDS[repository]["num_hidden_layers"])
     if settings.layers > blocks:

@@ -27,8 +27,45 @@ _KEYS = (
 )
 
 
-def _card(model_type: str, dtype: str, sizes: tuple[int, ...], *, tied: bool = False) -> dict[str, Any]:
-    return {"model_type": model_type, "dtype": dtype, "tie_word_embeddings": tied, **dict(zip(_KEYS, sizes, strict=True))}
+def _card(model_type: str, dtype: str, sizes: tuple[int, ...], *, tied: bool = False, **more: Any) -> dict[str, Any]:
+    named = dict(zip(_KEYS, sizes, strict=True))
+    return {"model_type": model_type, "dtype": dtype, "tie_word_embeddings": tied, **named, **more}
+
+
+def _experts(count: int, chosen: int, inner: int | None = None, **more: Any) -> dict[str, Any]:
+    sizes = {"moe_intermediate_size": inner} if inner else {}
+    return {"num_experts" if inner else "num_local_experts": count, "num_experts_per_tok": chosen, **sizes, **more}
+
+
+def _gemma3(*sizes: int) -> dict[str, Any]:
+    """Gemma 3 with its eyes, which are the same in all sizes."""
+    text = _card("gemma3_text", "bfloat16", sizes, tied=True, sliding_window=1024)
+    eyes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    seen = {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14, "vision_use_head": False, **eyes}
+    return {
+        "model_type": "gemma3",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "text_config": text,
+        "vision_config": seen,
+    }
+
+
+def _qwen3_5(*sizes: int) -> dict[str, Any]:
+    """Three gated delta nets, then one attention; transformers knows their sizes, and those of the eyes."""
+    text = _card("qwen3_5_text", "bfloat16", sizes)
+    return {"model_type": "qwen3_5", "dtype": "bfloat16", "text_config": text, "vision_config": {"out_hidden_size": sizes[0]}}
+
+
+def _scout() -> dict[str, Any]:
+    """Llama 4 Scout with its eyes."""
+    sizes = (5120, 8192, 48, 40, 8, 128, 202048, 10485760)
+    experts = _experts(16, 1, intermediate_size_mlp=16384, interleave_moe_layer_step=1)
+    text = _card("llama4_text", "bfloat16", sizes, **experts)
+    eyes = {"hidden_size": 1408, "intermediate_size": 5632, "num_hidden_layers": 34, "num_attention_heads": 16}
+    bridge = dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 4096)
+    seen = {"model_type": "llama4_vision_model", "image_size": 336, "patch_size": 14, **eyes, **bridge}
+    return {"model_type": "llama4", "dtype": "bfloat16", "text_config": text, "vision_config": seen}
 
 
 CARDS: dict[str, dict[str, Any]] = {
@@ -42,6 +79,24 @@ CARDS: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.3": _card("mistral", "bfloat16", (4096, 14336, 32, 32, 8, 128, 32768, 32768)),
     "Qwen/Qwen2.5-7B": _card("qwen2", "bfloat16", (3584, 18944, 28, 28, 4, 128, 152064, 131072)),
     "Qwen/Qwen3-8B": _card("qwen3", "bfloat16", (4096, 12288, 36, 32, 8, 128, 151936, 40960)),
+    "Qwen/Qwen3-30B-A3B": _card(
+        "qwen3_moe", "bfloat16", (2048, 6144, 48, 32, 4, 128, 151936, 40960), **_experts(128, 8, 768, norm_topk_prob=True)
+    ),
+    "Qwen/Qwen3-235B-A22B": _card(
+        "qwen3_moe", "bfloat16", (4096, 12288, 94, 64, 4, 128, 151936, 40960), **_experts(128, 8, 1536, norm_topk_prob=True)
+    ),
+    "openai/gpt-oss-20b": _card(
+        "gpt_oss", "bfloat16", (2880, 2880, 24, 64, 8, 64, 201088, 131072), **_experts(32, 4, sliding_window=128)
+    ),
+    "openai/gpt-oss-120b": _card(
+        "gpt_oss", "bfloat16", (2880, 2880, 36, 64, 8, 64, 201088, 131072), **_experts(128, 4, sliding_window=128)
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": _card("mixtral", "bfloat16", (4096, 14336, 32, 32, 8, 128, 32000, 32768), **_experts(8, 2)),
+    "microsoft/phi-4": _card("phi3", "bfloat16", (5120, 17920, 40, 40, 10, 128, 100352, 16384)),
+    "Qwen/Qwen3.5-9B": _qwen3_5(4096, 12288, 32, 16, 4, 256, 248320, 32768),
+    "meta-llama/Llama-4-Scout-17B-16E": _scout(),
+    "google/gemma-3-4b-it": _gemma3(2560, 10240, 34, 8, 4, 256, 262208, 131072),
+    "google/gemma-3-27b-it": _gemma3(5376, 21504, 62, 32, 16, 128, 262208, 131072),
     "google/gemma-2-9b": _card("gemma2", "float32", (3584, 14336, 42, 16, 8, 256, 256000, 8192), tied=True),
 }
 
@@ -99,16 +154,18 @@ def _config_of_the_hub(repository: str, revision: str | None) -> dict[str, Any]:
 
 
 def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
-    """Every tensor that a checkpoint with this config has, as transformers makes them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Every tensor that a checkpoint with this config has, under the names that transformers would store them by."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
 
     known = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
     with Translated(ModelError, "config.json is not understood by transformers", "update transformers"), torch.device("meta"):
         settings = AutoConfig.for_model(config["model_type"], **known)
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    left_out = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+        nested = settings.get_text_config() is not settings
+        model = (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)
+        tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+        tensors = revert_weight_conversion(model, {n: t for n, t in model.state_dict().items() if n not in tied})
     return {
         name: Stored(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
-        for name, tensor in model.state_dict().items()
-        if name not in left_out
+        for name, tensor in tensors.items()
     }

@@ -39,7 +39,17 @@ ALIASES = {
     "mistral-7b": "mistralai/Mistral-7B-v0.3",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "phi-4": "microsoft/phi-4",
+    "qwen3.5-9b": "Qwen/Qwen3.5-9B",
+    "llama4-scout": "meta-llama/Llama-4-Scout-17B-16E",
     "gemma2-9b": "google/gemma-2-9b",
+    "gemma3-4b": "google/gemma-3-4b-it",
+    "gemma3-27b": "google/gemma-3-27b-it",
 }
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]

@@ -26,7 +26,7 @@ def bench_kernels(
     ] = None,
     batch: Batches = None,
     dtype: Annotated[str | None, option(of="NAME", text="float16 or bfloat16.")] = None,
-    group_size: Annotated[int | None, option(of="128|-1", text="Inputs that share a scale; -1 for one per output.")] = None,
+    group_size: Annotated[int | None, option(of="N", text="Inputs per scale: 128, 64, 32, or -1 for one per output.")] = None,
     peers: Annotated[bool | None, flag("--peers/--no-peers", "Time torch's INT4, and dequantising + cuBLAS, too.")] = None,
     figure: Annotated[str | None, option(of="NAME", text="Remake the paper's peak, models, roofline or sustained.")] = None,
     tune: Annotated[

@@ -74,13 +74,14 @@ Name = Annotated[str, argument("NAME", "A bundled recipe.")]
 
 
 @recipes.command(name="list")
-def recipes_list() -> int:
+def recipes_list(json: Json = False) -> int:
     """The bundled recipes."""
     from marlin_tools import report
     from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
-    ui.write(report.facts(recipe_files.overview()))
+    found = list(recipe_files.overview())
+    ui.write_json(dict(found)) if json else ui.write(report.facts(found))
     return 0
 
 
@@ -111,7 +112,7 @@ def recipes_copy(name: Name, to: Annotated[Path, argument("FILE", "Where to; a d
 
 
 @recipes.command(name="validate")
-def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe files.")]) -> int:
+def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe files.")], json: Json = False) -> int:
     """Check recipes and report all that is wrong with them."""
     from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
@@ -126,7 +127,7 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
             problems += error.lines
     if problems:
         raise RecipeError.of(problems, hint="`marlin-tools recipes schema` describes every key")
-    ui.write("\n".join(fine))
+    ui.write_json({"ok": files}) if json else ui.write("\n".join(fine))
     return 0
 
 
@@ -134,8 +135,9 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
 def recipes_schema(table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False) -> int:
     """Print the JSON Schema of recipes, for editors."""
     from marlin_tools.cli import ui
-    from marlin_tools.recipe import recipe
-    from marlin_tools.recipe import table as recipe_table
+    from marlin_tools.recipe.recipe import Recipe
+    from marlin_tools.recipe.table import Table
+    from marlin_tools.recipe.yaml_reader import json_schema
 
-    ui.write_json(recipe_table.schema() if table else recipe.schema())
+    ui.write_json(json_schema(Table if table else Recipe))
     return 0

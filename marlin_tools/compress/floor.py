@@ -43,7 +43,8 @@ class Work:
 
     def forward(self) -> int:
         """Operations of the model itself: its linears, and attention to half of all pairs."""
-        return 2 * self.weights * self.tokens + 2 * self.tokens * self.longest * self.hidden
+        seen = sum(t.n * t.k * t.share for group in self.groups for t in group)
+        return int(2 * seen * self.tokens) + 2 * self.tokens * self.longest * self.hidden
 
 
 def least_seconds(work: Work, solver: RTN | GPTQ | Pruner, rate: float, device: torch.device) -> dict[str, float]:
@@ -55,7 +56,7 @@ def least_seconds(work: Work, solver: RTN | GPTQ | Pruner, rate: float, device: 
     square = sum(n * k * k for n, k in sizes)
     parts = {
         "forward": (2 if solver.drift or not solver.staged else 1) * work.forward() / rate,
-        "hessian": sum(k * k for _, k in sizes) * work.tokens / rate,
+        "hessian": sum(group[0].k ** 2 * group[0].share for group in work.groups if group) * work.tokens / rate,
         "factor": sum(k**3 for _, k in sizes) / 3 * _DOUBLE[device.type] / rate,
         "sweep": square / exact,
         "judge": 4 * square / rate,

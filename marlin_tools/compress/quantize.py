@@ -29,7 +29,7 @@ from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Group
 
-REVISION = 3
+REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 

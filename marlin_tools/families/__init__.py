@@ -80,6 +80,7 @@ class Family:
     renames   pairs (module, tensor): how names in a checkpoint differ from those of the modules, part by part
     multiple  the key of config.json that scales what joins the residual stream
     scalar    a stored number of each block by which its output is multiplied
+    lacks     parts of a block that others of this type have and that cannot be worked on
     stored    what tensors of the decoder begin with, if that is not `decoder`
     """
 
@@ -92,6 +93,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     multiple: str | None = None
     scalar: str | None = None
+    lacks: tuple[str, ...] = ()
     stored: str | None = None
 
     @property
@@ -155,6 +157,7 @@ FAMILIES = (
     "cohere2",
     "deepseek_v3",
     "gemma2",
+    "gemma4_text",
     "glm",
     "glm4",
     "gpt_neox",
@@ -174,6 +177,7 @@ FAMILIES = (
 
 NESTED = {
     "gemma3": ("gemma3_text", "model.language_model"),
+    "gemma4": ("gemma4_text", "model.language_model"),
     "llama4": ("llama4_text", "language_model.model"),
     "mistral3": ("mistral", "model.language_model"),
     "qwen2_5_vl": ("qwen2_5_vl_text", "model.language_model"),

@@ -73,6 +73,7 @@ class Layout:
         self.family: Family = family_of(checkpoint)
         self.blocks = int(self.config.get("num_hidden_layers", 0))
         self._chosen: dict[int, tuple[Branch, ...]] = {}
+        self._counts: dict[tuple[int, str], int] = {}
 
     @cached_property
     def _modules(self) -> frozenset[str]:
@@ -87,6 +88,10 @@ class Layout:
             self._chosen[index] = self.family.chosen(lambda name: self._stored(prefix + self._renamed(name)))
         return self._chosen[index]
 
+    def has(self, index: int, name: str) -> bool:
+        """Whether block `index` has a module of this name."""
+        return self._stored(self.linear(index, name))
+
     def _stored(self, name: str) -> bool:
         return name in self._modules
 
@@ -94,7 +99,12 @@ class Layout:
         """How many experts a branch of block `index` has, by its tensors and by config.json."""
         if branch.experts is None:
             return 0
-        prefix = f"{self.family.block_prefix(index)}{self._renamed(f'{branch.body}.{branch.experts.path}')}"
+        if (index, branch.body) not in self._counts:
+            self._counts[index, branch.body] = self._count(index, branch, branch.experts)
+        return self._counts[index, branch.body]
+
+    def _count(self, index: int, branch: Branch, experts: Experts) -> int:
+        prefix = f"{self.family.block_prefix(index)}{self._renamed(f'{branch.body}.{experts.path}')}"
         asked = next((int(self.config[key]) for key in EXPERTS if self.config.get(key)), 0)
         if (fused := self._fused(prefix)) is not None:
             found = self.checkpoint.shape(fused)[0]
@@ -108,6 +118,13 @@ class Layout:
         """The tensor in which gate and up of all experts lie, if there is one."""
         name = f"{prefix}.gate_up_proj"
         return name if name in self.checkpoint else None
+
+    def share(self, index: int, name: str) -> float:
+        """About which share of all tokens goes through a linear of block `index`, by its name relative to the block."""
+        for branch in self.branches(index):
+            if branch.experts is not None and name.startswith(f"{branch.body}.{branch.experts.path}."):
+                return min(1.0, int(self.config.get("num_experts_per_tok") or 1) / self.experts(index, branch))
+        return 1.0
 
     def steps(self, index: int, branch: Branch) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """`Branch.steps` with names relative to the block."""

@@ -190,8 +190,3 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str]) -> Recipe:
     """A recipe from plain data; `origins` says for each path which option it comes from."""
     return recipe_yaml.validate(Recipe, Document(dict(data), dict(origins)))
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of recipe files, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -30,6 +31,7 @@ MOST_VALUES = 20_000
 LARGEST = 64 << 10
 """Characters of a document: ten times the largest table here."""
 
+_MERGE = "tag:yaml.org,2002:merge"
 _PLAIN = "recipes are plain YAML 1.2"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -104,12 +106,48 @@ def _compose(text: str, file: str) -> Node | None:
     if deepest > DEEPEST:
         raise RecipeError(f"{file}: nested deeper than {DEEPEST} levels", hint=_PLAIN)
     with _Refusal(file):
-        return YAML(typ="safe", pure=True).compose(text)
+        return _yaml().compose(text)
 
 
 def _construct(text: str, file: str) -> Any:
     with _Refusal(file):
-        return YAML(typ="safe", pure=True).load(text)
+        return _apart(_yaml().load(text))
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Merging
+    return yaml
+
+
+def _apart(value: Any) -> Any:
+    """A copy in which every use of an alias is a value of its own, so that one can be set without the others."""
+    if isinstance(value, dict):
+        return {key: _apart(inner) for key, inner in value.items()}
+    return [_apart(inner) for inner in value] if isinstance(value, list) else value
+
+
+class _Merging(Composer):
+    """Puts what `<<` takes in where `<<` stands: what comes after sees keys and values only, each with its place."""
+
+    taken = 0
+
+    def compose_mapping_node(self, anchor: Any) -> Node:
+        node: Node = super().compose_mapping_node(anchor)
+        merges = [(key, value) for key, value in node.value if key.tag == _MERGE]
+        node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        known = {_name(key) for key, _ in node.value}
+        for key, value in merges:
+            for part in value.value if isinstance(value, SequenceNode) else [value]:
+                if not isinstance(part, MappingNode) or part is node or part.end_mark is None:
+                    raise ComposerError(None, None, "`<<` takes mappings that stand above: `<<: *name`", key.start_mark)
+                self.taken += len(part.value)
+                if self.taken > MOST_VALUES:
+                    raise ComposerError(None, None, f"more than {MOST_VALUES} values come from `<<`", key.start_mark)
+                new = [(name, inner) for name, inner in part.value if _name(name) not in known]
+                known |= {_name(name) for name, _ in new}
+                node.value += new
+        return node
 
 
 class _Refusal(Translated):
@@ -146,13 +184,19 @@ def validate(model: type[Model], document: Document) -> Model:
         around = {each["loc"][:end] for each in errors for end in range(len(each["loc"]))}
         places = Counter(each["loc"] for each in errors)
         wrong = [each for each in errors if each["loc"] not in around and places[each["loc"]] == 1]
-        problems: dict[str, str] = {}
+        problems: dict[str, list[str]] = {}
         for each in wrong[: 5 * MOST]:  # what is around others only says that what lies inside is wrong
             place, rule = _complaint(dict(each), document, schema)
-            problems[place] = f"{problems[place]}, or {rule}" if place in problems else rule
-        lines = sorted((f"{place}{rule}" for place, rule in problems.items()), key=position)
+            problems.setdefault(place, []).append(rule)
+        # a mistake in what several take in is found several times
+        lines = sorted((f"{place}{', or '.join(dict.fromkeys(rules))}" for place, rules in problems.items()), key=position)
         more = [f"and {len(wrong) - 5 * MOST} more"] * (len(wrong) > 5 * MOST)
         raise RecipeError.of([*lines, *more]) from error
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema of the files that hold such a value, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
 
 
 def dotted(path: Path) -> str:
@@ -180,7 +224,7 @@ def _walk(root: Node, file: str) -> Iterator[tuple[Path, Node, Node]]:
     while waiting:
         node, path = waiting.pop()
         if isinstance(node, MappingNode):
-            children = [((*path, key.value if isinstance(key, ScalarNode) else "?"), key, value) for key, value in node.value]
+            children = [((*path, _name(key)), key, value) for key, value in node.value]
         elif isinstance(node, SequenceNode):
             children = [((*path, index), value, value) for index, value in enumerate(node.value)]
         else:
@@ -195,6 +239,11 @@ def _walk(root: Node, file: str) -> Iterator[tuple[Path, Node, Node]]:
         for child, key, value in children:
             yield child, key, value
             waiting.append((value, child))
+
+
+def _name(key: Node) -> str:
+    """A key as a part of a path; one that is no word is refused later."""
+    return str(key.value) if isinstance(key, ScalarNode) else "?"
 
 
 def _place(file: str, node: Node) -> str:

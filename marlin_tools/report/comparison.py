@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from marlin_tools.checkpoint.output import put
+from marlin_tools.errors import MarlinToolsError
 from marlin_tools.evaluation.scores import spell
 from marlin_tools.report.difference import points
 from marlin_tools.report.page import markdown, page
@@ -18,8 +20,11 @@ COLUMNS = ("recipe", "task", "metric", "measured", "published", "difference", "a
 
 def write_comparison(comparison: Comparison) -> Path:
     """Write report.md, report.html and report.json beside the logs; returns the page."""
-    made = {each.name: (Path(each.outputs[-1]), each.evaluation) for each in comparison.outcomes if each.outputs}
-    results = {name: gather(path, None, found, weights=False) for name, (path, found) in made.items() if path.is_dir()}
+    results = {}
+    for outcome in comparison.outcomes:
+        for made in filter(Path.is_dir, map(Path, outcome.outputs[-1:])):
+            with suppress(MarlinToolsError):  # a damaged result is told of elsewhere
+                results[outcome.name] = gather(made, None, outcome.evaluation, weights=False)
     values: dict[str, Any] = {"comparison": comparison, "remarks": remarks, "points": points(results)}
     put(comparison.home / "report.md", as_markdown(comparison))
     put(comparison.home / "report.json", json.dumps(comparison.describe(), indent=1, allow_nan=False) + "\n")

@@ -60,17 +60,20 @@ class Difference:
         return [(next(score for score in row if score), row) for row in rows]
 
     @property
-    def linears(self) -> list[tuple[str, list[float | None]]]:
-        """The loss of every linear in each; those that differ most come first."""
-        losses = [each.losses for each in self._all]
-        found = [{entry["name"]: float(entry[each.key]) for entry in each.entries} if each else {} for each in losses]
-        rows = [(name, [each.get(name) for each in found]) for name in dict.fromkeys(name for each in found for name in each)]
-        return sorted(rows, key=lambda row: -_span(row[1]))
+    def of(self) -> str:
+        """What of the linears was measured in all of them: "output", or "weight"; empty if nothing was."""
+        for of in ("output", "weight"):
+            if all(any(entry.get(f"{of}_error") is not None for entry in each.linears) for each in self._all if each.linears):
+                return of
+        return ""
 
     @property
-    def comparable(self) -> bool:
-        """Whether the losses are of the same kind: outputs and weights cannot be compared."""
-        return len({each.losses.of for each in self._all if each.losses}) <= 1
+    def linears(self) -> list[tuple[str, list[float | None]]]:
+        """The loss of every linear in each; those that differ most come first."""
+        key = f"{self.of}_error"
+        found = [{e["name"]: float(e[key]) for e in each.linears if e.get(key) is not None} for each in self._all]
+        rows = [(name, [each.get(name) for each in found]) for name in dict.fromkeys(name for each in found for name in each)]
+        return sorted(rows, key=lambda row: -_span(row[1]))
 
     @property
     def _all(self) -> Sequence[Result]:
@@ -112,9 +115,9 @@ def as_text(found: Difference) -> str:
         parts.append(
             table(("task", "metric", "on", *found.names), [(*_asked(first), *_told(row)) for first, row in found.scores])
         )
-    if found.linears and found.comparable:
+    if found.linears:
         rows = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
-        parts.append(table(("linear: share lost", *found.names), rows))
+        parts.append(table((f"linear: {found.of} lost", *found.names), rows))
     return "\n\n".join(parts)
 
 
@@ -154,6 +157,7 @@ def _made_with(result: Result) -> dict[str, Any]:
     """What decides a result."""
     own = {key: result.manifest.get(key) for key in ("stage", "settings", "solver", "device", "versions")}
     tokens = {key: value for key, value in (result.calibration or {}).items() if key != "notes"}
+    tokens |= {key: str(value)[:16] for key, value in tokens.items() if key == "fingerprint"}
     return {**own, "calibration": tokens, "original": str(result.original.get("fingerprint", ""))[:16]}
 
 

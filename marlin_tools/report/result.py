@@ -76,17 +76,16 @@ class Losses:
         return max(float(entry[self.key]) for entry in self.entries)
 
     @property
-    def kinds(self) -> dict[str, list[float]]:
-        """The losses block by block, for each kind of linear: what follows the block's number in its name."""
-        found: dict[str, list[float]] = {}
+    def kinds(self) -> dict[str, list[Bar]]:
+        """For each kind of linear a bar for every block: the loss, of experts the largest; none where it was left as it is."""
+        found: dict[str, dict[int, float]] = {}
         for entry in self.entries:
-            found.setdefault(re.sub(r"^.*\.\d+\.", "", entry["name"]), []).append(entry[self.key])
-        return found
-
-    @staticmethod
-    def bars(values: Sequence[float]) -> list[Bar]:
-        """A bar for each block."""
-        return [(value, f"block {index}: {value:.3%}") for index, value in enumerate(values)]
+            inside = re.search(r"\.(\d+)\.(.*)", entry["name"])
+            block, kind = (int(inside[1]), re.sub(r"\.\d+\.", ".*.", inside[2])) if inside else (0, entry["name"])
+            losses = found.setdefault(kind, {})
+            losses[block] = max(losses.get(block, 0.0), float(entry[self.key]))
+        blocks = range(1 + max(block for losses in found.values() for block in losses))
+        return {kind: [_bar(block, losses.get(block)) for block in blocks] for kind, losses in found.items()}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,6 +105,10 @@ class Losses:
 
 _MEASURES = {"output lost": "output_error", "weight lost": "weight_error", "damp": "damp"}
 """Columns of the table of linears: what they are called, and where the manifest has them."""
+
+
+def _bar(block: int, loss: float | None) -> Bar:
+    return (0.0, f"block {block}: left as it is") if loss is None else (loss, f"block {block}: {loss:.3%}")
 
 
 def _measure(entry: Mapping[str, Any], key: str) -> str:
@@ -128,6 +131,11 @@ class Result:
     def stage(self) -> str:
         """What made it."""
         return str(self.manifest.get("stage", ""))
+
+    @property
+    def linears(self) -> Sequence[Mapping[str, Any]]:
+        """What the manifest says of each linear."""
+        return self.manifest.get("linears", [])
 
     @property
     def calibration(self) -> Mapping[str, Any] | None:
@@ -195,13 +203,13 @@ class Result:
     @property
     def bits(self) -> float:
         """Stored bits per quantised weight, scales included."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
         return 8 * self.facts["bytes"]["quantized linears"] / weights if weights else 0.0
 
     @property
     def before_bytes(self) -> int:
         """What the same model takes in 16 bits."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.manifest.get("linears", []))
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
         return int(self.facts["bytes"]["total"] - self.facts["bytes"]["quantized linears"] + 2 * weights)
 
     @property
@@ -214,9 +222,8 @@ class Result:
     @property
     def losses(self) -> Losses | None:
         """By outputs if they were measured, else by weights, if anything was."""
-        linears = self.manifest.get("linears", [])
         for of, key in (("output's", "output_error"), ("weights'", "weight_error")):
-            if measured := [entry for entry in linears if entry.get(key) is not None]:
+            if measured := [entry for entry in self.linears if entry.get(key) is not None]:
                 return Losses(of, measured, key)
         return None
 

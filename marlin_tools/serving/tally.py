@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 
 from marlin_tools import __version__
-from marlin_tools.ops.linear.layout import WORDS, Packed
+from marlin_tools.ops.linear.layout import WORDS, PackedTiles
 from marlin_tools.serving.vllm import log
 
 
@@ -27,7 +27,7 @@ class Tally:
         """A layer that is ours as soon as its weights are there."""
         self._waiting += 1
 
-    def take(self, packed: Packed) -> None:
+    def take(self, packed: PackedTiles) -> None:
         """A layer whose weights are packed."""
         self._taken["dense" if packed.codes.shape[2] == WORDS else "2:4"] += 1
         self._layers.append(f"{tuple(packed.codes.shape)} {tuple(packed.scales.shape)} {packed.out_features}")

@@ -24,16 +24,13 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from marlin_tools import __version__, ops
-from marlin_tools.ops.linear.layout import Packed
+from marlin_tools.ops.linear.layout import PackedTiles
 from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
 from marlin_tools.ops.runtime.scratch import share_among_captures
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.serving.tally import TALLY
 from marlin_tools.serving.trust import unfit
 from marlin_tools.serving.vllm import Contained, log
-
-SPARSE_GROUPS = (-1, 128)
-"""Groups that the 2:4 kernels know; other sparse layers run as dense ones."""
 
 _EXPONENT = "packed_exponent"
 _READ = {"full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"}
@@ -124,17 +121,17 @@ class PackedInt4LinearKernel(MPLinearKernel):
         codes, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
         return packed_linear(x, codes, scales, getattr(layer, _EXPONENT), bias, self._out_features)
 
-    def _pack(self, layer: nn.Module) -> Packed:
+    def _pack(self, layer: nn.Module) -> PackedTiles:
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
-        sparse = c.group_size in SPARSE_GROUPS and weight.is_2_4() and _sparse_fits(device.index, c)
-        packed: Packed = ops.pack_sparse(weight) if sparse else ops.pack(weight)
+        sparse = weight.is_2_4() and _sparse_fits(device.index, c)  # other sparse layers run as dense ones
+        packed: PackedTiles = ops.pack_sparse(weight) if sparse else ops.pack(weight)
         (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
         share_among_captures(device.index)
         return packed
 
-    def _keep(self, layer: nn.Module, packed: Packed) -> None:
+    def _keep(self, layer: nn.Module, packed: PackedTiles) -> None:
         """In the place of what was loaded; when a model is loaded again, in the place of what was packed then."""
         self._transform_param(layer, self.w_q_name, lambda _: packed.codes)
         self._transform_param(layer, self.w_s_name, lambda _: packed.scales)
@@ -168,6 +165,9 @@ def _group(c: MPLinearLayerConfig) -> int:
 
 
 def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
+    inputs = c.partition_weight_shape[0]
+    if ops.limits(inputs, inputs if c.group_size == -1 else c.group_size, sparse=True) is not None:
+        return False
     reason = unfit(device_index, c.act_type, sparse=True, group=_group(c))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)

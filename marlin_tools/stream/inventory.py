@@ -21,12 +21,17 @@ from marlin_tools.formats import FORMATS
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that will be quantised: N outputs, K inputs, and where its weight lies."""
+    """A linear that will be quantised: N outputs, K inputs.
+
+    ref     where its weight lies
+    share   of all tokens that go through it, about so many: an expert sees few
+    """
 
     name: str
     n: int
     k: int
     ref: WeightRef | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,17 @@ def check_limits(inventory: Inventory, group_size: int, format_name: str, *, spa
             f"format `{format_name}` cannot hold {'; '.join(refused[:3])}{more}",
             hint="add `--sparsity 2:4`, or use another `--format`"
             if sparse is False and not any(limits(t.n, t.k, group_size, sparse=True) for t in inventory.targets)
-            else "use another `--format`, `--group-size -1` (per column), or leave these layers out with `--ignore REGEX`",
+            else _other_group_size(inventory, format_name, sparse=sparse),
         )
+
+
+def _other_group_size(inventory: Inventory, format_name: str, *, sparse: bool | None) -> str:
+    """A hint that names the sizes of groups that would fit all linears."""
+    limits = FORMATS[format_name].limits
+    fitting = [size for size in (128, 64, 32) if not any(limits(t.n, t.k, size, sparse=sparse) for t in inventory.targets)]
+    sizes = " or ".join(f"`--group-size {size}`" for size in fitting) or "another `--format`, `--group-size -1` (per column)"
+    said = f", which {'fit' if len(fitting) > 1 else 'fits'} all linears" if fitting else ""
+    return f"use {sizes}{said}, or leave these layers out with `--ignore REGEX`"
 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
@@ -137,7 +151,7 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
             f"`{checkpoint.origin}` is already quantised",
             hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
         )
-    _refuse_experts(layout)
+    _refuse_unknown_parts(layout)
     patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []
     kept: dict[str, str] = {}
@@ -150,15 +164,19 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
             if matched is not None:
                 kept[name] = f"matches --ignore {matched}"
             else:
-                targets.append(Target(name, n, k, ref))
+                targets.append(Target(name, n, k, ref, layout.share(index, linear)))
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
     return Inventory(layout, tuple(targets), kept)
 
 
-def _refuse_experts(layout: Layout) -> None:
-    """Experts that the type of the model does not have are told by their tensors: a config.json may name numbers of experts
-    that mean nothing."""
+def _refuse_unknown_parts(layout: Layout) -> None:
+    """Refuse what the type of the model does not have, by its tensors: a config.json may name numbers that mean nothing."""
+    if part := next((part for part in layout.family.lacks if layout.has(0, part)), None):
+        raise ModelError(
+            f"`{layout.checkpoint.origin}`: blocks with `{part}` are not known",
+            hint="dense models of this type without embeddings for each layer work",
+        )
     if any(branch.experts is not None for branch in layout.family.branches):
         return
     prefix = layout.family.block_prefix(0).removesuffix("0.")

@@ -206,7 +206,8 @@ class _Recorder(nn.Module):
         super().__init__()
         self.context: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *rest: None, **context: Any) -> Tensor:
+        assert not any(each is not None for each in rest), "blocks are called with something unknown"
         self.context = context
         return hidden_states
 

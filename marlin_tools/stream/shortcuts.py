@@ -8,6 +8,7 @@ which is tried on random numbers first: a rotation to the last bit, a norm up to
 import copy
 from collections.abc import Callable
 from functools import cache, partial
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -57,9 +58,12 @@ def shorten_rotations(model: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def _rotates(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a module calls the function that rotates."""
+    """Whether the forward of a module calls the function that rotates queries and keys together."""
     forward = vars(kind).get("forward")
-    return isinstance(forward, FunctionType) and _ROTATION in forward.__code__.co_names and _ROTATION in forward.__globals__
+    if not isinstance(forward, FunctionType) or _ROTATION not in forward.__code__.co_names:
+        return False
+    own = forward.__globals__.get(_ROTATION)
+    return callable(own) and list(signature(own).parameters)[:4] == ["q", "k", "cos", "sin"]
 
 
 @cache

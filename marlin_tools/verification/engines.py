@@ -16,6 +16,7 @@ from typing import Any
 from marlin_tools import __version__, ops
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import Branch, Family, known_family
+from marlin_tools.formats import get_format
 from marlin_tools.formats.contents import Contents
 
 AS_OF = "2026-09"
@@ -140,11 +141,12 @@ def judge_checkpoint(contents: Contents) -> tuple[EngineVerdict, ...]:
 
 
 def served_as(contents: Contents) -> str | None:
-    """The format in which a server would load these weights, where none loads the one that they have."""
-    serving = [engine.name for engine in ENGINES if engine.serves]
+    """The format that can hold these weights and that a server would load, where none loads the one that they have."""
+    serving = {engine.name for engine in ENGINES if engine.serves}
     own = contents.stored.format.name if contents.stored else None
     for layout in (own, "compressed-tensors", "gptq") if own else ():
-        if any(verdict.loads for verdict in _judge_as(contents, layout) if verdict.engine in serving):
+        holds = not any(get_format(layout).limits(*grid) for grid in contents.grids.values())
+        if holds and serving & {verdict.engine for verdict in _judge_as(contents, layout) if verdict.loads}:
             return layout if layout != own else None
     return None
 

@@ -134,7 +134,8 @@ def test_auto_says_what_it_took_and_why(tiny_llama, write_int4):
         (torch.float16, 128, (9, 0), ("native", "our kernels; the default")),
         (torch.bfloat16, -1, (8, 0), ("native", "our kernels; the default")),
         (torch.float32, 128, (9, 0), ("reference", "`native` multiplies float16 or bfloat16 activations, not torch.float32; ")),
-        (torch.float16, 64, (9, 0), ("reference", "`native` cannot hold `model.layers.0.")),
+        (torch.float16, 32, (8, 6), ("native", "our kernels; the default")),
+        (torch.float16, 16, (9, 0), ("reference", "`native` cannot hold `model.layers.0.")),
         (torch.float16, 128, (7, 5), ("reference", "`native` needs compute capability 8.0 (Ampere), Some GPU has 7.5; ")),
     ),
 )

@@ -138,7 +138,7 @@ def test_model_as_json_and_as_a_table(cli, decoded, tmp_path):
         (("bench", "kernels", "--batch", ""), "error: --batch: `` is not a list of positive numbers\n"),
         (("bench", "kernels", "--dtype", "int8"), "error: `--dtype int8`: "),
         (("bench", "kernels", "--tune", "--json"), "error: --tune writes a table for this machine, no figure and no numbers\n"),
-        (("bench", "kernels", "--group-size", "64"), "error: `--group-size 64`: must be 128 or -1\n"),
+        (("bench", "kernels", "--group-size", "16"), "error: `--group-size 16`: must be 128, 64, 32 or -1\n"),
         (("bench", "kernels", "--shapes", ","), "error: `--shapes ()`: must have at least 1 item\n"),
         (("bench", "model", "--schemes", "int8"), "error: --schemes: unknown scheme `int8`; "),
         (("bench", "model", "--out", "1"), "error: `--out 1`: must be greater than or equal to 2\n"),

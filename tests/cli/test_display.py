@@ -72,7 +72,7 @@ def test_no_colors_if_not_wanted(monkeypatch):
 
 
 def test_every_line_of_an_error_is_labeled(capsys):
-    ui.complain(RecipeError("a\nb [red]", hint="c"))
+    ui.complain(RecipeError.of(["a", "b [red]"], hint="c"))
 
     assert ("", "error: a\nerror: b [red]\nhint: c\n") == tuple(capsys.readouterr())
 

@@ -205,7 +205,7 @@ def test_every_option_is_tried():
     tried |= {("prune", "dry-run"), ("finetune", "dry-run")}  # tests/prune, tests/finetune
     tried |= {("quantize", "dry-run"), ("run", "dry-run"), ("quantize", "preview")}  # tests/cli/test_results.py
     tried |= {("reproduce", name) for name in ("set", "output", "dry-run", "overwrite", "json")}  # tests/cli/test_reproduce.py
-    tried |= {("recipes schema", "table")}  # tests/cli/test_results.py
+    tried |= {("recipes schema", "table"), ("recipes list", "json"), ("recipes validate", "json")}  # tests/cli/test_results.py
     tried |= {("bench kernels", name) for name in ("shapes", "batch", "dtype", "group-size", "peers", "figure", "tune")}
     tried |= {("bench model", name) for name in ("shape", "tokens-in", "tokens-out", "batch", "schemes")}
     tried |= {

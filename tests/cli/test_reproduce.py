@@ -13,19 +13,16 @@ from marlin_tools.run import reproduce
 MINE = """\
 table: mine
 source: nobody
-recipes:
-  original: {{stages: [{{stage: evaluate, tasks: [{tasks}], limit: 4}}]}}
-  rounded:
-    stages:
-      - {{stage: quantize, preset: rtn}}
-      - {{stage: evaluate, tasks: [{tasks}], limit: 4}}
-      - {{stage: verify}}
+shared: [&evaluate {{stage: evaluate, tasks: [{tasks}], limit: 4}}]
 rows:
-  - {{name: mine-fp16, like: original, model: demo, expect: [{{task: "ppl:demo", value: {control}, tolerance: 0.01}}]}}
+  - name: mine-fp16
+    model: demo
+    stages: [*evaluate]
+    expect: [{{task: "ppl:demo", value: {control}, tolerance: 0.01}}]
   - name: mine-rtn
-    like: rounded
     model: demo
     control: mine-fp16
+    stages: [{{stage: quantize, preset: rtn}}, *evaluate, {{stage: verify}}]
     expect:
       - {{task: "ppl:demo", value: {value}, tolerance: 0.02}}
       - {{task: "ppl:demo", metric: {metric}, value: 9, note: no more}}

@@ -277,6 +277,8 @@ def test_json_is_one_document(cli, model, text):
     assert json.loads(cli("inspect", "int4", "--json").out)["format"] == "compressed-tensors"
     assert "torch" in {fact["name"] for fact in json.loads(cli("doctor", "--json").out)}
     assert "steps" in json.loads(cli("run", "demo", "--dry-run", "--json").out)
+    assert {"demo", "llama2-paper"} <= set(json.loads(cli("recipes", "list", "--json").out))
+    assert {"ok": ["demo"]} == json.loads(cli("recipes", "validate", "demo", "--json").out)
 
 
 def test_doctor_names_everything_with_its_state(cli):

@@ -44,6 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"sliding_window": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {"sliding_window": 16},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 64,
+    },
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"use_qkv_bias": True},
@@ -103,6 +111,11 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, "sliding_window": 16},
         "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
         "mm_tokens_per_image": 4,
+    },
+    "gemma4": {
+        "text_config": {**TEXT, **CASES["gemma4_text"]},
+        "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 32, "patch_size": 14},
+        "audio_config": None,
     },
     "mistral3": {
         "text_config": {**TEXT, "model_type": "mistral"},

@@ -12,9 +12,9 @@ import torch
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, build, kernels
-from marlin_tools.ops.linear.layout import GROUP
+from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, sparse_kernel
-from marlin_tools.ops.linear.tiles import TILES, dense_kernel, dequantizing_kernel
+from marlin_tools.ops.linear.tiles import TILES, choices, dense_kernel, dequantizing_kernel, product_kernel
 from marlin_tools.ops.runtime import compiler
 from marlin_tools.ops.runtime.compiler import Binary, Resources, compile_kernel, key_of, parse_resources, texts_of
 from marlin_tools.ops.runtime.cubin_cache import CubinCache, default_dir
@@ -28,7 +28,7 @@ SMALL, OTHER = (dequantizing_kernel("w4a16", torch.float16, target) for target i
 
 
 def product(tile, target="compute_90a"):
-    return dense_kernel(tile, torch.float16, target, GROUP)
+    return dense_kernel(tile, torch.float16, target, 128)
 
 
 @pytest.fixture(scope="session")
@@ -63,15 +63,16 @@ def test_shared_memory_and_registers_fit(target, reports):
         if report.target != target:
             continue
         assert report.dynamic_shared_bytes + report.resources.static_shared_bytes <= block
-    for family, tiles in (("w4a16", TILES), ("w24a16", SPARSE_TILES)):
-        for name, tile in tiles.items():
-            names = tuple(f"{family}-{name}-{dtype}" for dtype in ("float16", "bfloat16"))
-            for report in (r for r in reports if r.target == target and r.kernel.startswith(names)):
-                assert tile.stages(capability) >= 2
-                warps_per_quarter = tile.ctas_on_sm(capability) * tile.threads // 128
-                assert report.resources.registers * warps_per_quarter * 32 <= 16384
-                if capability >= 90:
-                    assert tile.ctas_on_sm(capability) * (report.dynamic_shared_bytes + 1024) <= 228 * 1024
+    found = {report.kernel: report for report in reports if report.target == target}
+    for family, tiles, groups in (("w4a16", TILES, GROUP_SIZES), ("w24a16", SPARSE_TILES, SPARSE_GROUP_SIZES)):
+        for name, dtype, group in choices(tiles, target, groups):
+            tile = tiles[name].for_group(group)
+            report = found[product_kernel(family, tile, dtype, target, group).name]
+            assert tile.stages(capability) >= 2
+            warps_per_quarter = tile.ctas_on_sm(capability) * tile.threads // 128
+            assert report.resources.registers * warps_per_quarter * 32 <= 16384
+            if capability >= 90:
+                assert tile.ctas_on_sm(capability) * (report.dynamic_shared_bytes + 1024) <= 228 * 1024
 
 
 def test_ptx_for_gpus_to_come():
@@ -102,19 +103,20 @@ def test_hopper_code_uses_hopper():
             assert instruction in text
 
 
-def test_large_tiles_scale_weights_and_others_sums():
+@pytest.mark.parametrize("group", [128, 32])
+def test_large_tiles_scale_weights_and_others_sums(group):
     """What `Tile.rounded` promises, on which the bounds of the tests rest."""
     for name, tile in TILES.items():
-        if tile.kernel == "hopper":
-            text = compile_kernel(product(name)).image
-            assert (b"mul.rn.f16x2" in text) == tile.rounded
-            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.staged
+        if tile.kernel == "hopper" and (group == 128 or tile.tokens in (16, 32)):
+            text = compile_kernel(dense_kernel(name, torch.float16, "compute_90a", group)).image
+            assert (b"mul.rn.f16x2" in text) == tile.for_group(group).rounded
+            assert (b"cp.async.bulk.shared::cluster.shared::cta" in text) == tile.for_group(group).staged
 
 
 def test_sparse_tiles_from_64_tokens_on_scale_weights():
     for name, tile in SPARSE_TILES.items():
         if tile.kernel == "hopper":
-            text = compile_kernel(sparse_kernel(name, torch.float16, "compute_90a", GROUP)).image
+            text = compile_kernel(sparse_kernel(name, torch.float16, "compute_90a", 128)).image
             assert (b"mul.rn.f16x2" in text) == tile.rounded
 
 
@@ -132,10 +134,10 @@ def test_serialized_tensor_cores_are_refused(monkeypatch):
     assert not compiler._FATAL_ADVICE.search("ptxas info : Used 128 registers, used 1 barriers, 128 bytes smem")
 
 
-@pytest.mark.parametrize("tile", ["8x64", "32x128", "8x128-tma"])
-def test_a_size_that_differs_does_not_compile(tile):
+@pytest.mark.parametrize(("tile", "group"), [("8x64", 128), ("32x128", 32), ("8x128-tma", 64)])
+def test_a_size_that_differs_does_not_compile(tile, group):
     """Tiles, packed weights, shared memory, counters: whatever Python computes as C++ does."""
-    kernel = dense_kernel(tile, torch.float16, "compute_90a", GROUP)
+    kernel = dense_kernel(tile, torch.float16, "compute_90a", group)
     assert len(kernel.mirrors) >= 9
     for what, value in kernel.mirrors:
         with pytest.raises(DeviceError, match="static assertion failed with"):

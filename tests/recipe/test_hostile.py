@@ -15,8 +15,19 @@ LETTERS = "abcdefghij"
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise(LETTERS)
 )
+MERGES = "a: &a {x: 1, y: 2, z: 3}\n" + "".join(
+    f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 999)}], {new}: 1}}\n" for old, new in pairwise(LETTERS)
+)
 CASES = {
     "an alias bomb": (BOMB, "more than 20000 values"),
+    "a bomb of merges": (MERGES + HEAD, "more than 20000 values"),
+    "a mapping that takes itself in": ("a: &a {<<: *a}\n" + HEAD, "1:8: `<<` takes mappings that stand above"),
+    "a mapping that takes in what it is in": ("a: &a {b: {c: 1, <<: *a}}\n" + HEAD, "`<<` takes mappings that stand above"),
+    "a word taken in": ("a: {<<: x}\n" + HEAD, "1:5: `<<` takes mappings that stand above"),
+    "two of the same key where one comes from elsewhere": (
+        "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n" + HEAD,
+        "2:19: found duplicate",
+    ),
     "a list in itself": ("a: &a [*a]\n" + HEAD, "nested deeper than 32"),
     "a mapping in itself": ("a: &a {b: *a}\n" + HEAD, "nested deeper than 32"),
     "deep lists": ("a: " + "[" * 5000 + "]" * 5000, "nested deeper than 32"),

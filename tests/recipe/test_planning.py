@@ -26,6 +26,16 @@ PARAMETERS = {  # as the hub counts them
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "google/gemma-2-9b": 9_241_705_984,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "microsoft/phi-4": 14_659_507_200,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-27b-it": 27_432_406_640,
+    "meta-llama/Llama-4-Scout-17B-16E": 108_641_793_536,
+    "Qwen/Qwen3.5-9B": 9_409_813_744,  # without the layers that predict ahead, which transformers does not have
 }
 
 

@@ -1,39 +1,39 @@
 """Tables of recipes: what a row takes from where, in which order recipes come, and mistakes with the line of each."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from marlin_tools.errors import RecipeError
-from marlin_tools.recipe.files import check, load, load_all, tables
-from marlin_tools.recipe.recipe import Recipe
+from marlin_tools.recipe.files import bundled, check, load, load_all, tables
 
 TABLE = """\
 table: mine
 source: somebody's table
 deviations: [another tokenizer]
-recipes:
-  plain:
-    description: as it is
-    stages: [{stage: evaluate, tasks: ["ppl:demo"]}]
-  small:
+shared:
+  evaluate: &evaluate {stage: evaluate, tasks: ["ppl:demo"]}
+  small: &small
+    model: demo
+    description: small
     deviations: [fewer windows]
-    calibrate: {source: demo, num_samples: 4}
+    calibrate: &text {source: demo, num_samples: 4}
     stages:
       - {stage: quantize, preset: fast}
-      - {stage: evaluate, tasks: ["ppl:demo"]}
+      - *evaluate
 rows:
   - name: a
-    like: plain
     model: demo
+    description: as it is
+    stages: [*evaluate]
     expect: [{task: "ppl:demo", value: 2.0, tolerance: 0.1}]
-  - name: b
-    like: small
-    model: demo
+  - <<: *small
+    name: b
     control: a
-    set: {quantize.preset: rtn, calibrate.seed: 7}
-    deviations: [rounding]
-  - {name: c, like: small, model: demo, control: b, description: its own words}
+    calibrate: {<<: *text, seed: 7}
+    stages: [{stage: quantize, preset: rtn}, *evaluate]
+  - {<<: *small, name: c, control: b, description: its own words, source: its own source}
 """
 
 
@@ -52,24 +52,18 @@ def test_a_row_is_the_shared_recipe_with_what_is_its_own(table):
 
     assert ("a", "as it is", "somebody's table") == (a.name, a.description, a.source)
     assert 2.0 == a.expect[0].value
-    assert ("another tokenizer", "fewer windows", "rounding") == b.deviations
+    assert ("small", "somebody's table") == (b.description, b.source)
     assert ("rtn", 7, 4) == (b.quantize.preset, b.calibrate.seed, b.calibrate.num_samples)
-    assert ("fast", 0, "its own words") == (c.quantize.preset, c.calibrate.seed, c.description)
-    assert ("another tokenizer", "fewer windows") == c.deviations
+    assert ("fast", 0, 4) == (c.quantize.preset, c.calibrate.seed, c.calibrate.num_samples)
+    assert ("its own words", "its own source") == (c.description, c.source)
+    assert [("another tokenizer",), *[("another tokenizer", "fewer windows")] * 2] == [each.deviations for each in (a, b, c)]
 
 
-def test_a_row_takes_its_model_at_the_pinned_revision(table):
-    pinned = TABLE.replace("recipes:", f"revisions: {{demo: {'a' * 40}}}\nrecipes:", 1)
+def test_models_of_bundled_tables_are_pinned_and_to_one_revision():
+    models = {row.model for table in tables().values() for row in table.rows} - {"demo"}
 
-    assert [f"demo@{'a' * 40}"] * 3 == [recipe.model for recipe in load_all(table(pinned))]
-
-
-def test_bundled_tables_agree_about_revisions():
-    pinned = [pair for table in tables().values() for pair in table.revisions.items()]
-
-    assert len(dict(pinned)) == len(set(pinned))
-    for table in tables().values():
-        assert {row.model for row in table.rows} - {"demo"} == set(table.revisions)
+    assert all(re.fullmatch(r"[\w.-]+@[0-9a-f]{40}", model) for model in models)
+    assert len(models) == len({model.partition("@")[0] for model in models})
 
 
 def test_overrides_come_last(table):
@@ -113,23 +107,26 @@ def test_a_file_may_have_a_bundled_control(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     (
-        ("preset: fast", "preset: fats", "12:35: unknown preset `fats`; did you mean `fast`?"),
-        ("value: 2.0", "valu: 2.0", "18:33: unknown key `valu`; did you mean `value`? "),
-        ("quantize.preset: rtn", "quantize.damp: -1", "23:26: `damp: -1`: must be greater than 0"),
-        ("quantize.preset: rtn", "round.x: 1", "23:20: unknown key `round`; "),
-        ("like: plain", "like: plane", "16:5: row `a` is like `plane`; did you mean `plain`? "),
         (
-            "source: som",
-            "revisions: {demo: main}\nsource: som",
-            "2:19: `demo: main`: string should match pattern '^[0-9a-f]{40}$'",
+            "preset: fast",
+            "preset: fats",
+            "12:35: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default",
         ),
-        ("source: som", f"revisions: {{x: {'a' * 40}}}\nsource: som", "2:13: `x` is the model of no row"),
+        ("value: 2.0", "valu: 2.0", "19:33: unknown key `valu`; did you mean `value`? "),
+        ("preset: rtn", "preset: rtn, damp: -1", "24:51: `damp: -1`: must be greater than 0"),
+        ("num_samples: 4", "num_samples: 0", "10:50: `num_samples: 0`: must be greater than or equal to 1"),
+        ("num_samples: 4", "samples: 4", "10:37: unknown key `samples` in `calibrate`; did you mean `num_samples`? "),
+        ("seed: 7", "sed: 7", "23:28: unknown key `sed` in `calibrate`; did you mean `seed`? "),
+        ("stage: evaluate,", "stage: evaluat,", "5:31: unknown stage `evaluat`; did you mean `evaluate`? "),
+        ("*small\n", "*smal\n", "20:9: found undefined alias 'smal'"),
+        ("<<: *small\n", "<<: small\n", "20:5: `<<` takes mappings that stand above: `<<: *name`"),
         ("control: a", "control: c", "22:5: row `b`: its control `c` does not stand above it"),
+        ("control: a", "control: b", "22:5: row `b`: its control `b` does not stand above it"),
         ("control: a", "control: nobody", "recipe `b`: its control `nobody` is no row beside it and no bundled recipe"),
-        ("name: c", "name: b", "25:6: row `b` stands twice"),
-        ("    model: demo\n    expect", "    expect", "15:5: `model` is missing"),
-        ("deviations: [rounding]", "deviations: [fewer windows]", "a deviation stands twice"),
+        ("name: c", "name: b", "25:18: row `b` stands twice"),
+        ("    model: demo\n    description: as", "    description: as", "15:5: `model` is missing"),
         ("table: mine", "tabel: mine", "1:1: unknown key `tabel`; did you mean `table`?"),
+        ("rows:", "rows: []\nrest:", "14:7: `rows: []`: must have at least 1 item"),
     ),
 )
 def test_mistakes_have_their_place(table, old, new, expected):
@@ -140,22 +137,37 @@ def test_mistakes_have_their_place(table, old, new, expected):
     assert expected in error.value.message
 
 
-def test_all_mistakes_are_reported_at_once(table):
-    text = TABLE.replace("like: plain", "like: plane").replace("name: c", "name: b")
-    with pytest.raises(RecipeError) as error:
-        check(table(text))
-    assert 3 == len(error.value.message.splitlines())
-
+def test_all_mistakes_are_reported_at_once_and_a_shared_one_once(table):
     text = TABLE.replace("preset: fast", "preset: fats").replace("value: 2.0", "value: x").replace("seed: 7", "seed: x")
+    text = text.replace('tasks: ["ppl:demo"]}', 'tasks: ["ppl:demo"], limit: x}')
     with pytest.raises(RecipeError) as error:
         check(table(text))
-    assert ["12:", "18:", "23:"] == [line.split("mine.yaml:")[1][:3] for line in error.value.message.splitlines()]
+    places = [line.split("mine.yaml:")[1].partition(":")[0] for line in error.value.message.splitlines()]
+    assert ["5", "12", "19", "23"] == places
+
+    with pytest.raises(RecipeError) as error:
+        check(table(TABLE.replace("control: a", "control: c").replace("name: c", "name: b")))
+    assert 2 == len(error.value.message.splitlines())
 
 
-def test_tables_leave_no_recipe_unused():
-    for table in tables().values():
-        assert {row.like for row in table.rows} == set(table.recipes)
-        assert not {*table.recipes} & {*Recipe.model_fields}
+def test_an_override_of_one_use_of_a_shared_part_leaves_the_others(tmp_path):
+    text = """\
+name: x
+model: demo
+calibrate: &text {source: demo, num_samples: 4, seqlen: 64}
+stages: [{stage: prune}, {stage: finetune, text: *text, tokens: 64}]
+"""
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    recipe = load(tmp_path / "x.yaml", ["calibrate.num_samples=2"])
+
+    assert (2, 4) == (recipe.calibrate.num_samples, recipe.stages[1].text.num_samples)
+
+
+@pytest.mark.parametrize("path", bundled().values(), ids=bundled())
+def test_nothing_is_shared_that_no_row_takes_in(path):
+    text = re.sub(r"(^|\s)#.*", "", path.read_text(encoding="utf-8"))
+
+    assert set(re.findall(r"&([\w.-]+)", text)) == set(re.findall(r"\*([\w.-]+)", text))
 
 
 def test_there_is_no_row_without_a_home(table):

@@ -73,15 +73,23 @@ def test_page_and_table_show_all_of_it(pair):
     assert ["3.0 s", "3.0 s"] == dict(timed.facts)["made in"]
 
 
-def test_weights_and_outputs_are_not_compared(pair):
-    file = pair[1] / "manifest.json"
-    manifest = json.loads(file.read_text())
-    for entry in manifest["linears"]:
-        entry["output_error"] = 0.5
-    file.write_text(json.dumps(manifest))
+@pytest.mark.parametrize(("kept", "of"), (("weight_error", "weight"), (None, "")))
+def test_outputs_are_compared_with_outputs_and_weights_with_weights(pair, kept, of):
+    for number, path in enumerate(pair):
+        manifest = json.loads((path / "manifest.json").read_text())
+        for entry in manifest["linears"]:
+            entry["output_error"] = 0.5 if number else None
+            entry["weight_error"] = entry["weight_error"] if number == 0 or kept else None
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    found = compare(pair)
 
-    assert "cannot be compared" in as_page(compare(pair))
-    assert "share lost" not in as_text(compare(pair))
+    assert of == found.of
+    assert (
+        bool(of)
+        == bool(found.linears)
+        == ("linear: weight lost" in as_text(found))
+        == ("What each linear lost" in as_page(found))
+    )
 
 
 def test_the_original_and_an_export_can_be_compared_too(pair, tiny_model, tmp_path):

@@ -17,7 +17,7 @@ from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.report.advice import next_steps
 from marlin_tools.report.page import TIMES, code, markdown, plain, words
 from marlin_tools.report.page import page as render
-from marlin_tools.report.result import gather
+from marlin_tools.report.result import Losses, gather
 from marlin_tools.run.execute import execute
 from marlin_tools.run.plan import plan
 
@@ -85,7 +85,7 @@ def made(tmp_path_factory):
     """The embedded model, rounded, in two formats, with one linear left out."""
     recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": STAGES})
     out = tmp_path_factory.mktemp("made") / "x"
-    execute(plan(recipe, out))
+    report.write_pages(execute(plan(recipe, out)))
     return out
 
 
@@ -140,9 +140,27 @@ def test_every_linear_has_a_bar_of_its_own_height(made, page):
     kinds = list(dict.fromkeys(entry["name"].split(".", 3)[3] for entry in linears))
     ordered = [entry["weight_error"] for kind in kinds for entry in linears if entry["name"].endswith(kind)]
 
-    assert 27 == len(linears) == len(heights)
-    assert [pytest.approx(100 * error / top, abs=0.01) for error in ordered] == heights
+    assert (27, 28) == (len(linears), len(heights))  # one was left as it is, and its place is empty
+    assert [pytest.approx(100 * error / top, abs=0.01) for error in ordered] == [height for height in heights if height]
+    assert "block 1: left as it is" in section
+    assert f"block 3: {top:.3%}" in section
     assert 1 == section.count("marked")
+
+
+def test_experts_of_a_block_share_a_bar():
+    names = {
+        "model.layers.0.mlp.experts.0.up": 0.1,
+        "model.layers.0.mlp.experts.1.up": 0.3,
+        "model.layers.2.mlp.experts.0.up": 0.2,
+    }
+    entries = [{"name": name, "weight_error": loss} for name, loss in names.items()] + [
+        {"name": "lm_head", "weight_error": 0.4}
+    ]
+    kinds = Losses("weights'", entries, "weight_error").kinds
+
+    assert {"mlp.experts.*.up": [0.3, 0.0, 0.2], "lm_head": [0.4, 0.0, 0.0]} == {
+        kind: [value for value, _ in bars] for kind, bars in kinds.items()
+    }
 
 
 def test_histograms_count_every_code_and_scale(made):
@@ -182,7 +200,7 @@ def test_commands_have_the_real_path_and_nothing_is_exported_to_what_it_is(made,
 
 def test_page_is_the_same_wherever_and_whenever_it_is_made(made, tmp_path):
     recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": STAGES})
-    execute(plan(recipe, tmp_path / "elsewhere"))
+    report.write_pages(execute(plan(recipe, tmp_path / "elsewhere")))
     for name in ("compressed-tensors", "marlin"):
         mine, theirs = made / name, tmp_path / "elsewhere" / name
         assert (mine / "README.md").read_bytes() == (theirs / "README.md").read_bytes()
@@ -330,7 +348,7 @@ SPARSE = [
 
 
 def test_every_model_of_a_chain_has_its_page(tmp_path):
-    execute(plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": SPARSE}), tmp_path / "x"))
+    report.write_pages(execute(plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": SPARSE}), tmp_path / "x")))
     pages = {name: (tmp_path / "x" / name / "report.html") for name in ("pruned", "finetuned", "marlin-24")}
     pruned, finetuned, quantized = ("".join(read(path.read_text(encoding="utf-8")).text) for path in pages.values())
 

@@ -35,9 +35,9 @@ def quantized(
     for block in stream:
         for group in block.groups():
             solved = PRESETS["default"].solve(group.names[0], group.stacked(), group.hessian, 128, torch.float16)
-            for name, part in zip(group.names, solved.split([len(group.weight(n)) for n in group.names]), strict=True):
-                group.replace(name, part.linear.dequantize(group.weight(name).dtype))
-                codes[name] = part.linear.codes.cpu()
+            for name, rows in group.rows():
+                group.replace(name, solved.value(group.weight(name).dtype)[rows])
+                codes[name] = solved.linear.codes[rows].cpu()
     codes["logits"] = stream.logits(64)[1]
     assert stream.original is not None
     stream.hidden = stream.original

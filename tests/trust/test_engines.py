@@ -1,5 +1,8 @@
 """Who loads what, on how many GPUs: real models by their shapes, and every rule at its edge."""
 
+import json
+import shlex
+
 import pytest
 
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -7,7 +10,7 @@ from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS
 from marlin_tools.formats.contents import Contents
 from marlin_tools.stream.inventory import take_linears
-from marlin_tools.verification.engines import ENGINES, judge_checkpoint, judge_engines
+from marlin_tools.verification.engines import ENGINES, commands, judge_checkpoint, judge_engines, served_as
 
 
 def config(hidden, inner, heads, kv_heads, blocks=1, head_dim=None):
@@ -166,8 +169,9 @@ def test_what_has_to_be_installed_is_said():
 
 def test_our_own_kernels_have_limits_too():
     assert () == judge(LLAMA3_8B)["marlin-tools"].notes
-    (note,) = judge(LLAMA3_8B, group_size=64)["marlin-tools"].notes
-    assert note.startswith("with the reference backend only: `model.layers.0.self_attn.q_proj`: group_size 64 is neither")
+    assert () == judge(LLAMA3_8B, group_size=32)["marlin-tools"].notes
+    (note,) = judge(LLAMA3_8B, group_size=16)["marlin-tools"].notes
+    assert note.startswith("with the reference backend only: `model.layers.0.self_attn.q_proj`: group_size 16 is neither")
 
 
 def test_the_forecast_is_the_verdict(tiny_model, rounded):
@@ -179,3 +183,30 @@ def test_the_forecast_is_the_verdict(tiny_model, rounded):
 
     assert before == judge_checkpoint(Contents(Checkpoint.open(rounded())))
     assert (1, 2) == before[0].sizes
+
+
+@pytest.mark.parametrize(
+    ("layout", "group_size", "expected"),
+    (
+        ("compressed-tensors", 128, None),
+        ("gptq", 128, None),
+        ("marlin", 128, "compressed-tensors"),
+        ("compressed-tensors", 16, None),  # no format makes it fit: nothing is advised, least of all what it is
+        ("gptq", 16, None),
+    ),
+)
+def test_the_format_that_servers_want_is_another_one_or_none(rounded, layout, group_size, expected):
+    directory = rounded(settings={"format": layout, "group_size": group_size})
+
+    assert expected == served_as(Contents(Checkpoint.open(directory)))
+
+
+def test_every_engine_is_started_on_a_directory_whatever_its_name():
+    place = "it's $HOME/a b"
+    started = dict(commands([engine.name for engine in ENGINES], place))
+
+    assert len(ENGINES) == len(started)
+    for command in started.values():
+        words = shlex.split(command)
+        assert place in words or json.dumps(place) in words[-1]
+    assert f"vllm serve {shlex.quote(place)}" == started["Serve it with vLLM"]

@@ -55,7 +55,7 @@ _ROWS_AT_ONCE = 1024  # bounds the scratch memory of packing to some bytes per w
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTiles:
     """What kernels read, dense or sparse. `out_features` is the true N; the tensors are padded to a multiple of 64. The
     exponent is `exponent_of` the scales.
     """
@@ -80,7 +80,7 @@ class Packed:
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
 
-class PackedWeight(Packed):
+class PackedWeight(PackedTiles):
     """Dense weights, in the layout above."""
 
 
@@ -148,7 +148,7 @@ def unpack(packed: PackedWeight) -> QuantizedLinear:
     return with_scales(codes, packed)
 
 
-def with_scales(codes: Tensor, packed: Packed) -> QuantizedLinear:
+def with_scales(codes: Tensor, packed: PackedTiles) -> QuantizedLinear:
     """The weight of which these are the unpacked codes, uint8 [64 tiles, K]."""
     scales = packed.scales.transpose(1, 2).flatten(0, 1)
     n = packed.out_features

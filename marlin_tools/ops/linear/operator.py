@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from marlin_tools.ops.linear.dispatch import CUBLAS, Tables, gpu_of
-from marlin_tools.ops.linear.layout import LEAST_EXPONENT, MOST_EXPONENT, MOST_ROUNDED, TILE_K, TILE_N, Packed
+from marlin_tools.ops.linear.layout import LEAST_EXPONENT, MOST_EXPONENT, MOST_ROUNDED, TILE_K, TILE_N, PackedTiles
 from marlin_tools.ops.linear.plan import Plan
 from marlin_tools.ops.linear.trust import require_trust
 from marlin_tools.ops.runtime import driver
@@ -80,7 +80,7 @@ class LinearOperator:
             return self.on_cuda(x, codes, scales, bias, out_features, exponent)
         return self._registered(x, codes, scales, bias, out_features, exponent)
 
-    def prepare(self, weight: Packed, dtype: torch.dtype) -> None:
+    def prepare(self, weight: PackedTiles, dtype: torch.dtype) -> None:
         """Compile and load every kernel that may be chosen for this weight, whatever M: call it before a graph capture."""
         device = weight.codes.device
         choices = self._tables.possible(gpu_of(device), weight.out_features, weight.in_features)
@@ -94,7 +94,7 @@ class LinearOperator:
         return {choice: self._kernel(choice, dtype, group, target_of(device)) for choice in choices}
 
     def multiply_with(
-        self, choice: str, x: Tensor, weight: Packed, bias: Tensor | None = None, target: str | None = None
+        self, choice: str, x: Tensor, weight: PackedTiles, bias: Tensor | None = None, target: str | None = None
     ) -> Tensor:
         """The operation with a named tile or `cublas` instead of the dispatched choice, perhaps compiled for another target."""
         codes, scales, out_features = weight.codes, weight.scales, weight.out_features
@@ -106,7 +106,7 @@ class LinearOperator:
         plan = self._plan_for(choice, x, codes, scales, out_features, target or target_of(x.device))
         return plan(x, codes, scales, bias, weight.exponent)
 
-    def dequantize(self, weight: Packed, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: PackedTiles, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] on its device, equal to `QuantizedLinear.dequantize`."""
         out = torch.empty((weight.out_features, weight.in_features), dtype=dtype, device=weight.codes.device)
         with torch.cuda.device(out.device):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear import w4a16, w24a16
-from marlin_tools.ops.linear.layout import WORDS, Packed
+from marlin_tools.ops.linear.layout import WORDS, PackedTiles
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.sparse_layout import WORDS as SPARSE_WORDS
 
@@ -28,7 +28,7 @@ def packed_linear(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bi
     return y.view(*x.shape[:-1], out_features)
 
 
-def exponent_tensor(weight: Packed) -> Tensor:
+def exponent_tensor(weight: PackedTiles) -> Tensor:
     """The exponent of a weight as the operator takes it."""
     return torch.tensor([weight.exponent], dtype=torch.int32, device="cpu")
 

@@ -25,7 +25,7 @@ The same words serve `wgmma.sp` with A in registers: its four warps are i = 0..3
 import torch
 from torch import Tensor
 
-from marlin_tools.ops.linear.layout import TILE_K, TILE_N, Packed, exponent_of, pack_tiles, with_scales
+from marlin_tools.ops.linear.layout import TILE_K, TILE_N, PackedTiles, exponent_of, pack_tiles, with_scales
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
 WORDS = 768
@@ -45,7 +45,7 @@ POSITIONS = tuple(_kept(nonzero) for nonzero in range(16))
 """Nibble of positions by which codes of a quad are nonzero (bit i for position i)."""
 
 
-class PackedSparse(Packed):
+class PackedSparse(PackedTiles):
     """Sparse weights, in the layout above."""
 
 

@@ -32,7 +32,7 @@ MOST_COLUMNS = 16384
 _NORM, _GATE, _ATTEND = 512, 256, 256  # threads of a CTA
 _ARGUMENTS = {
     "add_norm": Arguments("NormArguments", "residual:P branch:P weight:P out:P epsilon:f columns:i"),
-    "gate": Arguments("GateArguments", "both:P out:P vectors:Q width:i unused:i"),
+    "gate": Arguments("GateArguments", "both:P out:P vectors:Q width:i"),
     "attend": Arguments(
         "AttendArguments",
         "joint:P keys:P values:P out:P cosines:P sines:P query_norm:P key_norm:P partials:P arrivals:P position:P "

@@ -34,7 +34,7 @@ _CLIPS = [1 - step / 100 for step in range(76)]
 _SWEEP = Arguments(
     "SweepArguments",
     "weight:P owed:P feedback:P scales:P group_of:P kept:P codes:P errors:P "
-    "stride:q owed_stride:q feedback_stride:q rows:i width:i groups:i unused:i",
+    "stride:q owed_stride:q feedback_stride:q rows:i width:i groups:i",
 )
 _DESCEND = Arguments(
     "DescendArguments",
@@ -47,7 +47,7 @@ _SEARCH = Arguments(
 )
 _CLIP = Arguments(
     "ClipArguments",
-    f"weight:P factor:P scales:P stride:q rows:i groups:i bfloat16:i unused:i ratios:{len(_CLIPS)}f",
+    f"weight:P factor:P scales:P stride:q rows:i groups:i bfloat16:i ratios:{len(_CLIPS)}f",
 )
 _CHOOSE = Arguments(
     "ChooseArguments",
@@ -168,7 +168,7 @@ def clip_scales(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Ten
         _ctas(n),
         weight_nb,
         *(_address(weight_nb), factor_bb.data_ptr(), _address(scales_n)),
-        *(factor_bb.stride(0), n, 1, int(dtype == torch.bfloat16), 0),
+        *(factor_bb.stride(0), n, 1, int(dtype == torch.bfloat16)),
         *_CLIPS,
     )
     return scales_n
@@ -188,7 +188,7 @@ def sweep_block(
         *(_address(weight_nk, start), owed_nb.data_ptr(), feedback_bb.data_ptr(), _address(grid.scales)),
         *(_address(grid.group_of, start), 0 if mask is None else _address(mask, start)),
         *(_address(codes_nk, start), _address(errors_nk, start)),
-        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, width, grid.scales.shape[1], 0),
+        *(k, owed_nb.stride(0), feedback_bb.stride(0), n, width, grid.scales.shape[1]),
     )
 
 
