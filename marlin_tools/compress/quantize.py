@@ -13,7 +13,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Problem, Pruner, Solution
-from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_quantize
 from marlin_tools.compress.job import Job, Prepared, compress
@@ -25,6 +24,7 @@ from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, known_format
+from marlin_tools.quantized import is_2_4
 from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Group

@@ -27,7 +27,7 @@ from marlin_tools import __version__, ops
 from marlin_tools.ops.linear.layout import Packed
 from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
 from marlin_tools.ops.runtime.scratch import share_among_captures
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, unpack_nibbles
 from marlin_tools.serving.tally import TALLY
 from marlin_tools.serving.trust import unfit
 from marlin_tools.serving.vllm import Contained, log
@@ -170,9 +170,7 @@ def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
     k, n = shape
     words = (words if words.output_dim == 0 else words.t()).detach().contiguous()
     scales = (scales if scales.output_dim == 0 else scales.t()).detach().contiguous()
-    as_bytes = words.view(torch.uint8).view(n, k // 2)
-    codes = torch.stack((as_bytes & 15, as_bytes >> 4), dim=2).view(n, k)
-    return QuantizedLinear(codes, _float16(scales), k // scales.shape[1])
+    return QuantizedLinear(unpack_nibbles(words).view(n, k), _float16(scales), k // scales.shape[1])
 
 
 def _float16(scales: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Hessian, Pruner
 from marlin_tools.algorithms.hessian import Drift
-from marlin_tools.algorithms.masks import is_2_4, magnitude, of_pair, pair_of, two_largest, wanda
+from marlin_tools.algorithms.masks import magnitude, of_pair, pair_of, two_largest, wanda
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.algorithms.support import fit, reselect
+from marlin_tools.quantized import is_2_4
 
 N, K, G = 12, 256, 128
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from marlin_tools.algorithms import PRUNERS, Hessian
-from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.quantized import is_2_4
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, Gram, Hessian, Pruner
 from marlin_tools.algorithms.hessian import Drift
-from marlin_tools.algorithms.masks import magnitude, quads
+from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.algorithms.polish import polish, row_losses
 from marlin_tools.algorithms.pruning import TwoOfFour
 from marlin_tools.algorithms.scales import conditional, decode, diagonal, encode
@@ -16,7 +16,7 @@ from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.ops.solver import products
 from marlin_tools.ops.solver.cholesky import reversed_cholesky
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, quads
 
 pytestmark = pytest.mark.gpu
 

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms import Hessian, Pruner, sweep
-from marlin_tools.algorithms.masks import magnitude, quads
+from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.algorithms.pruning import TwoOfFour
 from marlin_tools.algorithms.support import reselect
 from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.quantized import quads
 
 N = 40  # more than one thread block, and not two whole ones
 WIDTHS = (128, sweep.WIDE + 128 + 20)  # one block; and panels, blocks and a last block that is not whole
