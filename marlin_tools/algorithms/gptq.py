@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.hessian import ALONE, Correction, Factor, Hessian, Sharing
 from marlin_tools.algorithms.polish import polish
-from marlin_tools.algorithms.pruning import Placing
+from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
 from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
 from marlin_tools.algorithms.sweep import sweep
@@ -80,7 +80,7 @@ class GPTQ(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        placing: MaskSolver | None = None,
         sharing: Sharing = ALONE,
     ) -> "GPTQProblem":
         """What all rows of a group share; `dtype` is the model's own 16-bit type, `placing` makes rows 2:4 on the way."""
@@ -105,7 +105,7 @@ class GPTQ(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        placing: MaskSolver | None = None,
     ) -> Solution:
         """Quantise one weight [N, K]."""
         return solve_all(self.problem(name, hessian, group_size, dtype, placing), weight)
@@ -124,7 +124,7 @@ class GPTQProblem:
     factor: Factor
     group_size: int
     dtype: torch.dtype
-    placing: Placing | None
+    placing: MaskSolver | None
     correction: Correction | None
     damped: Tensor | None
     slab: int = SLAB

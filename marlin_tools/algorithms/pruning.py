@@ -29,7 +29,7 @@ _SLAB = 1 << 26
 
 
 @dataclass(frozen=True)
-class Placed:
+class SparseWeight:
     """A sparse weight: values [N, K], zero wherever `mask` is False."""
 
     value: Tensor
@@ -77,13 +77,13 @@ class Pruner(Settings):
         """Prune one weight [N, K] to 2:4."""
         return solve_all(self.problem(name, hessian), weight)
 
-    def placing(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "Placing":
+    def placing(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "MaskSolver":
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
         with span("factor"):
             factor = None if hessian is None else hessian.factorize(self.damp, name)
-        return Placing(self, hessian, factor, fixed_nk)
+        return MaskSolver(self, hessian, factor, fixed_nk)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PruningProblem:
     """A group of linears to be pruned."""
 
     hessian: Hessian | None
-    placing: "Placing"
+    placing: "MaskSolver"
     correction: Correction | None
     dtype: torch.dtype
     slab: int = _SLAB
@@ -106,7 +106,7 @@ class PruningProblem:
         return Solution(value.to(self.dtype), Losses.of(original, target, value, self.hessian), damp)
 
 
-class Placing:
+class MaskSolver:
     """A pruner with the Hessian that it works on, if it needs one."""
 
     def __init__(self, pruner: Pruner, hessian: Hessian | None, factor: Factor | None, fixed_nk: Tensor | None) -> None:
@@ -120,7 +120,7 @@ class Placing:
         assert self.factor is not None, "pruning without data"
         return self.factor
 
-    def place(self, target_nk: Tensor, rows: slice | None = None) -> Placed:
+    def place(self, target_nk: Tensor, rows: slice | None = None) -> SparseWeight:
         """The sparse weight for these rows (all, if not said) that is nearest to `target_nk` in what it puts out."""
         fixed_nk = self._fixed_nk if rows is None or self._fixed_nk is None else self._fixed_nk[rows]
         if fixed_nk is None:
@@ -132,7 +132,7 @@ class Placing:
         if self.pruner.fit:
             with span("fit"):
                 value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk)
-        return Placed(value_nk, mask_nk)
+        return SparseWeight(value_nk, mask_nk)
 
     def _chosen(self, target_nk: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the mask of rows that have none yet, chosen again until no position changes."""

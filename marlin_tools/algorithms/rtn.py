@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import ALONE, Hessian, Sharing
-from marlin_tools.algorithms.pruning import Placing
+from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.scales import absmax, encode
 from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
 from marlin_tools.settings import Settings
@@ -39,7 +39,7 @@ class RTN(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        placing: MaskSolver | None = None,
         sharing: Sharing = ALONE,
     ) -> "RTNProblem":
         """What all rows of a group share; `dtype` is the model's own 16-bit type, `placing` makes rows 2:4 first."""
@@ -52,7 +52,7 @@ class RTN(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        placing: MaskSolver | None = None,
     ) -> Solution:
         """Quantise one weight [N, K]."""
         return solve_all(self.problem(name, hessian, group_size, dtype, placing), weight)
@@ -65,7 +65,7 @@ class RTNProblem:
     hessian: Hessian | None
     group_size: int
     dtype: torch.dtype
-    placing: Placing | None
+    placing: MaskSolver | None
     slab: int = SLAB
 
     def solve(self, weight_nk: Tensor, rows: slice) -> Solution:

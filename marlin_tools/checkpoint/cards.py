@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from marlin_tools.checkpoint.headers import Stored
+from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name, read_config
 from marlin_tools.errors import ModelError, Translated
 
@@ -98,7 +98,7 @@ def _config_of_the_hub(repository: str, revision: str | None) -> dict[str, Any]:
     return read_config(file.parent)
 
 
-def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
+def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """Every tensor that a checkpoint with this config has, as transformers makes them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     left_out = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     return {
-        name: Stored(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
+        name: TensorInfo(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
         for name, tensor in model.state_dict().items()
         if name not in left_out
     }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
-from marlin_tools.checkpoint.headers import Stored, check_inside, read_headers
+from marlin_tools.checkpoint.headers import TensorInfo, check_inside, read_headers
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files
 from marlin_tools.errors import ModelError, Translated, first_line
@@ -117,7 +117,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> TensorInfo:
         """Shape, type and place of a tensor, without reading it."""
         try:
             return self._tensors[name]
