@@ -66,18 +66,18 @@ class Pruner(Settings):
 
     def problem(self, name: str, hessian: Hessian | None, dtype: torch.dtype = torch.float32) -> "PruningProblem":
         """What all rows of a group share; `dtype` is that of the result."""
-        placing = self.placing(name, hessian)
+        mask_solver = self.mask_solver(name, hessian)
         correction = None
         if hessian is not None and hessian.drift is not None and self.drift:
             natural = torch.arange(len(hessian.matrix), device=hessian.matrix.device)
-            correction = Correction(hessian.drift, placing.known_factor, natural, self.drift)
-        return PruningProblem(hessian, placing, correction, dtype)
+            correction = Correction(hessian.drift, mask_solver.known_factor, natural, self.drift)
+        return PruningProblem(hessian, mask_solver, correction, dtype)
 
     def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Solution:
         """Prune one weight [N, K] to 2:4."""
         return solve_all(self.problem(name, hessian), weight)
 
-    def placing(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "MaskSolver":
+    def mask_solver(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "MaskSolver":
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
@@ -91,7 +91,7 @@ class PruningProblem:
     """A group of linears to be pruned."""
 
     hessian: Hessian | None
-    placing: "MaskSolver"
+    mask_solver: "MaskSolver"
     correction: Correction | None
     dtype: torch.dtype
     slab: int = _SLAB
@@ -101,8 +101,8 @@ class PruningProblem:
         original = target = weight_nk.float()
         if self.correction is not None:
             target = self.correction.aim(weight_nk, rows)
-        value = self.placing.place(target, rows).value
-        damp = self.placing.factor.damp if self.placing.factor else None
+        value = self.mask_solver.place(target, rows).value
+        damp = self.mask_solver.factor.damp if self.mask_solver.factor else None
         return Solution(value.to(self.dtype), Losses.of(original, target, value, self.hessian), damp)
 
 

@@ -211,13 +211,13 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, crew: Crew) -> Metho
     def problem(group: Group) -> Problem:
         first = group.names[0]
         were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
-        placing = None
+        mask_solver = None
         if settings.sparsity:
             fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
-            placing = settings.pruner.placing(first, group.hessian, fixed)
+            mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
         k = group.weight(first).shape[1]
         group_size = settings.group_size if settings.group_size > 0 else k
-        return solver.problem(first, group.hessian, group_size, dtype, placing, crew)
+        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, crew)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
         if settings.sparsity:

@@ -166,7 +166,7 @@ def test_choose(k: int) -> None:
     weight, hessian = problem(k=k)
     rule = TwoOfFour(weight, hessian.factorize(0.01, "layer"))
     sweep(weight, hessian.factorize(0.01, "layer"), rule)
-    gpu = Pruner(fit=False, reselect=0).placing("layer", on_gpu(hessian)).place(weight.cuda())
+    gpu = Pruner(fit=False, reselect=0).mask_solver("layer", on_gpu(hessian)).place(weight.cuda())
     rows = rows_of_equal_masks(rule.mask, gpu.mask)
     torch.testing.assert_close(gpu.value.cpu()[rows], rule.values[rows], rtol=1e-3, atol=1e-5)
 
