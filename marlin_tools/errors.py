@@ -6,7 +6,8 @@ a broken invariant is an `assert` with the values. The command line catches `Mar
 Names come from files that anybody may have made, so a message is made plain when it is raised: one line, printable, bounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from types import TracebackType
 
 LONGEST = 500
@@ -26,6 +27,18 @@ def plain(text: str, limit: int = LONGEST) -> str:
         if len(text) > limit:
             text = text[: limit - 4] + " ..."
     return text
+
+
+def near(word: str, known: Iterable[str], rest: str | None = None) -> str:
+    """A hint: `did you mean ...?` if something is near, and `rest`, by default what there is."""
+    known = list(known)
+    close = get_close_matches(word, known, n=1)
+    return (f"did you mean `{close[0]}`? " if close else "") + (f"known: {', '.join(known)}" if rest is None else rest)
+
+
+def first_line(failure: BaseException) -> str:
+    """What another library says went wrong, or at least what kind of failure it is."""
+    return next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
 
 
 class MarlinToolsError(Exception):
@@ -98,5 +111,4 @@ class Translated:
         if value is None or isinstance(value, MarlinToolsError | MemoryError):
             return
         if isinstance(value, Exception) or type(value).__module__ == "pyo3_runtime":
-            reason = next((line.strip() for line in str(value).splitlines() if line.strip()), "")
-            raise self.kind(f"{self.what}: {reason or type(value).__name__}", hint=self.hint) from value
+            raise self.kind(f"{self.what}: {first_line(value)}", hint=self.hint) from value

@@ -12,6 +12,36 @@ ZERO = 8
 """The code of the value 0: value = (code - ZERO) * scale."""
 
 
+def pack_nibbles(codes: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """uint8 codes 0..15 [..., C] to words [..., C / codes per word], the first code of a word in its lowest four bits.
+
+    Built as bytes and then viewed, so that no sign bit is computed with (hosts and files are both little-endian).
+    """
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous().view(dtype)
+
+
+def unpack_nibbles(words: Tensor) -> Tensor:
+    """Words of any integer type back to uint8 codes, as many along the last axis as the words hold."""
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+
+
+def quads(matrix_nk: Tensor) -> Tensor:
+    """[N, K] as [N, K/4, 4], a view: of 2:4 sparsity, every four neighbouring inputs of an output."""
+    n, k = matrix_nk.shape
+    return matrix_nk.view(n, k // 4, 4)
+
+
+def is_2_4(matrix_nk: Tensor) -> bool:
+    """At most two nonzeros (or trues) in every quad."""
+    return matrix_nk.shape[1] % 4 == 0 and bool(((quads(matrix_nk) != 0).sum(dim=2) <= 2).all())
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """`float16`, as config.json and people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class QuantizedLinear:
     """The weight of one linear layer on the INT4 grid.
@@ -52,11 +82,7 @@ class QuantizedLinear:
 
     def is_2_4(self) -> bool:
         """At least two of every four neighbouring inputs are zero."""
-        n, k = self.codes.shape
-        if k % 4:
-            return False
-        zeros = (self.codes == ZERO).view(n, k // 4, 4).sum(dim=2)
-        return bool((zeros >= 2).all())
+        return is_2_4(self.codes != ZERO)
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
         """The same weights on another device."""

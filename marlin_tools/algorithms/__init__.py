@@ -9,7 +9,7 @@ from pydantic import Field
 
 from marlin_tools.algorithms.gptq import GPTQ
 from marlin_tools.algorithms.hessian import Gram, Hessian
-from marlin_tools.algorithms.pruning import PRUNERS, Placing, Pruner
+from marlin_tools.algorithms.pruning import PRUNERS, MaskSolver, Pruner
 from marlin_tools.algorithms.rtn import RTN
 from marlin_tools.algorithms.solution import Problem, Solution
 
@@ -34,7 +34,7 @@ __all__ = [
     "Algorithm",
     "Gram",
     "Hessian",
-    "Placing",
+    "MaskSolver",
     "Problem",
     "Pruner",
     "Solution",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.hessian import ALONE, Correction, Factor, Hessian, Sharing
 from marlin_tools.algorithms.polish import polish
-from marlin_tools.algorithms.pruning import Placing
+from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
 from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
 from marlin_tools.algorithms.sweep import sweep
@@ -80,10 +80,10 @@ class GPTQ(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        mask_solver: MaskSolver | None = None,
         sharing: Sharing = ALONE,
     ) -> "GPTQProblem":
-        """What all rows of a group share; `dtype` is the model's own 16-bit type, `placing` makes rows 2:4 on the way."""
+        """What all rows of a group share; `dtype` is the model's own 16-bit type, `mask_solver` makes rows 2:4 on the way."""
         if hessian is None:
             raise ValueError("GPTQ needs a Hessian")
         self.check_group_size(group_size, len(hessian.matrix))
@@ -96,7 +96,7 @@ class GPTQ(Settings):
             with span("correct"):
                 correction = Correction(hessian.drift, factor, order, self.drift, sharing)
         damped = hessian.damped(factor.damp) if self.polish else None
-        return GPTQProblem(self, hessian, order, factor, group_size, dtype, placing, correction, damped)
+        return GPTQProblem(self, hessian, order, factor, group_size, dtype, mask_solver, correction, damped)
 
     def solve(
         self,
@@ -105,10 +105,10 @@ class GPTQ(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        mask_solver: MaskSolver | None = None,
     ) -> Solution:
         """Quantise one weight [N, K]."""
-        return solve_all(self.problem(name, hessian, group_size, dtype, placing), weight)
+        return solve_all(self.problem(name, hessian, group_size, dtype, mask_solver), weight)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class GPTQProblem:
     factor: Factor
     group_size: int
     dtype: torch.dtype
-    placing: Placing | None
+    mask_solver: MaskSolver | None
     correction: Correction | None
     damped: Tensor | None
     slab: int = SLAB
@@ -137,8 +137,8 @@ class GPTQProblem:
             with span("correct"):
                 weight = self.correction.aim(weight_nk, rows)
         aim, mask = weight, None
-        if self.placing is not None:
-            placed = self.placing.place(weight, rows)
+        if self.mask_solver is not None:
+            placed = self.mask_solver.place(weight, rows)
             aim, mask = placed.value, placed.mask
         with span("scales"):
             rule = self._rule(aim, mask)

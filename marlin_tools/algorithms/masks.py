@@ -10,19 +10,10 @@ A mask is bool [N, K], True where the weight is kept. Two ways to choose one bef
 import torch
 from torch import Tensor
 
+from marlin_tools.quantized import quads
+
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 """The six ways to keep two of four."""
-
-
-def quads(matrix_nk: Tensor) -> Tensor:
-    """[N, K] as [N, K/4, 4], a view."""
-    n, k = matrix_nk.shape
-    return matrix_nk.view(n, k // 4, 4)
-
-
-def is_2_4(weight_nk: Tensor) -> bool:
-    """At most two nonzeros in every quad."""
-    return weight_nk.shape[1] % 4 == 0 and bool(((quads(weight_nk) != 0).sum(dim=2) <= 2).all())
 
 
 def two_largest(score_nk: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def row_losses(weight_nk: Tensor, value_nk: Tensor, hessian_kk: Tensor) -> Tenso
     return ((error @ hessian_kk) * error).sum(dim=1)
 
 
-def descend(state: solver.Polished, gradient_nb: Tensor, hessian_bb: Tensor, start: int) -> None:
+def descend(state: solver.PolishState, gradient_nb: Tensor, hessian_bb: Tensor, start: int) -> None:
     """One pass of coordinate descent over the codes of the block at `start`, in place."""
     size = state.weight.shape[1] // state.scales.shape[1]
     for i in range(gradient_nb.shape[1]):
@@ -66,7 +66,7 @@ def polish(
     fused = solver.runs_on(weight_nk) and (size in solver.GROUP_SIZES or size % BLOCK == 0)
     codes_nk = codes_nk.float()
     errors_nk = weight_nk - decode(codes_nk, scales_ng.repeat_interleave(size, dim=1))
-    state = solver.Polished(
+    state = solver.PolishState(
         weight_nk.contiguous(),
         codes_nk.to(torch.uint8) if fused else codes_nk.clone(),
         scales_ng.clone(memory_format=torch.contiguous_format),
@@ -81,7 +81,7 @@ def polish(
     return state.codes, state.scales
 
 
-def _round(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype) -> None:
+def _round(state: solver.PolishState, hessian_kk: Tensor, dtype: torch.dtype) -> None:
     k = state.weight.shape[1]
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
@@ -89,7 +89,7 @@ def _round(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype) -> No
         descend(state, state.errors @ hessian_kk[:, start:stop], hessian_kk[start:stop, start:stop], start)
 
 
-def _refit_groups(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype, start: int, stop: int) -> None:
+def _refit_groups(state: solver.PolishState, hessian_kk: Tensor, dtype: torch.dtype, start: int, stop: int) -> None:
     """Refit the scales of the groups that begin between two columns."""
     size = state.weight.shape[1] // state.scales.shape[1]
     for group in range(-(-start // size), -(-stop // size)):
@@ -101,7 +101,7 @@ def _refit_groups(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype
         state.errors[:, columns] = state.weight[:, columns] - decode(codes_nb, scale_n[:, None])
 
 
-def _fused_rounds(state: solver.Polished, hessian_kk: Tensor, dtype: torch.dtype, rounds: int) -> None:
+def _fused_rounds(state: solver.PolishState, hessian_kk: Tensor, dtype: torch.dtype, rounds: int) -> None:
     """The same by kernels: gradients come from one large product for many columns, corrected by a small one for each block."""
     k = state.weight.shape[1]
     size = k // state.scales.shape[1]

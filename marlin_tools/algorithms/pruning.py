@@ -34,7 +34,7 @@ _COARSE = 3e-4
 
 
 @dataclass(frozen=True)
-class Placed:
+class SparseWeight:
     """A sparse weight: values [N, K], zero wherever `mask` is False."""
 
     value: Tensor
@@ -71,24 +71,24 @@ class Pruner(Settings):
 
     def problem(self, name: str, hessian: Hessian | None, dtype: torch.dtype = torch.float32) -> "PruningProblem":
         """What all rows of a group share; `dtype` is that of the result."""
-        placing = self.placing(name, hessian)
+        mask_solver = self.mask_solver(name, hessian)
         correction = None
         if hessian is not None and hessian.drift is not None and self.drift:
             natural = torch.arange(len(hessian.matrix), device=hessian.matrix.device)
-            correction = Correction(hessian.drift, placing.known_factor, natural, self.drift)
-        return PruningProblem(hessian, placing, correction, dtype)
+            correction = Correction(hessian.drift, mask_solver.known_factor, natural, self.drift)
+        return PruningProblem(hessian, mask_solver, correction, dtype)
 
     def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Solution:
         """Prune one weight [N, K] to 2:4."""
         return solve_all(self.problem(name, hessian), weight)
 
-    def placing(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "Placing":
+    def mask_solver(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "MaskSolver":
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
         with span("factor"):
             factor = None if hessian is None else hessian.factorize(self.damp, name)
-        return Placing(self, hessian, factor, fixed_nk)
+        return MaskSolver(self, hessian, factor, fixed_nk)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PruningProblem:
     """A group of linears to be pruned."""
 
     hessian: Hessian | None
-    placing: "Placing"
+    mask_solver: "MaskSolver"
     correction: Correction | None
     dtype: torch.dtype
     slab: int = _SLAB
@@ -106,12 +106,12 @@ class PruningProblem:
         original = target = weight_nk.float()
         if self.correction is not None:
             target = self.correction.aim(weight_nk, rows)
-        value = self.placing.place(target, rows).value
-        damp = self.placing.factor.damp if self.placing.factor else None
+        value = self.mask_solver.place(target, rows).value
+        damp = self.mask_solver.factor.damp if self.mask_solver.factor else None
         return Solution(value.to(self.dtype), Losses.of(original, target, value, self.hessian), damp)
 
 
-class Placing:
+class MaskSolver:
     """A pruner with the Hessian that it works on, if it needs one."""
 
     def __init__(self, pruner: Pruner, hessian: Hessian | None, factor: Factor | None, fixed_nk: Tensor | None) -> None:
@@ -125,7 +125,7 @@ class Placing:
         assert self.factor is not None, "pruning without data"
         return self.factor
 
-    def place(self, target_nk: Tensor, rows: slice | None = None) -> Placed:
+    def place(self, target_nk: Tensor, rows: slice | None = None) -> SparseWeight:
         """The sparse weight for these rows (all, if not said) that is nearest to `target_nk` in what it puts out."""
         fixed_nk = self._fixed_nk if rows is None or self._fixed_nk is None else self._fixed_nk[rows]
         if fixed_nk is None:
@@ -137,7 +137,7 @@ class Placing:
         if self.pruner.fit:
             with span("fit"):
                 value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk)
-        return Placed(value_nk, mask_nk)
+        return SparseWeight(value_nk, mask_nk)
 
     def _chosen(self, target_nk: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the mask of rows that have none yet, chosen again until no position changes."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import ALONE, Hessian, Sharing
-from marlin_tools.algorithms.pruning import Placing
+from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.scales import absmax, encode
 from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
 from marlin_tools.settings import Settings
@@ -39,11 +39,11 @@ class RTN(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        mask_solver: MaskSolver | None = None,
         sharing: Sharing = ALONE,
     ) -> "RTNProblem":
-        """What all rows of a group share; `dtype` is the model's own 16-bit type, `placing` makes rows 2:4 first."""
-        return RTNProblem(hessian, group_size, dtype, placing)
+        """What all rows of a group share; `dtype` is the model's own 16-bit type, `mask_solver` makes rows 2:4 first."""
+        return RTNProblem(hessian, group_size, dtype, mask_solver)
 
     def solve(
         self,
@@ -52,10 +52,10 @@ class RTN(Settings):
         hessian: Hessian | None,
         group_size: int,
         dtype: torch.dtype,
-        placing: Placing | None = None,
+        mask_solver: MaskSolver | None = None,
     ) -> Solution:
         """Quantise one weight [N, K]."""
-        return solve_all(self.problem(name, hessian, group_size, dtype, placing), weight)
+        return solve_all(self.problem(name, hessian, group_size, dtype, mask_solver), weight)
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class RTNProblem:
     hessian: Hessian | None
     group_size: int
     dtype: torch.dtype
-    placing: Placing | None
+    mask_solver: MaskSolver | None
     slab: int = SLAB
 
     def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
         """Each row on its own grid."""
         n, k = weight_nk.shape
         weight = weight_nk.float()
-        aim = weight if self.placing is None else self.placing.place(weight, rows).value
+        aim = weight if self.mask_solver is None else self.mask_solver.place(weight, rows).value
         groups = aim.view(n, k // self.group_size, self.group_size)
         scales = absmax(groups, self.dtype)
         codes = encode(groups, scales[..., None]).view(n, k)

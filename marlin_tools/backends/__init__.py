@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.distributed.device import describe_device, pick_device
+from marlin_tools.distributed.device import describe_device, free_memory, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families.experts import shell
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,9 +108,9 @@ def load(
     empty = shell(checkpoint, dtype)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
     name, reason = choose_backend(backend, empty, linears, place)
-    how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": _spell(dtype)}
+    how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": dtype_name(dtype)}
     kind = f"backend `{name}` ({reason})" if linears else "no quantised linears"
-    emit(Event("note", f"`{checkpoint.origin}` on {place} in {_spell(dtype)}: {kind}", data=how))
+    emit(Event("note", f"`{checkpoint.origin}` on {place} in {dtype_name(dtype)}: {kind}", data=how))
     try:
         return fill(empty, checkpoint, linears, BACKENDS[name].function(), place, emit)
     except torch.OutOfMemoryError as error:
@@ -146,23 +146,8 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
     raise DeviceError("; ".join(tried), hint=_SMALLER)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
-
-
 def _bytes(model: "PreTrainedModel", quantized: int, backend: Backend) -> int:
     """What the weights take on the device, so many of which are quantised."""
     full = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     saved = model.dtype.itemsize - backend.bits / 8 if backend.bits else 0.0
     return int(full - quantized * saved)
-
-
-def _spell(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, pack_nibbles, unpack_nibbles
 
 
 def at_load(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -43,13 +43,13 @@ class PackedLinear(nn.Module):
         codes = weight.codes.flatten()
         if len(codes) % 2:
             codes = torch.cat((codes, codes.new_zeros(1)))
-        self.register_buffer("pairs", (codes[0::2] | codes[1::2] << 4).to(device))
+        self.register_buffer("pairs", pack_nibbles(codes, torch.uint8).to(device))
         self.register_buffer("scales", weight.scales.to(device))
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
 
     def weight(self) -> QuantizedLinear:
         """The weight in the neutral form."""
-        codes = torch.stack((self.pairs & 15, self.pairs >> 4), dim=1).flatten()
+        codes = unpack_nibbles(self.pairs)
         shape = self.out_features, self.in_features
         return QuantizedLinear(codes[: shape[0] * shape[1]].view(shape), self.scales, self.group_size)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from marlin_tools.checkpoint.headers import Stored
+from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name, read_config
 from marlin_tools.errors import ModelError, Translated
 
@@ -153,7 +153,7 @@ def _config_of_the_hub(repository: str, revision: str | None) -> dict[str, Any]:
     return read_config(file.parent)
 
 
-def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
+def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """Every tensor that a checkpoint with this config has, under the names that transformers would store them by."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
@@ -166,6 +166,6 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Stored]:
         tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
         tensors = revert_weight_conversion(model, {n: t for n, t in model.state_dict().items() if n not in tied})
     return {
-        name: Stored(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
+        name: TensorInfo(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
         for name, tensor in tensors.items()
     }

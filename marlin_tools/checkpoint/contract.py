@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from marlin_tools.checkpoint.strict_json import HINT, conforms
 from marlin_tools.errors import ModelError
+from marlin_tools.quantized import dtype_name
 
 
 def plain_name(name: str) -> str:
@@ -213,7 +214,7 @@ def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
             config.get("quantization_config") is None and name.endswith((".weight", ".bias"))
         )
         if weight and not tensors.dtypes[name].is_floating_point:
-            kind = str(tensors.dtypes[name]).removeprefix("torch.")
+            kind = dtype_name(tensors.dtypes[name])
             raise ModelError(f"`{where.parent}`: `{name}` is stored as {kind}, weights are floating-point numbers", hint=HINT)
 
 

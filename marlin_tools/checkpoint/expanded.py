@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.headers import Stored
+from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
 
@@ -40,7 +40,7 @@ class Expanded(Checkpoint):
             raise ModelError(f"`{source.origin}`: its weights cannot be expanded to {self.dtype}", hint=_BROKEN)
         self._tensors = dict(self._headers())
 
-    def _headers(self) -> list[tuple[str, Stored]]:
+    def _headers(self) -> list[tuple[str, TensorInfo]]:
         names = set(self._source.names())
         headers = []
         for name in sorted(names):
@@ -62,8 +62,8 @@ class Expanded(Checkpoint):
             name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _BLOCKS in names
         )
 
-    def _as_16_bits(self, stored: Stored, shape: tuple[int, ...]) -> Stored:
-        return Stored(stored.file, shape, self.dtype, math.prod(shape) * self.dtype.itemsize)
+    def _as_16_bits(self, stored: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+        return TensorInfo(stored.file, shape, self.dtype, math.prod(shape) * self.dtype.itemsize)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, expanded."""

@@ -44,7 +44,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """Where one tensor lies: so many bytes of a file, from `offset` on."""
 
     file: Path
@@ -79,7 +79,7 @@ def _is_read(name: str) -> bool:
     return Path(name).suffix in READ_SUFFIXES or name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
 
 
-def read_headers(path: Path) -> dict[str, Stored]:
+def read_headers(path: Path) -> dict[str, TensorInfo]:
     """Headers of all shards; the index decides which file holds a tensor when there is one."""
     index = path / INDEX
     places: dict[str, str] = {}
@@ -98,7 +98,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
             else "is this a model directory?"
         )
         raise ModelError(f"`{path}` holds no *.safetensors", hint=hint)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in sorted(files):
         for name, stored in read_header(file).items():
             if name in tensors:
@@ -110,7 +110,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file."""
     length, size, content = _raw_header(file)
     if not content.startswith(b"{"):
@@ -153,7 +153,7 @@ def _raw_header(file: Path) -> tuple[int, int, bytes]:
         raise ModelError(f"`{file}` is not a safetensors file: {error.strerror}", hint=HINT) from error
 
 
-def _entries(file: Path, header: dict[str, Any], begin: int) -> Iterator[tuple[str, Stored]]:
+def _entries(file: Path, header: dict[str, Any], begin: int) -> Iterator[tuple[str, TensorInfo]]:
     for name, entry in header.items():
         where = f"`{file}`: tensor `{name}`"
         if not 0 < len(name) <= 500 or not name.isprintable():
@@ -172,7 +172,7 @@ def _entries(file: Path, header: dict[str, Any], begin: int) -> Iterator[tuple[s
         if offsets[1] - offsets[0] != nbytes:
             fact = f"{shape} of {entry['dtype']} is {nbytes} bytes, its offsets span {offsets[1] - offsets[0]}"
             raise ModelError(f"{where}: {fact}", hint=HINT)
-        yield name, Stored(file, tuple(shape), dtype, nbytes, begin + offsets[0])
+        yield name, TensorInfo(file, tuple(shape), dtype, nbytes, begin + offsets[0])
 
 
 def _are_sizes(value: Any) -> bool:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
-from marlin_tools.checkpoint.headers import Stored, check_inside, read_headers
+from marlin_tools.checkpoint.headers import TensorInfo, check_inside, read_headers
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files
-from marlin_tools.errors import ModelError, Translated
+from marlin_tools.errors import ModelError, Translated, first_line
 from marlin_tools.resources import demo_dir
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Checkpoint:
             config = AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
-                f"`{self.path / 'config.json'}` is not understood by transformers: {str(error).splitlines()[0]}",
+                f"`{self.path / 'config.json'}` is not understood by transformers: {first_line(error)}",
                 hint="update transformers, or check config.json",
             ) from error
         assert isinstance(config, dict)
@@ -127,7 +127,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> TensorInfo:
         """Shape, type and place of a tensor, without reading it."""
         try:
             return self._tensors[name]

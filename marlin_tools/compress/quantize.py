@@ -13,7 +13,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Problem, Pruner, Solution
-from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_quantize
 from marlin_tools.compress.job import Job, Prepared, compress
@@ -25,6 +24,7 @@ from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, known_format
+from marlin_tools.quantized import is_2_4
 from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Group
@@ -211,13 +211,13 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, crew: Crew) -> Metho
     def problem(group: Group) -> Problem:
         first = group.names[0]
         were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
-        placing = None
+        mask_solver = None
         if settings.sparsity:
             fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
-            placing = settings.pruner.placing(first, group.hessian, fixed)
+            mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
         k = group.weight(first).shape[1]
         group_size = settings.group_size if settings.group_size > 0 else k
-        return solver.problem(first, group.hessian, group_size, dtype, placing, crew)
+        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, crew)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
         if settings.sparsity:

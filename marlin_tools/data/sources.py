@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from marlin_tools.data.offline import give_up_early
 from marlin_tools.data.rows import TABLES, Document, Rows, documents, paragraphs, read_rows, read_text, texts
-from marlin_tools.errors import DataError
+from marlin_tools.errors import DataError, first_line
 from marlin_tools.resources import demo_dir
 
 POOL = 10_000
@@ -80,7 +80,7 @@ class HubDataset:
         # config or split. The rows are not looked at here, so nothing of ours can be meant.
         except (OSError, httpx.HTTPError, RuntimeError, ValueError) as failure:
             hint = "use `--calib FILE` or `--calib demo`; a gated dataset needs `HF_TOKEN`, a script dataset cannot be read"
-            raise DataError(f"`{self.name}`: cannot be read from the hub ({_first_line(failure)})", hint=hint) from failure
+            raise DataError(f"`{self.name}`: cannot be read from the hub ({first_line(failure)})", hint=hint) from failure
 
     def corpus(self, *notes: str) -> Corpus:
         """Its rows as documents."""
@@ -190,7 +190,3 @@ def _parse_hub(source: str) -> HubDataset:
     if match is None:
         raise DataError(f"`{source}`: not a dataset of the hub", hint="write `hf:owner/name`, `hf:owner/name:config@split`")
     return HubDataset(match[1], match[2], match[3] or "train")
-
-
-def _first_line(failure: Exception) -> str:
-    return next(iter(str(failure).splitlines()), type(failure).__name__)

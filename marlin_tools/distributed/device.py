@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from pathlib import Path
 
 import torch
 
@@ -53,6 +54,17 @@ def leads() -> bool:
 def describe_device(device: torch.device) -> str:
     """What to call it in a report."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

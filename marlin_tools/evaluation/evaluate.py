@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from marlin_tools.backends import free_memory, load
+from marlin_tools.backends import load
 from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents
 from marlin_tools.data.render import Encoder
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.distributed.device import free_memory
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.evaluation.perplexity import Traces, score_text, tokens_per_batch, trace
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats import find_format
+from marlin_tools.quantized import dtype_name
 from marlin_tools.settings import Settings
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ class _Side:
             "origin": self.checkpoint.origin,
             "fingerprint": self.checkpoint.fingerprint,
             "format": find_format(quantized).name if quantized is not None else None,
-            "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.checkpoint.dtype),
             **self.how,
         }
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from marlin_tools.backends import free_memory
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.distributed.device import free_memory
 from marlin_tools.errors import DeviceError
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.events import Emit, Event

@@ -11,10 +11,9 @@ family, named by the `model_type` of config.json; `ALIASES` names types that are
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ModelError, near
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,9 @@ def find_family(config: dict[str, Any]) -> Family:
         return family if decoder is None else replace(family, decoder=decoder)
     inside = text_config(config).get("model_type")
     holds = f", which holds a language model of type `{inside}`" if inside != config.get("model_type") else ""
-    near = get_close_matches(model_type, known_types(), n=1)
     raise ModelError(
         f"unknown model type `{config.get('model_type')}`{holds}",
-        hint=(f"did you mean `{near[0]}`? " if near else "") + f"types that work: {', '.join(known_types())}",
+        hint=near(model_type, known_types(), f"types that work: {', '.join(known_types())}"),
     )
 
 

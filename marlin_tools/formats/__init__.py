@@ -7,11 +7,10 @@ Read next: `format.py`, what a format is; `bits.py`, the two moves they are made
 A new format is one file and one line here. README.md says which format is for which engine.
 """
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Any
 
-from marlin_tools.errors import FormatError
+from marlin_tools.errors import FormatError, near
 from marlin_tools.formats.compressed_tensors import COMPRESSED_TENSORS
 from marlin_tools.formats.config import check_readable, spelling_of
 from marlin_tools.formats.format import Format
@@ -36,7 +35,7 @@ def known_format(name: str) -> str:
 def get_format(name: str) -> Format:
     """The format that a user names."""
     if name not in FORMATS:
-        raise FormatError(f"unknown format `{name}`", hint=_suggest(name, FORMATS))
+        raise FormatError(f"unknown format `{name}`", hint=near(name, FORMATS))
     return FORMATS[name]
 
 
@@ -49,13 +48,6 @@ def find_format(quantization_config: Mapping[str, Any]) -> Format:
     method, layout = spelling_of(quantization_config)
     known = {spelling for each in READABLE for spelling in each.spellings}
     if layouts := sorted(layout for known_method, layout in known if known_method == method):
-        raise FormatError(f"`quantization_config`: unknown layout `{layout}` of `{method}`", hint=_suggest(layout, layouts))
+        raise FormatError(f"`quantization_config`: unknown layout `{layout}` of `{method}`", hint=near(layout, layouts))
     methods = sorted({known_method for known_method, _ in known})
-    raise FormatError(f"`quantization_config`: unknown quant_method `{method}`", hint=_suggest(method, methods))
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    listing = "known: " + ", ".join(names)
-    close = get_close_matches(name, names, n=1)
-    return f"did you mean `{close[0]}`? {listing}" if close else listing
+    raise FormatError(f"`quantization_config`: unknown quant_method `{method}`", hint=near(method, methods))

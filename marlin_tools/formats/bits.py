@@ -1,9 +1,6 @@
-"""Packing and reordering of 4-bit codes: the two moves that every weight layout is made of.
+"""Reordering of 4-bit codes; with packing (`pack_nibbles`) all that a weight layout is made of.
 
-Packing. The first code of a word lies in its lowest four bits. Words are built as bytes, two codes each, and the bytes are
-then viewed as int16 or int32, so that the sign bit is never computed with (hosts and files are both little-endian).
-
-Reordering. What a tensor core wants looks wild as an index formula, but every layout here only moves *digits* of the row and
+What a tensor core wants looks wild as an index formula, but every layout here only moves *digits* of the row and
 column index: cut both indices into digits, write the digits in another order, and the new place is known. In torch that is
 `view`, `permute`, `reshape`, with no index table, and the inverse permutation of the same digits is the exact inverse.
 """
@@ -12,19 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
-
-
-def pack_nibbles(codes: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-    """uint8 codes 0..15 [..., C] to words [..., C / codes per word]."""
-    return (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous().view(dtype)
-
-
-def unpack_nibbles(words: Tensor) -> Tensor:
-    """Words of any integer type back to uint8 codes, as many along the last axis as the words hold."""
-    pairs = words.contiguous().view(torch.uint8)
-    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
 
 
 @dataclass(frozen=True)

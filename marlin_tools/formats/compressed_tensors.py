@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from marlin_tools.errors import FormatError
-from marlin_tools.formats.bits import pack_nibbles, unpack_nibbles
 from marlin_tools.formats.config import Spelling, grouped_config
 from marlin_tools.formats.format import Format, cast_exactly, expect, group_size_of, matrix_size, ungroupable
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, pack_nibbles, unpack_nibbles
 
 
 @dataclass(frozen=True)

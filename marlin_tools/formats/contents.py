@@ -20,7 +20,7 @@ from marlin_tools.formats.stored import StoredLinears
 _EMBEDDING = re.compile(r"embed|wte|wpe")
 
 
-class Grid(NamedTuple):
+class LinearShape(NamedTuple):
     """The size of a quantised linear: N outputs, K inputs, `group_size` inputs per scale (K if per column)."""
 
     n: int
@@ -36,7 +36,7 @@ class Contents:
         self.stored = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
 
     @cached_property
-    def grids(self) -> dict[str, Grid]:
+    def grids(self) -> dict[str, LinearShape]:
         """Every quantised linear by name; an error names the linear that has no readable size."""
         return {} if self.stored is None else {name: grid_of(self.stored, name) for name in self.stored.names}
 
@@ -53,7 +53,7 @@ class Contents:
         return {-1 if grid.group_size == grid.k else grid.group_size for grid in self.grids.values()}
 
 
-def grid_of(stored: StoredLinears, name: str) -> Grid:
+def grid_of(stored: StoredLinears, name: str) -> LinearShape:
     """The size of one quantised linear, without reading its codes."""
     headers = {suffix: _header(stored.checkpoint, f"{name}.{suffix}") for suffix in stored.format.suffixes}
     try:
@@ -66,7 +66,7 @@ def grid_of(stored: StoredLinears, name: str) -> Grid:
         raise FormatError(
             f"`{name}`: {scales} scales do not fit {n} outputs by {k} inputs", hint="download or export the checkpoint again"
         )
-    return Grid(n, k, k // groups)
+    return LinearShape(n, k, k // groups)
 
 
 def _header(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from marlin_tools.errors import FormatError
 from marlin_tools.formats.config import Spelling, spelling_of
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, dtype_name
 
 _BROKEN = "the tensors do not follow the format that config.json names; download or export the checkpoint again"
 
@@ -107,7 +107,7 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype |
     if tuple(tensor.shape) != tuple(shape):
         raise FormatError(f"`{name}` has shape {list(tensor.shape)}, not {list(shape)}", hint=_BROKEN)
     if dtype not in (None, tensor.dtype):
-        raise FormatError(f"`{name}` is {_spell(tensor.dtype)}, not {_spell(dtype)}", hint=_BROKEN)
+        raise FormatError(f"`{name}` is {dtype_name(tensor.dtype)}, not {dtype_name(dtype)}", hint=_BROKEN)
 
 
 def cast_exactly(name: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,16 +115,12 @@ def cast_exactly(name: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if scales.dtype == dtype:
         return scales
     if not scales.is_floating_point():
-        raise FormatError(f"`{name}` is {_spell(scales.dtype)}, not a floating-point type", hint=_BROKEN)
+        raise FormatError(f"`{name}` is {dtype_name(scales.dtype)}, not a floating-point type", hint=_BROKEN)
     cast = scales.to(dtype)
     lost = scales[cast.double() != scales.double()]
     if len(lost):
         raise FormatError(
-            f"`{name}`: {len(lost)} of {scales.numel()} scales are not exact in {_spell(dtype)}, first {lost[0].item():g}",
+            f"`{name}`: {len(lost)} of {scales.numel()} scales are not exact in {dtype_name(dtype)}, first {lost[0].item():g}",
             hint="quantize the original model again: scales are chosen among the numbers that float16 and bfloat16 share",
         )
     return cast
-
-
-def _spell(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from marlin_tools.errors import FormatError
-from marlin_tools.formats.bits import pack_nibbles, unpack_nibbles
 from marlin_tools.formats.config import Spelling, flat_config
 from marlin_tools.formats.format import Format, cast_exactly, expect, group_size_of, indivisible, matrix_size, ungroupable
-from marlin_tools.quantized import ZERO, QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear, pack_nibbles, unpack_nibbles
 
 
 @dataclass(frozen=True)

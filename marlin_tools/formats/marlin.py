@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_tools.formats.bits import Shuffle, pack_nibbles, unpack_nibbles
+from marlin_tools.formats.bits import Shuffle
 from marlin_tools.formats.config import Spelling, flat_config
 from marlin_tools.formats.format import Format, expect, group_size_of, indivisible, matrix_size, ungroupable
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, pack_nibbles, unpack_nibbles
 
 WEIGHTS = Shuffle(rows=(4, 2, 8), columns=(2, 4, 2), order=(4, 0, 3, 6, 1, 7, 2, 5))
 GROUP_SCALES = Shuffle(rows=(), columns=(8, 8), order=(0, 1, 3, 2))

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from marlin_tools.errors import FormatError
-from marlin_tools.formats.bits import Shuffle, pack_nibbles, unpack_nibbles
+from marlin_tools.formats.bits import Shuffle
 from marlin_tools.formats.config import Spelling, flat_config, grouped_config
 from marlin_tools.formats.format import Format, expect, group_size_of, indivisible, matrix_size, ungroupable
-from marlin_tools.quantized import ZERO, QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear, pack_nibbles, unpack_nibbles
 
 WEIGHTS = Shuffle(rows=(8, 2, 4), columns=(2, 4, 2), order=(4, 0, 1, 6, 3, 7, 2, 5))
 META = Shuffle(rows=(8, 2, 2, 2), columns=(2,), order=(5, 0, 3, 1, 4, 6, 2))

@@ -5,16 +5,15 @@ A row of a table is a recipe like any other: `marlin-tools run ROW` runs it, `re
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from marlin_tools.checkpoint.strict_json import read_bounded
-from marlin_tools.errors import RecipeError
+from marlin_tools.errors import RecipeError, near
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.recipe.table import Table, check_table, extract, is_table
-from marlin_tools.recipe.yaml_reader import Document, near
+from marlin_tools.recipe.yaml_reader import Document
 from marlin_tools.resources import recipes_dir
 
 
@@ -94,7 +93,7 @@ def _control(recipe: Recipe) -> Place:
     """Where the bundled recipe stands that has to hold first."""
     known = catalog()
     if recipe.control not in known:
-        hint = near(str(recipe.control), list(known))
+        hint = near(str(recipe.control), known)
         raise RecipeError(
             f"recipe `{recipe.name}`: its control `{recipe.control}` is no row beside it and no bundled recipe", hint=hint
         )
@@ -117,8 +116,7 @@ def find(ref: str | Path) -> Place:
         return Place(path)
     known = catalog()
     if str(ref) not in known:
-        close = get_close_matches(str(ref), known, n=1)
-        hint = (f"did you mean `{close[0]}`? " if close else "") + "`marlin-tools recipes list` names all of them"
+        hint = near(str(ref), known, "`marlin-tools recipes list` names all of them")
         raise RecipeError(f"`{ref}` is no recipe file and no bundled recipe", hint=hint)
     return known[str(ref)]
 

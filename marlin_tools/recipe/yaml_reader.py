@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from io import StringIO
 from itertools import accumulate
 from types import TracebackType
@@ -20,7 +19,7 @@ from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from marlin_tools.errors import MOST, RecipeError, Translated
+from marlin_tools.errors import MOST, RecipeError, Translated, near
 
 DEEPEST = 32
 """Levels of nesting."""
@@ -202,12 +201,6 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
 def dotted(path: Path) -> str:
     """A path as people write it."""
     return ".".join(map(str, path))
-
-
-def near(word: str, known: list[str]) -> str:
-    """`did you mean ...?` if something is near, and what there is."""
-    close = get_close_matches(word, known, n=1)
-    return (f"did you mean `{close[0]}`? " if close else "") + f"known: {', '.join(known)}"
 
 
 def _enter(place: list[Any], part: str | int, path: Path, origin: str) -> Any:

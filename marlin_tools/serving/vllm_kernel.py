@@ -27,7 +27,7 @@ from marlin_tools import __version__, ops
 from marlin_tools.ops.linear.layout import PackedTiles
 from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
 from marlin_tools.ops.runtime.scratch import share_among_captures
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, unpack_nibbles
 from marlin_tools.serving.tally import TALLY
 from marlin_tools.serving.trust import unfit
 from marlin_tools.serving.vllm import Contained, log
@@ -178,8 +178,7 @@ def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
     """The weight [N, K] of a layer as it was loaded; `output_dim` says which way its tensors lie, codes are packed along K."""
     k, n = shape
     words, scales = (tensor.detach() if _outputs_first(tensor) else tensor.detach().t() for tensor in (words, scales))
-    as_bytes = words.contiguous().view(torch.uint8).view(n, k // 2)
-    codes = torch.stack((as_bytes & 15, as_bytes >> 4), dim=2).view(n, k)
+    codes = unpack_nibbles(words.contiguous()).view(n, k)
     return QuantizedLinear(codes, _float16(scales.contiguous()), k // scales.shape[1])
 
 

@@ -10,10 +10,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from marlin_tools.distributed.device import free_memory
 
 _RESIDUAL_SHARE = 0.25
 _INPUTS_SHARE = 0.25
@@ -106,15 +107,7 @@ class Activations:
 
 def _host_memory(like: Tensor) -> Tensor:
     """As much memory as a chunk needs, pinned while that is a small part of what the host has, else in a file of its own."""
-    if like.nbytes <= _HOST_SHARE * _available_bytes():
+    if like.nbytes <= _HOST_SHARE * free_memory(torch.device("cpu")):
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
     with tempfile.NamedTemporaryFile(prefix="marlin-tools-activations-") as file:
         return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
-
-
-def _available_bytes() -> int:
-    """Host memory that could be used without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/meminfo has no MemAvailable")

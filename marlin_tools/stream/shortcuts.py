@@ -87,7 +87,7 @@ def _might_be_short(module: nn.Module) -> bool:
 def _shortened(kind: type[nn.Module]) -> type[nn.Module]:
     """The same norm, short where no gradients are asked for."""
 
-    class Shortened(kind):  # type: ignore[valid-type, misc]
+    class ShortNorm(kind):  # type: ignore[valid-type, misc]
         def forward(self, hidden_states: Tensor) -> Tensor:
             x = hidden_states
             if torch.is_grad_enabled() or not x.is_cuda or x.dtype != self.weight.dtype:
@@ -95,7 +95,7 @@ def _shortened(kind: type[nn.Module]) -> type[nn.Module]:
                 return own
             return add_norm(x.reshape(-1, x.shape[-1]), None, self.weight, self.variance_epsilon).view(x.shape)
 
-    return Shortened
+    return ShortNorm
 
 
 def _norm_agrees(norm: nn.Module, columns: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -21,7 +21,6 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
@@ -36,6 +35,7 @@ from marlin_tools.distributed.device import describe_device, pick_device, proces
 from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
+from marlin_tools.quantized import is_2_4
 from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.compressed import with_mask_of

@@ -17,10 +17,10 @@ from marlin_tools.families import find_family
 from marlin_tools.families.experts import stored_shapes
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats import find_format
-from marlin_tools.formats.bits import unpack_nibbles
 from marlin_tools.formats.contents import Contents, keeps
 from marlin_tools.formats.gptq import Gptq
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import unpack_nibbles
 
 _UNREAD = re.compile(r"rotary_emb\.inv_freq$|\.attn\.masked_bias$")
 """Buffers that older checkpoints store and nobody reads."""

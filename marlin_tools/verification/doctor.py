@@ -16,7 +16,7 @@ import torch
 
 from marlin_tools import ops
 from marlin_tools.distributed.device import matmul_rate
-from marlin_tools.errors import MarlinToolsError
+from marlin_tools.errors import MarlinToolsError, first_line
 from marlin_tools.resources import demo_dir
 from marlin_tools.serving import vllm
 
@@ -25,8 +25,7 @@ Status = Literal["ok", "note", "problem"]
 NEEDED = ("transformers", "safetensors", "datasets", "lm-eval", "sentencepiece", "pydantic")
 OPTIONAL = {
     "compressed-tensors": "`pip install compressed-tensors` lets transformers itself load that format",
-    "cuda-core": "the GPU kernels need it; it is installed with marlin-tools on Linux",
-    "cuda-bindings": "a CUDA build of torch brings it; for a CPU machine: `pip install 'marlin-tools[nvrtc]'`",
+    "cuda-bindings": "the GPU kernels are compiled and started through it; it is installed with marlin-tools on Linux",
     "nvidia-cuda-nvrtc": "compiles the kernels; a CUDA build of torch brings it, else: `pip install 'marlin-tools[nvrtc]'`",
 }
 OLDEST_CAPABILITY = (8, 0)
@@ -100,7 +99,7 @@ def _gpus() -> Iterator[Fact]:
     try:
         properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except RuntimeError as error:
-        yield Fact("gpu", str(error).splitlines()[0], "problem", "torch and the driver do not fit together; update the driver")
+        yield Fact("gpu", first_line(error), "problem", "torch and the driver do not fit together; update the driver")
         return
     if not properties and driver and torch.version.cuda:
         yield Fact("gpu", "none is visible", "problem", "see CUDA_VISIBLE_DEVICES; the driver may be too old for this torch")
@@ -119,7 +118,7 @@ def _kernels(index: int) -> Fact:
     try:
         results = ops.self_test(torch.device("cuda", index))
     except (MarlinToolsError, RuntimeError, ImportError, OSError) as error:
-        return Fact(name, f"cannot be tried: {str(error).splitlines()[0]}", "problem", hint)
+        return Fact(name, f"cannot be tried: {first_line(error)}", "problem", hint)
     failed = [f"{result.name}: {result.detail}" for result in results if not result.passed]
     if failed:
         return Fact(name, f"{len(failed)} of {len(results)} are wrong, first {failed[0]}", "problem", hint)

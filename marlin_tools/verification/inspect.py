@@ -13,7 +13,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.families import known_family
 from marlin_tools.formats.contents import Contents
-from marlin_tools.quantized import ZERO
+from marlin_tools.quantized import ZERO, dtype_name
 from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint, served_as
 
 SAMPLE = 32
@@ -37,7 +37,7 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "supported": family is not None,
         "blocks": checkpoint.text_config.get("num_hidden_layers"),
         "positions": checkpoint.text_config.get("max_position_embeddings"),
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": dtype_name(checkpoint.dtype),
         "parameters": _parameters(contents),
         "bytes": _bytes(contents),
         "format": contents.stored.format.name if contents.stored else None,

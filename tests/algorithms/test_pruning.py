@@ -8,9 +8,10 @@ from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Hessian, Pruner
 from marlin_tools.algorithms.hessian import Drift
-from marlin_tools.algorithms.masks import is_2_4, magnitude, of_pair, pair_of, two_largest, wanda
+from marlin_tools.algorithms.masks import magnitude, of_pair, pair_of, two_largest, wanda
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.algorithms.support import fit, reselect
+from marlin_tools.quantized import is_2_4
 
 N, K, G = 12, 256, 128
 
@@ -147,7 +148,7 @@ def test_every_exact_step_lowers_the_loss(problem: tuple[Tensor, Hessian]) -> No
 @pytest.mark.parametrize("preset", PRUNERS)
 def test_every_pruner_gives_two_of_four(problem: tuple[Tensor, Hessian], preset: str) -> None:
     weight, hessian = problem
-    placed = PRUNERS[preset].placing("layer", hessian).place(weight.float())
+    placed = PRUNERS[preset].mask_solver("layer", hessian).place(weight.float())
     assert bool((placed.mask.view(N, K // 4, 4).sum(dim=2) == 2).all())
     assert not bool(placed.value[~placed.mask].any())
 
@@ -155,7 +156,7 @@ def test_every_pruner_gives_two_of_four(problem: tuple[Tensor, Hessian], preset:
 def test_wanda_and_magnitude_change_no_kept_weight(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     for preset in ("wanda", "magnitude"):
-        placed = PRUNERS[preset].placing("layer", hessian).place(weight.float())
+        placed = PRUNERS[preset].mask_solver("layer", hessian).place(weight.float())
         assert torch.equal(placed.value, weight * placed.mask)
     assert not PRUNERS["magnitude"].needs_data
     assert PRUNERS["magnitude"].prune("layer", weight, None).losses.output is None
@@ -167,7 +168,7 @@ def test_dead_channels_do_no_harm(problem: tuple[Tensor, Hessian]) -> None:
     matrix = hessian.matrix.clone()
     matrix[8:10] = 0
     matrix[:, 8:10] = 0
-    placed = Pruner().placing("layer", Hessian(matrix, 1)).place(weight.float())
+    placed = Pruner().mask_solver("layer", Hessian(matrix, 1)).place(weight.float())
     assert bool(torch.isfinite(placed.value).all())
     assert is_2_4(placed.value)
 
@@ -189,8 +190,10 @@ def test_drift_moves_the_aim(problem: tuple[Tensor, Hessian]) -> None:
 def test_int4_with_a_mask_forces_every_zero(problem: tuple[Tensor, Hessian], preset: str) -> None:
     weight, hessian = problem
     pruner = PRUNERS[PRUNER_OF[preset]]
-    sparse = pruner.placing("layer", hessian).place(weight.float())
-    solved = PRESETS[preset].solve("layer", weight, hessian, G, torch.float16, pruner.placing("layer", hessian, sparse.mask))
+    sparse = pruner.mask_solver("layer", hessian).place(weight.float())
+    solved = PRESETS[preset].solve(
+        "layer", weight, hessian, G, torch.float16, pruner.mask_solver("layer", hessian, sparse.mask)
+    )
     assert bool((solved.linear.codes[~sparse.mask] == 8).all())
     assert solved.linear.is_2_4()
 
@@ -200,7 +203,7 @@ def test_a_mask_that_keeps_less_than_two_is_kept_too(problem: tuple[Tensor, Hess
     mask = magnitude(weight)
     mask[:, :8] = False
     mask[:, 9:40:4] = False
-    solved = GPTQ().solve("layer", weight, hessian, G, torch.float16, Pruner().placing("layer", hessian, mask))
+    solved = GPTQ().solve("layer", weight, hessian, G, torch.float16, Pruner().mask_solver("layer", hessian, mask))
     assert bool((solved.linear.codes[~mask] == 8).all())
 
 
@@ -210,7 +213,7 @@ def test_joint_rows_with_a_mask_keep_it_and_the_others_get_one(problem: tuple[Te
     fixed = magnitude(weight)
     fixed[N // 2 :] = False
     sparse = torch.where(torch.arange(N)[:, None] < N // 2, weight * fixed, weight)
-    solved = GPTQ().solve("layer", sparse, hessian, G, torch.float16, Pruner().placing("layer", hessian, fixed))
+    solved = GPTQ().solve("layer", sparse, hessian, G, torch.float16, Pruner().mask_solver("layer", hessian, fixed))
     assert bool((solved.linear.codes[: N // 2][~fixed[: N // 2]] == 8).all())
     assert solved.linear.is_2_4()
 
@@ -218,10 +221,10 @@ def test_joint_rows_with_a_mask_keep_it_and_the_others_get_one(problem: tuple[Te
 def test_joint_int4_beats_rounding_what_sparsegpt_left(problem: tuple[Tensor, Hessian]) -> None:
     """Aiming at the dense weight makes up for a part of what the published two steps lose."""
     weight, hessian = problem
-    left = PRUNERS["sparsegpt"].placing("layer", hessian).place(weight.float())
-    kept = PRUNERS["sparsegpt"].placing("layer", hessian, left.mask)
+    left = PRUNERS["sparsegpt"].mask_solver("layer", hessian).place(weight.float())
+    kept = PRUNERS["sparsegpt"].mask_solver("layer", hessian, left.mask)
     published = PRESETS["marlin"].solve("layer", left.value, hessian, G, torch.float16, kept).linear.dequantize()
-    joint = GPTQ().solve("layer", weight, hessian, G, torch.float16, Pruner().placing("layer", hessian)).linear.dequantize()
+    joint = GPTQ().solve("layer", weight, hessian, G, torch.float16, Pruner().mask_solver("layer", hessian)).linear.dequantize()
     assert float(row_losses(weight, joint, hessian.matrix).sum()) < 0.85 * float(
         row_losses(weight, published, hessian.matrix).sum()
     )
@@ -233,7 +236,7 @@ def test_the_sweep_with_a_mask_is_gptq_with_forced_zeros(problem: tuple[Tensor, 
     mask = magnitude(weight)
     solver = GPTQ(order="natural", scales="absmax", signed=False, polish=0, drift=0)
     pruner = Pruner(mask="magnitude", fit=False, reselect=0, drift=0)
-    solved = solver.solve("layer", weight, hessian, G, torch.float16, pruner.placing("layer", hessian, mask)).linear
+    solved = solver.solve("layer", weight, hessian, G, torch.float16, pruner.mask_solver("layer", hessian, mask)).linear
     u = torch.linalg.cholesky(torch.linalg.inv(hessian.damped(0.01).double()), upper=True)
     w, scales = (weight * mask).double(), solved.scales.double()
     codes = torch.full_like(w, 8)
@@ -246,7 +249,7 @@ def test_the_sweep_with_a_mask_is_gptq_with_forced_zeros(problem: tuple[Tensor, 
 
 def test_rtn_prunes_by_magnitude_before_it_rounds(problem: tuple[Tensor, Hessian]) -> None:
     weight, _ = problem
-    solved = RTN().solve("layer", weight, None, G, torch.float16, PRUNERS["magnitude"].placing("layer", None)).linear
+    solved = RTN().solve("layer", weight, None, G, torch.float16, PRUNERS["magnitude"].mask_solver("layer", None)).linear
     plain = RTN().solve("layer", weight * magnitude(weight), None, G, torch.float16).linear
     assert torch.equal(solved.codes, plain.codes)
 

@@ -17,7 +17,7 @@ from marlin_tools.distributed.crew import Crew
 from marlin_tools.errors import NumericalError
 from marlin_tools.ops.solver import cholesky
 from marlin_tools.ops.solver.cholesky import reversed_cholesky
-from marlin_tools.ops.solver.kernels import Polished
+from marlin_tools.ops.solver.kernels import PolishState
 
 N, K, G = 24, 256, 128
 
@@ -242,7 +242,7 @@ def test_descent_is_what_brute_force_coordinate_descent_finds() -> None:
                 trials.append(float(row_losses(weight, decode(expected, scales), hessian)[row]))
             expected[row, j] = min(range(16), key=trials.__getitem__)
 
-    state = Polished(weight, codes.clone(), torch.full((3, 1), 0.15), weight - decode(codes, scales))
+    state = PolishState(weight, codes.clone(), torch.full((3, 1), 0.15), weight - decode(codes, scales))
     descend(state, state.errors @ hessian, hessian, 0)
     assert torch.equal(state.codes, expected)
     torch.testing.assert_close(state.errors, weight - decode(expected, scales))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from marlin_tools.backends import free_memory, load
+from marlin_tools.backends import load
+from marlin_tools.distributed.device import free_memory
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.generate import GenerateSettings, generate
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import is_2_4
 
 TEXT = "The boat left the harbour at dawn, and nine marlins were seen off the point. "
 FEW = ("--num-samples", "4", "--seqlen", "64", "--device", "cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from marlin_tools.algorithms import PRUNERS
-from marlin_tools.algorithms.masks import is_2_4, magnitude
+from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
@@ -17,6 +17,7 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import FormatError, ModelError, OutputError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import is_2_4
 
 
 @pytest.fixture(scope="session")

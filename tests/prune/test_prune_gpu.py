@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from marlin_tools.algorithms import PRUNERS, Hessian
-from marlin_tools.algorithms.masks import is_2_4
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.quantized import is_2_4
 
 pytestmark = pytest.mark.gpu
 
@@ -22,8 +22,8 @@ def test_one_weight(preset: str) -> None:
     mix = torch.randn(512, 512, generator=generator) * torch.arange(1, 513) ** -0.5
     x = torch.randn(4096, 512, generator=generator) @ mix.T
     weight, matrix = torch.randn(96, 512, generator=generator) * 0.02, x.T @ x / len(x)
-    here = PRUNERS[preset].placing("layer", Hessian(matrix, 4096)).place(weight.float())
-    there = PRUNERS[preset].placing("layer", Hessian(matrix.cuda(), 4096)).place(weight.cuda().float())
+    here = PRUNERS[preset].mask_solver("layer", Hessian(matrix, 4096)).place(weight.float())
+    there = PRUNERS[preset].mask_solver("layer", Hessian(matrix.cuda(), 4096)).place(weight.cuda().float())
     assert float((here.mask != there.mask.cpu()).float().mean()) < 0.01  # where two choices are as good as each other
     lost = [float(row_losses(weight, value.cpu(), matrix).sum()) for value in (here.value, there.value)]
     assert lost[1] == pytest.approx(lost[0], rel=3e-3)  # rows may end in other minima, no better and no worse

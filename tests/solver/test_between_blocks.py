@@ -9,7 +9,7 @@ from marlin_tools.algorithms import GPTQ, Gram, Hessian, polish, sweep
 from marlin_tools.algorithms.polish import descend, refit
 from marlin_tools.algorithms.scales import decode, encode
 from marlin_tools.ops.solver import kernels as solver
-from marlin_tools.ops.solver.kernels import BLOCK, Grid, Polished
+from marlin_tools.ops.solver.kernels import BLOCK, Grid, PolishState
 
 
 def problem(n: int, k: int) -> tuple[Tensor, Hessian]:
@@ -34,11 +34,11 @@ def sweep_block(
         target_nb[:, i + 1 :] += errors_nk[:, start + i, None] * feedback_bb[i, i + 1 :]
 
 
-def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+def descend_block(state: PolishState, gradient_nb: Tensor, hessian_kk: Tensor, start: int, dtype: torch.dtype) -> Tensor:
     """What `descend.cu` says at its top."""
     stop, size = min(start + BLOCK, len(hessian_kk)), state.weight.shape[1] // state.scales.shape[1]
     before, gradient_nb = state.errors[:, start:stop].clone(), gradient_nb.clone()
-    local = Polished(state.weight, state.codes.float(), state.scales, state.errors, state.mask)
+    local = PolishState(state.weight, state.codes.float(), state.scales, state.errors, state.mask)
     for first in range(start, stop, size) if size <= BLOCK else ():
         columns, inside = slice(first, first + size), slice(first - start, first - start + size)
         old_n = state.scales[:, first // size].clone()
@@ -105,7 +105,7 @@ def test_polish(group_size: int, masked: bool) -> None:
     plain_codes, plain_scales = polish.polish(weight, codes, scales, hessian.matrix, torch.float16, 2, mask)
 
     errors = weight - decode(codes, scales.repeat_interleave(group_size, dim=1))
-    state = Polished(weight, codes.to(torch.uint8), scales.clone(), errors, mask)
+    state = PolishState(weight, codes.to(torch.uint8), scales.clone(), errors, mask)
     polish._fused_rounds(state, hessian.matrix, torch.float16, 2)
     assert float((state.codes != plain_codes).float().mean()) < 5e-3  # ties, of codes and of scales
     assert not torch.equal(plain_codes, codes)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, Gram, Hessian, Pruner
 from marlin_tools.algorithms.hessian import Drift
-from marlin_tools.algorithms.masks import magnitude, quads
+from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.algorithms.polish import polish, row_losses
 from marlin_tools.algorithms.pruning import TwoOfFour
 from marlin_tools.algorithms.scales import conditional, decode, diagonal, encode
@@ -16,7 +16,7 @@ from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.ops.solver import products
 from marlin_tools.ops.solver.cholesky import reversed_cholesky
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, quads
 
 pytestmark = pytest.mark.gpu
 
@@ -166,7 +166,7 @@ def test_choose(k: int) -> None:
     weight, hessian = problem(k=k)
     rule = TwoOfFour(weight, hessian.factorize(0.01, "layer"))
     sweep(weight, hessian.factorize(0.01, "layer"), rule)
-    gpu = Pruner(fit=False, reselect=0).placing("layer", on_gpu(hessian)).place(weight.cuda())
+    gpu = Pruner(fit=False, reselect=0).mask_solver("layer", on_gpu(hessian)).place(weight.cuda())
     rows = rows_of_equal_masks(rule.mask, gpu.mask)
     torch.testing.assert_close(gpu.value.cpu()[rows], rule.values[rows], rtol=1e-3, atol=1e-5)
 

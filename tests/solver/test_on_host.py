@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms import Hessian, Pruner, sweep
-from marlin_tools.algorithms.masks import magnitude, quads
+from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.algorithms.pruning import TwoOfFour
 from marlin_tools.algorithms.support import reselect
 from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.quantized import quads
 
 N = 40  # more than one thread block, and not two whole ones
 WIDTHS = (128, sweep.WIDE + 128 + 20)  # one block; and panels, blocks and a last block that is not whole
@@ -32,7 +33,7 @@ def rows_of_equal_masks(one: Tensor, other: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", WIDTHS)
 def test_choose(on_host: list[str], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem(k)
-    fused = Pruner(fit=False, reselect=0).placing("layer", hessian).place(weight)
+    fused = Pruner(fit=False, reselect=0).mask_solver("layer", hessian).place(weight)
     assert on_host == ["solver-choose"] * -(-k // 128)
     monkeypatch.setattr(solver, "runs_on", lambda tensor: False)
     rule = TwoOfFour(weight, hessian.factorize(0.01, "layer"))
@@ -60,7 +61,7 @@ def test_reselect(on_host: list[str], k: int, monkeypatch: pytest.MonkeyPatch) -
 
 def test_equal_scores_keep_the_earlier_columns(on_host: list[str]) -> None:
     weight = torch.tensor([[1.0, 1, 1, 1, 0, 2, 0, 2, 1, 3, 3, 3]])
-    placed = Pruner(fit=False, reselect=0).placing("layer", Hessian(torch.eye(12), 1)).place(weight)
+    placed = Pruner(fit=False, reselect=0).mask_solver("layer", Hessian(torch.eye(12), 1)).place(weight)
     assert placed.mask.int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 1, 0]]
     assert torch.equal(placed.value, weight * placed.mask)
     assert on_host

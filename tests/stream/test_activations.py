@@ -19,7 +19,7 @@ def test_what_stays_on_a_device() -> None:
 
 
 def test_a_file_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "_available_bytes", lambda: 0)
+    monkeypatch.setattr(activations, "free_memory", lambda _: 0)
     first, second = (activations._host_memory(torch.empty(3, 5, 7, dtype=torch.bfloat16)) for _ in range(2))
     values = torch.randn(3, 5, 7).to(torch.bfloat16)
     first.copy_(values)
@@ -31,7 +31,7 @@ def test_a_file_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_available_memory_is_known() -> None:
-    assert activations._available_bytes() > 1_000_000
+    assert activations.free_memory(torch.device("cpu")) > 1_000_000
 
 
 def test_on_the_device_it_is_a_list_and_a_copy_is_its_own() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from marlin_tools.ops.linear.decomposition import Costs, Decomposition, best, decompositions
 from marlin_tools.ops.linear.layout import TILE_N
-from marlin_tools.ops.linear.plan import Plan, sm_count
+from marlin_tools.ops.linear.plan import LaunchPlan, sm_count
 from marlin_tools.ops.linear.tiles import Tile
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.scratch import COUNTER_BYTES
@@ -27,7 +27,7 @@ _SHARED_STEP, _SHARED_STEP_UNCACHED, _CACHED = 1.02, 1.1, 0.8
 _LARGEST_CLUSTER = 8  # that every Hopper GPU can start
 
 
-class HopperPlan(Plan):
+class HopperPlan(LaunchPlan):
     """How the work is cut for CTAs is estimated to be the best of all ways."""
 
     def __init__(self, tile: Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> None:

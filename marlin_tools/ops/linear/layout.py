@@ -24,7 +24,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from marlin_tools.quantized import ZERO, QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear, unpack_nibbles
 
 TILE_N = 64
 """Outputs per packed tile."""
@@ -138,12 +138,8 @@ def pack_tiles(
 def unpack(packed: PackedWeight) -> QuantizedLinear:
     """The exact inverse of `pack`."""
     tiles, groups, _ = packed.codes.shape
-    nibbles = torch.empty((*packed.codes.shape, 4, 2), dtype=torch.uint8, device=packed.codes.device)
-    as_bytes = packed.codes.contiguous().view(torch.uint8).view(tiles, groups, -1, 4)
-    nibbles[..., 0] = as_bytes & 15
-    nibbles[..., 1] = as_bytes >> 4
     # [tile, group, jj, i, g, t, j, e, c, h] -> [tile, g, i, h, group, jj, j, c, t, e]
-    parts = nibbles.view(tiles, groups, 2, 4, 8, 4, 4, 2, 2, 2)
+    parts = unpack_nibbles(packed.codes).view(tiles, groups, 2, 4, 8, 4, 4, 2, 2, 2)
     codes = parts.permute(0, 4, 3, 9, 1, 2, 6, 8, 5, 7).reshape(tiles * TILE_N, groups * TILE_K)
     return with_scales(codes, packed)
 

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from marlin_tools.ops.linear.dispatch import CUBLAS, Tables, gpu_of
 from marlin_tools.ops.linear.layout import LEAST_EXPONENT, MOST_EXPONENT, MOST_ROUNDED, TILE_K, TILE_N, PackedTiles
-from marlin_tools.ops.linear.plan import Plan
+from marlin_tools.ops.linear.plan import LaunchPlan
 from marlin_tools.ops.linear.trust import require_trust
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Kernel
@@ -49,7 +49,7 @@ class LinearOperator:
         words: int,
         tables: Tables,
         kernel: Callable[[str, torch.dtype, int, str], Kernel],
-        plan: Callable[[Any, driver.Function, Tensor, Tensor, int], Plan],
+        plan: Callable[[Any, driver.Function, Tensor, Tensor, int], LaunchPlan],
         reference: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor],
         groups: tuple[int, ...],
     ) -> None:
@@ -163,7 +163,7 @@ class LinearOperator:
         devices = (x.get_device(), codes.get_device(), scales.get_device())
         wild = exponent > MOST_ROUNDED
         key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
-        plan: Plan | None = driver.kept.launches.get(key)
+        plan: LaunchPlan | None = driver.kept.launches.get(key)
         if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
             self.check(x, codes, scales, bias, out_features, exponent)
         if plan is None:
@@ -173,7 +173,7 @@ class LinearOperator:
             driver.keep(key, plan)
         return plan(x, codes, scales, bias, exponent)
 
-    def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, exponent: int) -> Plan | None:
+    def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, exponent: int) -> LaunchPlan | None:
         """How to multiply, or None for cuBLAS."""
         require_trust(x.device.index)
         choice = self._tables.choose(gpu_of(x.device), x.shape[0], out_features, x.shape[1])
@@ -185,7 +185,7 @@ class LinearOperator:
         """Whether a tile's kernel applies scales to float16 weights."""
         return group > 0 and dtype == torch.float16 and self._tables.tiles[choice].for_group(group).rounded
 
-    def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> Plan:
+    def _plan_for(self, choice: str, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, target: str) -> LaunchPlan:
         function = driver.loaded(self._kernel(choice, x.dtype, group_of(codes, scales), target), x.device)
         tile = self._tables.tiles[choice].for_group(group_of(codes, scales))
         return self._plan(tile, function, x, codes, out_features)

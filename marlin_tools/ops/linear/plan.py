@@ -16,7 +16,7 @@ LEAST_BUSY = 0.96
 """Share of the SMs' time that whole tiles must use to be preferred to stream-K."""
 
 
-class Plan:
+class LaunchPlan:
     """How to multiply activations of one shape with weights of one shape. Belongs to one thread."""
 
     _launch: driver.Launch
@@ -62,7 +62,7 @@ class Plan:
         return ()
 
 
-class PortablePlan(Plan):
+class PortablePlan(LaunchPlan):
     """For the kernels that run on any GPU. `decompose` cuts so many tiles of so many steps for so many SMs of a capability."""
 
     def __init__(

@@ -17,7 +17,7 @@ from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES, Tile
 from marlin_tools.ops.runtime.kernel import ELEMENTS
 from marlin_tools.ops.runtime.target import target_of
-from marlin_tools.quantized import ZERO, QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear, dtype_name
 
 _N, _K, _ROWS = 456, 896, (1, 7, 33, 70)  # no multiple of any tile, several blocks per output tile
 
@@ -80,7 +80,7 @@ def check_choices(
     """The same for some kernels, one type of activations and one size of groups (0: one scale per output)."""
     family = _FAMILIES[sparse]
     packed = family.pack(_weight(group or _K, device))
-    kind = f"{str(dtype).removeprefix('torch.')} {f'g{group}' if group else 'column'}"
+    kind = f"{dtype_name(dtype)} {f'g{group}' if group else 'column'}"
     return [_check(f"{family.mark}{choice} {kind}", family, choice, packed, dtype) for choice in choices]
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear.layout import TILE_K, TILE_N, PackedTiles, exponent_of, pack_tiles, with_scales
-from marlin_tools.quantized import ZERO, QuantizedLinear
+from marlin_tools.quantized import ZERO, QuantizedLinear, pack_nibbles, unpack_nibbles
 
 WORDS = 768
 """int32 per packed tile."""
@@ -59,10 +59,10 @@ def unpack_sparse(packed: PackedSparse) -> QuantizedLinear:
     tiles, groups, _ = packed.codes.shape
     halves = packed.codes.contiguous().view(tiles, groups, 2, WORDS // 2)
     # [tile, group, jj, ii, g, t, i2, j, e, c, h] -> [tile, g, ii, i2, h, group, jj, j, c, t, e]
-    kept = _nibbles(halves[..., :_KEPT_WORDS]).view(tiles, groups, 2, 2, 8, 4, 2, 2, 2, 2, 2)
+    kept = unpack_nibbles(halves[..., :_KEPT_WORDS]).view(tiles, groups, 2, 2, 8, 4, 2, 2, 2, 2, 2)
     kept = kept.permute(0, 4, 3, 6, 10, 1, 2, 7, 9, 5, 8).reshape(tiles * TILE_N, groups * TILE_K // 4, 2)
     # [tile, group, jj, g, j, c, i, h, t] -> [tile, g, i, h, group, jj, j, c, t]
-    where = _nibbles(halves[..., _KEPT_WORDS:]).view(tiles, groups, 2, 8, 2, 2, 4, 2, 4)
+    where = unpack_nibbles(halves[..., _KEPT_WORDS:]).view(tiles, groups, 2, 8, 2, 2, 4, 2, 4)
     where = where.permute(0, 3, 6, 7, 1, 2, 4, 5, 8).reshape(tiles * TILE_N, groups * TILE_K // 4)
     codes = torch.full((*where.shape, 4), ZERO, dtype=torch.uint8, device=where.device)
     codes.scatter_(2, _indices(where), kept)
@@ -75,7 +75,7 @@ def random_sparse(n: int, k: int, device: torch.device | str, *, per_column: boo
     kept = torch.randint(-(2**31), 2**31 - 1, (tiles, groups, 2, _KEPT_WORDS), dtype=torch.int32, device=device)
     legal = torch.tensor(sorted({i | j << 2 for i in range(4) for j in range(i + 1, 4)}), dtype=torch.uint8, device=device)
     places = WORDS // 2 - _KEPT_WORDS
-    where = _join(legal[torch.randint(0, len(legal), (tiles, groups, 2, 8 * places), device=device)])
+    where = pack_nibbles(legal[torch.randint(0, len(legal), (tiles, groups, 2, 8 * places), device=device)])
     scales = torch.rand((tiles, 1 if per_column else groups, TILE_N), device=device) * 0.004 + 0.004
     return PackedSparse(torch.cat((kept, where), dim=3).view(tiles, groups, WORDS), scales.half(), n, exponent_of(scales))
 
@@ -90,7 +90,7 @@ def _words(codes: Tensor, first: int) -> Tensor:
     parts = kept.view(tiles, 8, 2, 2, 2, groups, 2, 2, 2, 4, 2).permute(0, 5, 6, 2, 1, 9, 3, 7, 10, 8, 4)
     # [tile, g, i, h, group, jj, j, c, t] -> [tile, group, jj, g, j, c, i, h, t]
     places = where.view(tiles, 8, 4, 2, groups, 2, 2, 2, 4).permute(0, 4, 5, 1, 6, 7, 2, 3, 8)
-    halves = [_join(part.reshape(tiles, groups, 2, -1)) for part in (parts, places)]
+    halves = [pack_nibbles(part.reshape(tiles, groups, 2, -1)) for part in (parts, places)]
     return torch.cat(halves, dim=3).view(tiles, groups, WORDS)
 
 
@@ -109,15 +109,3 @@ def _positions(quads: Tensor, first: int) -> Tensor:
 def _indices(nibbles: Tensor) -> Tensor:
     """Both positions that each nibble names, as gather and scatter want them: int64 [..., 2]."""
     return torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
-
-
-def _join(nibbles: Tensor) -> Tensor:
-    """uint8 nibbles [..., 8 w] -> int32 words [..., w], the first nibble lowest."""
-    pairs = nibbles.view(*nibbles.shape[:-1], -1, 2)
-    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    """The inverse of `_join`."""
-    as_bytes = words.contiguous().view(torch.uint8)
-    return torch.stack((as_bytes & 15, as_bytes >> 4), dim=-1).flatten(-2)

@@ -15,7 +15,7 @@ import torch
 from marlin_tools.ops.linear.layout import GROUP_SIZES, LEVELS, TILE_K, TILE_N, WORDS
 from marlin_tools.ops.runtime.kernel import ELEMENTS, MAP_BYTES, Arguments, Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY, capability_of
-from marlin_tools.quantized import ZERO
+from marlin_tools.quantized import ZERO, dtype_name
 
 PROBLEM = Arguments(
     "Problem",
@@ -263,7 +263,7 @@ def dequantizing_kernel(family: str, dtype: torch.dtype, target: str, group: int
     parts = [*(["24"] if family == "w24a16" else []), *([f"g{group}"] if group < TILE_K else [])]
     types = types_of(dtype, dtype, dtype)
     return Kernel(
-        "-".join(["dequantize", *parts, str(dtype).removeprefix("torch.")]),
+        "-".join(["dequantize", *parts, dtype_name(dtype)]),
         target,
         f"{family}/dequantize.cu",
         f"dequantize_kernel<{types}, {group}>" if family == "w4a16" else f"dequantize_kernel<{types}>",
@@ -277,7 +277,7 @@ def product_kernel(family: str, tile: Tile, dtype: torch.dtype, target: str, gro
     """What multiplies with a tile."""
     capability = capability_of(target)
     return Kernel(
-        "-".join([family, tile.name, str(dtype).removeprefix("torch."), f"g{group}" if group else "column"]),
+        "-".join([family, tile.name, dtype_name(dtype), f"g{group}" if group else "column"]),
         target,
         f"{family}/{tile.kernel}.cu",
         f"{tile.kernel}_kernel<{tile.expression(capability)}, {types_of(dtype, dtype, dtype)}, {group}>",

@@ -15,7 +15,7 @@ from marlin_tools.ops.linear.dispatch import CUBLAS
 from marlin_tools.ops.linear.hopper import HopperPlan
 from marlin_tools.ops.linear.layout import SPARSE_GROUP_SIZES, TILE_N
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.plan import LEAST_BUSY, Plan, PortablePlan
+from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan
 from marlin_tools.ops.linear.sparse_layout import WORDS, PackedSparse
 from marlin_tools.ops.linear.sparse_tiles import SparseTile, sparse_kernel
 from marlin_tools.ops.linear.tiles import dequantizing_kernel
@@ -81,7 +81,7 @@ def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     return sparse_kernel(choice, dtype, target, group)
 
 
-def _plan(tile: SparseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
+def _plan(tile: SparseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
     if tile.kernel == "hopper":
         return _SparseHopperPlan(tile, function, x, codes, out_features)
     return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)

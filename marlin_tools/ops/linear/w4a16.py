@@ -14,7 +14,7 @@ from marlin_tools.ops.linear.decomposition import Decomposition
 from marlin_tools.ops.linear.hopper import HopperPlan
 from marlin_tools.ops.linear.layout import GROUP_SIZES, WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.plan import LEAST_BUSY, Plan, PortablePlan
+from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan
 from marlin_tools.ops.linear.tiles import DenseTile, dense_kernel, dequantizing_kernel
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
@@ -41,7 +41,7 @@ def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     return dense_kernel(choice, dtype, target, group)
 
 
-def _plan(tile: DenseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> Plan:
+def _plan(tile: DenseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
     if tile.kernel == "hopper":
         return HopperPlan(tile, function, x, codes, out_features)
     return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)

@@ -22,6 +22,7 @@ from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
 from marlin_tools.ops.runtime.scratch import COUNTER_BYTES, scratch_for
 from marlin_tools.ops.runtime.target import target_of
+from marlin_tools.quantized import dtype_name
 
 HEAD_SIZES = (64, 128, 256)
 """Elements per head that the kernels know."""
@@ -46,7 +47,7 @@ def _kernel(kind: str, file: str, dtype: torch.dtype, target: str, threads: int,
     """All wait by themselves for the kernel before them. `sizes` are template parameters."""
     mirrors = [("kThreads", threads), *([("kThreads * kMostVectors * 8", MOST_COLUMNS)] if kind == "add_norm" else [])]
     return Kernel(
-        "-".join([kind, *(["x".join(map(str, sizes))] if sizes else []), str(dtype).removeprefix("torch.")]),
+        "-".join([kind, *(["x".join(map(str, sizes))] if sizes else []), dtype_name(dtype)]),
         target,
         f"decode/{file}.cu",
         f"{kind}_kernel<{', '.join([ELEMENTS[dtype], *map(str, sizes)])}>",

@@ -11,6 +11,7 @@ from torch import Tensor
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
 from marlin_tools.ops.runtime.target import target_of
+from marlin_tools.quantized import dtype_name
 
 HEAD_SIZES = (64, 128, 256)
 """Elements per head that there are kernels for."""
@@ -25,7 +26,7 @@ _ARGUMENTS = Arguments(
 @cache
 def _kernel(dtype: torch.dtype, head: int, target: str) -> Kernel:
     return Kernel(
-        f"rotate-{head}-{str(dtype).removeprefix('torch.')}",
+        f"rotate-{head}-{dtype_name(dtype)}",
         target,
         "stream/rotate.cu",
         f"rotate_kernel<{ELEMENTS[dtype]}, {head}>",

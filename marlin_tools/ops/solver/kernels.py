@@ -193,7 +193,7 @@ def sweep_block(
 
 
 @dataclass(frozen=True)
-class Polished:
+class PolishState:
     """What a polish works on, changed in place.
 
     `errors` is weight minus value, `scales` [N, groups]; codes stay where `mask` is False.
@@ -206,7 +206,7 @@ class Polished:
     mask: Tensor | None = None
 
 
-def descend_block(state: Polished, gradient_nb: Tensor, hessian_kk: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+def descend_block(state: PolishState, gradient_nb: Tensor, hessian_kk: Tensor, start: int, dtype: torch.dtype) -> Tensor:
     """Refit the scales of the groups of one block, then its codes; returns by how much the errors changed [N, B]."""
     n, k = state.weight.shape
     width = min(BLOCK, k - start)
