@@ -23,9 +23,24 @@ TABLES = (".jsonl", ".parquet")
 LARGEST = 4 << 30
 """Bytes of a file; all of it is in memory."""
 
+LONGEST_LINE = 1 << 20
+"""Characters between two line ends: a hundred times the longest of C4."""
+
 
 def read_text(path: Path) -> str:
     """The whole file as UTF-8 text, line ends untouched; a byte order mark is no part of it."""
+    return _with_lines(str(path), _content(path))
+
+
+def _with_lines(place: str, text: str) -> str:
+    """The text, if no line of it is so long that a tokenizer would take minutes for it."""
+    if len(text) > LONGEST_LINE and (longest := max(map(len, text.split("\n")))) > LONGEST_LINE:
+        message = f"`{place}`: a line of {longest} characters, at most {LONGEST_LINE} are read"
+        raise DataError(message, hint="break the text into lines")
+    return text
+
+
+def _content(path: Path) -> str:
     try:
         content = read_bounded(path, DataError, "name an ordinary file, or split it", limit=LARGEST)
         text = content.decode("utf-8").removeprefix("\ufeff")
@@ -49,7 +64,7 @@ def read_rows(path: Path) -> Rows:
 
 def _json_rows(path: Path) -> Rows:
     # Only "\n" ends a line: str.splitlines would also cut at the separators that JSON allows inside strings.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_content(path).split("\n"), start=1):
         if not line.strip():
             continue
         row = parse(line, f"{path}:{number}", DataError, "a `.jsonl` file has one JSON object per line")
@@ -109,4 +124,5 @@ def _string(place: str, row: dict[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise DataError(f"`{place}`: `{column}` is {type(value).__name__}, not a string", hint="remove or repair the row")
+    _with_lines(place, value)
     return value

@@ -37,6 +37,10 @@ class FakeCheckpoint:
     model_tokenizer: PreTrainedTokenizerFast
     config: dict[str, Any] = field(default_factory=lambda: {"vocab_size": 257, "max_position_embeddings": 64})
 
+    @property
+    def text_config(self) -> dict[str, Any]:
+        return self.config
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self.model_tokenizer
 

@@ -126,3 +126,14 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="no parquet file"):
         list(read_rows(path))
+
+
+def test_a_line_that_a_tokenizer_would_take_minutes_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("short\n" + "x" * 20_000_000)
+    with pytest.raises(DataError, match="a line of 20000000 characters"):
+        read_text(tmp_path / "x.txt")
+    (tmp_path / "x.jsonl").write_text('{"text": "' + "x" * 2_000_000 + '"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:1`: a line of 2000000 characters"):
+        list(documents(read_rows(tmp_path / "x.jsonl")))
+    (tmp_path / "book.jsonl").write_text('{"text": "' + "a line\\n" * 300_000 + '"}\n')
+    assert 1 == len(list(documents(read_rows(tmp_path / "book.jsonl"))))
