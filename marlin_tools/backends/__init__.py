@@ -77,6 +77,13 @@ BACKENDS = {
         "marlin_tools.backends.native:build", ("cuda",), 4.25, "our kernels", "marlin_tools.backends.native:obstacle"
     ),
     "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
+    "torch-int4": Backend(
+        "marlin_tools.backends.torch_int4:build",
+        ("cpu",),
+        4.25,
+        "torch's INT4 product",
+        "marlin_tools.backends.torch_int4:obstacle",
+    ),
     "reference-packed": Backend(
         "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
     ),
@@ -91,10 +98,13 @@ def load(
     dtype: torch.dtype | None = None,
     emit: Emit = silent,
 ) -> "PreTrainedModel":
-    """A transformers model, ready to run. `dtype` is float32 on a CPU and the checkpoint's own on a GPU unless it is given."""
+    """A transformers model, ready to run. `dtype` is float32 on a CPU (bfloat16 for `torch-int4`) and the checkpoint's own on a
+    GPU unless it is given.
+    """
     checkpoint = expanded(Checkpoint.open(model))
     place = pick_device(device)
-    dtype = dtype or (torch.float32 if place.type == "cpu" else checkpoint.dtype)
+    usual = torch.bfloat16 if backend == "torch-int4" else torch.float32
+    dtype = dtype or (usual if place.type == "cpu" else checkpoint.dtype)
     empty = shell(checkpoint, dtype)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
     name, reason = choose_backend(backend, empty, linears, place)

@@ -6,7 +6,7 @@
 transformers finds quantizers by `quant_method`. `register` takes over those of our formats: a checkpoint that we can read gets
 a `StoredConfig` and with it our quantizer, any other one what transformers had before. While a model loads, each quantised
 linear is a `Waiting` module with the tensors that the checkpoint has for it; then it becomes the linear of `backends`: our
-kernels on a GPU, the packed reference on a CPU. `save_pretrained` writes the same tensors again.
+kernels on a GPU, torch's INT4 product on a CPU in bfloat16, else the packed reference. `save_pretrained` writes the same again.
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from marlin_tools import ops
-from marlin_tools.backends import native, reference
+from marlin_tools.backends import native, reference, torch_int4
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.formats import READABLE, find_format
 from marlin_tools.formats.format import Format
@@ -158,7 +158,8 @@ class PackedQuantizer(HfQuantizer):
         if device.type == "cuda" and not fits:
             _log.warning("`%s` runs on the reference: %s", name, reason or f"activations are {dtype}")
         bias = None if module.bias is None else module.bias.detach()
-        built = (native.build if fits else reference.at_call)(weight, bias, device, dtype)
+        build = native.build if fits else torch_int4.build if device.type == "cpu" else reference.at_call
+        built = build(weight, bias, device, dtype)
         if (hook := getattr(module, "_hf_hook", None)) is not None:
             from accelerate.hooks import add_hook_to_module
 
@@ -189,7 +190,7 @@ def _weight(module: nn.Module) -> QuantizedLinear | None:
         packed = module.weight
         assert isinstance(packed, ops.PackedWeight)
         return ops.unpack(packed)
-    return module.weight() if isinstance(module, reference.PackedLinear) else None
+    return module.weight() if isinstance(module, reference.PackedLinear | torch_int4.TorchInt4Linear) else None
 
 
 def _headers(files: Sequence[str], stored_as: Format) -> Iterator[tuple[str, dict[str, tuple[Sequence[int], torch.dtype]]]]:

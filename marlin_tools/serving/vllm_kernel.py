@@ -86,7 +86,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
             reason = _obstacle(c)
             if reason is None:
                 with _plain_torch():
-                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=max(c.group_size, 0))
+                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=_group(c))
             if reason is not None:
                 TALLY.refuse(_shape(c), reason)
             return reason is None, reason
@@ -158,11 +158,17 @@ def _obstacle(c: MPLinearLayerConfig) -> str | None:
     return ops.limits(inputs, inputs if c.group_size == -1 else c.group_size)
 
 
+def _group(c: MPLinearLayerConfig) -> int:
+    """Inputs that share a scale, 0 if all of a rank's do."""
+    size: int = c.group_size
+    return 0 if size in (-1, c.partition_weight_shape[0]) else size
+
+
 def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
     inputs = c.partition_weight_shape[0]
     if ops.limits(inputs, inputs if c.group_size == -1 else c.group_size, sparse=True) is not None:
         return False
-    reason = unfit(device_index, c.act_type, sparse=True, group=max(c.group_size, 0))
+    reason = unfit(device_index, c.act_type, sparse=True, group=_group(c))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)
     return reason is None

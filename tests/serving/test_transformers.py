@@ -93,6 +93,17 @@ def test_saving_writes_the_same_checkpoint(stored, layout, tmp_path):
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+def test_bfloat16_runs_on_torch_s_product(stored, tmp_path):
+    folder, weights = stored("gptq")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    kinds = {type(model.get_submodule(name)).__name__ for name in weights}
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+
+    assert kinds == {"TorchInt4Linear"}
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(("qweight", "scales")))
+
+
 def test_a_device_map_may_name_the_cpu(stored, layout):
     folder, _ = stored(layout)
 

@@ -1,0 +1,124 @@
+"""`packed_linear`: tensors alone say what to compute. And what engines do before they use it: compile ahead, share scratch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from marlin_tools import ops
+from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
+from marlin_tools.ops.runtime import ahead, scratch
+from marlin_tools.quantized import ZERO, QuantizedLinear
+
+
+def make(*, sparse, n=72, k=256):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (n, k // 4, 4), dtype=torch.uint8, generator=generator)
+    if sparse:
+        codes.scatter_(2, torch.rand(codes.shape, generator=generator).argsort(dim=2)[..., :2], ZERO)
+    weight = QuantizedLinear(codes.view(n, k), (torch.randn((n, 2), generator=generator) * 0.02).half(), 128)
+    return (ops.pack_sparse if sparse else ops.pack)(weight)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("shape", [(256,), (0, 256), (3, 256), (2, 3, 256)])
+def test_the_tiles_say_which_operation_it_is(sparse, shape):
+    packed, x, bias = make(sparse=sparse), torch.randn(shape).half(), torch.randn(72).half()
+    other = ops.sparse_linear if sparse else ops.linear
+
+    y = packed_linear(x, packed.codes, packed.scales, exponent_tensor(packed), bias, 72)
+
+    assert torch.equal(y, other(x.reshape(-1, 256), packed, bias).view(*shape[:-1], 72))
+
+
+def test_other_tiles_are_refused():
+    packed = make(sparse=False)
+    with pytest.raises(ValueError, match="codes have 512 words a tile"):
+        packed_linear(torch.randn(1, 256).half(), packed.codes[..., :512], packed.scales, exponent_tensor(packed), None, 72)
+
+
+def test_the_operator_is_sound():
+    packed = make(sparse=True)
+    operands = torch.randn(3, 256).half(), packed.codes, packed.scales, exponent_tensor(packed), None, 72
+
+    torch.library.opcheck(torch.ops.marlin_tools.packed_linear.default, operands)
+
+
+class Cache:
+    """Holds what was compiled."""
+
+    def __init__(self, *held):
+        self.held = set(held)
+
+    def has(self, kernel):
+        return kernel in self.held
+
+    def get(self, kernel):
+        assert kernel not in self.held
+        self.held.add(kernel)
+
+
+def test_only_what_is_missing_is_compiled_ahead():
+    cache = Cache("a")
+
+    assert ahead.compile_ahead(["a", "b", "c"], cache) == 2
+    assert ahead.compile_ahead(["a", "b", "c"], cache) == 0
+    assert cache.held == {"a", "b", "c"}
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Scratch without a GPU: what is made, and whether a capture is on."""
+    state = SimpleNamespace(capturing=False, capture=1, made=[])
+
+    def make_scratch(size, _device):
+        state.made.append(torch.zeros(size, dtype=torch.uint8))
+        return state.made[-1]
+
+    monkeypatch.setattr(scratch, "_make", make_scratch)
+    monkeypatch.setattr(scratch.torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(scratch.torch.cuda, "synchronize", lambda _device: None)
+    monkeypatch.setattr(scratch.driver, "capture_id", lambda _stream: state.capture)
+    for name, empty in (("_by_stream", {}), ("_by_capture", {}), ("_sharing", set()), ("_captured", {})):
+        monkeypatch.setattr(scratch, name, empty)
+    return state
+
+
+def captured(streams, need=10):
+    streams.capturing = True
+    streams.capture += 1
+    address = scratch.scratch_for(0, 7, need)
+    streams.capturing = False
+    return address
+
+
+def test_each_capture_has_its_own(streams):
+    eager = scratch.scratch_for(0, 7, 10)
+
+    assert len({eager, captured(streams), captured(streams)}) == 3
+
+
+def test_graphs_that_are_replayed_one_at_a_time_share(streams):
+    scratch.share_among_captures(0)
+    eager = scratch.scratch_for(0, 7, 10)
+
+    assert {captured(streams), captured(streams)} == {eager}
+    assert len(streams.made) == 1
+
+
+def test_what_was_not_warmed_up_is_made_in_the_capture(streams):
+    scratch.share_among_captures(0)
+    eager = scratch.scratch_for(0, 7, 10)
+
+    assert captured(streams, need=1000) != eager
+
+
+def test_a_graph_keeps_the_memory_that_it_knows(streams):
+    scratch.share_among_captures(0)
+    scratch.scratch_for(0, 7, 10)
+    address = captured(streams)
+    scratch.scratch_for(0, 7, 1000)
+    scratch.forget(0)
+
+    assert address in scratch._captured
+    assert scratch._by_stream == {}
