@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": INNER, "decoder_sparse_step": 1},
     "qwen3_moe": {**EXPERTS, "mlp_only_layers": [0]},
     "qwen3_next": {**EXPERTS, **DELTA, "shared_expert_intermediate_size": INNER},
+    "qwen3_5_moe_text": {**EXPERTS, **DELTA, "shared_expert_intermediate_size": INNER},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "deepseek_v3": {
         "moe_intermediate_size": INNER,
