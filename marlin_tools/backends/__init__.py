@@ -77,15 +77,15 @@ BACKENDS = {
         "marlin_tools.backends.native:build", ("cuda",), 4.25, "our kernels", "marlin_tools.backends.native:obstacle"
     ),
     "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
+    "reference-packed": Backend(
+        "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
+    ),
     "torch-int4": Backend(
         "marlin_tools.backends.torch_int4:build",
         ("cpu",),
         4.25,
         "torch's INT4 product",
         "marlin_tools.backends.torch_int4:obstacle",
-    ),
-    "reference-packed": Backend(
-        "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
     ),
 }
 
