@@ -24,8 +24,8 @@ from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.crew import assembled
 from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
+from marlin_tools.distributed.team import assembled
 from marlin_tools.errors import ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
@@ -123,24 +123,24 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
         raise ModelError(f"`{settings.shape}` has {blocks} blocks, fewer than {settings.layers}", hint="lower `--layers`")
     device = pick_device(settings.device)
     before = _process_seconds()
-    with assembled(device) as crew, tempfile.TemporaryDirectory(dir=folder, prefix="marlin-tools-bench-") as own:
-        emit = emit if crew.leads else silent
-        place = crew.lines(own)[0]
+    with assembled(device) as team, tempfile.TemporaryDirectory(dir=folder, prefix="marlin-tools-bench-") as own:
+        emit = emit if team.leads else silent
+        place = team.lines(own)[0]
         model = Path(place) / "model"
         begin = time.perf_counter()
         config = CARDS[repository] | ({"num_hidden_layers": settings.layers} if settings.layers else {})
-        if crew.leads:
+        if team.leads:
             write_random_model(config, model, device)
-        crew.wait()
+        team.wait()
         making = time.perf_counter() - begin
         emit(Event("note", f"made {settings.shape} with random weights in {making:.0f} s; the tokens are random, too"))
         checkpoint, watch, manifest = _measure(settings, model, Path(place) / "out", device, emit)
         process = before + time.perf_counter() - begin - making
         parts = tuple(_parts(checkpoint, settings, watch.seconds(), device))
-        crew.lines("done")  # nobody takes anything away before all have read it
+        team.lines("done")  # nobody takes anything away before all have read it
     return QuantizeBench(
         settings=settings,
-        device=describe_device(device) + (f", {crew.size} processes (floors are those of one)" if crew.size > 1 else ""),
+        device=describe_device(device) + (f", {team.size} processes (floors are those of one)" if team.size > 1 else ""),
         layers=int(config["num_hidden_layers"]),
         of=blocks,
         process=process,

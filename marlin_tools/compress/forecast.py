@@ -18,8 +18,8 @@ from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.algorithms.solution import SLAB
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
-from marlin_tools.distributed.crew import ALONE, PARTS, SLABS, Crew, expected
 from marlin_tools.distributed.device import matmul_rate, peak_memory
+from marlin_tools.distributed.team import ALONE, PARTS, SLABS, Team, expected
 from marlin_tools.errors import DeviceError, OutputError
 from marlin_tools.stream.activations import Room
 from marlin_tools.stream.inventory import Inventory, Target
@@ -134,7 +134,7 @@ def forecast_quantize(
     sparse: bool = False,
 ) -> Forecast:
     """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
-    load = _Load(tokens, longest, 0.52, "quantised", timed=isinstance(solver, GPTQ) and not sparse, crew=expected())
+    load = _Load(tokens, longest, 0.52, "quantised", timed=isinstance(solver, GPTQ) and not sparse, team=expected())
     return _forecast(checkpoint, inventory, solver, load, device)
 
 
@@ -169,22 +169,22 @@ class _Load:
     done: str
     timed: bool = False
     trained: bool = False
-    crew: Crew = ALONE
+    team: Team = ALONE
 
     @property
     def rows(self) -> int:
         """Among how many the rows are shared."""
-        return min(self.crew.size, SLABS)
+        return min(self.team.size, SLABS)
 
     @property
     def walks(self) -> int:
         """How often the columns are walked along for the rows of one process."""
-        return SLABS // self.rows if self.crew.cuts else 1
+        return SLABS // self.rows if self.team.cuts else 1
 
     def share(self, part: str) -> int:
         """Among how many a part of the work is shared."""
         by_text = {"forward", "hessian", "drift"}
-        return self.crew.size if part in by_text else 1 if part == "factor" else self.rows
+        return self.team.size if part in by_text else 1 if part == "factor" else self.rows
 
 
 def _forecast(
@@ -205,7 +205,7 @@ def _forecast(
         linears=len(inventory.targets),
         kept=len(inventory.kept),
         done=load.done,
-        processes=load.crew.size,
+        processes=load.team.size,
     )
 
 
@@ -216,18 +216,18 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
     weights = work.weights * element * (1 + on_gpu + bool(solver.drift))
     if isinstance(solver, RTN) or not work.tokens:
         return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
-    tokens = work.tokens // load.crew.size
+    tokens = work.tokens // load.team.size
     flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + load.trained)
     room = Room.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else Room()
     residual = flowing if room.residual else 0
     chunk = min(max(CHUNK_TOKENS, work.longest), tokens) * element
-    sums = (PARTS // load.crew.size).bit_length() if load.crew.cuts else 0
+    sums = (PARTS // load.team.size).bit_length() if load.team.cuts else 0
     most = 0
     for group in work.groups:
         k = group[0].k if group else 0
         inner = min(room.inner, tokens * k * element)
         kept = inner if len(group) == 1 else residual if room.inputs else 0
-        solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.crew.cuts else 1) if group else 0
+        solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.team.cuts else 1) if group else 0
         summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
     return weights + most

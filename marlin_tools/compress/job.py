@@ -21,8 +21,8 @@ from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
 from marlin_tools.compress.shards import Shards
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.crew import ALONE, Crew
 from marlin_tools.distributed.device import describe_device
+from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event
 from marlin_tools.settings import Settings
@@ -54,7 +54,7 @@ class Job:
     facts      what else the manifest records
     config     what config.json says about how the linears are stored; None if as in the original
     original   whether the original model runs alongside
-    crew       the processes that do it; the first one writes
+    team       the processes that do it; the first one writes
     """
 
     stage: str
@@ -67,7 +67,7 @@ class Job:
     config: dict[str, Any] | None
     device: torch.device
     original: bool
-    crew: Crew = ALONE
+    team: Team = ALONE
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +79,7 @@ class Job:
             solver=self.solver.model_dump(),
             device=self.device.type,
             torch=torch.__version__,
-            **({"cut": True} if self.crew.cuts else {}),
+            **({"cut": True} if self.team.cuts else {}),
             **self.identity,
         )
 
@@ -88,20 +88,20 @@ def compress(
     job: Job, method: Method, store: Store, out: str | Path, emit: Emit, *, overwrite: bool, resume: bool
 ) -> Checkpoint:
     """Do the work into the directory `out`. Too little GPU memory: again with smaller chunks, from where it stopped."""
-    plan, crew, begin = job.prepared, job.crew, time.perf_counter()
+    plan, team, begin = job.prepared, job.team, time.perf_counter()
     for name, reason in plan.inventory.kept.items():
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     check_output(out, (plan.checkpoint.path,), overwrite=True)
     plan.forecast.check(Path(out))
     check_finite(plan.inventory.checkpoint, sorted(plan.inventory.kept_tensors))
-    run = job.fingerprint if crew.leads else ""
-    finished = crew.leads and not overwrite and holds(Path(out), run)
-    if crew.decide(choice=finished):
+    run = job.fingerprint if team.leads else ""
+    finished = team.leads and not overwrite and holds(Path(out), run)
+    if team.decide(choice=finished):
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
     output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=(plan.checkpoint.path,))
-    with output if crew.leads else nullcontext():
-        journal = Journal(output, run) if crew.leads else None
+    with output if team.leads else nullcontext():
+        journal = Journal(output, run) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
         shards = Shards(plan.inventory, writer, journal, job.device)
         tokens = CHUNK_TOKENS
@@ -109,14 +109,14 @@ def compress(
             try:
                 stream = _stream(job, tokens)
                 shards.start()
-                compress_blocks(stream, method, store, shards, crew, emit)
+                compress_blocks(stream, method, store, shards, team, emit)
                 break
             except torch.OutOfMemoryError as error:
                 tokens = _fewer(job, tokens, error, emit)
-        if crew.leads:
+        if team.leads:
             writer.finish(plan.checkpoint, job.config)
             _publish(job, output, run, shards.entries, time.perf_counter() - begin, emit)
-        crew.wait()
+        team.wait()
     return Checkpoint.open(out)
 
 
@@ -129,14 +129,14 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             job.device,
             with_original=job.original,
             chunk_tokens=chunk_tokens,
-            crew=job.crew,
+            team=job.team,
         )
 
 
 def _fewer(job: Job, tokens: int, error: torch.OutOfMemoryError, emit: Emit) -> int:
     """How many tokens to try at a time after the device has run out of memory; raises if they cannot be fewer."""
     longest = job.tokens.longest if job.tokens else tokens
-    if tokens <= longest or job.crew.size > 1:
+    if tokens <= longest or job.team.size > 1:
         raise DeviceError(
             f"`{job.device}` lacks memory even for {tokens} tokens at a time: {str(error).split('.')[0]}",
             hint="use fewer or shorter samples (`--num-samples`, `--seqlen`), or another `--device`",
@@ -156,7 +156,7 @@ def _publish(job: Job, output: OutputDirectory, run: str, entries: list[dict[str
     for warning in warnings:
         emit(Event("warning", warning))
     comparison = plan.forecast.compare(seconds)
-    times = comparison | {"blocks_s": [entry["seconds"] for entry in entries], "processes": job.crew.size}
+    times = comparison | {"blocks_s": [entry["seconds"] for entry in entries], "processes": job.team.size}
     facts = {
         "fingerprint": run,
         "model": {"origin": plan.checkpoint.origin, "fingerprint": plan.checkpoint.fingerprint},

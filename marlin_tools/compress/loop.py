@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.solution import Problem, Solution, slabs
 from marlin_tools.compress.shards import Shards
-from marlin_tools.distributed.crew import Crew
+from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
 from marlin_tools.stopwatch import span
@@ -58,11 +58,11 @@ class Store(Protocol):
 
 
 @torch.no_grad()
-def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: Shards, crew: Crew, emit: Emit) -> None:
+def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: Shards, team: Team, emit: Emit) -> None:
     """For each block, for each group: solve, replace, write. Processes share the rows of every weight; the first one writes."""
     with Background("writer") as behind:
         for block in stream:
-            if crew.decide(choice=shards.finished(block.index)):
+            if team.decide(choice=shards.finished(block.index)):
                 behind.wait()  # what the blocks have recorded is in their order
                 shards.restore(block, store.suffixes, store.weight)
                 emit(Event("progress", "blocks", block.index + 1, len(stream)))
@@ -77,10 +77,10 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 problem, weight = method.problem(group), group.stacked()
                 n, k = weight.shape
                 parts = []
-                for own in crew.rows(n):
+                for own in team.rows(n):
                     for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
                         parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
-                solution = Solution.join(parts).map(lambda own, n=n: crew.gather(own, n))  # type: ignore[misc]
+                solution = Solution.join(parts).map(lambda own, n=n: team.gather(own, n))  # type: ignore[misc]
                 for name, rows in group.rows():
                     facts[name] = group.facts
                     solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
@@ -88,7 +88,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
             found: dict[str, Any] = {}
             if method.refine and entering is not None:
                 solutions, found = method.refine(block, entering, solutions)
-            if crew.leads:
+            if team.leads:
                 records = [
                     record_of(name, each) | method.note(name, each) | facts[name] | found for name, each in solutions.items()
                 ]
@@ -96,7 +96,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                     stored = {f"{n}.{s}": t for n, each in solutions.items() for s, t in store.tensors(n, each).items()}
                 behind.hand_over(shards.writing(block.index, stored, records))
             emit(Event("progress", "blocks", block.index + 1, len(stream)))
-        if crew.leads:
+        if team.leads:
             behind.hand_over(shards.write_rest)
             if stream.hidden is not None:
                 behind.hand_over(shards.writing_reference(stream))

@@ -18,8 +18,8 @@ from marlin_tools.compress.forecast import forecast_quantize
 from marlin_tools.compress.job import Job, Prepared, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.crew import Crew, assembled
 from marlin_tools.distributed.device import describe_device, pick_device
+from marlin_tools.distributed.team import Team, assembled
 from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
@@ -171,11 +171,11 @@ def quantize(
     if solver.needs_data and tokens is None:
         raise ValueError("this algorithm needs calibration tokens")
     device = pick_device(settings.device)
-    with assembled(device) as crew:
-        emit = emit if crew.leads else silent
+    with assembled(device) as team:
+        emit = emit if team.leads else silent
         emit(Event("stage", "quantize"))
         seen = tokens if solver.needs_data else None
-        _introduce(crew, seen, device, emit)
+        _introduce(team, seen, device, emit)
         plan = (
             model
             if isinstance(model, Prepared)
@@ -191,20 +191,20 @@ def quantize(
         config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
         facts = {"format": settings.format}
         drifts = solver.drift > 0
-        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, crew)
-        method = _method(settings, plan.checkpoint.dtype, crew)
+        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, team)
+        method = _method(settings, plan.checkpoint.dtype, team)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
-def _introduce(crew: Crew, seen: TokenSet | None, device: torch.device, emit: Emit) -> None:
+def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Emit) -> None:
     """Say which process does what, if there are several."""
-    windows = sum(len(part) for part in crew.share(seen.sequences)) if seen else 0
-    for line in crew.lines(f"process {crew.rank}: {device}, {describe_device(device)}, {windows} calibration sequences"):
-        if crew.cuts:
+    windows = sum(len(part) for part in team.share(seen.sequences)) if seen else 0
+    for line in team.lines(f"process {team.rank}: {device}, {describe_device(device)}, {windows} calibration sequences"):
+        if team.cuts:
             emit(Event("note", line))
 
 
-def _method(settings: QuantizeSettings, dtype: torch.dtype, crew: Crew) -> Method:
+def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
     solver, were_sparse = settings.solver, dict[str, bool]()
 
@@ -217,7 +217,7 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, crew: Crew) -> Metho
             mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
         k = group.weight(first).shape[1]
         group_size = settings.group_size if settings.group_size > 0 else k
-        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, crew)
+        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
         if settings.sparsity:

@@ -9,10 +9,10 @@ from torch import Tensor
 from marlin_tools.ops.solver.cholesky import blocks_of, inverse_of
 
 if TYPE_CHECKING:
-    from marlin_tools.distributed.crew import Crew
+    from marlin_tools.distributed.team import Team
 
 
-def shared_cholesky(matrix_kk: Tensor, crew: "Crew") -> tuple[Tensor, list[Tensor], Tensor]:
+def shared_cholesky(matrix_kk: Tensor, team: "Team") -> tuple[Tensor, list[Tensor], Tensor]:
     """The same by all processes together, with the same bits however many they are: each keeps every so-manyth block of columns
     up to date, and tells the others when it is done."""
     failed, inverses = torch.zeros(1, device=matrix_kk.device), []
@@ -24,10 +24,10 @@ def shared_cholesky(matrix_kk: Tensor, crew: "Crew") -> tuple[Tensor, list[Tenso
             matrix_kk[: part.stop, part].addmm_(late[: part.stop], late[part].T, alpha=-1)
 
     for number, block in reversed(list(enumerate(blocks))):
-        before, width, mine = slice(0, block.start), block.stop - block.start, blocks[crew.rank : number : crew.size]
+        before, width, mine = slice(0, block.start), block.stop - block.start, blocks[team.rank : number : team.size]
         column_kb, inverse_bb = matrix_kk.new_empty(block.stop, width), matrix_kk.new_empty(width, width)
-        owner = number % crew.size
-        if owner == crew.rank:
+        owner = number % team.size
+        if owner == team.rank:
             update([block])  # first of all: the others wait for it, and have their own to update meanwhile
             lower, info = torch.linalg.cholesky_ex(matrix_kk[block, block].flip(0, 1))
             failed += info.abs()
@@ -37,10 +37,10 @@ def shared_cholesky(matrix_kk: Tensor, crew: "Crew") -> tuple[Tensor, list[Tenso
         else:
             update(mine)
         for tensor in (column_kb, inverse_bb):
-            crew.tell(tensor, owner)
-        if owner == crew.rank:
+            team.tell(tensor, owner)
+        if owner == team.rank:
             update(mine)
         inverses.append(inverse_bb)
         matrix_kk[: block.stop, block] = late = column_kb
-    crew.add_up([failed])
+    team.add_up([failed])
     return matrix_kk.triu_(), inverses[::-1], failed

@@ -24,7 +24,7 @@ from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.checkpoint.expanded import expanded
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet, chunks_of
-from marlin_tools.distributed.crew import ALONE, Crew
+from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.families import Branch, Family
 from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
@@ -213,7 +213,7 @@ class _Recorder(nn.Module):
 
 
 class LayerStream:
-    """Iterate over the decoder blocks of `checkpoint`, feeding them with the crew's share of `tokens` (None: weights only).
+    """Iterate over the decoder blocks of `checkpoint`, feeding them with the team's share of `tokens` (None: weights only).
 
     `targets` are the full names of the linears to hand out (without `.weight`); all others keep their weights. With
     `with_original` the original model's activations flow alongside, so that the drift between the two can be seen.
@@ -228,7 +228,7 @@ class LayerStream:
         *,
         with_original: bool = False,
         chunk_tokens: int = CHUNK_TOKENS,
-        crew: Crew = ALONE,
+        team: Team = ALONE,
     ) -> None:
         self.checkpoint = checkpoint = expanded(checkpoint)
         self.targets = targets
@@ -245,10 +245,10 @@ class LayerStream:
         self._decoder = self.model.get_submodule(self.family.decoder)
         self._blocks: nn.ModuleList = getattr(self._decoder, self.family.blocks)
         if tokens is not None:
-            parts = [chunks_of(part, chunk_tokens) for part in crew.share(tokens.sequences)]
+            parts = [chunks_of(part, chunk_tokens) for part in team.share(tokens.sequences)]
             chunks = [chunk for part in parts for chunk in part]
             part_of = [number for number, part in enumerate(parts) for _ in part]
-            self._share = Share(crew, part_of, tokens.tokens)
+            self._share = Share(team, part_of, tokens.tokens)
             self.room = self._room_for(sum(chunk.numel() for chunk in chunks) * (2 if with_original else 1))
             self.hidden = self._embed(chunks)
         self.original = self.hidden.copy() if self.hidden is not None and with_original else None

@@ -65,7 +65,7 @@ class RoutedWalk:
         room = _HOST_BYTES
         if weight.is_cuda:
             room = int(_MEMORY_SHARE * torch.cuda.get_device_properties(weight.device).total_memory)
-        if self._flow.share.crew.cuts:
+        if self._flow.share.team.cuts:
             room //= 4  # sums of several parts wait for each other
         while groups:
             count, left = 0, room
@@ -105,7 +105,7 @@ class RoutedWalk:
             for names in groups:
                 if numbers[names] is None:
                     watches[names].see(i, seen[names[0]], None)
-        share.crew.add_up([routed])
+        share.team.add_up([routed])
         counts = [int(count) for count in routed.tolist()]
         found = []
         for names in groups:

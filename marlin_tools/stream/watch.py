@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.algorithms.hessian import Cross, Drift, Gram, Hessian
-from marlin_tools.distributed.crew import Crew, Pairs
+from marlin_tools.distributed.team import Pairs, Team
 from marlin_tools.ops.solver.products import Parts, lower, product
 from marlin_tools.stopwatch import span
 
@@ -19,12 +19,12 @@ _PANEL = 4096
 class Share:
     """This process's share of the text.
 
-    crew      all processes
+    team      all processes
     part_of   which part of the text each chunk belongs to
     tokens    how many tokens all processes have together
     """
 
-    crew: Crew
+    team: Team
     part_of: Sequence[int]
     tokens: int
 
@@ -98,18 +98,18 @@ class Watch:
 
     def _add_up(self, seen: _Seen) -> None:
         """What this process has seen, and then what all have: as much of it as each needs."""
-        crew = self._share.crew
+        team = self._share.team
         self._pairs.total()
-        crew.add_up(lower(seen.gram.total))
+        team.add_up(lower(seen.gram.total))
         if seen.cross is not None:
-            crew.add_up_rows(seen.cross.total)
+            team.add_up_rows(seen.cross.total)
         if seen.inputs is not None:
-            crew.add_up([seen.inputs])
+            team.add_up([seen.inputs])
 
     def _counted(self, device: torch.device) -> int:
         """Tokens that all processes have seen."""
         count = torch.tensor([float(self.tokens or 0)], dtype=torch.float64, device=device)
-        self._share.crew.add_up([count])
+        self._share.team.add_up([count])
         return int(count)
 
     def hessian(self) -> Hessian:
@@ -134,7 +134,7 @@ class Watch:
         if self._closing is None:
             return Hessian(hessian.matrix, hessian.tokens, Drift(inputs=owed))
         with span("drift"):
-            for rows in self._share.crew.rows(len(owed)):  # nobody needs the others
+            for rows in self._share.team.rows(len(owed)):  # nobody needs the others
                 weight = Parts.of(self._closing.weight[rows])
                 for start in range(0, owed.shape[1], _PANEL):
                     panel = slice(start, start + _PANEL)

@@ -32,6 +32,7 @@ from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device, processes
+from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
@@ -40,7 +41,7 @@ from marlin_tools.stage import Outlook, Planned, Stage, Work
 from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
-from marlin_tools.training.parallel import Team, team
+from marlin_tools.training.parallel import shard, training_team
 from marlin_tools.training.sample import sample
 from marlin_tools.training.student import Reader, Student
 
@@ -197,8 +198,8 @@ def finetune(
     """Train `model`, with its 2:4 zeros, to do what its teacher does on `tokens`; the result goes to the directory `out`."""
     if tokens is None and not settings.sampled:
         raise ValueError("training needs tokens, given or sampled")
-    with team(pick_device(settings.device)) as crew:
-        say = emit if crew.leads else silent
+    with training_team(pick_device(settings.device)) as team:
+        say = emit if team.leads else silent
         say(Event("stage", "finetune"))
         plan = plan_finetune(model, settings)
         _check_sizes(tokens, settings)
@@ -209,7 +210,7 @@ def finetune(
             teacher=plan.teacher.fingerprint,
             tokens=tokens.fingerprint if tokens else None,
             settings=settings.model_dump(exclude={"stage", "device", "teacher", "text", "saves"}),
-            device=crew.device.type,
+            device=team.device.type,
             torch=torch.__version__,
         )
         if not overwrite and holds(Path(out), run):
@@ -217,13 +218,13 @@ def finetune(
             return Checkpoint.open(out)
         sources = plan.student.path, plan.teacher.path
         output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=sources)
-        with output if crew.leads else nullcontext():
-            if crew.leads:
+        with output if team.leads else nullcontext():
+            if team.leads:
                 Journal(output, run)
-            crew.wait()
-            work = _Work(plan, settings, crew, output, say)
+            team.wait()
+            work = _Work(plan, settings, team, output, say)
             work.run(tokens, run)
-            crew.wait()
+            team.wait()
         return Checkpoint.open(out)
 
 
@@ -246,8 +247,8 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
 class _Work:
     """One run of the stage."""
 
-    def __init__(self, plan: FinetunePlan, settings: FinetuneSettings, crew: Team, output: OutputDirectory, emit: Emit) -> None:
-        self.plan, self.settings, self.crew, self.output, self.emit = plan, settings, crew, output, emit
+    def __init__(self, plan: FinetunePlan, settings: FinetuneSettings, team: Team, output: OutputDirectory, emit: Emit) -> None:
+        self.plan, self.settings, self.team, self.output, self.emit = plan, settings, team, output, emit
         self.family = plan.inventory.family
 
     def run(self, tokens: TokenSet | None, fingerprint: str) -> None:
@@ -260,23 +261,23 @@ class _Work:
         if self.settings.recompute:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
             student.model.train()
-        self.crew.shard(student.decoder, student.blocks)
+        shard(self.team, student.decoder, student.blocks)
         windows = torch.stack(text.sequences)
         held_out = windows[len(windows) - self.settings.held_out :]
         train = windows[: len(windows) - self.settings.held_out]
-        trainer = Trainer(student, Reader(teacher, self.family, every), (train, held_out), self.settings, self.crew)
+        trainer = Trainer(student, Reader(teacher, self.family, every), (train, held_out), self.settings, self.team)
         self._go_on(trainer)
         trainer.run(self.emit, lambda: self._save(trainer))
         self._write(student)
-        if self.crew.leads:
+        if self.team.leads:
             self._publish(trainer, text, fingerprint, time.perf_counter() - begin)
 
     def _teaching_type(self) -> torch.dtype:
         """The teacher computes in its own type; on a CPU in float32."""
-        return torch.float32 if self.crew.device.type == "cpu" else self.plan.teacher.dtype
+        return torch.float32 if self.team.device.type == "cpu" else self.plan.teacher.dtype
 
     def _model(self, checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
-        return fill(skeleton(checkpoint, dtype), checkpoint, None, _no_linear, self.crew.device, silent)
+        return fill(skeleton(checkpoint, dtype), checkpoint, None, _no_linear, self.team.device, silent)
 
     def _text(self, tokens: TokenSet | None, teacher: "PreTrainedModel") -> TokenSet:
         """What is given, and what the teacher writes; that is written once and kept with the state."""
@@ -284,12 +285,12 @@ class _Work:
             assert tokens is not None, "no text at all"
             return tokens
         kept = self.output.state / _SAMPLED
-        if self.crew.leads and not kept.is_file():
+        if self.team.leads and not kept.is_file():
             written = sample(
                 teacher, self.plan.teacher, self.settings.sampled, self.settings.seqlen, self.settings.seed, self.emit
             )
             written.save(kept)
-        self.crew.wait()
+        self.team.wait()
         written = TokenSet.load(kept)
         if tokens is None:
             return written
@@ -310,7 +311,7 @@ class _Work:
     def _save(self, trainer: Trainer) -> None:
         """All of the state in one file, which is replaced at once or not at all."""
         state = dict(trainer.state())
-        if self.crew.leads:
+        if self.team.leads:
             facts = json.dumps(trainer.facts()).encode()
             self.output.write_state_tensors(_STATE, {**state, "facts": torch.tensor(list(facts), dtype=torch.uint8)})
 
@@ -324,9 +325,9 @@ class _Work:
             trained = dict(student.tensors(prefix))
             names = sorted(name for name in left if name.startswith(prefix))
             left -= set(names)
-            if self.crew.leads:
+            if self.team.leads:
                 writer.write_shard(index, dict(self._stored(names, trained)))
-        if self.crew.leads:
+        if self.team.leads:
             writer.finish(source, None)
 
     def _stored(self, names: list[str], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -351,8 +352,8 @@ class _Work:
             "settings": self.settings.model_dump(mode="json", exclude={"stage", "text"}),
             "sparsity": "2:4",
             **history(plan.student.path),
-            "processes": self.crew.size,
-            "device": describe_device(self.crew.device),
+            "processes": self.team.size,
+            "device": describe_device(self.team.device),
             "steps": trainer.steps,
             "held_out_kl": trainer.measured,
             "linears": [{"name": name} for name in sorted(plan.sparse)],

@@ -15,11 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
 from marlin_tools.settings import Settings
 from marlin_tools.training.losses import Head, head_losses, square_head
-from marlin_tools.training.parallel import Team, fill_share, whole
+from marlin_tools.training.parallel import fill_share, whole
 from marlin_tools.training.student import Reader, Student
 
 _SPEAK_EVERY = 10

@@ -6,68 +6,42 @@ r, and gradients are averaged. The first process alone writes and speaks.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marlin_tools.distributed.crew import joined
 from marlin_tools.distributed.device import own_device, processes
+from marlin_tools.distributed.team import Team, joined
 
 _PATIENCE = timedelta(hours=12)
 """For how long a process waits for the others; the first one may have much text to write."""
 
 
-@dataclass(frozen=True)
-class Team:
-    """The processes that train together; `device` is this one's own."""
+def shard(team: Team, decoder: nn.Module, blocks: nn.ModuleList) -> None:
+    """Give every process its share of each block, and of the rest."""
+    if team.size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes."""
-        if self.size > 1:
-            dist.all_reduce(value)
-            value /= self.size
-        return value
-
-    def shard(self, decoder: nn.Module, blocks: nn.ModuleList) -> None:
-        """Give every process its share of each block, and of the rest."""
-        if self.size == 1:
-            return
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(decoder, mesh=mesh)
+    mesh = init_device_mesh(team.device.type, (team.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(decoder, mesh=mesh)
 
 
 @contextmanager
-def team(device: torch.device) -> Iterator[Team]:
+def training_team(device: torch.device) -> Iterator[Team]:
     """The processes that `torchrun` started, or this one alone; `device` says whether each computes on a CPU or a GPU."""
     size = processes()
     if size == 1:
-        yield Team(0, 1, device)
+        yield Team(device=device)
         return
     device = own_device(device)
-    with joined(device, "nccl" if device.type == "cuda" else "gloo", _PATIENCE):
-        yield Team(dist.get_rank(), size, device)
+    with joined(device, _PATIENCE):
+        yield Team(dist.get_rank(), size, device=device)
 
 
 def whole(tensor: Tensor) -> Tensor:

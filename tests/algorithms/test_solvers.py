@@ -13,7 +13,7 @@ from marlin_tools.algorithms.polish import descend, polish, refit, row_losses
 from marlin_tools.algorithms.scales import decode, encode, storable
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.distributed.cholesky import shared_cholesky
-from marlin_tools.distributed.crew import Crew
+from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
 from marlin_tools.ops.solver import cholesky
 from marlin_tools.ops.solver.cholesky import reversed_cholesky
@@ -314,13 +314,13 @@ def test_a_factor_that_processes_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "_FACTOR_BLOCK", 16)
     rows = torch.randn(100, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     matrix = rows.T @ rows
-    upper, corners, info = shared_cholesky(matrix.clone(), Crew(cuts=True))
+    upper, corners, info = shared_cholesky(matrix.clone(), Team(cuts=True))
     assert int(info) == 0
     torch.testing.assert_close(upper, reversed_cholesky(matrix)[0])
     for start, corner in zip((0, 16, 32), corners, strict=True):
         block = slice(start, start + len(corner))
         torch.testing.assert_close(corner @ upper[block, block], torch.eye(len(corner), dtype=torch.float64))
-    assert int(shared_cholesky(-matrix, Crew(cuts=True))[2]) != 0
+    assert int(shared_cholesky(-matrix, Team(cuts=True))[2]) != 0
 
 
 def test_contradicting_settings_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.training.finetune import FinetuneSettings, check_pair
-from marlin_tools.training.parallel import team
+from marlin_tools.training.parallel import training_team
 
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -33,7 +33,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(DeviceError, match="process 1 has no GPU of its own"), team(torch.device("cuda", 0)):
+    with pytest.raises(DeviceError, match="process 1 has no GPU of its own"), training_team(torch.device("cuda", 0)):
         pass
 
 

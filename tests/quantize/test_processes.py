@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_tools.distributed import crew as crews
-from marlin_tools.distributed.crew import ALONE, Crew, Pairs, assembled
+from marlin_tools.distributed import team as teams
+from marlin_tools.distributed.team import ALONE, Pairs, Team, assembled
 from marlin_tools.errors import DeviceError
 
 Digest = Callable[[Path], dict[str, str]]
@@ -32,11 +32,11 @@ import signal
 import sys
 import torch
 from marlin_tools.cli import main
-from marlin_tools.distributed import crew
+from marlin_tools.distributed import team
 from marlin_tools.ops.solver import cholesky
 from marlin_tools.stream.layer_stream import Block
 
-crew._SHARED, cholesky._FACTOR_BLOCK = 200, 48  # one factorisation in four is shared
+team._SHARED, cholesky._FACTOR_BLOCK = 200, 48  # one factorisation in four is shared
 model, text, out, presets, victim = sys.argv[1:]
 groups = Block.groups
 
@@ -186,7 +186,7 @@ def test_a_process_alone_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(crews, "_MEETING", crews.timedelta(seconds=1))
+    monkeypatch.setattr(teams, "_MEETING", teams.timedelta(seconds=1))
     with pytest.raises(DeviceError, match=r"2 processes could not find each other at `127\.0\.0\.1:\d+`"):
         assembled(torch.device("cpu")).__enter__()
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -198,24 +198,24 @@ def test_a_process_alone_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_of_the_text(windows: int) -> None:
     """The same parts however many share them, in order, none empty, nothing left out."""
     text = range(windows)
-    whole = Crew(cuts=True).share(text)
+    whole = Team(cuts=True).share(text)
     assert [window for part in whole for window in part] == list(text)
     assert all(whole)
     for size in (2, 4, 8):
         if windows < size:
             with pytest.raises(DeviceError, match=f"{size} processes cannot share {windows} calibration sequences"):
-                Crew(0, size, cuts=True).share(text)
+                Team(0, size, cuts=True).share(text)
         else:
-            assert [part for rank in range(size) for part in Crew(rank, size, cuts=True).share(text)] == whole
+            assert [part for rank in range(size) for part in Team(rank, size, cuts=True).share(text)] == whole
     assert ALONE.share(text) == [text]
 
 
 @pytest.mark.parametrize("n", [3, 4, 7, 256])
 def test_slabs_of_rows(n: int) -> None:
-    whole = Crew(cuts=True).rows(n)
+    whole = Team(cuts=True).rows(n)
     assert [row for rows in whole for row in range(n)[rows]] == list(range(n))
     for size in (2, 4, 8):
-        shared = {rows.start: rows for rank in range(size) for rows in Crew(rank, size, cuts=True).rows(n)}
+        shared = {rows.start: rows for rank in range(size) for rows in Team(rank, size, cuts=True).rows(n)}
         assert list(shared.values()) == whole
     assert ALONE.rows(n) == [slice(0, n)]
 

@@ -5,7 +5,7 @@ four slabs, however many processes there are; each takes its share. Floating-poi
 fixed as well: what two neighbouring parts contribute is added first, then pairs of pairs, and nothing is reduced by a library.
 A matrix product has the same shape in whichever process it is computed, so it has the same bits.
 
-Without `torchrun` there is a crew of one and nothing is cut: that is faster, since a GPU likes all rows at once, and rounds
+Without `torchrun` there is a team of one and nothing is cut: that is faster, since a GPU likes all rows at once, and rounds
 sums a little differently. `torchrun --nproc-per-node 1` cuts, and gives the bytes of many. On a CPU, where sums depend on the
 number of threads, all must have as many (OMP_NUM_THREADS).
 """
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count, pairwise
 from typing import TypeVar
@@ -90,12 +90,14 @@ def _sum(parts: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Crew:
-    """The processes that work together. `cuts`: whether work is cut so that it does not matter how many they are."""
+class Team:
+    """The processes that work together. `cuts`: whether work is cut so that it does not matter how many they are;
+    `device`: this process's own."""
 
     rank: int = 0
     size: int = 1
     cuts: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leads(self) -> bool:
@@ -187,6 +189,14 @@ class Crew:
             with _talking():
                 dist.broadcast(tensor, src=rank)
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes, in no order that would be kept: not for what has to come out the same."""
+        if self.size > 1:
+            with _talking():
+                dist.all_reduce(value)
+            value /= self.size
+        return value
+
     def decide(self, *, choice: bool) -> bool:
         """What the leading process says, once it has said it."""
         if self.size == 1:
@@ -217,31 +227,31 @@ class Crew:
         return [slice(i * n // SLABS, (i + 1) * n // SLABS) for i in range(SLABS)]
 
 
-ALONE = Crew()
+ALONE = Team()
 """One process that does everything, uncut."""
 
 
 @contextmanager
-def assembled(device: torch.device) -> Iterator[Crew]:
+def assembled(device: torch.device) -> Iterator[Team]:
     """The processes that `torchrun` started, or this one alone; `device` is this process's own."""
-    crew = expected()
-    if crew.size == 1:
-        yield crew
+    team = expected()
+    if team.size == 1:
+        yield team
         return
-    with joined(device, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", _PATIENCE):
-        yield crew
+    with joined(device, _PATIENCE):
+        yield team
 
 
-def expected() -> Crew:
-    """The crew that will assemble; refuses a number of processes that cannot share the work."""
+def expected() -> Team:
+    """The team that will assemble; refuses a number of processes that cannot share the work."""
     size = processes()
     if size not in SIZES:
         raise DeviceError(f"{size} processes cannot share the work evenly", hint="start `torchrun` with 1, 2, 4 or 8 of them")
-    return Crew(int(os.environ.get("RANK", "0")), size, cuts="WORLD_SIZE" in os.environ)
+    return Team(int(os.environ.get("RANK", "0")), size, cuts="WORLD_SIZE" in os.environ)
 
 
 @contextmanager
-def joined(device: torch.device, backend: str, patience: timedelta) -> Iterator[None]:
+def joined(device: torch.device, patience: timedelta) -> Iterator[None]:
     """Find the other processes, unless that has been done already, and let go of them at the end."""
     if dist.is_initialized():
         yield
@@ -258,6 +268,7 @@ def joined(device: torch.device, backend: str, patience: timedelta) -> Iterator[
         store.set_timeout(_MEETING)
         # What was said at an earlier meeting does not count.
         meeting = dist.PrefixStore(f"meeting-{next(_meetings)}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(f"{processes()} processes could not find each other at `{where}`", hint=hint) from error
