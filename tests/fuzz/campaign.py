@@ -11,7 +11,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -63,15 +62,15 @@ def main() -> int:
 
 
 def _one(name: str, folder: Path, content: bytes, seed: int) -> str:
+    became = ""
     signal.alarm(20)
     try:
-        return survives(READERS[name], folder, content)
-    except BaseException:  # noqa: BLE001 (to be told, whatever it is)
-        traceback.print_exc()
-        print(f"repeat it with: --only {name!r} --seed {seed} --count 1\n{content[:2000]!r}", file=sys.stderr)
-        raise SystemExit(1) from None
+        became = survives(READERS[name], folder, content)
     finally:
         signal.alarm(0)
+        if not became:
+            print(f"repeat it with: --only {name!r} --seed {seed} --count 1\n{content[:2000]!r}", file=sys.stderr)
+    return became
 
 
 def _late(_signal: int, _frame: object) -> None:

@@ -92,9 +92,9 @@ def forked(work: Callable[[], None], log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 (the parent is told by the code, people by the log)
-        traceback.print_exc()
     finally:
+        if code == 70:
+            traceback.print_exc()  # the parent is told by the code, people by the log
         sys.stderr.flush()
         os._exit(code)
 
