@@ -62,15 +62,15 @@ def main() -> int:
 
 
 def _one(name: str, folder: Path, content: bytes, seed: int) -> str:
+    became = ""
     signal.alarm(20)
-    outcome = ""
     try:
-        outcome = survives(READERS[name], folder, content)
-        return outcome
+        became = survives(READERS[name], folder, content)
     finally:
         signal.alarm(0)
-        if not outcome:  # whatever it is ends the campaign, and says how to see it again
+        if not became:
             print(f"repeat it with: --only {name!r} --seed {seed} --count 1\n{content[:2000]!r}", file=sys.stderr)
+    return became
 
 
 def _late(_signal: int, _frame: object) -> None:

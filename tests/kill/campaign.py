@@ -93,8 +93,8 @@ def forked(work: Callable[[], None], log: Path) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:
-        if code == 70:  # the parent is told by the code, people by the log
-            traceback.print_exc()
+        if code == 70:
+            traceback.print_exc()  # the parent is told by the code, people by the log
         sys.stderr.flush()
         os._exit(code)
 
