@@ -11,7 +11,9 @@ from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.compress import export as stage
 from marlin_tools.compress.export import export
 from marlin_tools.errors import FormatError, OutputError
+from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.verification.verify import verify
 
 DENSE = ("gptq", "marlin", "compressed-tensors")
 
@@ -257,3 +259,12 @@ def test_an_interrupted_export_leaves_no_model(in_format, tmp_path, monkeypatch)
     monkeypatch.undo()
     assert export(in_format("gptq"), "marlin", tmp_path / "out").path.is_dir()
     assert [tmp_path / "out"] == list(tmp_path.glob("out*"))
+
+
+def test_a_linear_of_one_group_has_the_group_size_of_the_others(rounded, tmp_path):
+    """With K = 128, one group of 128 is also one scale per output: both say the same."""
+    source = rounded("llama", hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    checkpoint = export(source, "compressed-tensors", tmp_path / "out")
+
+    assert {128} == Contents(checkpoint).group_sizes
+    assert verify(checkpoint.path).ok
