@@ -195,9 +195,15 @@ class OutputDirectory:
             raise explained(error, self.partial) from error
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and self.partial.exists() and not (self.work.exists() and any(self.work.iterdir())):
+        if kind is not None and self.partial.exists() and not self._begun:
             shutil.rmtree(self.partial, ignore_errors=True)  # it failed before anything was finished
         os.close(self._descriptor)  # releases the lock
+
+    @property
+    def _begun(self) -> bool:
+        """Whether there is something to go on from: a file of the result, or a state beside the note whose it is."""
+        files = [entry for entry in self.work.rglob("*") if entry.is_file()] if self.work.exists() else []
+        return bool(files) or (self.state.exists() and any(entry.name != "run.json" for entry in self.state.iterdir()))
 
     @property
     def _folders(self) -> tuple[Path, ...]:

@@ -146,7 +146,7 @@ def test_a_teacher_of_another_shape_needs_no_hidden_states(run: Run, tiny_model:
     assert run(teacher=str(other), square_head=0).path.is_dir()
 
 
-def test_a_loss_that_is_no_number_keeps_what_was_saved(
+def test_a_loss_that_is_no_number_names_its_step(
     run: Run, tiny_model: Callable[..., Path], tmp_path: Path, pruned: Path
 ) -> None:
     """A norm whose weights overflow: 3e38 is a number in bfloat16, its products are none."""
@@ -160,7 +160,8 @@ def test_a_loss_that_is_no_number_keeps_what_was_saved(
         save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="not finite at step 0 of 8"):
         run(model=broken)
-    assert (tmp_path / "out.partial").is_dir()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()  # nothing had been saved
 
 
 @pytest.mark.parametrize(
