@@ -49,7 +49,7 @@ class Contents:
 
     @property
     def group_sizes(self) -> set[int]:
-        """The group sizes in use, -1 for per column; a linear with just one group is of the size that others have, if any has."""
+        """The group sizes in use, -1 for per column; a linear of one group is of the size that others have, if any has."""
         several = {grid.group_size for grid in self.grids.values() if grid.group_size != grid.k}
         return several | {-1 for grid in self.grids.values() if grid.group_size == grid.k and grid.k not in several}
 

@@ -129,12 +129,14 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> None:
-        stored = dict(_headers(checkpoint_files or (), self._format))
+        self._files = tuple(checkpoint_files or ())
+        stored = dict(_headers(self._files, self._format))
         if not stored:
             raise ModelError(
                 f"the checkpoint holds no tensors of format `{self._format.name}`, which its config.json names",
                 hint="only *.safetensors are read; download or export the checkpoint again",
             )
+        self._types = {f"{name}.{suffix}": dtype for name, parts in stored.items() for suffix, (_, dtype) in parts.items()}
         for name, tensors in stored.items():
             _set(model, name, Waiting(_linear(model, name), tensors))
 
@@ -147,7 +149,9 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _built(self, name: str, module: Waiting, dtype: torch.dtype) -> nn.Module:
-        tensors = {suffix: getattr(module, suffix).detach() for suffix in self._format.suffixes}
+        tensors = {
+            suffix: self._exact(f"{name}.{suffix}", getattr(module, suffix).detach()) for suffix in self._format.suffixes
+        }
         try:
             weight = self._format.unpack(tensors, module.shape)
         except FormatError as error:
@@ -165,6 +169,11 @@ class PackedQuantizer(HfQuantizer):
 
             add_hook_to_module(built, hook)
         return built.eval()
+
+    def _exact(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor as it is stored: what has been cast to the type of the model, as scales are, is read once more."""
+        stored = self._types[name]
+        return tensor if tensor.dtype == stored else _read(self._files, name).to(tensor.device)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of the checkpoint, and not those that our linears hold."""
@@ -208,6 +217,15 @@ def _headers(files: Sequence[str], stored_as: Format) -> Iterator[tuple[str, dic
         if missing := [suffix for suffix, part in parts.items() if part is None]:
             raise FormatError(f"`{name}` has no `{missing[0]}`", hint="download or export the checkpoint again")
         yield name, {suffix: part for suffix, part in parts.items() if part is not None}
+
+
+def _read(files: Sequence[str], name: str) -> Tensor:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118  (not a dictionary)
+                found: Tensor = tensors.get_tensor(name)
+                return found
+    raise AssertionError(name)
 
 
 def _dtype(spelled: str) -> torch.dtype:

@@ -56,7 +56,7 @@ def test_of_the_solver(launched):
     solver.clip_scales(weight[:, :128].contiguous(), square, torch.bfloat16)
     grid = solver.Grid(scales, torch.zeros(k, dtype=torch.int32), torch.ones(n, k, dtype=torch.bool))
     solver.sweep_block(weight, torch.zeros(n, 128), square, grid, codes, errors, 128)
-    state = solver.Polished(weight, codes, scales, errors)
+    state = solver.PolishState(weight, codes, scales, errors)
     solver.descend_block(state, torch.zeros(n, 128), square, 0, torch.float16)
     solver.cut(weight, (None, torch.ones(k)), weight.half(), None)
 

@@ -74,9 +74,10 @@ def test_the_hub_cache_names_files_by_their_hash(tmp_path: Path, tiny_llama: Pat
     """A blob's name is its sha256, so that large files need not be read to be recognised."""
     import hashlib
 
-    linked = tmp_path / "linked"
+    linked = tmp_path / "models--o--n" / "snapshots" / "0123"
     shutil.copytree(tiny_llama, linked)
-    blob = tmp_path / hashlib.sha256((linked / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "models--o--n" / "blobs").mkdir()
+    blob = tmp_path / "models--o--n" / "blobs" / hashlib.sha256((linked / "model.safetensors").read_bytes()).hexdigest()
     (linked / "model.safetensors").rename(blob)
     (linked / "model.safetensors").symlink_to(blob)
 
