@@ -22,6 +22,7 @@ from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.resources import kernels_dir
 
 pytest.importorskip("cuda.bindings.nvrtc")
+pytestmark = pytest.mark.timeout(1800)  # all kernels for all targets, by whoever comes first
 
 TABLE = Path(__file__).with_name("registers.json")
 SMALL, OTHER = (dequantizing_kernel("w4a16", torch.float16, target) for target in ("sm_80", "sm_86"))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, RecipeError
 
 Run = Callable[..., Checkpoint]
