@@ -8,6 +8,7 @@ Each stage stands in one module beside the function that does its work, and a re
 """
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,10 +169,10 @@ class Stage(Settings):
         """How people name what it was told to do."""
         return f"`{self.stage}`"
 
+    @abstractmethod
     def plan(self, outlook: Outlook) -> Planned:
         """What is known beforehand; raises what would stop the stage later."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, work: Work) -> dict[str, Any]:
         """Do it; returns what the result of the run has gained, by the names of `RunResult`."""
-        raise NotImplementedError
