@@ -94,7 +94,7 @@ class DeviceError(MarlinToolsError):
     """The device asked for is not there, too small, or cannot run this."""
 
 
-class Translated:
+class ErrorTranslation:
     """`with Translated(ModelError, "`x`: cannot be loaded", hint)`: whatever a library raises over a user's file becomes ours.
 
     For a single call of a library that reads foreign files and raises any class, panics of its Rust parts included. Our own

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Problem, Pruner, Solution
+from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Preset, Problem, Pruner, Solution
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_quantize
-from marlin_tools.compress.job import Job, Prepared, compress
+from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -23,9 +22,9 @@ from marlin_tools.distributed.team import Team, assembled
 from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.formats import FORMATS, Format, known_format
+from marlin_tools.formats import FORMATS, Format, FormatName
 from marlin_tools.quantized import is_2_4
-from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Group
 
@@ -33,7 +32,7 @@ REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 
-class QuantizeSettings(Stage):
+class QuantizeSettings(BlockStage):
     """What to quantise with.
 
     preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
@@ -47,31 +46,15 @@ class QuantizeSettings(Stage):
     device            auto, cpu, cuda or cuda:N
     """
 
-    remakes: ClassVar[bool] = True
     shares: ClassVar[bool] = True
 
     stage: Literal["quantize"] = "quantize"
-    preset: str = "default"
+    preset: Preset = "default"
     algorithm: Algorithm | None = None
-    damp: float | None = Field(None, gt=0, le=10)
     negative_scales: bool | None = None
     group_size: int = 128
-    format: str = "compressed-tensors"
+    format: FormatName = "compressed-tensors"
     sparsity: Literal["2:4", "keep"] | None = None
-    ignore: tuple[str, ...] = ()
-    device: str = "auto"
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, name: str) -> str:
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset `{name}`; known: {', '.join(PRESETS)}")
-        return name
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        return known_format(name)
 
     @property
     def pruner(self) -> Pruner:
@@ -100,17 +83,7 @@ class QuantizeSettings(Stage):
         """One model, named by its format."""
         return (self.format,)
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at the calibration text."""
-        return self.solver.needs_data
-
-    @property
-    def choice(self) -> str:
-        """The preset."""
-        return f"preset `{self.preset}`"
-
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be solved, stored or exported later; forecast the rest."""
         prepared = prepare_quantize(outlook.model, self, *outlook.tokens)
         inventory, sparse = prepared.inventory, self.sparsity is not None
@@ -126,17 +99,16 @@ class QuantizeSettings(Stage):
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in inventory.kept.items()),
         ]
-        return Planned(tuple(facts), prepared)
+        return StagePlan(tuple(facts), prepared)
 
     def run(self, work: Work) -> dict[str, Any]:
         """Quantise the model into the one directory that there is."""
         with work.clock("calibrate and quantize", work.output, device=self.device):
-            how: dict[str, Any] = {"emit": work.emit, "overwrite": work.overwrite, "resume": work.resume}
-            quantize(work.prepared or work.model, work.tokens(work.text), self, work.output, **how)
+            quantize(work.prepared or work.model, work.tokens(work.text), self, work.output, **work.how)
         return {}
 
 
-def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Prepared:
+def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Preparation:
     """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration."""
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
@@ -150,11 +122,11 @@ def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings,
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
     forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
-    return Prepared(checkpoint, inventory, forecast)
+    return Preparation(checkpoint, inventory, forecast)
 
 
 def quantize(
-    model: str | Path | Checkpoint | Prepared,
+    model: str | Path | Checkpoint | Preparation,
     tokens: TokenSet | None,
     settings: QuantizeSettings,
     out: str | Path,
@@ -178,7 +150,7 @@ def quantize(
         _introduce(team, seen, device, emit)
         plan = (
             model
-            if isinstance(model, Prepared)
+            if isinstance(model, Preparation)
             else prepare_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
         )
         if settings.sparsity == "keep":
@@ -187,7 +159,7 @@ def quantize(
             "revision": REVISION,
             "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
         }
-        store = Quantized(FORMATS[settings.format], plan.checkpoint)
+        store = CodeStore(FORMATS[settings.format], plan.checkpoint)
         config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
         facts = {"format": settings.format}
         drifts = solver.drift > 0
@@ -229,7 +201,7 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Metho
 
 
 @dataclass(frozen=True)
-class Quantized:
+class CodeStore:
     """Linears as codes and scales in a format."""
 
     format: Format
@@ -250,7 +222,7 @@ class Quantized:
         return self.format.unpack(stored, (n, k)).dequantize(like.dtype)
 
 
-def _check_masks(plan: Prepared) -> None:
+def _check_masks(plan: Preparation) -> None:
     """Refuse a model whose zeros cannot be kept as a 2:4 mask, before any work."""
     dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.inventory.weight(t.name))]
     if dense:

@@ -23,7 +23,7 @@ OLDEST, NEWEST = "0.22.1", "0.33.0"
 log = logging.getLogger("vllm.marlin_tools")  # below vLLM's logger, so that it is shown as its own lines are
 
 
-class Contained(AbstractContextManager["Contained"]):
+class Attempt(AbstractContextManager["Attempt"]):
     """The only place where exceptions of any kind end: `with Contained("what happens instead") as attempt: ...`.
 
     `attempt.failure` is None, or what went wrong in one line, which the log has as well.
@@ -51,7 +51,7 @@ def register() -> None:
     if os.environ.get(SWITCH, "1") == "0":
         log.info("marlin-tools: off, because %s=0", SWITCH)
         return
-    with Contained("vLLM is left as it is"):
+    with Attempt("vLLM is left as it is"):
         from marlin_tools.serving import vllm_kernel
 
         vllm_kernel.install()

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.expanded import expanded
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import foreign_linears
@@ -145,7 +145,7 @@ def _other_group_size(inventory: Inventory, format_name: str, *, sparse: bool | 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     """Find the linears of `checkpoint`, and those that the user wants left alone."""
-    layout = Layout(checkpoint := expanded(checkpoint))
+    layout = Layout(checkpoint := dequantized(checkpoint))
     if checkpoint.quantization is not None:
         raise ModelError(
             f"`{checkpoint.origin}` is already quantised",

@@ -9,7 +9,7 @@ from marlin_tools.bench import figures as bench_figures
 from marlin_tools.bench import kernels as bench
 from marlin_tools.bench import quantizing as bench_quantize
 from marlin_tools.bench.decoding import ModelBench, ModelMeasurement
-from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.figures import FigureData
 from marlin_tools.bench.kernels import Measurement, Rates
 from marlin_tools.ops.runtime import compiler, cubin_cache
 from marlin_tools.ops.runtime.compiler import Binary, Resources
@@ -27,7 +27,7 @@ def measured(monkeypatch):
             for m in (1, 16)
             for kernel, s in (("torch", 1.0), ("ours", 2.0))
         ]
-        return Measured(figure, "a GPU", settings, Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
+        return FigureData(figure, "a GPU", settings, Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
 
     monkeypatch.setattr(bench_figures, "measure", measure)
     return calls
