@@ -5,7 +5,7 @@
 
 transformers finds quantizers by `quant_method`. `register` takes over those of our formats: a checkpoint that we can read gets
 a `StoredConfig` and with it our quantizer, any other one what transformers had before. While a model loads, each quantised
-linear is a `Waiting` module with the tensors that the checkpoint has for it; then it becomes the linear of `backends`: our
+linear is a `PendingLinear` with the tensors that the checkpoint has for it; then it becomes the linear of `backends`: our
 kernels on a GPU, torch's INT4 product on a CPU in bfloat16, else the packed reference. `save_pretrained` writes the same again.
 """
 

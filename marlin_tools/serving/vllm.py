@@ -1,7 +1,7 @@
 """The plugin that vLLM finds in `vllm.general_plugins`: after `pip install marlin-tools` its INT4 layers run on our kernels.
 
 vLLM calls `register` in each of its processes, perhaps more than once. Nothing that goes wrong here, or later in a layer, may
-stop an engine: `Contained` ends every exception of ours in one line of the log, and vLLM's own kernel takes over. What the
+stop an engine: `Attempt` ends every exception of ours in one line of the log, and vLLM's own kernel takes over. What the
 kernel does is in `vllm_kernel.py`, which imports vLLM; this module does not.
 """
 
@@ -24,7 +24,7 @@ log = logging.getLogger("vllm.marlin_tools")  # below vLLM's logger, so that it 
 
 
 class Attempt(AbstractContextManager["Attempt"]):
-    """The only place where exceptions of any kind end: `with Contained("what happens instead") as attempt: ...`.
+    """The only place where exceptions of any kind end: `with Attempt("what happens instead") as attempt: ...`.
 
     `attempt.failure` is None, or what went wrong in one line, which the log has as well.
     """
