@@ -95,7 +95,7 @@ class DeviceError(MarlinToolsError):
 
 
 class ErrorTranslation:
-    """`with ErrorTranslation(ModelError, "`x`: cannot be loaded", hint)`: whatever a library raises over a user's file becomes ours.
+    """`with ErrorTranslation(ModelError, message, hint)`: whatever a library raises over a user's file becomes ours.
 
     For a single call of a library that reads foreign files and raises any class, panics of its Rust parts included. Our own
     errors, exits and interruptions pass through.
