@@ -47,7 +47,9 @@ def quantize(
     sparsity: Annotated[
         str | None, option(of="2:4|keep", text="2:4 prunes what is dense; keep insists on the zeros there.")
     ] = None,
-    group_size: Annotated[int | None, option(of="128|-1", text="Inputs that share a scale; -1 for one per output.")] = None,
+    group_size: Annotated[
+        str | None, option(of="N|auto", text="Inputs that share a scale: 128, 64, 32, -1 (one per output), or what fits.")
+    ] = None,
     damp: Damp = None,
     seed: Seed = None,
     ignore: Ignore = None,

@@ -65,11 +65,12 @@ class BlockStage(Stage):
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is known before the work begins."""
+    """What is known before the work begins; `group_size` is that of the codes, if there will be any."""
 
     checkpoint: Checkpoint
     inventory: Inventory
     forecast: Forecast
+    group_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 The loop over the blocks is `loop.py`; here is what a user can choose, and how one group of linears gets its codes.
 """
 
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
+from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Preset, Problem, Pruner, Solution
@@ -25,11 +27,29 @@ from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, FormatName
 from marlin_tools.quantized import is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
-from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
+from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_size, take_linears
 from marlin_tools.stream.layer_stream import Group
 
 REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
+
+
+def _known_size(size: object) -> object:
+    """A whole number, also as people type it, or `auto`."""
+    if isinstance(size, str) and re.fullmatch(r"-?\d{1,9}", size):
+        return int(size)
+    if size == AUTO or type(size) is int:
+        return size
+    raise ValueError("it is 128, 64, 32, -1 (one scale per output) or `auto`")
+
+
+AUTO: Final = "auto"
+GroupSize = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_known_size),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"const": AUTO}]}),
+]
+"""Inputs that share a scale, or that they are to be chosen."""
 
 
 class QuantizeSettings(BlockStage):
@@ -39,7 +59,8 @@ class QuantizeSettings(BlockStage):
     algorithm         all settings of an algorithm, instead of a preset
     damp              overrides the preset's damping
     negative_scales   overrides whether scales may be negative
-    group_size        inputs that share a scale; -1 for one scale per output column
+    group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
+                      that fits all linears and the format
     format            how the linears are stored
     sparsity          "2:4" keeps the zeros of linears that are 2:4 already and prunes the others; "keep" insists that all are
     ignore            regular expressions; linears whose full name matches stay as they are
@@ -52,7 +73,7 @@ class QuantizeSettings(BlockStage):
     preset: Preset = "default"
     algorithm: Algorithm | None = None
     negative_scales: bool | None = None
-    group_size: int = 128
+    group_size: GroupSize = 128
     format: FormatName = "compressed-tensors"
     sparsity: Literal["2:4", "keep"] | None = None
 
@@ -78,6 +99,15 @@ class QuantizeSettings(BlockStage):
         except ValueError as error:
             raise RecipeError(f"preset `{self.preset}`: {error}", hint="drop the option that contradicts it") from error
 
+    def sized(self, inventory: Inventory, *formats: str) -> int:
+        """The group size for this model; of `auto` the largest that all linears and formats can have."""
+        formats = (self.format, *formats)
+        if self.group_size == AUTO:
+            return largest_group_size(inventory, formats, sparse=self.sparsity is not None)
+        for name in formats:
+            check_limits(inventory, self.group_size, name, sparse=self.sparsity is not None)
+        return self.group_size
+
     @property
     def makes(self) -> tuple[str, ...]:
         """One model, named by its format."""
@@ -86,20 +116,20 @@ class QuantizeSettings(BlockStage):
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be solved, stored or exported later; forecast the rest."""
         prepared = prepare_quantize(outlook.model, self, *outlook.tokens)
-        inventory, sparse = prepared.inventory, self.sparsity is not None
-        for name in outlook.formats:  # what a later export could not hold is refused now
-            check_limits(inventory, self.group_size, name, sparse=sparse)
+        inventory = prepared.inventory
+        group_size = self.sized(inventory, *outlook.formats)  # what a later export could not hold is refused now
         shapes = {target.name: (target.n, target.k) for target in inventory.targets}
         counts = Counter(shapes.values()).items()
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
             ("blocks", str(inventory.blocks)),
+            *((("group size", str(group_size)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in inventory.kept.items()),
         ]
-        return StagePlan(tuple(facts), prepared)
+        return StagePlan(tuple(facts), replace(prepared, group_size=group_size))
 
     def run(self, work: Work) -> dict[str, Any]:
         """Quantise the model into the one directory that there is."""
@@ -113,16 +143,18 @@ def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings,
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
     inventory = take_linears(checkpoint, settings.ignore)
-    if isinstance(settings.solver, GPTQ):
+    if isinstance(settings.solver, GPTQ) and settings.group_size != AUTO:
         settings.solver.check_group_size(settings.group_size, 0)
-    check_limits(inventory, settings.group_size, settings.format, sparse=sparse)
+    group_size = settings.sized(inventory)
+    if isinstance(settings.solver, GPTQ):
+        settings.solver.check_group_size(group_size, 0)
     if sparse:
         check_quads(inventory)
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
     forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
-    return Preparation(checkpoint, inventory, forecast)
+    return Preparation(checkpoint, inventory, forecast, group_size)
 
 
 def quantize(
@@ -153,6 +185,7 @@ def quantize(
             if isinstance(model, Preparation)
             else prepare_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
         )
+        settings = settings.model_copy(update={"group_size": plan.group_size})
         if settings.sparsity == "keep":
             _check_masks(plan)
         identity = {
@@ -160,11 +193,11 @@ def quantize(
             "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
         }
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)
-        config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
+        config = store.format.quantization_config(plan.group_size, plan.inventory.unquantized)
         facts = {"format": settings.format}
         drifts = solver.drift > 0
         job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, team)
-        method = _method(settings, plan.checkpoint.dtype, team)
+        method = _method(settings, plan.group_size, plan.checkpoint.dtype, team)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
@@ -176,7 +209,7 @@ def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Em
             emit(Event("note", line))
 
 
-def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Method:
+def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Team) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
     solver, were_sparse = settings.solver, dict[str, bool]()
 
@@ -188,7 +221,7 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Metho
             fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
             mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
         k = group.weight(first).shape[1]
-        group_size = settings.group_size if settings.group_size > 0 else k
+        group_size = size if size > 0 else k
         return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
