@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli.complete import directories as directories_of_results
 from marlin_tools.cli.options import PLAIN, Directory, Json, Model, argument, flag, option
 from marlin_tools.cli.perform import perform, recipe_of, short_name
 
@@ -28,7 +29,10 @@ def verify(
 
 @app.command()
 def compare(
-    directories: Annotated[list[Path], argument("DIR...", "Directories of models, two or more; the first is compared with.")],
+    directories: Annotated[
+        list[Path],
+        argument("DIR...", "Directories of models, two or more; the first is compared with.", directories_of_results),
+    ],
     output: Annotated[
         Path | None, option("-o", "--output", of="FILE", text="Where the page goes: runs/compare/<names>.html.")
     ] = None,
