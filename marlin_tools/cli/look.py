@@ -1,5 +1,6 @@
 """The verbs that look at what is there: `verify`, `compare`, `inspect` and `doctor`."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,7 @@ def compare(
     from marlin_tools.run.plan import RUNS
 
     found = show.compare(directories)
-    names = "+".join(short_name(name) for name in found.names)[:100]
+    names = "+".join(re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in found.labels)[:100]
     place = output or RUNS / "compare" / f"{names}.html"
     put(place, show.as_page(found))
     ui.note(f"`{place}` shows it")
