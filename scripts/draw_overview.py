@@ -1,6 +1,7 @@
 """Draw the picture of the README from the tables of the pages: `python scripts/draw_overview.py`.
 
-Left, milliseconds per token in vLLM (`docs/serving.md`); right, what INT4 costs (`docs/accuracy.md`). A test holds the file to the tables.
+Left, milliseconds per token in vLLM (`docs/serving.md`); right, what INT4 costs (`docs/accuracy.md`).
+A test holds the file to both.
 """
 
 import re
@@ -73,7 +74,8 @@ def draw() -> str:
     body = panel(16, "Milliseconds per token, batch 1", "Llama-2-7B shapes in vLLM 0.22.1, H100 80GB, 2026-11-28", speed)
     body += panel(396, "Mean KL divergence to FP16, in nats", "a 26 M Llama on WikiText-2, H100 80GB, 2026-11-21", accuracy)
     label = "Speed in vLLM and loss of accuracy, beside other projects; shorter is better"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 244" width="760" height="244" role="img" aria-label="{label}">'
+    size = 'viewBox="0 0 760 244" width="760" height="244"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}">'
     foot = '<text class="small" x="16" y="232">Shorter is better in both.</text>'
     return "\n".join([head, STYLE, '<rect class="paper" width="760" height="244"/>', *body, foot, "</svg>", ""])
 

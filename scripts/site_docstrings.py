@@ -1,7 +1,7 @@
 """Docstrings as the site shows them: aligned lists of fields become tables, with the type and the default of each field.
 
-A docstring of this project explains fields in lines of the form `name   meaning`, which Markdown would run together. mkdocstrings
-loads the class below; nothing is imported and nothing is run, so that the site can be built without torch.
+A docstring of this project explains fields in lines of the form `name   meaning`, which Markdown would run together.
+mkdocstrings loads the class below; of the package nothing is imported or run.
 """
 
 import re

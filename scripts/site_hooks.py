@@ -11,7 +11,6 @@ MkDocs calls the functions below while `make docs` builds the site. Nothing is w
 """
 
 import ast
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -94,7 +93,7 @@ def links(text: str, source: str) -> str:
         if place is None:
             return label if not picture and (ROOT / there).exists() else found.group()
         place, _, section = place.partition("#")
-        return f"{picture}[{label}]({os.path.relpath(place, here or '.')}{'#' + section if section else anchor})"
+        return f"{picture}[{label}]({posixpath.relpath(place, here or '.')}{'#' + section if section else anchor})"
 
     return outside_of_code(text, lambda part: LINK.sub(changed, part))
 
@@ -174,7 +173,7 @@ def families() -> str:
     """What `model_type` of a config.json can be, as a table."""
     from marlin_tools.families import ALIASES, FAMILIES, NESTED
 
-    like = {name: "" for name in FAMILIES} | ALIASES | {name: inner for name, (inner, _) in NESTED.items()}
+    like = dict.fromkeys(FAMILIES, "") | ALIASES | {name: inner for name, (inner, _) in NESTED.items()}
     rows = ["| `model_type` | built like |", "|---|---|"]
     rows += [f"| `{name}` | {f'`{like[name]}`' if like[name] else 'a description of its own'} |" for name in sorted(like)]
     return "\n".join(rows)
@@ -189,10 +188,12 @@ def aliases() -> str:
 
 def layouts() -> str:
     """The layout of every format, as its file tells it."""
-    parts = [
-        "# Byte layouts\n\nWhat a checkpoint holds for each quantised linear. N is the number of outputs, K that of inputs, G the"
-        " inputs that share a scale. Each text is what the file of the format in `marlin_tools/formats/` begins with.\n"
-    ]
+    begin = """# Byte layouts
+
+What a checkpoint holds for each quantised linear. N is the number of outputs, K that of inputs, G the inputs that share a scale. Each
+text is what the file of the format in `marlin_tools/formats/` begins with.
+"""
+    parts = [begin]
     for name in LAYOUTS:
         text = ast.get_docstring(ast.parse((ROOT / "marlin_tools" / "formats" / f"{name}.py").read_text(encoding="utf-8")))
         parts.append(f"## `{name.replace('_', '-')}` {{: #{name.replace('_', '-')} }}\n\n```text\n{text}\n```\n")
@@ -201,10 +202,10 @@ def layouts() -> str:
 
 def recipes() -> str:
     """The bundled recipes, whole."""
-    parts = [
-        "# The bundled recipes\n\n`marlin-tools recipes copy NAME my.yaml` writes any of them to a file of yours."
-        " [How they are written](recipes/README.md).\n".replace("recipes/README.md", "recipes.md")
-    ]
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        parts.append(f"## {path.stem} {{: #{path.stem} }}\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n")
-    return "\n".join(parts)
+    begin = """# The bundled recipes
+
+`marlin-tools recipes copy NAME my.yaml` writes any of them to a file of yours. [How they are written](../recipes/README.md).
+"""
+    files = sorted((ROOT / "recipes").glob("*.yaml"))
+    texts = (f"## {file.stem} {{: #{file.stem} }}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for file in files)
+    return "\n".join([begin, *texts])

@@ -41,4 +41,4 @@ def test_another_message_would_be_found() -> None:
 def test_every_message_has_a_cause_and_a_next_step() -> None:
     entries = re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]
 
-    assert [entry.splitlines()[0] for entry in entries if "\nCause: " not in entry or "Next: " not in entry] == []
+    assert [entry.splitlines()[0] for entry in entries if "\n- Cause: " not in entry or "\n- Next: " not in entry] == []

@@ -1,4 +1,4 @@
-"""The tables of the README are those of the pages behind them, its picture is drawn from the same, and the site leaves nothing out."""
+"""The tables of the README are those of the pages behind them, its picture is drawn from the same; the site leaves no verb out."""
 
 import importlib.util
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,13 +66,12 @@ def test_accuracy_is_that_of_the_page_on_accuracy() -> None:
 
 def test_what_loads_where_is_that_of_the_page_on_formats() -> None:
     head, *rows = _tables(README)[2]
+    page = (ROOT / "marlin_tools" / "formats" / "README.md").read_text(encoding="utf-8")
+    table = next(table for table in _tables(page) if "vLLM" in table[0])
 
     assert 4 == len(rows)
     for label, *told in rows:
         (name,) = re.findall(r"`([\w-]+)`", label)
-        table = next(
-            table for table in _tables((ROOT / "marlin_tools/formats/README.md").read_text(encoding="utf-8")) if "vLLM" in table[0]
-        )
         source = next(dict(zip(table[0], row, strict=True)) for row in table if row[0] == f"`{name}`")
         for engine, cell in zip(head[1:], told, strict=True):
             assert source[engine].startswith(cell.partition(";")[0]), (name, engine)
