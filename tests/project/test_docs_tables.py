@@ -1,4 +1,4 @@
-"""The tables of the README are those of the pages behind them, its picture is drawn from the same; the site leaves no verb out."""
+"""The tables of the README are those of the pages behind them, its picture is drawn from the same; no verb is left out."""
 
 import importlib.util
 import re
