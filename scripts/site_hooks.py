@@ -190,8 +190,8 @@ def layouts() -> str:
     """The layout of every format, as its file tells it."""
     begin = """# Byte layouts
 
-What a checkpoint holds for each quantised linear. N is the number of outputs, K that of inputs, G the inputs that share a scale.
-Each text is what the file of the format in `marlin_tools/formats/` begins with.
+What a checkpoint holds for each quantised linear. N is the number of outputs, K that of inputs, G the inputs that share a
+scale. Each text is what the file of the format in `marlin_tools/formats/` begins with.
 """
     parts = [begin]
     for name in LAYOUTS:
