@@ -7,6 +7,7 @@ MkDocs calls the functions below while `make docs` builds the site. Nothing is w
     families    `<!-- families -->` and `<!-- aliases -->` become the tables of model types and of short names
     layouts     the layout that each file of `marlin_tools/formats/` begins with
     recipes     the bundled recipes as they are
+    examples    the scripts of `examples/` as they are
     links       a link to a file of the repository leads to its page, or loses its link if it has none
 """
 
@@ -55,6 +56,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
         files.append(File.generated(config, f"{FIGURES}/{figure.name}", abs_src_path=str(figure)))
     files.append(File.generated(config, "layouts.md", content=layouts()))
     files.append(File.generated(config, "bundled-recipes.md", content=recipes()))
+    files.append(File.generated(config, "examples.md", content=examples()))
     return files
 
 
@@ -106,6 +108,8 @@ def place_of(path: str) -> str | None:
         return path.removeprefix("docs/")
     if path.startswith(f"{FIGURES}/"):
         return path
+    if path == "examples" or path.startswith("examples/"):
+        return "examples.md"
     folder, _, name = path.rpartition("/")
     stem = name.rpartition(".")[0]
     if folder == "recipes" and name.endswith(".yaml"):
@@ -208,4 +212,15 @@ def recipes() -> str:
 """
     files = sorted((ROOT / "recipes").glob("*.yaml"))
     texts = (f"## {file.stem} {{: #{file.stem} }}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for file in files)
+    return "\n".join([begin, *texts])
+
+
+def examples() -> str:
+    """The scripts of `examples/`, whole."""
+    begin = """# Examples
+
+Scripts of a page each, in `examples/` of the repository. They run on the embedded model, without a download.
+"""
+    files = sorted((ROOT / "examples").glob("*.py"))
+    texts = (f"## {file.name} {{: #{file.stem} }}\n\n```python\n{file.read_text(encoding='utf-8')}```\n" for file in files)
     return "\n".join([begin, *texts])
