@@ -4,6 +4,7 @@ A docstring of this project explains fields in lines of the form `name   meaning
 mkdocstrings loads the class below; of the package nothing is imported or run.
 """
 
+import html
 import re
 from typing import Any
 
@@ -30,24 +31,24 @@ def table(found: list[tuple[str, str]], members: dict[str, Any]) -> str:
     lines = ["| field | type, default | meaning |", "|---|---|---|"]
     for names, meaning in found:
         kinds = [declared(members[name]) for name in names.split(", ") if name in members]
-        lines.append(f"| `{names}` | {'<br>'.join(dict.fromkeys(kinds))} | {escape(meaning)} |")
+        lines.append(f"| `{names}` | {'<br>'.join(dict.fromkeys(kinds))} | {meaning.replace('|', '&#124;')} |")
     return "\n".join(lines)
 
 
 def declared(member: Any) -> str:
     """Type and default of a field."""
-    kind = "" if member.annotation is None else f"`{escape(str(member.annotation))}`"
+    kind = "" if member.annotation is None else code(str(member.annotation))
     value = str(member.value) if getattr(member, "value", None) is not None else ""
     if field := re.match(r"Field\((?:default=)?([^,)=]+)(?:,|\))", value):
         value = field[1]
     elif value.startswith("Field("):
         value = ""
-    return f"{kind}, `{escape(value)}`" if value else kind
+    return f"{kind}, {code(value)}" if value else kind
 
 
-def escape(text: str) -> str:
-    """What can stand in a cell."""
-    return text.replace("|", "\\|")
+def code(text: str) -> str:
+    """Code in a cell of a table, where a bar would end the cell."""
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 class Tables(griffe.Extension):

@@ -12,6 +12,7 @@ MkDocs calls the functions below while `make docs` builds the site. Nothing is w
 """
 
 import ast
+import html
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -161,15 +162,20 @@ def told(command: Any) -> list[Any]:
 def spelt(parameter: Any) -> str:
     """An option as it is typed, with what its value is called."""
     if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar or parameter.name.upper()}`"
+        return code(parameter.metavar or parameter.name.upper())
     names = ", ".join(sorted(parameter.opts, key=len)) + "".join(f" / {name}" for name in parameter.secondary_opts)
     value = "" if getattr(parameter, "is_flag", False) else f" {parameter.metavar or 'VALUE'}"
-    return f"`{names}{value}`".replace("|", "\\|")
+    return code(names + value)
+
+
+def code(text: str) -> str:
+    """Code in a cell of a table, where a bar would end the cell."""
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 def meaning(parameter: Any) -> str:
     """What its help says, and whether it can be left out."""
-    text = " ".join((parameter.help or "").split()).replace("<", "&lt;").replace("|", "\\|")
+    text = html.escape(" ".join((parameter.help or "").split()), quote=False).replace("|", "&#124;")
     return f"{text} **Required.**" if parameter.required else text
 
 

@@ -87,7 +87,7 @@ def test_every_verb_has_its_options_on_the_page() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
 
     assert sorted(hooks.verbs()) == sorted(hooks.MARKER.findall(page))
-    assert "| `-o, --output DIR` |" in hooks.options("quantize")
+    assert "| <code>-o, --output DIR</code> |" in hooks.options("quantize")
 
 
 @pytest.mark.parametrize(
