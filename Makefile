@@ -19,7 +19,7 @@ CUDA := $(wildcard kernels/*/*.cu kernels/*/*.cuh)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduce test fuzz kill lint fix types coverage times test-gpu measure bench-gate size release lock oldest clean
+.PHONY: help venv demo reproduce docs test fuzz kill lint fix types coverage times test-gpu measure bench-gate size release lock oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -33,7 +33,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "installing into $(VENV) (once; a minute or two)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -c $(CONSTRAINTS) hatchling editables setuptools wheel
-	@$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[test]'
+	@$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[test,docs]'
 	@touch $@
 
 demo: $(READY) ## quantise the embedded model, export it, write its report, verify it; the same with 2:4 (CPU, about two minutes)
@@ -42,6 +42,10 @@ demo: $(READY) ## quantise the embedded model, export it, write its report, veri
 
 reproduce: $(READY) ## the recipes of the embedded model against the numbers in them (CPU, about three minutes)
 	@$(BIN)/marlin-tools reproduce demo demo-presets demo-sparse
+
+docs: $(READY) ## the site, into build/site; a broken link or anchor is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html" >&2
 
 test: lint types ## everything that needs no GPU: style, types, layers, tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"

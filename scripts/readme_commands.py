@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "recipes/README.md", "recipes/reproducing.md", "marlin_tools/formats/README.md")
+PAGES = ("README.md", "docs/index.md", "recipes/README.md", "recipes/reproducing.md", "marlin_tools/formats/README.md")
 
 
 def blocks(text: str) -> list[list[str]]:
