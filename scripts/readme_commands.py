@@ -2,8 +2,8 @@
 
     python scripts/readme_commands.py | bash -eux
 
-A block of commands whose first line is a comment that begins with `# needs` is left to people. Other pages are for the tests alone. `tests/cli/test_readme.py` holds
-that all others use the embedded model alone.
+A block of commands whose first line is a comment that begins with `# needs` is left to people, and so are
+all other pages. `tests/cli/test_readme.py` holds that what is left uses the embedded model alone.
 """
 
 import re
