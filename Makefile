@@ -6,6 +6,12 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+CONSTRAINTS ?= constraints.txt
+MINUTES ?= 5
+KILLS ?= 200
+SEED ?= 0
+TORCH ?= 2.11.0
+TRANSFORMERS ?= 5.15.0
 VENV := .venv
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
@@ -13,7 +19,7 @@ CUDA := $(wildcard kernels/*/*.cu kernels/*/*.cuh)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduce docs test lint fix types test-gpu measure size lock clean
+.PHONY: help venv demo reproduce docs test fuzz kill lint fix types coverage times test-gpu measure bench-gate size release lock oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -21,13 +27,13 @@ help: ## list the targets
 
 venv: $(READY) ## create .venv with the pinned versions and everything that the other targets need
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), marlin-tools needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "installing into $(VENV) (once; a minute or two)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -c constraints.txt hatchling editables setuptools wheel
-	@$(INSTALL) -c constraints.txt --no-build-isolation -e '.[test,docs]'
+	@$(INSTALL) -c $(CONSTRAINTS) hatchling editables setuptools wheel
+	@$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[test,docs]'
 	@touch $@
 
 demo: $(READY) ## quantise the embedded model, export it, write its report, verify it; the same with 2:4 (CPU, about two minutes)
@@ -64,6 +70,14 @@ fix: $(READY) ## what ruff and clang-format can repair by themselves
 types: $(READY) ## mypy, strict
 	@$(BIN)/mypy
 
+coverage: $(READY) ## the tests that need no GPU, and the share of our lines that they run
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu" --cov --cov-report=term:skip-covered
+
+times: $(READY) ## the tests that need no GPU, and how long each file of them takes
+	@mkdir -p build
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu" --junitxml=build/tests.xml
+	@$(BIN)/python scripts/test_times.py build/tests.xml
+
 test-gpu: $(READY) ## the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "error: torch finds no CUDA device here" >&2; exit 1; }
@@ -76,8 +90,16 @@ measure: $(READY) ## the tables and figures of speed, measured here into measure
 	@$(BIN)/marlin-tools bench model -o measured
 	@$(BIN)/marlin-tools bench quantize -o measured
 
+bench-gate: $(READY) ## the kernels as fast as scripts/bench_baseline.json says (needs a CUDA device, some minutes)
+	@mkdir -p measured
+	@$(BIN)/marlin-tools bench kernels --no-peers --json > measured/gate.json
+	@$(BIN)/python scripts/bench_gate.py scripts/bench_baseline.json measured/gate.json
+
 size: $(READY) ## files and functions against their budgets
 	@$(BIN)/python scripts/size.py
+
+release: $(READY) ## check and build a release into dist/, and print the text of its tag; publishes nothing
+	@$(BIN)/python scripts/release.py
 
 lock: ## write constraints.txt anew: the newest versions that work together, torch as pinned here
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
@@ -86,6 +108,10 @@ lock: ## write constraints.txt anew: the newest versions that work together, tor
 	@{ grep '^#' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable --all | \
 		sed -E '/^pip==/d; s/\+[a-z0-9.]+$$//'; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt
+
+oldest: ## write build/oldest.txt: constraints.txt with the oldest torch and transformers that pyproject.toml allows
+	@mkdir -p build
+	@sed -E 's/^torch==.*/torch==$(TORCH)/; s/^transformers==.*/transformers==$(TRANSFORMERS)/' constraints.txt > build/oldest.txt
 
 clean: ## remove the virtual environment, caches and builds; results in runs/ stay
 	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

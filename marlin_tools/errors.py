@@ -94,8 +94,8 @@ class DeviceError(MarlinToolsError):
     """The device asked for is not there, too small, or cannot run this."""
 
 
-class Translated:
-    """`with Translated(ModelError, "`x`: cannot be loaded", hint)`: whatever a library raises over a user's file becomes ours.
+class ErrorTranslation:
+    """`with ErrorTranslation(ModelError, message, hint)`: whatever a library raises over a user's file becomes ours.
 
     For a single call of a library that reads foreign files and raises any class, panics of its Rust parts included. Our own
     errors, exits and interruptions pass through.

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ZERO = 8
+LEVELS = 16
+"""Codes of the grid, 0 .. LEVELS - 1. Kernels are given both numbers; only how many codes fit a word is bound to four bits."""
+ZERO = LEVELS // 2
 """The code of the value 0: value = (code - ZERO) * scale."""
 
 

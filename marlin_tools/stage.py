@@ -82,7 +82,7 @@ class Outlook:
 
 
 @dataclass(frozen=True)
-class Planned:
+class StagePlan:
     """What a stage knows before it runs: for people, and for the run itself, which then need not find it out again."""
 
     facts: Facts
@@ -124,6 +124,11 @@ class Work:
         """The one directory that the stage makes."""
         (path,) = self.outputs.values()
         return path
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What every function that makes a model is told besides."""
+        return {"emit": self.emit, "overwrite": self.overwrite, "resume": self.resume}
 
     def tokens(self, text: CalibrationSettings | None) -> TokenSet | None:
         """The text as the model reads it."""
@@ -170,7 +175,7 @@ class Stage(Settings):
         return f"`{self.stage}`"
 
     @abstractmethod
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """What is known beforehand; raises what would stop the stage later."""
 
     @abstractmethod

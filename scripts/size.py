@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("marlin_tools", "kernels", "recipes", "scripts", "tests")
+FOLDERS = ("marlin_tools", "kernels", "recipes", "scripts", "examples", "tests")
 LINES = {".py": 400, ".cu": 800, ".cuh": 800}
 FUNCTION_LINES = 70
 PARAMETERS = 7

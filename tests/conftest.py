@@ -134,6 +134,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compiled kernels, new for each run of the tests and shared by its processes: none is compiled twice."""
+    from marlin_tools.ops.runtime.cubin_cache import CubinCache
+
+    own = tmp_path_factory.getbasetemp()
+    return CubinCache((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels")
+
+
 def _copied(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target

@@ -12,6 +12,7 @@ from marlin_tools.algorithms.hessian import Gram, Hessian
 from marlin_tools.algorithms.pruning import PRUNERS, MaskSolver, Pruner
 from marlin_tools.algorithms.rtn import RTN
 from marlin_tools.algorithms.solution import Problem, Solution
+from marlin_tools.settings import one_of
 
 Algorithm = Annotated[RTN | GPTQ, Field(discriminator="kind")]
 
@@ -21,6 +22,9 @@ PRESETS: dict[str, RTN | GPTQ] = {
     "fast": GPTQ(polish=0, drift=0),
     "default": GPTQ(),
 }
+
+Preset = Annotated[str, one_of("preset", PRESETS)]
+"""What a setting that names one of them holds."""
 
 PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default"}
 """Which of `PRUNERS` finds the mask when a preset is to make a dense model 2:4 on the way."""
@@ -35,6 +39,7 @@ __all__ = [
     "Gram",
     "Hessian",
     "MaskSolver",
+    "Preset",
     "Problem",
     "Pruner",
     "Solution",

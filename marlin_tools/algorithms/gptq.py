@@ -16,17 +16,17 @@ from torch import Tensor
 from marlin_tools.algorithms.hessian import ALONE, Correction, Factor, Hessian, Sharing
 from marlin_tools.algorithms.polish import polish
 from marlin_tools.algorithms.pruning import MaskSolver
+from marlin_tools.algorithms.quantizer import Quantizer
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
-from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
+from marlin_tools.algorithms.solution import SLAB, Solution
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.errors import RecipeError
 from marlin_tools.ops.solver.kernels import BLOCK, Grid
 from marlin_tools.quantized import ZERO
-from marlin_tools.settings import Settings
 from marlin_tools.stopwatch import span
 
 
-class GPTQ(Settings):
+class GPTQ(Quantizer):
     """Settings of GPTQ.
 
     damp         added to the Hessian's diagonal, as a fraction of its mean
@@ -97,18 +97,6 @@ class GPTQ(Settings):
                 correction = Correction(hessian.drift, factor, order, self.drift, sharing)
         damped = hessian.damped(factor.damp) if self.polish else None
         return GPTQProblem(self, hessian, order, factor, group_size, dtype, mask_solver, correction, damped)
-
-    def solve(
-        self,
-        name: str,
-        weight: Tensor,
-        hessian: Hessian | None,
-        group_size: int,
-        dtype: torch.dtype,
-        mask_solver: MaskSolver | None = None,
-    ) -> Solution:
-        """Quantise one weight [N, K]."""
-        return solve_all(self.problem(name, hessian, group_size, dtype, mask_solver), weight)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Gram:
         return Hessian(self.total / self.tokens, self.tokens)
 
 
-class Cross:
+class CrossGram:
     """Accumulates Σ left rightᵀ over pairs of activations of the same tokens."""
 
     def __init__(self, n: int, k: int, device: torch.device) -> None:

@@ -7,7 +7,7 @@ quad the pair of positions that lowers the loss, and the least-squares weights o
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import by_blocks, sweep
 from marlin_tools.ops.solver import kernels as solver
 from marlin_tools.ops.solver.kernels import Grid
-from marlin_tools.settings import Settings
+from marlin_tools.settings import Settings, one_of
 from marlin_tools.stopwatch import span
 
 _SLAB = 1 << 26
@@ -215,3 +215,6 @@ PRUNERS: dict[str, Pruner] = {
     "default": Pruner(),
 }
 """The settings that people ask for by name; `sparsegpt` is the published method."""
+
+PrunerName = Annotated[str, one_of("preset", PRUNERS)]
+"""What a setting that names one of them holds."""

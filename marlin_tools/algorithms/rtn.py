@@ -8,12 +8,12 @@ from torch import Tensor
 
 from marlin_tools.algorithms.hessian import ALONE, Hessian, Sharing
 from marlin_tools.algorithms.pruning import MaskSolver
+from marlin_tools.algorithms.quantizer import Quantizer
 from marlin_tools.algorithms.scales import absmax, encode
-from marlin_tools.algorithms.solution import SLAB, Solution, solve_all
-from marlin_tools.settings import Settings
+from marlin_tools.algorithms.solution import SLAB, Solution
 
 
-class RTN(Settings):
+class RTN(Quantizer):
     """Settings of round-to-nearest."""
 
     kind: Literal["rtn"] = "rtn"
@@ -44,18 +44,6 @@ class RTN(Settings):
     ) -> "RTNProblem":
         """What all rows of a group share; `dtype` is the model's own 16-bit type, `mask_solver` makes rows 2:4 first."""
         return RTNProblem(hessian, group_size, dtype, mask_solver)
-
-    def solve(
-        self,
-        name: str,
-        weight: Tensor,
-        hessian: Hessian | None,
-        group_size: int,
-        dtype: torch.dtype,
-        mask_solver: MaskSolver | None = None,
-    ) -> Solution:
-        """Quantise one weight [N, K]."""
-        return solve_all(self.problem(name, hessian, group_size, dtype, mask_solver), weight)
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from marlin_tools.errors import NumericalError
 from marlin_tools.ops.solver import kernels as solver
-from marlin_tools.quantized import ZERO
+from marlin_tools.quantized import LEVELS, ZERO
 
 _SMALLEST = 2.0**-24
 _LARGEST = 65504.0
+_SYMMETRIC = 2 / (LEVELS - 1)
+"""The scale, in largest weights, of the grid that is as wide on either side."""
 
 
 def encode(target: Tensor, scale: Tensor) -> Tensor:
     """The nearest codes 0..15 (as floats) of `target` on the grid of `scale`."""
-    return torch.clamp(torch.round(target / scale) + ZERO, 0, 15)
+    return torch.clamp(torch.round(target / scale) + ZERO, 0, LEVELS - 1)
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -47,21 +49,21 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def too_large(scale: Tensor) -> NumericalError:
     """What to raise when float16 cannot hold one of these scales."""
     return NumericalError(
-        f"a weight of magnitude {float(scale.abs().max()) * 7.5:g} needs a scale beyond float16",
+        f"a weight of magnitude {float(scale.abs().max()) / _SYMMETRIC:g} needs a scale beyond float16",
         hint="check the checkpoint for corrupt weights, or leave the layer out with `--ignore`",
     )
 
 
 def absmax(weight_ngb: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, groups] from [N, groups, G]: the symmetric grid that just holds the largest weight."""
-    return storable(weight_ngb.abs().amax(dim=-1) * (2 / 15), dtype)
+    return storable(weight_ngb.abs().amax(dim=-1) * _SYMMETRIC, dtype)
 
 
 def conditional(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Tensor:
     """[N] for one group: clip to 1.00, 0.99 … 0.25 of the largest weight and keep what costs the least output error."""
     if solver.runs_on(weight_nb):
         return solver.clip_scales(weight_nb, factor_bb, dtype)
-    widest = weight_nb.abs().amax(dim=1) * (2 / 15)
+    widest = weight_nb.abs().amax(dim=1) * _SYMMETRIC
     best_cost = torch.full_like(widest, torch.inf)
     best = storable(widest, dtype)
     for step in range(76):
@@ -77,7 +79,7 @@ def diagonal(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, signe
     """[N, groups]: coarse-to-fine search over |scale|, in both signs if `signed`, weighing each column by its energy."""
     if solver.runs_on(weight_ngb) and weight_ngb.shape[2] in solver.GROUP_SIZES:
         return solver.search_scales(weight_ngb, energy_gb, dtype, signed=signed)
-    widest = weight_ngb.abs().amax(dim=-1) / 8
+    widest = weight_ngb.abs().amax(dim=-1) / ZERO
     best_cost = torch.full_like(widest, torch.inf)
     best = storable(widest, dtype)
     best_ratio = torch.ones_like(widest)

@@ -65,44 +65,48 @@ def reselect(weight_nk: Tensor, value_nk: Tensor, mask_nk: Tensor, hessian_kk: T
         state = solver.Quads(value_nk.clone(), mask_nk.clone(), inverses_q64, _PREFERENCE)
         _fused_reselect(weight_nk, state, hessian_kk)
         return state.values, state.mask
-    value_nk, pair_nq = value_nk.clone(), pair_of(mask_nk)
-    gradient_nk = (weight_nk - value_nk) @ hessian_kk
-    for start in range(0, weight_nk.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, weight_nk.shape[1]))
+    value_kn, pair_qn = value_nk.T.contiguous(), pair_of(mask_nk).T.contiguous()
+    gradient_kn = hessian_kk @ (weight_nk.T - value_kn)
+    for start in range(0, len(value_kn), BLOCK):
+        block = slice(start, min(start + BLOCK, len(value_kn)))
         quads = slice(block.start // 4, block.stop // 4)
-        change_nb = reselect_block(
-            value_nk[:, block], pair_nq[:, quads], gradient_nk[:, block].clone(), hessian_kk[block, block], inverses_q64[quads]
+        change_bn = reselect_block(
+            value_kn[block], pair_qn[quads], gradient_kn[block].clone(), hessian_kk[block, block], inverses_q64[quads]
         )
-        gradient_nk += change_nb @ hessian_kk[block]
-    return value_nk, of_pair(pair_nq).view(mask_nk.shape)
+        gradient_kn.addmm_(hessian_kk[:, block], change_bn)
+    return value_kn.T.contiguous(), of_pair(pair_qn.T).reshape(mask_nk.shape)
 
 
-def reselect_block(value_nb: Tensor, pair_nq: Tensor, gradient_nb: Tensor, hessian_bb: Tensor, inverses_q64: Tensor) -> Tensor:
-    """Choose every quad of a block again, in place, `_WALKS` times over; returns by how much the errors changed."""
-    old_nb, best_of = value_nb.clone(), _best_values(inverses_q64)
-    bonus_66 = 1 + _PREFERENCE * torch.eye(len(PAIRS), device=value_nb.device)
+def reselect_block(value_bn: Tensor, pair_qn: Tensor, gradient_bn: Tensor, hessian_bb: Tensor, inverses_q64: Tensor) -> Tensor:
+    """Choose every quad of a block again, in place, `_WALKS` times over; returns by how much the errors changed.
+
+    Outputs lie side by side, so that a quad is four whole rows and all steps are dense.
+    """
+    old_bn, bonus_66 = value_bn.clone(), 1 + _PREFERENCE * torch.eye(len(PAIRS))
+    best_of, values, gradients = _best_values(inverses_q64), value_bn.split(4), gradient_bn.split(4)
+    columns = [column_b4.contiguous() for column_b4 in hessian_bb.split(4, dim=1)]
     for index in list(range(len(best_of))) * _WALKS:
-        quad = slice(4 * index, 4 * index + 4)
-        present_n4 = value_nb[:, quad].clone()
-        wanted_n4 = torch.addmm(gradient_nb[:, quad], present_n4, hessian_bb[quad, quad])
-        best_n64 = (wanted_n4 @ best_of[index]).view(-1, len(PAIRS), 4)
-        gain_n6 = (best_n64 * wanted_n4[:, None]).sum(dim=2) * bonus_66[pair_nq[:, index]]
-        pair_n = gain_n6.argmax(dim=1)
-        best_n4 = best_n64.gather(1, pair_n[:, None, None].expand(-1, 1, 4)).squeeze(1)
-        gradient_nb.addmm_(present_n4 - best_n4, hessian_bb[quad])
-        value_nb[:, quad], pair_nq[:, index] = best_n4, pair_n
-    return old_nb - value_nb
+        present_4n = values[index]
+        wanted_4n = torch.addmm(gradients[index], columns[index][4 * index : 4 * index + 4], present_4n)
+        best_64n = torch.mm(best_of[index], wanted_4n).view(len(PAIRS), 4, -1)
+        gain_6n = (best_64n * wanted_4n).sum(dim=1).mul_(bonus_66.index_select(1, pair_qn[index]))
+        pair_n = gain_6n.argmax(dim=0)
+        best_4n = best_64n.gather(0, pair_n.expand(1, 4, -1)).squeeze(0)
+        gradient_bn.addmm_(columns[index], present_4n - best_4n)
+        present_4n.copy_(best_4n)
+        pair_qn[index] = pair_n
+    return old_bn.sub_(value_bn)
 
 
 def _best_values(inverses_q64: Tensor) -> Tensor:
-    """[B/4, 4, 6·4]: the inverses as matrices to multiply c with, which gives the v of all pairs with their zeros."""
+    """[B/4, 6·4, 4]: the inverses as matrices to multiply c with, which gives the v of all pairs with their zeros."""
     first, both, second = inverses_q64[:, :, :3].unbind(dim=2)
     one, other = torch.tensor(PAIRS, device=inverses_q64.device).T
     pair = torch.arange(len(PAIRS), device=inverses_q64.device)
-    result = inverses_q64.new_zeros(len(inverses_q64), 4, len(PAIRS), 4)
+    result = inverses_q64.new_zeros(len(inverses_q64), len(PAIRS), 4, 4)
     for row, column, part in ((one, one, first), (one, other, both), (other, one, both), (other, other, second)):
-        result[:, row, pair, column] = part
-    return result.view(len(inverses_q64), 4, -1)
+        result[:, pair, column, row] = part
+    return result.view(len(inverses_q64), -1, 4)
 
 
 def _fused_reselect(weight_nk: Tensor, state: solver.Quads, hessian_kk: Tensor) -> None:

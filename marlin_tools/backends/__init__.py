@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.fill import fill
-from marlin_tools.checkpoint.expanded import expanded
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import describe_device, free_memory, pick_device
 from marlin_tools.errors import DeviceError, RecipeError
@@ -101,7 +101,7 @@ def load(
     """A transformers model, ready to run. `dtype` is float32 on a CPU (bfloat16 for `torch-int4`) and the checkpoint's own on a
     GPU unless it is given.
     """
-    checkpoint = expanded(Checkpoint.open(model))
+    checkpoint = dequantized(Checkpoint.open(model))
     place = pick_device(device)
     usual = torch.bfloat16 if backend == "torch-int4" else torch.float32
     dtype = dtype or (usual if place.type == "cpu" else checkpoint.dtype)

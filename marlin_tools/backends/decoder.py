@@ -67,7 +67,7 @@ def _window(config: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Joined:
+class _FusedLinear:
     """Linears that read the same tensor, multiplied at once where they are of one kind."""
 
     parts: tuple[nn.Module, ...]
@@ -84,13 +84,13 @@ class _Joined:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-def _join(body: nn.Module, *names: str) -> _Joined:
+def _join(body: nn.Module, *names: str) -> _FusedLinear:
     """One module in the place of several; these go on as views of its weights."""
     parts = tuple(body.get_submodule(name) for name in names)
     packed = [part for part in parts if isinstance(part, NativeLinear)]
     dense = [part for part in parts if type(part) is nn.Linear]
     whole = join(packed) if len(packed) == len(parts) else _join_dense(dense) if len(dense) == len(parts) else None
-    return _Joined(parts, whole)
+    return _FusedLinear(parts, whole)
 
 
 def _join_dense(parts: list[nn.Linear]) -> nn.Linear | None:

@@ -31,14 +31,14 @@ _LEAST = 1e-12  # of a probability that is the rest of others
 
 
 @dataclass(frozen=True)
-class Reading:
+class SequenceScore:
     """What a model made of one sequence: its mean loss, and for each predicted position the likeliest words."""
 
     loss: float
     likeliest: list[dict[int, float]]
 
 
-class Served:
+class VllmEngine:
     """An engine for one checkpoint; `judge` is the model that lm-eval asks. Use it in a `with`, which ends the engine."""
 
     def __init__(self, checkpoint: Checkpoint, longest: int, seed: int, emit: Emit) -> None:
@@ -73,12 +73,12 @@ class Served:
         if not torch.cuda.is_available():
             raise DeviceError("backend `vllm` needs a GPU", hint="use `--backend reference` on a CPU")
 
-    def read(self, name: str, sequences: Sequence[Tensor], emit: Emit) -> list[Reading]:
+    def read(self, name: str, sequences: Sequence[Tensor], emit: Emit) -> list[SequenceScore]:
         """What the model makes of every sequence."""
         from vllm import SamplingParams
 
         how = SamplingParams(max_tokens=1, prompt_logprobs=LIKELIEST, detokenize=False, temperature=0.0)
-        found: list[Reading] = []
+        found: list[SequenceScore] = []
         for start in range(0, len(sequences), _AT_ONCE):
             ids = [sequence.tolist() for sequence in sequences[start : start + _AT_ONCE]]
             answers = self.judge.model.generate([{"prompt_token_ids": each} for each in ids], how, use_tqdm=False)
@@ -87,15 +87,15 @@ class Served:
         return found
 
 
-def reading(ids: Sequence[int], given: Sequence[Mapping[int, Any] | None]) -> Reading:
+def reading(ids: Sequence[int], given: Sequence[Mapping[int, Any] | None]) -> SequenceScore:
     """From vLLM's `prompt_logprobs`: for each position a table of words, nothing for the first, which nobody predicts."""
     rows = [{word: entry.logprob for word, entry in row.items()} for row in given[1:] if row is not None]
     assert len(rows) == len(ids) - 1, (len(rows), len(ids))
     losses = [-row[word] for row, word in zip(rows, ids[1:], strict=True)]
-    return Reading(math.fsum(losses) / len(losses), rows)
+    return SequenceScore(math.fsum(losses) / len(losses), rows)
 
 
-def divergence(model: Reading, base: Reading) -> tuple[float, float]:
+def divergence(model: SequenceScore, base: SequenceScore) -> tuple[float, float]:
     """Mean KL(base || model) of coarser predictions, and the share of positions whose likeliest word is the same."""
     pairs = list(zip(model.likeliest, base.likeliest, strict=True))
     same = sum(_top(ours) == _top(theirs) for ours, theirs in pairs)

@@ -48,7 +48,7 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class FigureData:
     """What was measured, on what, at which rates, and what a call costs the host; `figure` is None for the plain benchmark."""
 
     figure: str | None
@@ -59,7 +59,7 @@ class Measured:
     results: tuple[Measurement, ...]
 
 
-def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) -> Measured:
+def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) -> FigureData:
     """Run the benchmark for a figure, or the plain one."""
     if not torch.cuda.is_available():
         raise DeviceError("kernels are timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
@@ -70,7 +70,7 @@ def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) ->
         _keep_busy(device, _WARM_UP_SECONDS)
     before = partial(_keep_busy, device, _SUSTAINED_SECONDS) if busy else lambda: None
     results = bench_kernels(settings, emit, rates, before)
-    return Measured(figure, describe_device(device), settings, rates, host_costs(device), tuple(results))
+    return FigureData(figure, describe_device(device), settings, rates, host_costs(device), tuple(results))
 
 
 def _keep_busy(device: torch.device, seconds: float) -> None:

@@ -16,9 +16,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from marlin_tools.algorithms import PRESETS
+from marlin_tools.algorithms import Preset
 from marlin_tools.checkpoint.cards import CARDS, Card
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
@@ -45,17 +45,10 @@ class BenchQuantizeSettings(Settings):
 
     shape: str = "llama2-7b"
     layers: int = Field(default=0, ge=0)
-    preset: str = "default"
+    preset: Preset = "default"
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=1)
     device: str = "auto"
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, name: str) -> str:
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset `{name}`; known: {', '.join(PRESETS)}")
-        return name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name, read_config
-from marlin_tools.errors import ModelError, Translated
+from marlin_tools.errors import ErrorTranslation, ModelError
 
 _KEYS = (
     "hidden_size",
@@ -159,7 +159,10 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo
     from transformers.core_model_loading import revert_weight_conversion
 
     known = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
-    with Translated(ModelError, "config.json is not understood by transformers", "update transformers"), torch.device("meta"):
+    with (
+        ErrorTranslation(ModelError, "config.json is not understood by transformers", "update transformers"),
+        torch.device("meta"),
+    ):
         settings = AutoConfig.for_model(config["model_type"], **known)
         nested = settings.get_text_config() is not settings
         model = (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import ModelError, Translated
+from marlin_tools.errors import ErrorTranslation, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,7 +49,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
-    refused = Translated(ModelError, what, "update transformers, or check config.json")
+    refused = ErrorTranslation(ModelError, what, "update transformers, or check config.json")
     with refused:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):

@@ -17,7 +17,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class _Added(_Part):
+class _AddedToken(_Part):
     id: Id
     content: str
 
@@ -30,7 +30,7 @@ class TokenizerFile(_Part):
     """What is taken for granted about tokenizer.json."""
 
     model: _Model
-    added_tokens: list[_Added] | None = None
+    added_tokens: list[_AddedToken] | None = None
 
 
 def check_tokenizer_files(directory: Path) -> None:

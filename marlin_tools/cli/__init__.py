@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from marlin_tools import __version__
-from marlin_tools.cli import bench, kernels, look, make, measure, recipes
+from marlin_tools.cli import bench, complete, kernels, look, make, measure, recipes
 from marlin_tools.cli.options import PLAIN, SETTINGS, flag
 from marlin_tools.errors import MarlinToolsError
 
@@ -28,7 +28,7 @@ _RESUMED = frozenset({"quantize", "prune", "finetune", "run", "reproduce"})
 _UsageError: Any = typer.BadParameter.__mro__[2]
 """Typer's own complaints about arguments: click's class, or that of the copy that newer versions carry."""
 
-app = typer.Typer(context_settings=SETTINGS, invoke_without_command=True, **PLAIN)
+app = typer.Typer(context_settings=SETTINGS, invoke_without_command=True, **PLAIN | {"add_completion": True})
 for family in (make, measure, recipes, look):
     app.add_typer(family.app)
 for name, group in (("recipes", recipes.recipes), ("bench", bench.bench), ("kernels", kernels.kernels)):
@@ -51,6 +51,9 @@ def _marlin_tools(context: typer.Context, version: Version = False) -> int:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script: run a verb, turn every known failure into one line and a hint, and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "_MARLIN_TOOLS_COMPLETE" in os.environ:  # a shell asks what a tab may become
+        complete.answer(lambda: app(prog_name="marlin-tools"))
+        sys.exit(0)
     for library in ("TRANSFORMERS", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # they warn of their own defaults, not of the user's model
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a CPU that others use too to a standstill

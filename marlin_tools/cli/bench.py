@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from marlin_tools.cli.complete import PRESETS, SHAPES, list_of, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, flag, option
 from marlin_tools.cli.perform import given
 from marlin_tools.errors import RecipeError
@@ -25,10 +26,17 @@ def bench_kernels(
         str | None, option("--shapes", of="S,...", text="llama2-7b, paper-llama7b, peak, 4096x12288, ...")
     ] = None,
     batch: Batches = None,
-    dtype: Annotated[str | None, option(of="NAME", text="float16 or bfloat16.")] = None,
+    dtype: Annotated[str | None, option(of="NAME", text="float16 or bfloat16.", words=one_of(("float16", "bfloat16")))] = None,
     group_size: Annotated[int | None, option(of="N", text="Inputs per scale: 128, 64, 32, or -1 for one per output.")] = None,
     peers: Annotated[bool | None, flag("--peers/--no-peers", "Time torch's INT4, and dequantising + cuBLAS, too.")] = None,
-    figure: Annotated[str | None, option(of="NAME", text="Remake the paper's peak, models, roofline or sustained.")] = None,
+    figure: Annotated[
+        str | None,
+        option(
+            of="NAME",
+            text="Remake the paper's peak, models, roofline or sustained.",
+            words=one_of(("peak", "models", "roofline", "sustained")),
+        ),
+    ] = None,
     tune: Annotated[
         bool, flag("--tune", "Measure every kernel; the choice between them on this machine follows from it.")
     ] = False,
@@ -50,7 +58,7 @@ def bench_kernels(
         raise RecipeError(
             "--figure: the paper's figures are in float16, with groups of 128", hint="leave out `--dtype` and `--group-size`"
         )
-    if tune and (figure or output or json):
+    if tune and (figure or output):
         raise RecipeError("--tune writes a table for this machine, no figure and no numbers", hint="run it on its own")
     asked = given(models=_words(shapes), rows=_numbers("--batch", batch), dtype=dtype, group_size=group_size, peers=peers)
     settings = _settings(stage.BenchSettings, FIGURES[figure].settings(asked) if figure else asked)
@@ -59,7 +67,8 @@ def bench_kernels(
     with ui.Display() as display:
         if tune:
             written = stage.tune(settings, display)
-            ui.write(f"kernels on this machine are now chosen by `{written}`")
+            told = f"kernels on this machine are now chosen by `{written}`"
+            ui.write_json({"tables": str(written)}) if json else ui.write(told)
             return 0
         measured = measure(figure, settings, display)
     if output is not None:
@@ -71,11 +80,15 @@ def bench_kernels(
 
 @bench.command(name="model")
 def bench_model(
-    shape: Annotated[str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...")] = None,
+    shape: Annotated[
+        str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...", words=one_of(SHAPES))
+    ] = None,
     tokens_in: Annotated[int | None, option("--in", of="N", text="Tokens of the prompt.")] = None,
     tokens_out: Annotated[int | None, option("--out", of="N", text="Tokens that follow, one at a time.")] = None,
     batch: Batches = None,
-    schemes: Annotated[str | None, option("--schemes", of="S,...", text="fp16, int4, int4-2:4.")] = None,
+    schemes: Annotated[
+        str | None, option("--schemes", of="S,...", text="fp16, int4, int4-2:4.", words=list_of(("fp16", "int4", "int4-2:4")))
+    ] = None,
     output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers and a figure here.")] = None,
     json: Json = False,
 ) -> int:
@@ -101,9 +114,11 @@ def bench_model(
 
 @bench.command(name="quantize")
 def bench_quantize(
-    shape: Annotated[str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...")] = None,
+    shape: Annotated[
+        str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...", words=one_of(SHAPES))
+    ] = None,
     layers: Annotated[int | None, option(of="N", text="Blocks of it; all, if not said.")] = None,
-    preset: Annotated[str | None, option(of="NAME", text="default, fast, marlin, rtn.")] = None,
+    preset: Annotated[str | None, option(of="NAME", text="default, fast, marlin, rtn.", words=one_of(PRESETS))] = None,
     samples: Annotated[int | None, option("--num-samples", of="N", text="Calibration windows of random tokens.")] = None,
     seqlen: Annotated[int | None, option(of="N", text="Tokens of a window.")] = None,
     device: Device = None,

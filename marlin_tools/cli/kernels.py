@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli.complete import list_of, one_of
 from marlin_tools.cli.options import PLAIN, Json, option
 from marlin_tools.errors import RecipeError
 
@@ -16,7 +17,10 @@ ARCHITECTURES = "sm_80,sm_86,sm_89,sm_90a"
 
 @kernels.command(name="list")
 def list_kernels(
-    arch: Annotated[str | None, option(of="A", text=f"Only those for one of {ARCHITECTURES}.")] = None, json: Json = False
+    arch: Annotated[
+        str | None, option(of="A", text=f"Only those for one of {ARCHITECTURES}.", words=one_of(ARCHITECTURES.split(",")))
+    ] = None,
+    json: Json = False,
 ) -> int:
     """Name every kernel and what it is for."""
     from marlin_tools import ops, report
@@ -39,7 +43,10 @@ def list_kernels(
 
 @kernels.command(name="build")
 def build_kernels(
-    arch: Annotated[str, option(of="A,...", text=f"Any of {ARCHITECTURES}; all of them if left out.")] = ARCHITECTURES,
+    arch: Annotated[
+        str,
+        option(of="A,...", text=f"Any of {ARCHITECTURES}; all of them if left out.", words=list_of(ARCHITECTURES.split(","))),
+    ] = ARCHITECTURES,
     output: Annotated[
         Path | None, option("-o", "--output", of="DIR", text="The cache to fill, instead of this user's.")
     ] = None,

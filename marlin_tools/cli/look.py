@@ -1,11 +1,13 @@
 """The verbs that look at what is there: `verify`, `compare`, `inspect` and `doctor`."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from marlin_tools.cli.complete import directories as directories_of_results
 from marlin_tools.cli.options import PLAIN, Directory, Json, Model, argument, flag, option
 from marlin_tools.cli.perform import perform, recipe_of, short_name
 
@@ -28,7 +30,10 @@ def verify(
 
 @app.command()
 def compare(
-    directories: Annotated[list[Path], argument("DIR...", "Directories of models, two or more; the first is compared with.")],
+    directories: Annotated[
+        list[Path],
+        argument("DIR...", "Directories of models, two or more; the first is compared with.", directories_of_results),
+    ],
     output: Annotated[
         Path | None, option("-o", "--output", of="FILE", text="Where the page goes: runs/compare/<names>.html.")
     ] = None,
@@ -41,7 +46,7 @@ def compare(
     from marlin_tools.run.plan import RUNS
 
     found = show.compare(directories)
-    names = "+".join(short_name(name) for name in found.names)[:100]
+    names = "+".join(re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in found.labels)[:100]
     place = output or RUNS / "compare" / f"{names}.html"
     put(place, show.as_page(found))
     ui.note(f"`{place}` shows it")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from marlin_tools.cli.complete import FORMATS as LAYOUTS
+from marlin_tools.cli.complete import PRESETS, PRUNERS, list_of, models, one_of
 from marlin_tools.cli.options import (
     FORMATS,
     PLAIN,
@@ -39,15 +41,20 @@ app = typer.Typer(**PLAIN)
 def quantize(
     model: Model,
     output: Output = None,
-    preset: Annotated[str, option(of="NAME", text="default, fast, marlin (the paper's recipe) or rtn.")] = "default",
-    format: Annotated[str | None, option(of="F,...", text=FORMATS)] = None,
+    preset: Annotated[
+        str, option(of="NAME", text="default, fast, marlin (the paper's recipe) or rtn.", words=one_of(PRESETS))
+    ] = "default",
+    format: Annotated[str | None, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))] = None,
     calib: Calib = None,
     num_samples: NumSamples = None,
     seqlen: SeqLen = None,
     sparsity: Annotated[
-        str | None, option(of="2:4|keep", text="2:4 prunes what is dense; keep insists on the zeros there.")
+        str | None,
+        option(of="2:4|keep", text="2:4 prunes what is dense; keep insists on the zeros there.", words=one_of(("2:4", "keep"))),
     ] = None,
-    group_size: Annotated[int | None, option(of="128|-1", text="Inputs that share a scale; -1 for one per output.")] = None,
+    group_size: Annotated[
+        str | None, option(of="N|auto", text="Inputs that share a scale: 128, 64, 32, -1 (one per output), or what fits.")
+    ] = None,
     damp: Damp = None,
     seed: Seed = None,
     ignore: Ignore = None,
@@ -80,7 +87,9 @@ def quantize(
 def prune(
     model: Model,
     output: Output = None,
-    preset: Annotated[str, option(of="NAME", text="default, sparsegpt (as published), wanda or magnitude.")] = "default",
+    preset: Annotated[
+        str, option(of="NAME", text="default, sparsegpt (as published), wanda or magnitude.", words=one_of(PRUNERS))
+    ] = "default",
     reconstruct: Annotated[
         int | None, option(of="N", text="Passes of training each block towards its original outputs.")
     ] = None,
@@ -110,7 +119,7 @@ def prune(
 @app.command()
 def finetune(
     model: Model,
-    teacher: Annotated[str, option(of="MODEL", text="The original: what the model is to do again.")],
+    teacher: Annotated[str, option(of="MODEL", text="The original: what the model is to do again.", words=models)],
     output: Output = None,
     calib: Calib = None,
     num_samples: NumSamples = None,
@@ -150,7 +159,7 @@ def finetune(
 @app.command()
 def export(
     directory: Directory,
-    format: Annotated[str, option(of="F,...", text=FORMATS)],
+    format: Annotated[str, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))],
     output: Annotated[Path, option("-o", "--output", of="DIR", text="Where the result goes.")],
     overwrite: Overwrite = False,
     json: Json = False,

@@ -4,20 +4,29 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli.complete import BACKENDS, TASKS, list_of, models, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, flag, option
 from marlin_tools.cli.perform import given, perform, recipe_of, short_name
 
 app = typer.Typer(**PLAIN)
 
-Backend = Annotated[str | None, option(of="NAME", text="auto, native, reference or reference-packed.")]
+_RUNNING = [name for name in BACKENDS if name != "vllm"]
+Backend = Annotated[str | None, option(of="NAME", text="auto, native, reference or reference-packed.", words=one_of(_RUNNING))]
 
 
 @app.command(name="eval")
 def evaluate(
-    tasks: Annotated[str, option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.")],
-    model: Annotated[str | None, argument("MODEL", "As for quantize; the newest model under runs/ if left out.")] = None,
-    baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.")] = None,
-    backend: Annotated[str | None, option(of="NAME", text="auto, native, reference, reference-packed or vllm.")] = None,
+    tasks: Annotated[
+        str,
+        option("-t", "--tasks", of="T,...", text="ppl:wikitext2, ppl:FILE, and lm-eval's, such as mmlu.", words=list_of(TASKS)),
+    ],
+    model: Annotated[
+        str | None, argument("MODEL", "As for quantize; the newest model under runs/ if left out.", models)
+    ] = None,
+    baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.", words=models)] = None,
+    backend: Annotated[
+        str | None, option(of="NAME", text="auto, native, reference, reference-packed or vllm.", words=one_of(BACKENDS))
+    ] = None,
     num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
     limit: Annotated[float | None, option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
     batch_size: Annotated[str | None, option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,

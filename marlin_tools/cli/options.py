@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from marlin_tools.cli import complete
+from marlin_tools.cli.complete import Complete
+
 _SPELLINGS = {
     "nsamples": "num-samples",
     "num-calibration-samples": "num-samples",
@@ -23,14 +26,14 @@ def spelling(name: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
-def argument(metavar: str, text: str) -> Any:
-    """What stands without a name."""
-    return typer.Argument(metavar=metavar, help=text, show_default=False)
+def argument(metavar: str, text: str, words: Complete | None = None) -> Any:
+    """What stands without a name; `words` is what a shell offers."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=words)
 
 
-def option(*names: str, of: str, text: str) -> Any:
+def option(*names: str, of: str, text: str, words: Complete | None = None) -> Any:
     """What takes a value; without names, typer makes one from the parameter's."""
-    return typer.Option(*names, metavar=of, help=text, show_default=False)
+    return typer.Option(*names, metavar=of, help=text, show_default=False, autocompletion=words)
 
 
 def flag(names: str, text: str) -> Any:
@@ -42,11 +45,21 @@ SETTINGS = {"token_normalize_func": spelling, "help_option_names": ["-h", "--hel
 PLAIN: Any = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
 """How every command group is made."""
 
-Model = Annotated[str, argument("MODEL", "Directory, hub id, or alias: demo, llama2-7b, ...")]
-Directory = Annotated[Path, argument("DIR", "Directory of a quantised model.")]
+Model = Annotated[str, argument("MODEL", "Directory, hub id, or alias: demo, llama2-7b, ...", complete.models)]
+Directory = Annotated[Path, argument("DIR", "Directory of a quantised model.", complete.directories)]
 Output = Annotated[Path | None, option("-o", "--output", of="DIR", text="Where the result goes: runs/<name>-<scheme>.")]
-Device = Annotated[str | None, option(of="NAME", text="cpu, cuda or cuda:N; the first GPU if there is one.")]
-Calib = Annotated[str | None, option(of="SOURCE", text="demo, c4, redpajama, wikitext2, pile, ultrachat, FILE, hf:OWNER/NAME.")]
+Device = Annotated[
+    str | None,
+    option(of="NAME", text="cpu, cuda or cuda:N; the first GPU if there is one.", words=complete.one_of(complete.DEVICES)),
+]
+Calib = Annotated[
+    str | None,
+    option(
+        of="SOURCE",
+        text="demo, c4, redpajama, wikitext2, pile, ultrachat, FILE, hf:OWNER/NAME.",
+        words=complete.one_of(complete.SOURCES),
+    ),
+]
 NumSamples = Annotated[int | None, option(of="N", text="Windows or documents of text.")]
 SeqLen = Annotated[int | None, option(of="L", text="Tokens per window; if given, text is packed.")]
 Damp = Annotated[float | None, option(of="F", text="Added to the Hessian's diagonal, relative to its mean.")]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli.complete import recipes as recipe_words
 from marlin_tools.cli.options import PLAIN, DryRun, Json, Output, Overwrite, Resume, Strict, argument, flag, option
 from marlin_tools.cli.perform import perform
 from marlin_tools.errors import OutputError, RecipeError
@@ -15,7 +16,7 @@ recipes = typer.Typer(help="List, show, copy and check recipes.", **PLAIN)
 
 @app.command()
 def run(
-    recipe: Annotated[str, argument("RECIPE", "A YAML file, or the name of a bundled recipe.")],
+    recipe: Annotated[str, argument("RECIPE", "A YAML file, or the name of a bundled recipe.", recipe_words)],
     set_: Annotated[list[str] | None, option("--set", of="A.B=C", text="Override a setting; repeatable.")] = None,
     from_: Annotated[str | None, option("--from", of="STAGE", text="Keep what earlier stages made, redo the others.")] = None,
     output: Output = None,
@@ -34,7 +35,9 @@ def run(
 
 @app.command()
 def reproduce(
-    refs: Annotated[list[str], argument("RECIPE...", "Recipes, rows of tables, or whole tables; names or YAML files.")],
+    refs: Annotated[
+        list[str], argument("RECIPE...", "Recipes, rows of tables, or whole tables; names or YAML files.", recipe_words)
+    ],
     set_: Annotated[
         list[str] | None, option("--set", of="A.B=C", text="Override a setting of all of them; repeatable.")
     ] = None,
@@ -70,7 +73,7 @@ def reproduce(
     return comparison.code
 
 
-Name = Annotated[str, argument("NAME", "A bundled recipe.")]
+Name = Annotated[str, argument("NAME", "A bundled recipe.", recipe_words)]
 
 
 @recipes.command(name="list")
@@ -86,17 +89,23 @@ def recipes_list(json: Json = False) -> int:
 
 
 @recipes.command(name="show")
-def recipes_show(name: Name) -> int:
+def recipes_show(name: Name, json: Json = False) -> int:
     """Print a recipe as it is."""
     from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
-    ui.write(recipe_files.show(name))
+    if not json:
+        ui.write(recipe_files.show(name))
+        return 0
+    found = recipe_files.load_all(name) if name in recipe_files.tables() else [recipe_files.load(name)]
+    ui.write_json([each.model_dump(mode="json", exclude_none=True) for each in found])
     return 0
 
 
 @recipes.command(name="copy")
-def recipes_copy(name: Name, to: Annotated[Path, argument("FILE", "Where to; a directory keeps the name.")] = Path()) -> int:
+def recipes_copy(
+    name: Name, to: Annotated[Path, argument("FILE", "Where to; a directory keeps the name.")] = Path(), json: Json = False
+) -> int:
     """Copy a recipe, to be changed."""
     from marlin_tools.checkpoint.output import put
     from marlin_tools.cli import ui
@@ -107,7 +116,7 @@ def recipes_copy(name: Name, to: Annotated[Path, argument("FILE", "Where to; a d
     if target.exists():
         raise OutputError(f"`{target}` exists", hint="choose another name: marlin-tools recipes copy NAME FILE")
     put(target, text)
-    ui.write(str(target))
+    ui.write_json({"file": str(target)}) if json else ui.write(str(target))
     return 0
 
 
@@ -132,7 +141,10 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
 
 
 @recipes.command(name="schema")
-def recipes_schema(table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False) -> int:
+def recipes_schema(
+    table: Annotated[bool, flag("--table", "Of a file with a table of recipes.")] = False,
+    json: Annotated[bool, flag("--json", "Print one JSON document, as it does anyway.")] = False,  # noqa: ARG001
+) -> int:
     """Print the JSON Schema of recipes, for editors."""
     from marlin_tools.cli import ui
     from marlin_tools.recipe.recipe import Recipe

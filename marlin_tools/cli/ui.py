@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -86,13 +87,15 @@ class Display:
         self._console = _stderr()
         self._live = sys.stderr.isatty()
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim"),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
-        self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._live)
+        # Drawn here alone: a thread that draws by itself may write an old picture after our newer line.
+        self._bars = Progress(*columns, console=self._console, transient=True, auto_refresh=False, disable=not self._live)
+        self._drawn = 0.0
         self._tasks: dict[str, TaskID] = {}
         self._quarters: dict[str, int] = {}
 
@@ -118,19 +121,28 @@ class Display:
     def _advance(self, event: Event) -> None:
         if not event.total:  # what is being worked on, within the count that runs
             for task in list(self._tasks.values())[-1:]:
-                self._bars.update(task, detail=event.text)
+                self._bars.update(task, detail=plain(event.text, _LINE))
+            self._draw()
         elif self._live:
             if event.text not in self._tasks:
-                self._tasks[event.text] = self._bars.add_task(event.text, total=event.total, detail="")
+                self._tasks[event.text] = self._bars.add_task(plain(event.text, _LINE), total=event.total, detail="")
             self._bars.update(self._tasks[event.text], completed=event.done, total=event.total)
+            self._draw(now=event.done == event.total)
         else:
             quarter = 4 * event.done // event.total
             if quarter > self._quarters.get(event.text, 0):
                 self._console.print(f"  {event.text} {event.done}/{event.total}")
             self._quarters[event.text] = quarter
 
+    def _draw(self, *, now: bool = False) -> None:
+        """Show how far it is, but no more than ten times a second."""
+        if now or time.monotonic() - self._drawn > 0.1:
+            self._bars.refresh()
+            self._drawn = time.monotonic()
+
     def _clear(self) -> None:
         """A new stage counts anew."""
         for task in self._tasks.values():
             self._bars.remove_task(task)
+        self._draw(now=True)
         self._tasks, self._quarters = {}, {}

@@ -9,10 +9,10 @@ they are. Checkpoints of other tools work as well as ours. What could stop the c
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from marlin_tools.checkpoint.journal import fingerprint_of
@@ -24,10 +24,10 @@ from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.errors import FormatError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
-from marlin_tools.formats import FORMATS, Format, get_format, known_format
+from marlin_tools.formats import FORMATS, Format, FormatName, get_format
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 SHARD_BYTES = 2 << 30
 """Larger shards are cut: this much is in memory at a time."""
@@ -69,16 +69,16 @@ class ExportStage(Stage):
     """Write the quantised model in other formats."""
 
     stage: Literal["export"] = "export"
-    formats: tuple[Annotated[str, AfterValidator(known_format)], ...] = Field(min_length=1)
+    formats: tuple[FormatName, ...] = Field(min_length=1)
 
     @property
     def makes(self) -> tuple[str, ...]:
         """A model in each format."""
         return self.formats
 
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """Limits are looked at when the codes are known, or by `quantize` in the same recipe."""
-        return Planned((("formats", ", ".join(self.formats)),))
+        return StagePlan((("formats", ", ".join(self.formats)),))
 
     def run(self, work: Work) -> dict[str, Any]:
         """One format after the other."""

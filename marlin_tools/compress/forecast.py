@@ -21,7 +21,7 @@ from marlin_tools.compress.floor import Work, least_seconds
 from marlin_tools.distributed.device import matmul_rate, peak_memory
 from marlin_tools.distributed.team import ALONE, PARTS, SLABS, Team, expected
 from marlin_tools.errors import DeviceError, OutputError
-from marlin_tools.stream.activations import Room
+from marlin_tools.stream.activations import MemoryBudget
 from marlin_tools.stream.inventory import Inventory, Target
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS
 
@@ -218,7 +218,7 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
     tokens = work.tokens // load.team.size
     flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + load.trained)
-    room = Room.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else Room()
+    room = MemoryBudget.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else MemoryBudget()
     residual = flowing if room.residual else 0
     chunk = min(max(CHUNK_TOKENS, work.longest), tokens) * element
     sums = (PARTS // load.team.size).bit_length() if load.team.cuts else 0

@@ -3,12 +3,14 @@ stopped, with the same bytes in the end, and says how it came to be.
 """
 
 import time
+from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
@@ -26,6 +28,7 @@ from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event
 from marlin_tools.settings import Settings
+from marlin_tools.stage import Stage
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.inventory import Inventory
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
@@ -34,13 +37,40 @@ LARGE_ERROR = 0.25
 """A linear that loses more than this share of its output's energy is worth a warning."""
 
 
+class BlockStage(Stage):
+    """What the stages that go through a model block by block are told alike."""
+
+    remakes: ClassVar[bool] = True
+
+    preset: str = "default"
+    damp: float | None = Field(None, gt=0, le=10)
+    ignore: tuple[str, ...] = ()
+    device: str = "auto"
+
+    @property
+    @abstractmethod
+    def solver(self) -> RTN | GPTQ | Pruner:
+        """The algorithm with all overrides applied and checked."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return self.solver.needs_data
+
+    @property
+    def choice(self) -> str:
+        """The preset."""
+        return f"preset `{self.preset}`"
+
+
 @dataclass(frozen=True)
-class Prepared:
-    """What is known before the work begins."""
+class Preparation:
+    """What is known before the work begins; `group_size` is that of the codes, if there will be any."""
 
     checkpoint: Checkpoint
     inventory: Inventory
     forecast: Forecast
+    group_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +88,7 @@ class Job:
     """
 
     stage: str
-    prepared: Prepared
+    prepared: Preparation
     tokens: TokenSet | None
     solver: RTN | GPTQ | Pruner
     settings: Settings

@@ -7,16 +7,16 @@ of each block are then trained together towards the outputs of the original bloc
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from marlin_tools.algorithms import Problem, Solution
-from marlin_tools.algorithms.pruning import PRUNERS, Pruner
+from marlin_tools.algorithms.pruning import PRUNERS, Pruner, PrunerName
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_prune
-from marlin_tools.compress.job import Job, Prepared, compress
+from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.compress.reconstruct import Reconstruction, reconstruct
 from marlin_tools.data.tokens import TokenSet
@@ -24,7 +24,7 @@ from marlin_tools.distributed.device import pick_device
 from marlin_tools.errors import RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.inventory import Inventory, check_quads, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
@@ -33,7 +33,7 @@ REVISION = 3
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 
-class PruneSettings(Stage):
+class PruneSettings(BlockStage):
     """What to prune with.
 
     preset        a name in `algorithms.pruning.PRUNERS`: default, sparsegpt (as published), wanda, magnitude
@@ -45,23 +45,11 @@ class PruneSettings(Stage):
     device        auto, cpu, cuda or cuda:N
     """
 
-    remakes: ClassVar[bool] = True
-
     stage: Literal["prune"] = "prune"
-    preset: str = "default"
+    preset: PrunerName = "default"
     algorithm: Pruner | None = None
-    damp: float | None = Field(None, gt=0, le=10)
     reconstruct: int = Field(0, ge=0, le=1000)
     rate: float = Field(3e-4, gt=0, le=1)
-    ignore: tuple[str, ...] = ()
-    device: str = "auto"
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, name: str) -> str:
-        if name not in PRUNERS:
-            raise ValueError(f"unknown preset `{name}`; known: {', '.join(PRUNERS)}")
-        return name
 
     @property
     def solver(self) -> Pruner:
@@ -86,17 +74,7 @@ class PruneSettings(Stage):
         """One model in 16 bits."""
         return ("pruned",)
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at the calibration text."""
-        return self.solver.needs_data
-
-    @property
-    def choice(self) -> str:
-        """The preset."""
-        return f"preset `{self.preset}`"
-
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be pruned; forecast the rest."""
         prepared = prepare_prune(outlook.model, self, *outlook.tokens)
         facts = [
@@ -105,17 +83,16 @@ class PruneSettings(Stage):
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in prepared.inventory.kept.items()),
         ]
-        return Planned(tuple(facts), prepared)
+        return StagePlan(tuple(facts), prepared)
 
     def run(self, work: Work) -> dict[str, Any]:
         """Prune the model into the one directory that there is."""
         with work.clock("calibrate and prune", work.output, device=self.device):
-            how: dict[str, Any] = {"emit": work.emit, "overwrite": work.overwrite, "resume": work.resume}
-            prune(work.prepared or work.model, work.tokens(work.text), self, work.output, **how)
+            prune(work.prepared or work.model, work.tokens(work.text), self, work.output, **work.how)
         return {}
 
 
-def prepare_prune(model: str | Path | Checkpoint, settings: PruneSettings, tokens: int, longest: int) -> Prepared:
+def prepare_prune(model: str | Path | Checkpoint, settings: PruneSettings, tokens: int, longest: int) -> Preparation:
     """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration."""
     checkpoint = Checkpoint.open(model, accept=find_family)
     inventory = take_linears(checkpoint, settings.ignore)
@@ -123,11 +100,11 @@ def prepare_prune(model: str | Path | Checkpoint, settings: PruneSettings, token
     device = pick_device(settings.device)
     seen = tokens if settings.solver.needs_data else 0
     forecast = forecast_prune(checkpoint, inventory, settings.solver, seen, longest, device, trained=settings.reconstruct > 0)
-    return Prepared(checkpoint, inventory, forecast)
+    return Preparation(checkpoint, inventory, forecast)
 
 
 def prune(
-    model: str | Path | Checkpoint | Prepared,
+    model: str | Path | Checkpoint | Preparation,
     tokens: TokenSet | None,
     settings: PruneSettings,
     out: str | Path,
@@ -143,7 +120,7 @@ def prune(
         raise ValueError("this way of pruning needs calibration tokens")
     plan = (
         model
-        if isinstance(model, Prepared)
+        if isinstance(model, Preparation)
         else prepare_prune(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
     )
     identity = {
@@ -161,7 +138,7 @@ def prune(
         return solver.problem(group.names[0], group.hessian, dtype)
 
     method = Method(problem, staged=solver.staged, refine=_training(how, emit) if how else None)
-    return compress(job, method, Dense(plan.inventory), out, emit, overwrite=overwrite, resume=resume)
+    return compress(job, method, DenseStore(plan.inventory), out, emit, overwrite=overwrite, resume=resume)
 
 
 def _training(how: Reconstruction, emit: Emit) -> Any:
@@ -179,7 +156,7 @@ def _training(how: Reconstruction, emit: Emit) -> Any:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseStore:
     """Linears as the original stores them."""
 
     inventory: Inventory

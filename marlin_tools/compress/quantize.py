@@ -3,19 +3,20 @@
 The loop over the blocks is `loop.py`; here is what a user can choose, and how one group of linears gets its codes.
 """
 
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Problem, Pruner, Solution
+from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Preset, Problem, Pruner, Solution
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_quantize
-from marlin_tools.compress.job import Job, Prepared, compress
+from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -23,55 +24,58 @@ from marlin_tools.distributed.team import Team, assembled
 from marlin_tools.errors import ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.formats import FORMATS, Format, known_format
+from marlin_tools.formats import FORMATS, Format, FormatName
 from marlin_tools.quantized import is_2_4
-from marlin_tools.stage import Outlook, Planned, Stage, Work
-from marlin_tools.stream.inventory import check_limits, check_quads, take_linears
+from marlin_tools.stage import Outlook, StagePlan, Work
+from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_size, take_linears
 from marlin_tools.stream.layer_stream import Group
 
 REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 
-class QuantizeSettings(Stage):
+def _known_size(size: object) -> object:
+    """A whole number, also as people type it, or `auto`."""
+    if isinstance(size, str) and re.fullmatch(r"-?\d{1,9}", size):
+        return int(size)
+    if size == AUTO or type(size) is int:
+        return size
+    raise ValueError("it is 128, 64, 32, -1 (one scale per output) or `auto`")
+
+
+AUTO: Final = "auto"
+GroupSize = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_known_size),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"const": AUTO}]}),
+]
+"""Inputs that share a scale, or that they are to be chosen."""
+
+
+class QuantizeSettings(BlockStage):
     """What to quantise with.
 
     preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
     algorithm         all settings of an algorithm, instead of a preset
     damp              overrides the preset's damping
     negative_scales   overrides whether scales may be negative
-    group_size        inputs that share a scale; -1 for one scale per output column
+    group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
+                      that fits all linears and the format
     format            how the linears are stored
     sparsity          "2:4" keeps the zeros of linears that are 2:4 already and prunes the others; "keep" insists that all are
     ignore            regular expressions; linears whose full name matches stay as they are
     device            auto, cpu, cuda or cuda:N
     """
 
-    remakes: ClassVar[bool] = True
     shares: ClassVar[bool] = True
 
     stage: Literal["quantize"] = "quantize"
-    preset: str = "default"
+    preset: Preset = "default"
     algorithm: Algorithm | None = None
-    damp: float | None = Field(None, gt=0, le=10)
     negative_scales: bool | None = None
-    group_size: int = 128
-    format: str = "compressed-tensors"
+    group_size: GroupSize = 128
+    format: FormatName = "compressed-tensors"
     sparsity: Literal["2:4", "keep"] | None = None
-    ignore: tuple[str, ...] = ()
-    device: str = "auto"
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, name: str) -> str:
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset `{name}`; known: {', '.join(PRESETS)}")
-        return name
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        return known_format(name)
 
     @property
     def pruner(self) -> Pruner:
@@ -95,66 +99,66 @@ class QuantizeSettings(Stage):
         except ValueError as error:
             raise RecipeError(f"preset `{self.preset}`: {error}", hint="drop the option that contradicts it") from error
 
+    def sized(self, inventory: Inventory, *formats: str) -> int:
+        """The group size for this model; of `auto` the largest that all linears and formats can have."""
+        formats = (self.format, *formats)
+        if self.group_size == AUTO:
+            return largest_group_size(inventory, formats, sparse=self.sparsity is not None)
+        for name in formats:
+            check_limits(inventory, self.group_size, name, sparse=self.sparsity is not None)
+        return self.group_size
+
     @property
     def makes(self) -> tuple[str, ...]:
         """One model, named by its format."""
         return (self.format,)
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at the calibration text."""
-        return self.solver.needs_data
-
-    @property
-    def choice(self) -> str:
-        """The preset."""
-        return f"preset `{self.preset}`"
-
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be solved, stored or exported later; forecast the rest."""
         prepared = prepare_quantize(outlook.model, self, *outlook.tokens)
-        inventory, sparse = prepared.inventory, self.sparsity is not None
-        for name in outlook.formats:  # what a later export could not hold is refused now
-            check_limits(inventory, self.group_size, name, sparse=sparse)
+        inventory = prepared.inventory
+        group_size = self.sized(inventory, *outlook.formats)  # what a later export could not hold is refused now
         shapes = {target.name: (target.n, target.k) for target in inventory.targets}
         counts = Counter(shapes.values()).items()
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
             ("blocks", str(inventory.blocks)),
+            *((("group size", str(group_size)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in inventory.kept.items()),
         ]
-        return Planned(tuple(facts), prepared)
+        return StagePlan(tuple(facts), replace(prepared, group_size=group_size))
 
     def run(self, work: Work) -> dict[str, Any]:
         """Quantise the model into the one directory that there is."""
         with work.clock("calibrate and quantize", work.output, device=self.device):
-            how: dict[str, Any] = {"emit": work.emit, "overwrite": work.overwrite, "resume": work.resume}
-            quantize(work.prepared or work.model, work.tokens(work.text), self, work.output, **how)
+            quantize(work.prepared or work.model, work.tokens(work.text), self, work.output, **work.how)
         return {}
 
 
-def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Prepared:
+def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Preparation:
     """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration."""
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
     inventory = take_linears(checkpoint, settings.ignore)
-    if isinstance(settings.solver, GPTQ):
+    if isinstance(settings.solver, GPTQ) and settings.group_size != AUTO:
         settings.solver.check_group_size(settings.group_size, 0)
-    check_limits(inventory, settings.group_size, settings.format, sparse=sparse)
+    group_size = settings.sized(inventory)
+    if isinstance(settings.solver, GPTQ):
+        settings.solver.check_group_size(group_size, 0)
     if sparse:
         check_quads(inventory)
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
     forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
-    return Prepared(checkpoint, inventory, forecast)
+    return Preparation(checkpoint, inventory, forecast, group_size)
 
 
 def quantize(
-    model: str | Path | Checkpoint | Prepared,
+    model: str | Path | Checkpoint | Preparation,
     tokens: TokenSet | None,
     settings: QuantizeSettings,
     out: str | Path,
@@ -178,21 +182,22 @@ def quantize(
         _introduce(team, seen, device, emit)
         plan = (
             model
-            if isinstance(model, Prepared)
+            if isinstance(model, Preparation)
             else prepare_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
         )
+        settings = settings.model_copy(update={"group_size": plan.group_size})
         if settings.sparsity == "keep":
             _check_masks(plan)
         identity = {
             "revision": REVISION,
             "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
         }
-        store = Quantized(FORMATS[settings.format], plan.checkpoint)
-        config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
+        store = CodeStore(FORMATS[settings.format], plan.checkpoint)
+        config = store.format.quantization_config(plan.group_size, plan.inventory.unquantized)
         facts = {"format": settings.format}
         drifts = solver.drift > 0
         job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, team)
-        method = _method(settings, plan.checkpoint.dtype, team)
+        method = _method(settings, plan.group_size, plan.checkpoint.dtype, team)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
@@ -204,7 +209,7 @@ def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Em
             emit(Event("note", line))
 
 
-def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Method:
+def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Team) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
     solver, were_sparse = settings.solver, dict[str, bool]()
 
@@ -216,7 +221,7 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Metho
             fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
             mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
         k = group.weight(first).shape[1]
-        group_size = settings.group_size if settings.group_size > 0 else k
+        group_size = size if size > 0 else k
         return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Metho
 
 
 @dataclass(frozen=True)
-class Quantized:
+class CodeStore:
     """Linears as codes and scales in a format."""
 
     format: Format
@@ -250,7 +255,7 @@ class Quantized:
         return self.format.unpack(stored, (n, k)).dequantize(like.dtype)
 
 
-def _check_masks(plan: Prepared) -> None:
+def _check_masks(plan: Preparation) -> None:
     """Refuse a model whose zeros cannot be kept as a 2:4 mask, before any work."""
     dense = [t.name for t in plan.inventory.targets if not is_2_4(plan.inventory.weight(t.name))]
     if dense:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools.checkpoint.strict_json import parse, read_bounded
-from marlin_tools.errors import DataError, Translated
+from marlin_tools.errors import DataError, ErrorTranslation
 
 Message = dict[str, str]
 Document = str | list[Message]
@@ -76,7 +76,10 @@ def _json_rows(path: Path) -> Rows:
 def _parquet_rows(path: Path) -> Rows:
     from pyarrow.parquet import ParquetFile
 
-    with Translated(DataError, f"`{path}`: no parquet file", "write it again, or use `.jsonl`"), ParquetFile(path) as file:
+    with (
+        ErrorTranslation(DataError, f"`{path}`: no parquet file", "write it again, or use `.jsonl`"),
+        ParquetFile(path) as file,
+    ):
         rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -63,7 +63,7 @@ def divide(corpus: Corpus, encode: Encoder) -> tuple[list[Tensor], list[Document
 
 
 @dataclass
-class _Counted(Iterable[Document]):
+class _DocumentCounter(Iterable[Document]):
     """Documents, and how many of them have been read."""
 
     documents: Iterable[Document]
@@ -78,11 +78,11 @@ class _Counted(Iterable[Document]):
 def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, seed: int = 0) -> TokenSet:
     """`num_samples` windows of a corpus, or all of them."""
     if corpus.text is not None:
-        source = _Counted([corpus.text])
+        source = _DocumentCounter([corpus.text])
     elif corpus.held_out:
-        source = _Counted(divide(corpus, encode)[1])
+        source = _DocumentCounter(divide(corpus, encode)[1])
     else:
-        source = _Counted(islice(corpus.documents, corpus.pool if seed else None))
+        source = _DocumentCounter(islice(corpus.documents, corpus.pool if seed else None))
     tokens = 0
 
     def stream() -> Iterator[Tensor]:
@@ -111,7 +111,7 @@ def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, 
 def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed: int = 0) -> TokenSet:
     """`num_samples` documents of a corpus, each a sequence of its own."""
     _, left = divide(corpus, encode)
-    source = _Counted(permuted(left, seed) if seed else left)
+    source = _DocumentCounter(permuted(left, seed) if seed else left)
     chosen = list(islice(kept(source, encode, seqlen), num_samples))
     if len(chosen) < num_samples:
         message = f"`{corpus.name}`: {len(chosen)} of {len(left)} documents have 2 to {seqlen} tokens, {num_samples} asked for"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from marlin_tools.checkpoint.headers import read_header
 from marlin_tools.checkpoint.strict_json import parse_object
-from marlin_tools.errors import DataError, ModelError, Translated
+from marlin_tools.errors import DataError, ErrorTranslation, ModelError
 
 Order = Literal["first", "shuffled"]
 
@@ -107,7 +107,7 @@ class TokenSet:
             read_header(path)
         except ModelError as error:
             raise DataError(f"`{path}`: not a token file ({error.message})", hint=hint) from error
-        with Translated(DataError, f"`{path}`: not a token file", hint):
+        with ErrorTranslation(DataError, f"`{path}`: not a token file", hint):
             with safe_open(path, framework="pt") as file:
                 words = parse_object((file.metadata() or {})["token_set"].encode(), str(path), DataError, hint)
                 ids, lengths = file.get_tensor("tokens"), file.get_tensor("lengths")

@@ -218,13 +218,13 @@ class _Run:
 
     def _through_vllm(self) -> dict[str, Traces]:
         """One engine after the other."""
-        from marlin_tools.backends.vllm import Served, divergence
+        from marlin_tools.backends.vllm import VllmEngine, divergence
 
         longest = max((tokens.longest for tokens in self.texts.values()), default=0)
         sides = [side for side in (self.subject, self.original) if side is not None]
         readings = []
         for side in sides:
-            with Served(side.checkpoint, longest, self.settings.seed, self.emit) as served:
+            with VllmEngine(side.checkpoint, longest, self.settings.seed, self.emit) as served:
                 side.how = served.how
                 if self.harness is not None:
                     side.answers = self.harness.ask_judge(served.judge, self.settings.limit, self.emit)

@@ -6,7 +6,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.evaluation.evaluate import EvaluateSettings
 from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.evaluation.record import Record
-from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 
 class EvaluateStage(EvaluateSettings, Stage):
@@ -15,13 +15,13 @@ class EvaluateStage(EvaluateSettings, Stage):
     stage: Literal["evaluate"] = "evaluate"
     baseline: str | None = None
 
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """What is measured, and what that takes."""
         facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
         if outlook.dry:
             size = outlook.model.nbytes / 1e9
             facts.append(("memory", f"{size:.1f} GB of weights for each model, if they run in 16 bits"))
-        return Planned(tuple(facts))
+        return StagePlan(tuple(facts))
 
     def run(self, work: Work) -> dict[str, Any]:
         """Measure, or take over an earlier measurement of the same weights on the same text."""
@@ -42,9 +42,9 @@ class GenerateStage(GenerateSettings, Stage):
     stage: Literal["generate"] = "generate"
     prompt: str
 
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """The prompt."""
-        return Planned((("prompt", self.prompt),))
+        return StagePlan((("prompt", self.prompt),))
 
     def run(self, work: Work) -> dict[str, Any]:
         """Continue it."""

@@ -1,10 +1,8 @@
 """Command R: both branches read the same norm of the same activations."""
 
-from marlin_tools.families import Branch, Family
+from dataclasses import replace
 
-FAMILY = Family(
-    branches=(
-        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
-        Branch(pre="input_layernorm", body="mlp", entry=("gate_proj", "up_proj"), exit="down_proj", beside="always"),
-    )
-)
+from marlin_tools.families import Family
+from marlin_tools.families.llama import ATTENTION, MLP
+
+FAMILY = Family(branches=(ATTENTION, replace(MLP, pre="input_layernorm", beside="always")))

@@ -85,7 +85,7 @@ class SplitExperts(nn.Module):
         return gated
 
 
-class WeighedBefore(nn.Module):
+class InputWeightedExperts(nn.Module):
     """Llama 4's mixture: what an expert reads is multiplied by the router's score.
 
     transformers computes all experts. Here only those that were chosen are: the others read zeros and put out zeros.
@@ -120,7 +120,7 @@ def split_experts(model: nn.Module, family: Family) -> None:
                 own = _split(fused, transposed=branch.experts.transposed, scales_inputs=not hasattr(fused, "_apply_gate"))
                 setattr(body, branch.experts.path, own)
                 if own.scales_inputs:
-                    setattr(block, branch.body, WeighedBefore(body))
+                    setattr(block, branch.body, InputWeightedExperts(body))
 
 
 def _split(fused: nn.Module, *, transposed: bool, scales_inputs: bool) -> SplitExperts:

@@ -1,10 +1,8 @@
 """GLM 4 of the first kind: gate and up are one linear."""
 
-from marlin_tools.families import Branch, Family
+from dataclasses import replace
 
-FAMILY = Family(
-    branches=(
-        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
-        Branch(pre="post_attention_layernorm", body="mlp", entry=("gate_up_proj",), exit="down_proj"),
-    )
-)
+from marlin_tools.families import Family
+from marlin_tools.families.llama import ATTENTION, MLP
+
+FAMILY = Family(branches=(ATTENTION, replace(MLP, entry=("gate_up_proj",))))

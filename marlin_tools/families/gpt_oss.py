@@ -1,10 +1,8 @@
 """GPT-OSS: attention with sinks, experts with biases, all of a block in one tensor with gate and up in turns."""
 
 from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.llama import ATTENTION
 
-FAMILY = Family(
-    branches=(
-        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
-        Branch(pre="post_attention_layernorm", body="mlp", experts=Experts(transposed=True, interleaved=True)),
-    )
-)
+EXPERTS = Experts(transposed=True, interleaved=True)
+
+FAMILY = Family(branches=(ATTENTION, Branch(pre="post_attention_layernorm", body="mlp", experts=EXPERTS)))

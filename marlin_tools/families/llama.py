@@ -2,9 +2,7 @@
 
 from marlin_tools.families import Branch, Family
 
-FAMILY = Family(
-    branches=(
-        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
-        Branch(pre="post_attention_layernorm", body="mlp", entry=("gate_proj", "up_proj"), exit="down_proj"),
-    )
-)
+ATTENTION = Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True)
+MLP = Branch(pre="post_attention_layernorm", body="mlp", entry=("gate_proj", "up_proj"), exit="down_proj")
+
+FAMILY = Family(branches=(ATTENTION, MLP))

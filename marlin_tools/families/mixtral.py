@@ -1,12 +1,10 @@
 """Mixtral: every feed-forward network is a mixture of experts, which checkpoints store under names of their own."""
 
 from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.llama import ATTENTION
 
 FAMILY = Family(
-    branches=(
-        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
-        Branch(pre="post_attention_layernorm", body="mlp", experts=Experts()),
-    ),
+    branches=(ATTENTION, Branch(pre="post_attention_layernorm", body="mlp", experts=Experts())),
     renames=(
         (r"^mlp\b", "block_sparse_moe"),
         (r"(experts\.\d+)\.gate_proj", r"\1.w1"),

@@ -1,16 +1,8 @@
 """StableLM: LayerNorms; in the larger ones the branches stand beside each other and read the same norm."""
 
-from marlin_tools.families import Branch, Family
+from dataclasses import replace
 
-FAMILY = Family(
-    branches=(
-        Branch(pre="input_layernorm", body="self_attn", entry=("q_proj", "k_proj", "v_proj"), exit="o_proj", attends=True),
-        Branch(
-            pre="post_attention_layernorm",
-            body="mlp",
-            entry=("gate_proj", "up_proj"),
-            exit="down_proj",
-            beside="use_parallel_residual",
-        ),
-    )
-)
+from marlin_tools.families import Family
+from marlin_tools.families.llama import ATTENTION, MLP
+
+FAMILY = Family(branches=(ATTENTION, replace(MLP, beside="use_parallel_residual")))

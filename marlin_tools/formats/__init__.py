@@ -8,7 +8,7 @@ A new format is one file and one line here. README.md says which format is for w
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from marlin_tools.errors import FormatError, near
 from marlin_tools.formats.compressed_tensors import COMPRESSED_TENSORS
@@ -17,19 +17,16 @@ from marlin_tools.formats.format import Format
 from marlin_tools.formats.gptq import GPTQ, GPTQ_V2
 from marlin_tools.formats.marlin import MARLIN
 from marlin_tools.formats.marlin_24 import GPTQ_MARLIN_24, MARLIN_24
+from marlin_tools.settings import one_of
 
-__all__ = ["FORMATS", "READABLE", "Format", "find_format", "get_format", "known_format"]
+__all__ = ["FORMATS", "READABLE", "Format", "FormatName", "find_format", "get_format"]
 
 FORMATS: dict[str, Format] = {each.name: each for each in (GPTQ, COMPRESSED_TENSORS, MARLIN, MARLIN_24)}
+FormatName = Annotated[str, one_of("format", FORMATS)]
+"""What a setting that names one of them holds."""
+
 READABLE: tuple[Format, ...] = (*FORMATS.values(), GPTQ_V2, GPTQ_MARLIN_24)
 """Everything that checkpoints may say they are."""
-
-
-def known_format(name: str) -> str:
-    """The name of a format that there is; for settings, which complain with ValueError."""
-    if name not in FORMATS:
-        raise ValueError(f"unknown format `{name}`; known: {', '.join(FORMATS)}")
-    return name
 
 
 def get_format(name: str) -> Format:

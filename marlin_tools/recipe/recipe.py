@@ -133,7 +133,8 @@ class Recipe(Settings):
         """How the weights are stored: bits and what shares a scale, and whether half of them are zero."""
         if self.quantize is None:
             return "-".join(self.formats) or next((f"2of4-{name}" for name in reversed(self.made)), "")
-        bits = "int4-channel" if self.quantize.group_size == -1 else f"int4-g{self.quantize.group_size}"
+        size = self.quantize.group_size
+        bits = "int4-channel" if size == -1 else f"int4-{size}" if size == "auto" else f"int4-g{size}"
         return bits if self.quantize.sparsity is None else f"2of4-{bits}"
 
     def dump(self) -> str:

@@ -19,7 +19,7 @@ from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from marlin_tools.errors import MOST, RecipeError, Translated, near
+from marlin_tools.errors import MOST, ErrorTranslation, RecipeError, near
 
 DEEPEST = 32
 """Levels of nesting."""
@@ -149,7 +149,7 @@ class _Merging(Composer):
         return node
 
 
-class _Refusal(Translated):
+class _Refusal(ErrorTranslation):
     """What the library raises over a text; its own errors know where."""
 
     def __init__(self, file: str) -> None:

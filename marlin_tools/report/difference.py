@@ -31,6 +31,15 @@ class Difference:
         return list(self.results)
 
     @property
+    def labels(self) -> list[str]:
+        """The same without the folders that all of them lie in."""
+        parts = [Path(name).parts for name in self.names]
+        shared = 0
+        while all(len(each) > shared + 1 for each in parts) and len({each[shared] for each in parts}) == 1:
+            shared += 1
+        return [str(Path(*each[shared:])) for each in parts]
+
+    @property
     def facts(self) -> list[tuple[str, list[str]]]:
         """What they are and what they take."""
         of = list(self.results.values())
@@ -39,17 +48,19 @@ class Difference:
             ("format", [each.facts["format"] or each.facts["dtype"] for each in of]),
             ("method", [each.method for each in of]),
             ("size", [size(each.facts["bytes"]["total"]) for each in of]),
-            ("bits per weight", [f"{each.bits:.2f}" if each.quantized else "16" for each in of]),
+            ("bits per weight", [f"{each.bits:.2f}" if each.quantized else _plain_bits(each) for each in of]),
+            ("sparsity", [_sparsity(each) for each in of]),
             ("made in", ["" if each.seconds is None else duration(each.seconds) for each in of]),
         ]
         return [row for row in rows if any(row[1])]
 
     @property
     def settings(self) -> list[tuple[str, list[str]]]:
-        """What was set, read or used otherwise: only what is not the same for all."""
-        flat = [dict(_flat(_made_with(each))) for each in self.results.values()]
-        rows = [(key, [each.get(key, "") for each in flat]) for key in dict.fromkeys(key for each in flat for key in each)]
-        return [row for row in rows if len({*row[1]}) > 1]
+        """What was set, read or used otherwise: only what is not the same for all that tell how they were made."""
+        flat = [dict(_flat(_made_with(each))) if each.manifest else {} for each in self.results.values()]
+        told = [each for each in flat if each]
+        keys = dict.fromkeys(key for each in told for key in each)
+        return [(key, [each.get(key, "") for each in flat]) for key in keys if len({each.get(key, "") for each in told}) > 1]
 
     @property
     def scores(self) -> list[tuple[Score, list[Score | None]]]:
@@ -69,11 +80,11 @@ class Difference:
 
     @property
     def linears(self) -> list[tuple[str, list[float | None]]]:
-        """The loss of every linear in each; those that differ most come first."""
+        """The loss of every linear in each; those that differ most come first, where none differs those that lost most."""
         key = f"{self.of}_error"
         found = [{e["name"]: float(e[key]) for e in each.linears if e.get(key) is not None} for each in self._all]
         rows = [(name, [each.get(name) for each in found]) for name in dict.fromkeys(name for each in found for name in each)]
-        return sorted(rows, key=lambda row: -_span(row[1]))
+        return sorted(rows, key=lambda row: (-_span(row[1]), -max(loss for loss in row[1] if loss is not None)))
 
     @property
     def _all(self) -> Sequence[Result]:
@@ -108,22 +119,23 @@ def compare(directories: Sequence[Path]) -> Difference:
 
 def as_text(found: Difference) -> str:
     """Tables for the terminal."""
-    parts = [table(("", *found.names), [(what, *cells) for what, cells in found.facts])]
+    parts = [table(("", *found.labels), [(what, *cells) for what, cells in found.facts])]
     if found.settings:
-        parts.append(table(("setting", *found.names), [(what, *cells) for what, cells in found.settings]))
+        parts.append(table(("setting", *found.labels), [(what, *cells) for what, cells in found.settings]))
     if found.scores:
         parts.append(
-            table(("task", "metric", "on", *found.names), [(*_asked(first), *_told(row)) for first, row in found.scores])
+            table(("task", "metric", "on", *found.labels), [(*_asked(first), *_told(row)) for first, row in found.scores])
         )
     if found.linears:
         rows = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
-        parts.append(table((f"linear: {found.of} lost", *found.names), rows))
+        parts.append(table((f"linear: {found.of} lost", *found.labels), rows))
     return "\n\n".join(parts)
 
 
 def as_page(found: Difference) -> str:
     """report.html."""
-    return page("difference.html.j2", found=found, points=points(found.results))
+    results = dict(zip(found.labels, found.results.values(), strict=True))
+    return page("difference.html.j2", found=found, points=points(results))
 
 
 def points(results: Mapping[str, Result]) -> list[dict[str, Any]]:
@@ -146,6 +158,15 @@ def _told(row: Sequence[Score | None]) -> Iterator[str]:
 
 def _asked(score: Score) -> tuple[str, str, str]:
     return score.task, score.metric, str(score.details.get("on", ""))
+
+
+def _plain_bits(result: Result) -> str:
+    return "32" if "32" in str(result.facts["dtype"]) else "16"
+
+
+def _sparsity(result: Result) -> str:
+    sparsity = result.facts["sparsity"]
+    return f"2:4, {sparsity['zeros']:.0%} zeros" if sparsity and sparsity["2:4"] else ""
 
 
 def _span(losses: Sequence[float | None]) -> float:

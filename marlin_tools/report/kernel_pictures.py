@@ -10,7 +10,7 @@ from math import exp, log
 from typing import Any
 
 from marlin_tools.bench.decoding import ModelBench
-from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.figures import FigureData
 from marlin_tools.bench.kernels import (
     BASELINE,
     DENSE,
@@ -31,14 +31,14 @@ _IDEALS = {DENSE: ("ideal INT4", 4.125, 1.0), SPARSE: ("ideal INT4 2:4", 3.125, 
 """Name, bits per weight with scales and positions, and the part of the arithmetic that is done."""
 
 
-def draw(measured: Measured) -> dict[str, str]:
+def draw(measured: FigureData) -> dict[str, str]:
     """SVG documents by what follows the name of the measurement in their file names."""
     if measured.figure is not None:
         return {"": FIGURES[measured.figure](measured)}
     return {"-speedup": speedup(measured), "-roofline": share_of_roofline(measured)}
 
 
-def peak(measured: Measured) -> str:
+def peak(measured: FigureData) -> str:
     """Speed-up over 16 bits on one large matrix, against the batch size."""
     some = measured.results[0]
     lines = []
@@ -53,13 +53,13 @@ def peak(measured: Measured) -> str:
     return chart(title, measured.gpu, _BATCH, Axis("speed-up"), lines)
 
 
-def sustained(measured: Measured) -> str:
+def sustained(measured: FigureData) -> str:
     """The same on a GPU that is warm from work."""
     busy = f"{measured.gpu}, kept busy before every measurement"
-    return peak(Measured(measured.figure, busy, measured.settings, measured.rates, measured.host, measured.results))
+    return peak(FigureData(measured.figure, busy, measured.settings, measured.rates, measured.host, measured.results))
 
 
-def models(measured: Measured) -> str:
+def models(measured: FigureData) -> str:
     """Speed-up over all linears of a block, model by model, against the batch size; dotted for sparse weights."""
     results = measured.results
     lines = []
@@ -76,7 +76,7 @@ def models(measured: Measured) -> str:
     return chart(title, measured.gpu, _BATCH, Axis("speed-up"), lines)
 
 
-def roofline(measured: Measured) -> str:
+def roofline(measured: FigureData) -> str:
     """TFLOP/s against operations per byte, for square matrices of several sizes."""
     lines, intensities, rates = [], [], measured.rates
     for k, n in dict.fromkeys((r.k, r.n) for r in measured.results):
@@ -94,10 +94,10 @@ def roofline(measured: Measured) -> str:
     return chart(title, measured.gpu, Axis("operations per byte", 2), Axis("TFLOP/s", 10), lines)
 
 
-FIGURES: dict[str, Callable[[Measured], str]] = {"peak": peak, "sustained": sustained, "models": models, "roofline": roofline}
+FIGURES: dict[str, Callable[[FigureData], str]] = {"peak": peak, "sustained": sustained, "models": models, "roofline": roofline}
 
 
-def speedup(measured: Measured) -> str:
+def speedup(measured: FigureData) -> str:
     """Geometric means over the shapes against the batch size, beside what others reach."""
     results = measured.results
     lines = _curves(measured, lambda kernel: geometric_means(results, kernel))
@@ -105,7 +105,7 @@ def speedup(measured: Measured) -> str:
     return chart("Speed-up over FP16, geometric mean", _about(measured, peers), _BATCH, Axis("speed-up"), lines + peers)
 
 
-def share_of_roofline(measured: Measured) -> str:
+def share_of_roofline(measured: FigureData) -> str:
     """The least time that bytes or arithmetic need over the time taken: geometric means over the shapes."""
 
     def means(kernel: str) -> dict[int, float]:
@@ -136,7 +136,7 @@ def model(bench: ModelBench) -> str:
     return chart(title, remark, _BATCH, Axis("speed-up"), lines)
 
 
-def _ideals(measured: Measured, shape: Measurement, kernel: str, batches: Sequence[float]) -> list[tuple[float, float]]:
+def _ideals(measured: FigureData, shape: Measurement, kernel: str, batches: Sequence[float]) -> list[tuple[float, float]]:
     """The speed-up by bytes and arithmetic alone."""
     _, bits, density = _IDEALS[kernel]
 
@@ -146,14 +146,14 @@ def _ideals(measured: Measured, shape: Measurement, kernel: str, batches: Sequen
     return [(m, least(m, 16, 1.0) / least(m, bits, density)) for m in batches]
 
 
-def _about(measured: Measured, peers: Sequence[Line]) -> str:
+def _about(measured: FigureData, peers: Sequence[Line]) -> str:
     settings = measured.settings
     group = "per column" if settings.group_size == -1 else f"group size {settings.group_size}"
     others = "; * measured on another one" if peers else ""
     return f"{', '.join(settings.models)}, {settings.dtype}, {group}; {measured.gpu}{others}"
 
 
-def _curves(measured: Measured, means: Callable[[str], dict[int, float]]) -> list[Line]:
+def _curves(measured: FigureData, means: Callable[[str], dict[int, float]]) -> list[Line]:
     """One for every contestant but the fallback, which is for many rows only."""
     shown = [kernel for kernel in timed_kernels(measured.results) if kernel != DEQUANTIZED]
     return [
@@ -162,7 +162,7 @@ def _curves(measured: Measured, means: Callable[[str], dict[int, float]]) -> lis
     ]
 
 
-def _peers(what: str, measured: Measured) -> list[Line]:
+def _peers(what: str, measured: FigureData) -> list[Line]:
     """Curves of other projects' kernels, as `kernels/peers.json` has them, where this run can be compared with them."""
     known: dict[str, Any] = json.loads((kernels_dir() / "peers.json").read_text(encoding="utf-8"))
     standard = BenchSettings()

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from marlin_tools.bench.decoding import PUBLISHED, ModelBench
-from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.figures import FigureData
 from marlin_tools.bench.kernels import BASELINE, Measurement, geometric_means, timed_kernels
 from marlin_tools.checkpoint.output import put
 from marlin_tools.report import kernel_pictures as pictures
 from marlin_tools.report.text import table
 
 
-def write(measured: Measured, folder: Path) -> list[Path]:
+def write(measured: FigureData, folder: Path) -> list[Path]:
     """The numbers as JSON and the pictures of them."""
     name = f"bench-{measured.figure or 'kernels'}"
     drawn = {f"{name}{suffix}.svg": svg for suffix, svg in pictures.draw(measured).items()}
@@ -30,7 +30,7 @@ def write_model(bench: ModelBench, folder: Path) -> list[Path]:
     return _write(files, folder)
 
 
-def document(measured: Measured) -> dict[str, Any]:
+def document(measured: FigureData) -> dict[str, Any]:
     """All numbers of the kernels, with what they were measured on."""
     about = {"gpu": measured.gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "rates": asdict(measured.rates)}
     return {
@@ -54,7 +54,7 @@ def _write(files: dict[str, str], folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def kernel_table(measured: Measured) -> str:
+def kernel_table(measured: FigureData) -> str:
     """Microseconds per layer and batch; in brackets the speed-up over 16 bits and the share of the roofline."""
     results = measured.results
     batches = sorted({r.m for r in results})

@@ -50,7 +50,7 @@ def _html() -> Environment:
 @cache
 def _markdown() -> Environment:
     found = Environment(autoescape=False, finalize=plain, **_HOW)  # noqa: S701 (`finalize` escapes, for Markdown)
-    return _with_filters(found, {"code": code, "words": marked, "table": _table, "asis": Marked})
+    return _with_filters(found, {"code": code, "words": marked, "table": _table, "asis": Markdown})
 
 
 _HOW: dict[str, Any] = {
@@ -122,7 +122,7 @@ def size(count: float) -> str:
 # ---- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-class Marked(str):
+class Markdown(str):
     """Text that is Markdown already."""
 
     __slots__ = ()
@@ -130,25 +130,25 @@ class Marked(str):
 
 def plain(value: object) -> str:
     """One line that shows as it is: no markup, no HTML, no link, no list."""
-    if isinstance(value, Marked):
+    if isinstance(value, Markdown):
         return value
     line = " ".join(str(value).split())
     line = re.sub(r"[\\`*\[\]<>&~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
     return re.sub(r"^(\d*)([.)+=-])(?=[\s=-]|$)", r"\1\\\2", line)  # no list, no heading
 
 
-def code(value: object) -> Marked:
+def code(value: object) -> Markdown:
     """A name as code, whatever backticks are in it."""
     line = " ".join(str(value).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if "`" in line else ""
-    return Marked(f"{fence}{pad}{line}{pad}{fence}")
+    return Markdown(f"{fence}{pad}{line}{pad}{fence}")
 
 
-def marked(text: str) -> Marked:
+def marked(text: str) -> Markdown:
     """A sentence of ours with `code` in it."""
     parts = re.split(r"`([^`]+)`", text)
-    return Marked("".join(code(part) if index % 2 else _kept_apart(part) for index, part in enumerate(parts)))
+    return Markdown("".join(code(part) if index % 2 else _kept_apart(part) for index, part in enumerate(parts)))
 
 
 def _kept_apart(text: str) -> str:
@@ -157,5 +157,5 @@ def _kept_apart(text: str) -> str:
     return f"{' ' if before else ''}{plain(text)}{' ' if after and text.strip() else ''}"
 
 
-def _table(rows: list[list[str]], columns: list[str]) -> Marked:
-    return Marked(table(columns, [[marked(cell) for cell in row] for row in rows]))
+def _table(rows: list[list[str]], columns: list[str]) -> Markdown:
+    return Markdown(table(columns, [[marked(cell) for cell in row] for row in rows]))

@@ -14,7 +14,7 @@ from marlin_tools.checkpoint.reader import Checkpoint, hub_name
 from marlin_tools.evaluation.record import read_record
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.quantized import ZERO
+from marlin_tools.quantized import LEVELS, ZERO
 from marlin_tools.verification.inspect import inspect
 from marlin_tools.verification.verify import Verification
 
@@ -310,12 +310,12 @@ def _weights(checkpoint: Checkpoint) -> Weights:
     stored = StoredLinears(checkpoint)
     names = list(stored.names)
     chosen = names if len(names) <= SAMPLE else [names[i * len(names) // SAMPLE] for i in range(SAMPLE)]
-    codes = torch.zeros(2 * ZERO, dtype=torch.int64)
+    codes = torch.zeros(LEVELS, dtype=torch.int64)
     bins: dict[int, int] = {}
     negative = groups = 0
     for name in chosen:
         linear = stored.read(name)
-        codes += torch.bincount(linear.codes.flatten().int(), minlength=2 * ZERO)
+        codes += torch.bincount(linear.codes.flatten().int(), minlength=LEVELS)
         scales = linear.scales.float().flatten()
         negative, groups = negative + int((scales < 0).sum()), groups + scales.numel()
         found, counts = torch.unique((OCTAVE * scales[scales != 0].abs().log2()).floor().int(), return_counts=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 from marlin_tools.checkpoint.cards import Card, sketch
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
+from marlin_tools.compress.job import Preparation
 from marlin_tools.families import find_family
 from marlin_tools.recipe.recipe import Recipe, settle
 from marlin_tools.stage import Facts, Outlook, Source, Stage
-from marlin_tools.stream.inventory import Inventory
 from marlin_tools.verification.engines import judge_engines
 
 RUNS = Path("runs")
@@ -76,7 +76,7 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     for stage in recipe.stages:
         outputs = {name: homes[name] for name in stage.makes}
         known = stage.plan(Outlook(original, find, recipe.calibrate, recipe.formats, first, dry))
-        engines = tuple(_engines(recipe, original, known.prepared.inventory)) if stage is recipe.quantize else ()
+        engines = tuple(_engines(recipe, original, known.prepared)) if stage is recipe.quantize else ()
         steps.append(Step(stage, source, outputs, known.facts + engines, known.prepared if source is original else None))
         if outputs and not (recipe.quantize and not stage.remakes):  # whose results are the same model once more
             source = Source(next(iter(outputs.values())))
@@ -85,13 +85,14 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     return Plan(recipe, tuple(steps), said, home=None if recipe.made else out)
 
 
-def _engines(recipe: Recipe, source: Source, inventory: Inventory) -> Iterator[tuple[str, str]]:
+def _engines(recipe: Recipe, source: Source, known: Preparation) -> Iterator[tuple[str, str]]:
     """Which engines will load each format that the recipe writes."""
-    assert recipe.quantize is not None, "nothing is quantized"
+    inventory = known.inventory
     shapes = {target.name: (target.n, target.k) for target in inventory.targets}
-    group_size = recipe.quantize.group_size
     for name in recipe.formats:
-        for verdict in judge_engines(source.checkpoint.text_config, inventory.family, shapes, inventory.kept, name, group_size):
+        for verdict in judge_engines(
+            source.checkpoint.text_config, inventory.family, shapes, inventory.kept, name, known.group_size
+        ):
             yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)
 
 

@@ -5,7 +5,7 @@
 
 transformers finds quantizers by `quant_method`. `register` takes over those of our formats: a checkpoint that we can read gets
 a `StoredConfig` and with it our quantizer, any other one what transformers had before. While a model loads, each quantised
-linear is a `Waiting` module with the tensors that the checkpoint has for it; then it becomes the linear of `backends`: our
+linear is a `PendingLinear` with the tensors that the checkpoint has for it; then it becomes the linear of `backends`: our
 kernels on a GPU, torch's INT4 product on a CPU in bfloat16, else the packed reference. `save_pretrained` writes the same again.
 """
 
@@ -94,7 +94,7 @@ def unregister() -> None:
                     table[method] = before
 
 
-class Waiting(nn.Module):
+class PendingLinear(nn.Module):
     """A quantised linear while the checkpoint's tensors for it arrive."""
 
     def __init__(self, linear: nn.Linear, stored: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
@@ -138,17 +138,17 @@ class PackedQuantizer(HfQuantizer):
             )
         self._types = {f"{name}.{suffix}": dtype for name, parts in stored.items() for suffix, (_, dtype) in parts.items()}
         for name, tensors in stored.items():
-            _set(model, name, Waiting(_linear(model, name), tensors))
+            _set(model, name, PendingLinear(_linear(model, name), tensors))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
-        waiting = {name: module for name, module in model.named_modules() if isinstance(module, Waiting)}
+        waiting = {name: module for name, module in model.named_modules() if isinstance(module, PendingLinear)}
         devices = {getattr(module, self._format.suffixes[0]).device.type for module in waiting.values()}
         _check_places(devices)
         for name, module in waiting.items():
             _set(model, name, self._built(name, module, model.dtype))
         return model
 
-    def _built(self, name: str, module: Waiting, dtype: torch.dtype) -> nn.Module:
+    def _built(self, name: str, module: PendingLinear, dtype: torch.dtype) -> nn.Module:
         tensors = {
             suffix: self._exact(f"{name}.{suffix}", getattr(module, suffix).detach()) for suffix in self._format.suffixes
         }

@@ -11,13 +11,13 @@ from marlin_tools.ops.runtime import scratch
 from marlin_tools.ops.runtime.ahead import compile_ahead
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
 from marlin_tools.ops.runtime.target import target_of
-from marlin_tools.serving.vllm import Contained, log
+from marlin_tools.serving.vllm import Attempt, log
 
 
 @cache
 def unfit(device_index: int, dtype: torch.dtype, *, sparse: bool, group: int) -> str | None:
     """Why the kernels for such weights cannot be used on this GPU, or None. Compiles them if nobody has."""
-    with Contained("our kernels cannot be used") as attempt:
+    with Attempt("our kernels cannot be used") as attempt:
         return _judge(torch.device("cuda", device_index), dtype, sparse=sparse, group=group)
     return attempt.failure
 

@@ -1,7 +1,7 @@
 """The plugin that vLLM finds in `vllm.general_plugins`: after `pip install marlin-tools` its INT4 layers run on our kernels.
 
 vLLM calls `register` in each of its processes, perhaps more than once. Nothing that goes wrong here, or later in a layer, may
-stop an engine: `Contained` ends every exception of ours in one line of the log, and vLLM's own kernel takes over. What the
+stop an engine: `Attempt` ends every exception of ours in one line of the log, and vLLM's own kernel takes over. What the
 kernel does is in `vllm_kernel.py`, which imports vLLM; this module does not.
 """
 
@@ -23,8 +23,8 @@ OLDEST, NEWEST = "0.22.1", "0.33.0"
 log = logging.getLogger("vllm.marlin_tools")  # below vLLM's logger, so that it is shown as its own lines are
 
 
-class Contained(AbstractContextManager["Contained"]):
-    """The only place where exceptions of any kind end: `with Contained("what happens instead") as attempt: ...`.
+class Attempt(AbstractContextManager["Attempt"]):
+    """The only place where exceptions of any kind end: `with Attempt("what happens instead") as attempt: ...`.
 
     `attempt.failure` is None, or what went wrong in one line, which the log has as well.
     """
@@ -51,7 +51,7 @@ def register() -> None:
     if os.environ.get(SWITCH, "1") == "0":
         log.info("marlin-tools: off, because %s=0", SWITCH)
         return
-    with Contained("vLLM is left as it is"):
+    with Attempt("vLLM is left as it is"):
         from marlin_tools.serving import vllm_kernel
 
         vllm_kernel.install()

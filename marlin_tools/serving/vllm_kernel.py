@@ -30,7 +30,7 @@ from marlin_tools.ops.runtime.scratch import share_among_captures
 from marlin_tools.quantized import QuantizedLinear, unpack_nibbles
 from marlin_tools.serving.tally import TALLY
 from marlin_tools.serving.trust import unfit
-from marlin_tools.serving.vllm import Contained, log
+from marlin_tools.serving.vllm import Attempt, log
 
 _EXPONENT = "packed_exponent"
 _READ = {"full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"}
@@ -82,7 +82,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
         """Whether, and if not why not. Compiles and tests the kernels when it is asked for the first time."""
         if _stand_aside.get():
             return False, "the layer was given back"
-        with Contained("a layer stays on vLLM's own kernel") as attempt:
+        with Attempt("a layer stays on vLLM's own kernel") as attempt:
             reason = _obstacle(c)
             if reason is None:
                 with _plain_torch():
@@ -102,7 +102,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack the weights; or let vLLM's next kernel have them, untouched."""
-        with Contained("a layer goes back to vLLM's own kernel") as attempt, _plain_torch(), torch.no_grad():
+        with Attempt("a layer goes back to vLLM's own kernel") as attempt, _plain_torch(), torch.no_grad():
             packed = self._pack(layer)
             self._keep(layer, packed)
             TALLY.take(packed)

@@ -26,7 +26,7 @@ _HOST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What stays on the device, given what there is of it.
 
     residual  the residual stream itself, once or twice
@@ -39,7 +39,7 @@ class Room:
     inner: int = sys.maxsize
 
     @classmethod
-    def for_sizes(cls, free: int, residual: int) -> "Room":
+    def for_sizes(cls, free: int, residual: int) -> "MemoryBudget":
         """Both in bytes. Inputs are as large as the residual stream."""
         return cls(residual <= _RESIDUAL_SHARE * free, 2 * residual <= _INPUTS_SHARE * free, int(_INNER_SHARE * free))
 

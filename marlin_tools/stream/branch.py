@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.families import Branch
 from marlin_tools.stopwatch import span
-from marlin_tools.stream.activations import Activations, Room
-from marlin_tools.stream.watch import Share, Watch
+from marlin_tools.stream.activations import Activations, MemoryBudget
+from marlin_tools.stream.watch import TextShare, Watch
 
 Wanted = Callable[[tuple[str, ...]], bool]
 """Whether a group of linears, by their names in the body, is to be observed."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """Linears of a branch that read one tensor, and what that looks like. Before they are replaced, nothing after them is read.
 
     hessian   None if nobody wanted it
@@ -54,8 +54,8 @@ class Flow:
     hidden: Activations
     original: Activations | None
     contexts: Sequence[dict[str, Any]]
-    room: Room
-    share: Share
+    room: MemoryBudget
+    share: TextShare
     multiple: float = 1.0
 
 
@@ -144,21 +144,21 @@ class BranchWalk:
         self._inputs_0: dict[int, Tensor] = {}
         self._inner: dict[int, Tensor] = {}
 
-    def steps(self, wanted: Wanted) -> Iterator[Seen]:
+    def steps(self, wanted: Wanted) -> Iterator[Observation]:
         """Group after group; to be exhausted, so that the activations are past the branch."""
         branch = self._branch
         with span("forward"):
             hessian = self.enter(observed=wanted(branch.entry))
-        yield Seen(branch.entry, hessian)
+        yield Observation(branch.entry, hessian)
         del hessian
         if inner := [name for name in branch.inner if wanted((name,))]:
             with span("forward"):
                 hessians = self.between(inner)
             for name in inner:
-                yield Seen((name,), hessians.pop(name))
+                yield Observation((name,), hessians.pop(name))
         with span("forward"):
             hessian = self.advance(observed=wanted((branch.exit,)))
-        yield Seen((branch.exit,), hessian)
+        yield Observation((branch.exit,), hessian)
         del hessian
         with span("forward"):
             self.close()

@@ -3,13 +3,14 @@
 Everything that could stop a run after hours is refused here in a second, naming the layers.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.expanded import expanded
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import foreign_linears
@@ -17,6 +18,9 @@ from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import NESTED, Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
+
+GROUP_SIZES = (128, 64, 32)
+"""Inputs that may share a scale, besides all of an output."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,24 @@ def check_limits(inventory: Inventory, group_size: int, format_name: str, *, spa
         )
 
 
+def largest_group_size(inventory: Inventory, formats: Collection[str], *, sparse: bool) -> int:
+    """The largest size of groups that all linears and formats can have; raises what stops 128 where there is none."""
+    fitting = [set(_fitting(inventory, name, sparse=sparse)) for name in formats]
+    if not (common := set.intersection(*fitting)):
+        for name in formats:
+            check_limits(inventory, GROUP_SIZES[0], name, sparse=sparse)
+        raise FormatError(f"no group size fits all of {', '.join(formats)}", hint="write one format at a time")
+    return max(common)
+
+
+def _fitting(inventory: Inventory, format_name: str, *, sparse: bool | None) -> list[int]:
+    limits = FORMATS[format_name].limits
+    return [size for size in GROUP_SIZES if not any(limits(t.n, t.k, size, sparse=sparse) for t in inventory.targets)]
+
+
 def _other_group_size(inventory: Inventory, format_name: str, *, sparse: bool | None) -> str:
     """A hint that names the sizes of groups that would fit all linears."""
-    limits = FORMATS[format_name].limits
-    fitting = [size for size in (128, 64, 32) if not any(limits(t.n, t.k, size, sparse=sparse) for t in inventory.targets)]
+    fitting = _fitting(inventory, format_name, sparse=sparse)
     sizes = " or ".join(f"`--group-size {size}`" for size in fitting) or "another `--format`, `--group-size -1` (per column)"
     said = f", which {'fit' if len(fitting) > 1 else 'fits'} all linears" if fitting else ""
     return f"use {sizes}{said}, or leave these layers out with `--ignore REGEX`"
@@ -145,7 +163,7 @@ def _other_group_size(inventory: Inventory, format_name: str, *, sparse: bool | 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     """Find the linears of `checkpoint`, and those that the user wants left alone."""
-    layout = Layout(checkpoint := expanded(checkpoint))
+    layout = Layout(checkpoint := dequantized(checkpoint))
     if checkpoint.quantization is not None:
         raise ModelError(
             f"`{checkpoint.origin}` is already quantised",

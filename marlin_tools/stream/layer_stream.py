@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.algorithms.hessian import Hessian
-from marlin_tools.checkpoint.expanded import expanded
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.families import Branch, Family
 from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
-from marlin_tools.stream.activations import Activations, Room
+from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.branch import BranchWalk, Flow
-from marlin_tools.stream.read_ahead import Asked, ReadAhead, read_weights
+from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest, read_weights
 from marlin_tools.stream.routed import FEW, RoutedWalk
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
-from marlin_tools.stream.watch import Share
+from marlin_tools.stream.watch import TextShare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,7 +44,7 @@ CHUNK_TOKENS = 8192
 
 def materialize(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Give a meta module its weights from the checkpoint, in place."""
-    asked = {name: Asked(WeightRef(prefix + name), parameter.shape) for name, parameter in module.named_parameters()}
+    asked = {name: WeightRequest(WeightRef(prefix + name), parameter.shape) for name, parameter in module.named_parameters()}
     if asked:
         fill(module, read_weights(checkpoint, asked, device, dtype))
 
@@ -126,7 +126,7 @@ class Block:
             yield from self._walk(self.stream.hidden)
         else:
             yield from list(self._walk(self.stream.hidden.copy()))
-            self.skip()
+            self._skip_alone()
 
     def skip(self) -> None:
         """Move the activations past the block as it is now."""
@@ -142,6 +142,10 @@ class Block:
         assert self.stream.hidden is not None, "the stream carries no activations"
         for i in range(len(entering)):
             self.stream.hidden[i] = entering[i]
+        self._skip_alone()
+
+    def _skip_alone(self) -> None:
+        """Move the activations past the block where those of the original model are past it already."""
         original, self._original = self._original, None
         self.skip()
         self._original = original
@@ -230,7 +234,7 @@ class LayerStream:
         chunk_tokens: int = CHUNK_TOKENS,
         team: Team = ALONE,
     ) -> None:
-        self.checkpoint = checkpoint = expanded(checkpoint)
+        self.checkpoint = checkpoint = dequantized(checkpoint)
         self.targets = targets
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
@@ -240,7 +244,7 @@ class LayerStream:
         shorten_norms(self.model, device, self.dtype)
         shorten_rotations(self.model, device, self.dtype)
         self.hidden: Activations | None = None
-        self.room = Room()
+        self.room = MemoryBudget()
         self._contexts: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._decoder = self.model.get_submodule(self.family.decoder)
         self._blocks: nn.ModuleList = getattr(self._decoder, self.family.blocks)
@@ -248,7 +252,7 @@ class LayerStream:
             parts = [chunks_of(part, chunk_tokens) for part in team.share(tokens.sequences)]
             chunks = [chunk for part in parts for chunk in part]
             part_of = [number for number, part in enumerate(parts) for _ in part]
-            self._share = Share(team, part_of, tokens.tokens)
+            self._share = TextShare(team, part_of, tokens.tokens)
             self.room = self._room_for(sum(chunk.numel() for chunk in chunks) * (2 if with_original else 1))
             self.hidden = self._embed(chunks)
         self.original = self.hidden.copy() if self.hidden is not None and with_original else None
@@ -264,11 +268,11 @@ class LayerStream:
                 yield Block(self, index, module)
                 module.to("meta")
 
-    def _wanted(self) -> Iterator[dict[str, Asked]]:
+    def _wanted(self) -> Iterator[dict[str, WeightRequest]]:
         """The weights of block after block: full names and shapes."""
         for index, module in enumerate(self._blocks):
             weights = _weights_of(module)
-            yield {name: Asked(self.layout.weight(index, name), *each) for name, each in weights.items()}
+            yield {name: WeightRequest(self.layout.weight(index, name), *each) for name, each in weights.items()}
 
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
         """What the branches of block `index` have in common."""
@@ -289,12 +293,12 @@ class LayerStream:
         assert self.hidden is not None, "the stream carries no activations"
         return [self._contexts[shape[:2]][index] for shape in self.hidden.shapes()]
 
-    def _room_for(self, tokens: int) -> Room:
+    def _room_for(self, tokens: int) -> MemoryBudget:
         """What can stay on the device, from what is free of it, for the residual stream of so many tokens."""
         if self.device.type == "cpu":
-            return Room()
+            return MemoryBudget()
         free, _ = torch.cuda.mem_get_info(self.device)
-        return Room.for_sizes(free, tokens * int(self._text.hidden_size) * self.dtype.itemsize)
+        return MemoryBudget.for_sizes(free, tokens * int(self._text.hidden_size) * self.dtype.itemsize)
 
     @property
     def _text(self) -> "PreTrainedConfig":

@@ -23,7 +23,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Asked:
+class WeightRequest:
     """A weight of the model: where it lies, its shape, and whether it takes the type that the model computes in."""
 
     ref: WeightRef
@@ -31,7 +31,9 @@ class Asked:
     cast: bool = True
 
 
-def read_weights(checkpoint: Checkpoint, asked: Mapping[str, Asked], device: torch.device, dtype: torch.dtype) -> Weights:
+def read_weights(
+    checkpoint: Checkpoint, asked: Mapping[str, WeightRequest], device: torch.device, dtype: torch.dtype
+) -> Weights:
     """These weights on the device; an error names the one that is not as config.json says, or is not finite."""
     on_gpu = device.type == "cuda"
     weights: Weights = {}
@@ -60,7 +62,7 @@ class ReadAhead:
     """An iterator over sets of weights that reads the next set while the last one is in use."""
 
     def __init__(
-        self, wanted: Iterator[Mapping[str, Asked]], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+        self, wanted: Iterator[Mapping[str, WeightRequest]], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._wanted = wanted
         self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
@@ -91,6 +93,6 @@ class ReadAhead:
         self._next = None if asked is None else self._thread.submit(copy_context().run, self._read, asked)
 
     @torch.no_grad()
-    def _read(self, asked: Mapping[str, Asked]) -> Weights:
+    def _read(self, asked: Mapping[str, WeightRequest]) -> Weights:
         with apart("read"), torch.cuda.stream(self._stream):  # no stream, no effect
             return read_weights(self._checkpoint, asked, self._device, self._dtype)

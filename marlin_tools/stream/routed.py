@@ -20,7 +20,7 @@ from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.families import Branch, Experts
 from marlin_tools.families.experts import SplitExperts
 from marlin_tools.stopwatch import span
-from marlin_tools.stream.branch import Flow, Path, Seen, Wanted
+from marlin_tools.stream.branch import Flow, Observation, Path, Wanted
 from marlin_tools.stream.watch import Watch
 
 ALSO = 64
@@ -47,7 +47,7 @@ class RoutedWalk:
         self._experts = experts
         self._steps = branch.steps(experts.count)
 
-    def steps(self, wanted: Wanted) -> Iterator[Seen]:
+    def steps(self, wanted: Wanted) -> Iterator[Observation]:
         """Group after group; to be exhausted, so that the activations are past the branch."""
         for step in self._steps:
             groups = [names for names in step if wanted(names)]
@@ -81,7 +81,7 @@ class RoutedWalk:
         assert isinstance(linear, nn.Linear), name
         return linear
 
-    def _look(self, groups: list[tuple[str, ...]]) -> list[Seen]:
+    def _look(self, groups: list[tuple[str, ...]]) -> list[Observation]:
         """What these groups read."""
         share, numbers = self._flow.share, {names: _number(self._spec, names[0]) for names in groups}
         watches = {names: Watch(share) for names in groups}
@@ -111,7 +111,9 @@ class RoutedWalk:
         for names in groups:
             number = numbers[names]
             hessian = watches.pop(names).hessian()
-            found.append(Seen(names, hessian) if number is None else Seen(names, _enough(hessian), counts[number]))
+            found.append(
+                Observation(names, hessian) if number is None else Observation(names, _enough(hessian), counts[number])
+            )
         return found
 
     def _through(self, x: Tensor, i: int, names: list[str]) -> dict[str, Tensor]:

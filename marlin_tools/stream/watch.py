@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.algorithms.hessian import Cross, Drift, Gram, Hessian
+from marlin_tools.algorithms.hessian import CrossGram, Drift, Gram, Hessian
 from marlin_tools.distributed.team import Pairs, Team
 from marlin_tools.ops.solver.products import Parts, lower, product
 from marlin_tools.stopwatch import span
@@ -16,7 +16,7 @@ _PANEL = 4096
 
 
 @dataclass(frozen=True)
-class Share:
+class TextShare:
     """This process's share of the text.
 
     team      all processes
@@ -34,7 +34,7 @@ class _Seen:
     """Sums over one part of the text: x xᵀ, and if something is owed, that times xᵀ, and x itself."""
 
     gram: Gram
-    cross: Cross | None = None
+    cross: CrossGram | None = None
     inputs: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
@@ -52,7 +52,7 @@ class Watch:
     tokens   how many were seen, where that is not all of them: `see_some` counts
     """
 
-    def __init__(self, share: Share, closing: nn.Linear | None = None) -> None:
+    def __init__(self, share: TextShare, closing: nn.Linear | None = None) -> None:
         self._share, self._closing = share, closing
         self.tokens: int | None = None
         self._pairs = Pairs()
@@ -68,7 +68,7 @@ class Watch:
         if owed is None:
             return
         with span("drift"):
-            now.cross = now.cross or Cross(owed.shape[-1], x.shape[-1], x.device)
+            now.cross = now.cross or CrossGram(owed.shape[-1], x.shape[-1], x.device)
             now.cross.add(owed, x)
             if self._closing is not None and self._closing.bias is not None:
                 total = x.flatten(0, -2).sum(dim=0, dtype=torch.float32)

@@ -37,7 +37,7 @@ from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.quantized import is_2_4
-from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
@@ -85,7 +85,7 @@ class FinetuneSettings(TrainingSettings, Stage):
         """Whether it looks at the calibration text: not if it has a text of its own, or the teacher writes one."""
         return self.text is None and not self.sampled
 
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
         name = self.teacher or outlook.model.origin
         check_pair(outlook.model, outlook.find(name), self)
@@ -97,7 +97,7 @@ class FinetuneSettings(TrainingSettings, Stage):
         if self.sampled:
             facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
         facts.append(("training", f"{self.tokens:,} tokens, {self.batch} sequences a step"))
-        return Planned(tuple(facts))
+        return StagePlan(tuple(facts))
 
     def run(self, work: Work) -> dict[str, Any]:
         """Train the model into the one directory that there is."""

@@ -73,7 +73,7 @@ def rate_at(step: int, steps: int, settings: TrainingSettings) -> float:
 
 
 @dataclass(frozen=True)
-class Course:
+class BatchOrder:
     """Which sequences each step reads: permutation after permutation of all of them, cut into batches."""
 
     sequences: int
@@ -97,7 +97,7 @@ class Trainer:
     ) -> None:
         self.student, self.teacher, self.settings, self.team = student, teacher, settings, team
         self._train, self._held_out = texts
-        self._course = Course(len(self._train), settings.batch, settings.seed)
+        self._course = BatchOrder(len(self._train), settings.batch, settings.seed)
         self.steps = max(1, round(settings.tokens / (settings.batch * self._train.shape[1])))
         self.step = 0
         self._trained = student.trained()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.stage import Outlook, Planned, Stage, Work
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 from marlin_tools.verification.verify import verify
 
 
@@ -13,9 +13,9 @@ class VerifyStage(Stage):
 
     stage: Literal["verify"] = "verify"
 
-    def plan(self, outlook: Outlook) -> Planned:
+    def plan(self, outlook: Outlook) -> StagePlan:
         """What is looked at."""
-        return Planned((("checks", "shapes, bytes and numbers of every directory written"),))
+        return StagePlan((("checks", "shapes, bytes and numbers of every directory written"),))
 
     def run(self, work: Work) -> dict[str, Any]:
         """One directory after the other."""

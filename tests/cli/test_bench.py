@@ -9,7 +9,7 @@ from marlin_tools.bench import figures as bench_figures
 from marlin_tools.bench import kernels as bench
 from marlin_tools.bench import quantizing as bench_quantize
 from marlin_tools.bench.decoding import ModelBench, ModelMeasurement
-from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.figures import FigureData
 from marlin_tools.bench.kernels import Measurement, Rates
 from marlin_tools.ops.runtime import compiler, cubin_cache
 from marlin_tools.ops.runtime.compiler import Binary, Resources
@@ -27,7 +27,7 @@ def measured(monkeypatch):
             for m in (1, 16)
             for kernel, s in (("torch", 1.0), ("ours", 2.0))
         ]
-        return Measured(figure, "a GPU", settings, Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
+        return FigureData(figure, "a GPU", settings, Rates(3e12, 7e14), {"ours": 9.0, "torch": 8.25}, tuple(results))
 
     monkeypatch.setattr(bench_figures, "measure", measure)
     return calls
@@ -91,6 +91,7 @@ def test_tune_says_where_the_table_is(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "tune", lambda settings, _emit: tmp_path / f"{settings.models[0]}.json")
 
     assert f"`{tmp_path / 'llama2-7b.json'}`" in cli("bench", "kernels", "--tune").out
+    assert {"tables": str(tmp_path / "llama2-7b.json")} == json.loads(cli("bench", "kernels", "--tune", "--json").out)
 
 
 @pytest.mark.parametrize("figure", bench_figures.FIGURES)
@@ -137,7 +138,10 @@ def test_model_as_json_and_as_a_table(cli, decoded, tmp_path):
         (("bench", "kernels", "--batch", "1,x"), "error: --batch: `1,x` is not a list of positive numbers\n"),
         (("bench", "kernels", "--batch", ""), "error: --batch: `` is not a list of positive numbers\n"),
         (("bench", "kernels", "--dtype", "int8"), "error: `--dtype int8`: "),
-        (("bench", "kernels", "--tune", "--json"), "error: --tune writes a table for this machine, no figure and no numbers\n"),
+        (
+            ("bench", "kernels", "--tune", "-o", "x"),
+            "error: --tune writes a table for this machine, no figure and no numbers\n",
+        ),
         (("bench", "kernels", "--group-size", "16"), "error: `--group-size 16`: must be 128, 64, 32 or -1\n"),
         (("bench", "kernels", "--shapes", ","), "error: `--shapes ()`: must have at least 1 item\n"),
         (("bench", "model", "--schemes", "int8"), "error: --schemes: unknown scheme `int8`; "),

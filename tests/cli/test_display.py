@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 
 import pytest
 
@@ -61,6 +62,32 @@ def test_bars_and_colors_on_a_terminal(monkeypatch):
     assert "\x1b[33mwarning:" in shown
     assert "━" in shown
     assert "blocks 10/40" not in shown
+
+
+def test_nobody_but_the_run_draws(monkeypatch):
+    """A second thread could put an old bar under a newer line."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    before = threading.active_count()
+    with ui.Display() as display:
+        display(EVENTS[2])
+        assert before == threading.active_count()
+
+
+def test_bars_are_gone_after_their_stage(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ui.Display() as display:
+        display(Event("progress", "blocks", 3, 4))
+        display(Event("stage", "verify"))
+        at = stream.tell()
+        display(Event("note", "x"))
+        display(Event("progress", "shards", 1, 4))
+    said = stream.getvalue()
+
+    assert "3/4" in said[:at]
+    assert "3/4" not in said[at:]
+    assert "1/4" in said[at:]
 
 
 def test_no_colors_if_not_wanted(monkeypatch):

@@ -63,7 +63,7 @@ def test_with_fewer_words_it_is_a_lower_bound(predictions, count):
 def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match="vLLM is not installed"):
-        vllm.Served._check()
+        vllm.VllmEngine._check()
 
 
 def test_only_evaluation_goes_through_vllm(int4):
@@ -97,7 +97,7 @@ def engine(monkeypatch):
                 for each, row in zip(sequences, logits, strict=True)
             ]
 
-    monkeypatch.setattr(vllm, "Served", Engine)
+    monkeypatch.setattr(vllm, "VllmEngine", Engine)
     return state
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marlin_tools.checkpoint.expanded import Expanded, expanded
+from marlin_tools.checkpoint.dequantized import DequantizedView, dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import ModelError
@@ -40,8 +40,8 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [48, 48], "activation_scheme"
 
 def test_fp8_blocks_are_codes_times_their_scale(made: Callable[[str], Path], tmp_path: Path) -> None:
     path = rewritten(made("qwen3_moe"), tmp_path / "fp8", to_fp8, FP8)
-    raw, view = load_file(path / "model.safetensors"), expanded(Checkpoint.open(path))
-    assert isinstance(view, Expanded)
+    raw, view = load_file(path / "model.safetensors"), dequantized(Checkpoint.open(path))
+    assert isinstance(view, DequantizedView)
     assert view.quantization is None
     assert view.names() == sorted(name for name in raw if not name.endswith("_scale_inv"))
     for name in view.names():
@@ -59,7 +59,7 @@ def test_fp8_blocks_are_codes_times_their_scale(made: Callable[[str], Path], tmp
 
 def test_a_model_in_fp8_is_quantized_as_if_it_were_not(made: Callable[[str], Path], tmp_path: Path) -> None:
     path = rewritten(made("llama"), tmp_path / "fp8", to_fp8, FP8)
-    view, wide = expanded(Checkpoint.open(path)), tmp_path / "wide"
+    view, wide = dequantized(Checkpoint.open(path)), tmp_path / "wide"
     wide.mkdir()
     save_file({name: view.read(name) for name in view.names()}, wide / "model.safetensors", metadata={"format": "pt"})
     (wide / "config.json").write_text(json.dumps(view.config))
@@ -83,7 +83,7 @@ def test_mxfp4_is_what_transformers_reads(made: Callable[[str], Path], tmp_path:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     path = rewritten(made("gpt_oss"), tmp_path / "mxfp4", to_mxfp4, {"quant_method": "mxfp4"})
-    raw, view = load_file(path / "model.safetensors"), expanded(Checkpoint.open(path))
+    raw, view = load_file(path / "model.safetensors"), dequantized(Checkpoint.open(path))
     for kind in ("gate_up_proj", "down_proj"):
         name = f"model.layers.1.mlp.experts.{kind}"
         expected = convert_moe_packed_tensors(raw[f"{name}_blocks"], raw[f"{name}_scales"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops import TARGETS, build, kernels
+from marlin_tools.ops import TARGETS, kernels
 from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, sparse_kernel
 from marlin_tools.ops.linear.tiles import TILES, choices, dense_kernel, dequantizing_kernel, product_kernel
@@ -32,48 +32,72 @@ def product(tile, target="compute_90a"):
     return dense_kernel(tile, torch.float16, target, 128)
 
 
+WHOLE = ("sm_80", "sm_90a")
+"""Targets of which every kernel is compiled; sm_86 and sm_89 have the source of sm_80, so a third of theirs has to do."""
+
+
+def chosen(target):
+    every = [kernel for _, kernel in kernels(target)]
+    return every if target in WHOLE or os.environ.get("KERNELS") == "all" else every[TARGETS.index(target) % 3 :: 3]
+
+
 @pytest.fixture(scope="session")
-def reports(tmp_path_factory):
-    return list(build(TARGETS, CubinCache(tmp_path_factory.mktemp("kernels"))))
+def reports(kernel_cache):
+    """(target, kernel, registers and memory); `KERNELS=all` leaves none out."""
+    return [(target, kernel, kernel_cache.get(kernel).resources) for target in TARGETS for kernel in chosen(target)]
 
 
 def test_every_kernel_compiles_without_spills_or_local_memory(reports):
-    """`compile_kernel` asserts no spill, no stack and no advice C7508 or C7510; here: that it was asked for everything."""
-    assert [r.kernel for r in reports] == [v.name for target in TARGETS for _, v in kernels(target)]
-    for report in reports:
-        assert 0 < report.resources.registers <= 255
-        assert not report.cached
+    """`compile_kernel` asserts no spill, no stack and no advice C7508 or C7510; here: that it was asked for what it should."""
+    assert {target: len(kernels(target)) for target in WHOLE} == {t: sum(t == each[0] for each in reports) for t in WHOLE}
+    for _, _, resources in reports:
+        assert 0 < resources.registers <= 255
+
+
+def registers(kernel):
+    return compile_kernel(kernel).resources.registers
 
 
 def test_register_table(reports):
-    """Remake it with `MARLIN_TOOLS_REGISTERS=1 pytest tests/ops/test_compiler.py` when a kernel is meant to change."""
-    found = {target: {r.kernel: r.resources.registers for r in reports if r.target == target} for target in TARGETS}
+    """Remake it with `KERNELS=all MARLIN_TOOLS_REGISTERS=1 pytest tests/ops/test_compiler.py` when a kernel is meant to change.
+
+    Once in thousands of times the compiler takes another number for the same source: only what differs in new processes counts.
+    """
     if "MARLIN_TOOLS_REGISTERS" in os.environ:
+        found = {target: {k.name: r.registers for t, k, r in reports if t == target} for target in TARGETS}
         TABLE.write_text(json.dumps({"nvrtc": list(compiler.nvrtc_version()), **found}, indent=1) + "\n")
     expected = json.loads(TABLE.read_text())
     if tuple(expected.pop("nvrtc")) != compiler.nvrtc_version():
         pytest.skip("the table is for another version of the compiler")
-    assert found == expected
+    assert {t: [kernel.name for _, kernel in kernels(t)] for t in TARGETS} == {t: list(each) for t, each in expected.items()}
+    differing = [(t, k, r.registers) for t, k, r in reports if r.registers != expected[t][k.name]]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        again = [pool.map(registers, [k for _, k, _ in differing], chunksize=1) for _ in range(2)] if differing else []
+    assert [] == [
+        (target, kernel.name, expected[target][kernel.name], first, *others)
+        for (target, kernel, first), *others in zip(differing, *again, strict=True)
+        if expected[target][kernel.name] not in others
+    ]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shared_memory_and_registers_fit(target, reports):
     capability = capability_of(target)
     block = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
-    for report in reports:
-        if report.target != target:
-            continue
-        assert report.dynamic_shared_bytes + report.resources.static_shared_bytes <= block
-    found = {report.kernel: report for report in reports if report.target == target}
+    found = {kernel.name: (kernel.shared_bytes, resources) for each, kernel, resources in reports if each == target}
+    assert all(dynamic + resources.static_shared_bytes <= block for dynamic, resources in found.values())
     for family, tiles, groups in (("w4a16", TILES, GROUP_SIZES), ("w24a16", SPARSE_TILES, SPARSE_GROUP_SIZES)):
         for name, dtype, group in choices(tiles, target, groups):
             tile = tiles[name].for_group(group)
-            report = found[product_kernel(family, tile, dtype, target, group).name]
+            product = product_kernel(family, tile, dtype, target, group).name
+            if product not in found:
+                continue
+            dynamic, resources = found[product]
             assert tile.stages(capability) >= 2
             warps_per_quarter = tile.ctas_on_sm(capability) * tile.threads // 128
-            assert report.resources.registers * warps_per_quarter * 32 <= 16384
+            assert resources.registers * warps_per_quarter * 32 <= 16384
             if capability >= 90:
-                assert tile.ctas_on_sm(capability) * (report.dynamic_shared_bytes + 1024) <= 228 * 1024
+                assert tile.ctas_on_sm(capability) * (dynamic + 1024) <= 228 * 1024
 
 
 def test_ptx_for_gpus_to_come():

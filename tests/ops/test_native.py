@@ -180,7 +180,7 @@ def test_model_on_the_kernels_gives_the_logits_of_its_dequantized_weights():
     assert torch.equal(captured.float(), logits)
 
 
-class Seen(TorchDispatchMode):
+class Observation(TorchDispatchMode):
     """Notes the operators that pass through torch's dispatcher."""
 
     def __init__(self):
@@ -200,7 +200,7 @@ def test_whoever_watches_still_sees_the_operator(weight):
     x = torch.randn((3, 256), dtype=torch.float16, device="cuda")
     expected = linear(x)
 
-    with Seen() as seen:
+    with Observation() as seen:
         assert torch.equal(linear(x), expected)
     assert name in seen.operators
     assert name in make_fx(linear)(x).code

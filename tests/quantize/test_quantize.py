@@ -13,9 +13,10 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.errors import RecipeError
+from marlin_tools.errors import FormatError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.stream.inventory import take_linears
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]
@@ -169,3 +170,34 @@ def test_forecast_is_known_before_and_compared_after(tiny_llama: Path, run: Run)
     larger = prepare_quantize(tiny_llama, settings, tokens=384_000, longest=2048).forecast
     assert larger.host_gb > plan.forecast.host_gb
     assert larger.seconds > plan.forecast.seconds
+
+
+def test_auto_takes_the_largest_group_that_fits_all_linears(tiny_model: Callable[..., Path], run: Run, digest: Digest) -> None:
+    """320 inputs of `down_proj` come in 64s; the result is that of asking for 64."""
+    model = tiny_model("llama", intermediate_size=320)
+    auto, asked = (run(model, name, preset="rtn", group_size=size) for name, size in (("auto", "auto"), ("asked", 64)))
+
+    assert digest(asked.path) == digest(auto.path)
+    manifest = read_manifest(auto.path)
+    assert manifest is not None
+    assert 64 == manifest["settings"]["group_size"]
+
+
+@pytest.mark.parametrize(
+    ("formats", "expected"),
+    [(("gptq",), 64), (("gptq", "compressed-tensors"), 64), (("marlin",), "320 inputs are not a multiple of 128")],
+)
+def test_auto_regards_every_format(tiny_model: Callable[..., Path], formats: tuple[str, ...], expected: int | str) -> None:
+    settings = QuantizeSettings(preset="rtn", group_size="auto", format=formats[0], device="cpu")
+    inventory = take_linears(Checkpoint.open(tiny_model("llama", intermediate_size=320)), ())
+    if isinstance(expected, int):
+        assert expected == settings.sized(inventory, *formats[1:])
+    else:
+        with pytest.raises(FormatError, match=expected):
+            settings.sized(inventory, *formats[1:])
+
+
+@pytest.mark.parametrize("size", ["abc", 1.5, True, None, "128.0"])
+def test_what_is_no_group_size(size: object) -> None:
+    with pytest.raises(ValueError, match="it is 128, 64, 32"):
+        QuantizeSettings.model_validate({"group_size": size})

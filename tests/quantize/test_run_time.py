@@ -18,7 +18,7 @@ from marlin_tools.families.layout import WeightRef
 from marlin_tools.stopwatch import Stopwatch, apart, span
 from marlin_tools.stream.background import Background
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group, LayerStream
-from marlin_tools.stream.read_ahead import Asked, ReadAhead
+from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest
 
 Run = Callable[..., Checkpoint]
 Digest = Callable[[Path], dict[str, str]]
@@ -127,7 +127,7 @@ def test_read_ahead_is_one_set_ahead(tiny_llama: Path, monkeypatch: pytest.Monke
     read: list[str] = []
     stored = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: (read.append(name), stored(self, name))[1])
-    wanted = iter([{name: Asked(WeightRef(name), torch.Size(checkpoint.shape(name)))} for name in names])
+    wanted = iter([{name: WeightRequest(WeightRef(name), torch.Size(checkpoint.shape(name)))} for name in names])
     with ReadAhead(wanted, checkpoint, CPU, torch.float32) as ahead:
         first = next(ahead)
         assert list(first) == names[:1]
@@ -141,7 +141,7 @@ def test_read_ahead_is_one_set_ahead(tiny_llama: Path, monkeypatch: pytest.Monke
 def test_read_ahead_reports_what_it_could_not_read(tiny_llama: Path) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     name = "model.norm.weight"
-    wrong = iter([{name: Asked(WeightRef(name), torch.Size((3,)))}])
+    wrong = iter([{name: WeightRequest(WeightRef(name), torch.Size((3,)))}])
     with ReadAhead(wrong, checkpoint, CPU, torch.float32) as ahead, pytest.raises(ModelError, match="json asks for"):
         next(ahead)
 

@@ -5,7 +5,7 @@ from html import unescape
 
 import pytest
 
-from marlin_tools.bench.figures import Measured
+from marlin_tools.bench.figures import FigureData
 from marlin_tools.bench.kernels import BenchSettings, Measurement, Rates
 from marlin_tools.report import kernel_pictures as pictures
 from marlin_tools.report.figure import Axis, Line, chart
@@ -50,7 +50,7 @@ SPARSE = [result(m, "ours 2:4", 4.0) for m in (1, 16)]
 
 
 def measured(results, figure=None, gpu="some GPU", **settings):
-    return Measured(figure, gpu, BenchSettings(**settings), RATES, {}, tuple(results))
+    return FigureData(figure, gpu, BenchSettings(**settings), RATES, {}, tuple(results))
 
 
 def told(svg, name):

@@ -100,6 +100,33 @@ def test_the_original_and_an_export_can_be_compared_too(pair, tiny_model, tmp_pa
     assert as_page(found)
 
 
+def test_a_sparse_model_stands_beside_another_one_that_says_nothing_of_how_it_was_made(pair, tiny_model, tmp_path):
+    settings = QuantizeSettings(preset="rtn", format="marlin-24", sparsity="2:4", device="cpu")
+    quantize(tiny_model("mistral", num_hidden_layers=1), None, settings, tmp_path / "sparse")
+    (pair[1] / "manifest.json").unlink()
+    found = compare([tmp_path / "sparse", *pair])
+    losses = found.linears
+
+    assert ["2:4, 50% zeros", "", ""] == dict(found.facts)["sparsity"]
+    assert ["gptq", "gptq"] == dict(found.facts)["format"][1:]
+    assert all("" == values[2] for _, values in found.settings)
+    assert {"2:4", ""} == set(dict(found.settings)["settings.sparsity"])
+    assert ["settings.sparsity" in text for text in (as_text(found), as_page(found))] == [True, True]
+    assert all(row[2] is None for _, row in losses)
+    alone = compare(pair).linears
+    assert sorted((row[0] for _, row in alone), reverse=True) == [row[0] for _, row in alone]  # nothing differs: what lost most
+    assert [] == compare(pair).settings
+
+
+def test_folders_that_all_share_are_not_in_the_columns(pair, tmp_path):
+    assert ["first", "second"] == compare(pair).labels
+    for path, name in zip(pair, ("a/gptq", "b/gptq"), strict=True):
+        (tmp_path / name).parent.mkdir()
+        path.rename(tmp_path / name)
+    assert ["a/gptq", "b/gptq"] == compare([tmp_path / "a/gptq", tmp_path / "b/gptq"]).labels
+    assert [str(tmp_path / "a/gptq"), str(tmp_path / "b/gptq")] == compare([tmp_path / "a/gptq", tmp_path / "b/gptq"]).names
+
+
 @pytest.mark.parametrize("count", (1, 2))
 def test_one_directory_is_not_compared_with_itself(pair, count):
     with pytest.raises(RecipeError, match="two or more different directories"):

@@ -67,7 +67,7 @@ def test_linears_stay_packed(stored, layout):
         assert isinstance(module, reference.PackedLinear)
         assert torch.equal(module.weight().codes, weight.codes)
         assert (module.bias is not None) == name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
-    assert {type(module).__name__ for module in model.modules()} & {"Waiting"} == set()
+    assert {type(module).__name__ for module in model.modules()} & {"PendingLinear"} == set()
 
 
 def test_it_generates_what_the_reference_does(stored, layout):

@@ -4,7 +4,7 @@ import pytest
 
 from marlin_tools.ops import TARGETS
 from marlin_tools.ops.model.rotation import rotate_kernels
-from marlin_tools.ops.runtime.compiler import compile_kernel
+from marlin_tools.ops.runtime.cubin_cache import CubinCache
 from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.ops.solver.kernels import solver_kernels
 
@@ -12,18 +12,18 @@ SHARED_PER_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227}
 
 
 @pytest.mark.parametrize("kernel", [k for t in TARGETS for k in solver_kernels(t)], ids=lambda k: f"{k.name}-{k.target}")
-def test_it_compiles_and_fits(kernel: Kernel) -> None:
+def test_it_compiles_and_fits(kernel: Kernel, kernel_cache: CubinCache) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    resources = compile_kernel(kernel).resources
+    resources = kernel_cache.get(kernel).resources
 
     assert 0 < resources.registers <= 128  # two CTAs of 256 threads on an SM
     assert kernel.shared_bytes + resources.static_shared_bytes <= SHARED_PER_BLOCK[kernel.target] * 1024
 
 
 @pytest.mark.parametrize("kernel", [k for t in TARGETS for k in rotate_kernels(t)], ids=lambda k: f"{k.name}-{k.target}")
-def test_rotations_compile(kernel: Kernel) -> None:
+def test_rotations_compile(kernel: Kernel, kernel_cache: CubinCache) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    assert 0 < compile_kernel(kernel).resources.registers <= 64
+    assert 0 < kernel_cache.get(kernel).resources.registers <= 64
 
 
 def test_names_are_unique() -> None:

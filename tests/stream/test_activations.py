@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from marlin_tools.stream import activations
-from marlin_tools.stream.activations import Activations, Room
+from marlin_tools.stream.activations import Activations, MemoryBudget
 
 GB = 10**9
 
 
 def test_what_stays_on_a_device() -> None:
-    small, large, huge = (Room.for_sizes(80 * GB, residual * GB) for residual in (5, 15, 30))
+    small, large, huge = (MemoryBudget.for_sizes(80 * GB, residual * GB) for residual in (5, 15, 30))
     assert (small.residual, small.inputs) == (True, True)
     assert (large.residual, large.inputs) == (True, False)
     assert (huge.residual, huge.inputs) == (False, False)
     assert 0 < small.inner < 10 * GB
-    assert Room().inner > 1000 * GB  # a CPU has nowhere else to go
+    assert MemoryBudget().inner > 1000 * GB  # a CPU has nowhere else to go
 
 
 def test_a_file_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,22 @@ def test_unstaged_hessians_come_from_the_original_block(tiny_llama: Path) -> Non
     torch.testing.assert_close(logits, model(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("staged", [True, False])
+@torch.no_grad()
+def test_the_original_model_passes_each_block_once(tiny_llama: Path, *, staged: bool) -> None:
+    """Also where the groups are seen first and the block is passed afterwards: block training aims at these activations."""
+    checkpoint, tokens = Checkpoint.open(tiny_llama), token_set(40)
+    stream = LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu"), with_original=True)
+    expected = whole_model(tiny_llama)(tokens.sequences[0][None], output_hidden_states=True).hidden_states
+    for block in stream:
+        for group in block.groups(staged=staged):
+            for name in group.names:
+                group.replace(name, torch.zeros_like(group.weight(name)))
+        assert stream.original is not None
+        if block.index + 1 < len(stream):  # transformers gives the last one after its norm
+            torch.testing.assert_close(stream.original[0], expected[block.index + 1], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_drift_is_the_distance_to_the_original_model(tiny_llama: Path) -> None:
     checkpoint, tokens = Checkpoint.open(tiny_llama), token_set(40, 40)

@@ -12,7 +12,7 @@ from marlin_tools.algorithms import PRESETS
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.families import find_family
-from marlin_tools.stream.activations import Room
+from marlin_tools.stream.activations import MemoryBudget
 from marlin_tools.stream.layer_stream import LayerStream
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 
 def quantized(
-    path: Path, device: str, monkeypatch: pytest.MonkeyPatch, room: Room | None, dtype: str | None = None
+    path: Path, device: str, monkeypatch: pytest.MonkeyPatch, room: MemoryBudget | None, dtype: str | None = None
 ) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint.open(path)
     checkpoint.config["dtype"] = dtype or checkpoint.config["dtype"]
@@ -46,8 +46,8 @@ def quantized(
 
 
 def test_room_changes_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = quantized(tiny_llama, "cuda:0", monkeypatch, Room(residual=True, inputs=True))
-    for room in (Room(inner=0), Room(inner=1_200_000), Room(residual=False)):
+    everything = quantized(tiny_llama, "cuda:0", monkeypatch, MemoryBudget(residual=True, inputs=True))
+    for room in (MemoryBudget(inner=0), MemoryBudget(inner=1_200_000), MemoryBudget(residual=False)):
         other = quantized(tiny_llama, "cuda:0", monkeypatch, room)
         for name, value in everything.items():
             assert torch.equal(value, other[name]), (room, name)

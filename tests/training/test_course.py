@@ -2,24 +2,24 @@
 
 import pytest
 
-from marlin_tools.training.loop import Course, TrainingSettings, rate_at
+from marlin_tools.training.loop import BatchOrder, TrainingSettings, rate_at
 
 
 def test_every_sequence_is_read_once_a_round() -> None:
-    course = Course(sequences=10, batch=4, seed=3)
+    course = BatchOrder(sequences=10, batch=4, seed=3)
     read = [index for step in range(5) for index in course.of(step)]
     assert sorted(read[:10]) == sorted(read[10:]) == list(range(10))
     assert read[:10] != read[10:]
 
 
 def test_a_batch_may_be_larger_than_the_text() -> None:
-    batch = Course(sequences=3, batch=8, seed=0).of(0)
+    batch = BatchOrder(sequences=3, batch=8, seed=0).of(0)
     assert len(batch) == 8
     assert sorted(batch[:3]) == [0, 1, 2]
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    assert Course(50, 8, 1).of(7) == Course(50, 8, 1).of(7) != Course(50, 8, 2).of(7)
+    assert BatchOrder(50, 8, 1).of(7) == BatchOrder(50, 8, 1).of(7) != BatchOrder(50, 8, 2).of(7)
 
 
 def test_the_rate_rises_and_falls_to_a_tenth() -> None:

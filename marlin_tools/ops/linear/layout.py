@@ -35,9 +35,6 @@ TILE_K = 128
 GROUP_SIZES, SPARSE_GROUP_SIZES = (128, 64, 32), (128,)
 """How many inputs may share a scale, if not all of K do; and of sparse weights."""
 
-LEVELS = 16
-"""Codes of the grid; that of the value 0 is `quantized.ZERO`."""
-
 WORDS = TILE_N * TILE_K // 8
 """int32 per packed tile."""
 

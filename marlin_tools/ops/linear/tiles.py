@@ -12,10 +12,10 @@ from typing import Self
 
 import torch
 
-from marlin_tools.ops.linear.layout import GROUP_SIZES, LEVELS, TILE_K, TILE_N, WORDS
+from marlin_tools.ops.linear.layout import GROUP_SIZES, TILE_K, TILE_N, WORDS
 from marlin_tools.ops.runtime.kernel import ELEMENTS, MAP_BYTES, Arguments, Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY, capability_of
-from marlin_tools.quantized import ZERO, dtype_name
+from marlin_tools.quantized import LEVELS, ZERO, dtype_name
 
 PROBLEM = Arguments(
     "Problem",

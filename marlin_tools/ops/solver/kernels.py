@@ -13,13 +13,10 @@ from torch import Tensor
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Arguments, Kernel
 from marlin_tools.ops.runtime.target import target_of
-from marlin_tools.quantized import ZERO
+from marlin_tools.quantized import LEVELS, ZERO
 
 BLOCK = 128
 """Columns per block."""
-
-LEVELS = 16
-"""Codes of the grid."""
 
 GROUP_SIZES = (32, 64, 128)
 """Group sizes for which the kernels search and refit scales; wider groups span blocks."""

@@ -24,13 +24,13 @@ _BIAS = 127
 _BROKEN = "the tensors do not follow the quantization_config; download the model again"
 
 
-def expanded(checkpoint: Checkpoint) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint in 16 bits, if it is stored in a way that can be undone; else as it is."""
     method = (checkpoint.quantization or {}).get("quant_method")
-    return Expanded(checkpoint) if method in {"fp8", "mxfp4"} else checkpoint
+    return DequantizedView(checkpoint) if method in {"fp8", "mxfp4"} else checkpoint
 
 
-class Expanded(Checkpoint):
+class DequantizedView(Checkpoint):
     """A view of a checkpoint: names, shapes and values of the 16-bit model that its codes stand for."""
 
     def __init__(self, source: Checkpoint) -> None:
