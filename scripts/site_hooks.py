@@ -109,10 +109,10 @@ def place_of(path: str) -> str | None:
         return path.removeprefix("docs/")
     if path.startswith(f"{FIGURES}/"):
         return path
-    if path == "examples" or path.startswith("examples/"):
-        return "examples.md"
     folder, _, name = path.rpartition("/")
     stem = name.rpartition(".")[0]
+    if folder == "examples":
+        return f"examples.md#{stem}" if name.endswith(".py") else "examples.md"
     if folder == "recipes" and name.endswith(".yaml"):
         return f"bundled-recipes.md#{stem}"
     if folder == "marlin_tools/formats" and stem in LAYOUTS:

@@ -99,6 +99,7 @@ def test_every_verb_has_its_options_on_the_page() -> None:
         ("docs/notes/index.md", "[x](../../kernels/README.md)", "[x](../kernels.md)"),
         ("recipes/README.md", "[demo](demo.yaml)", "[demo](bundled-recipes.md#demo)"),
         ("marlin_tools/formats/README.md", "[gptq.py](gptq.py)", "[gptq.py](layouts.md#gptq)"),
+        ("docs/api.md", "[x](../examples/quantize.py)", "[x](examples.md#quantize)"),
         ("docs/concepts.md", "![x](img/gptq.svg)", "![x](img/gptq.svg)"),
         ("CONTRIBUTING.md", "[x](Makefile)", "x"),
         ("docs/api.md", "[x](nowhere.md)", "[x](nowhere.md)"),
