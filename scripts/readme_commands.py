@@ -1,9 +1,9 @@
-"""Print the commands of the README pages that need nothing but this machine, in their order: CI runs them.
+"""Print the commands of the first pages that need nothing but this machine, in their order: CI runs them.
 
     python scripts/readme_commands.py | bash -eux
 
-A block of commands whose first line is a comment that begins with `# needs` is left to people. `tests/cli/test_readme.py` holds
-that all others use the embedded model alone.
+A block of commands whose first line is a comment that begins with `# needs` is left to people, and so are
+all other pages. `tests/cli/test_readme.py` holds that what is left uses the embedded model alone.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/index.md", "recipes/README.md", "recipes/reproducing.md", "marlin_tools/formats/README.md")
+PAGES = ("README.md", "docs/index.md", "recipes/README.md", "marlin_tools/formats/README.md")
 
 
 def blocks(text: str) -> list[list[str]]:

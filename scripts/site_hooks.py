@@ -30,6 +30,7 @@ PAGES = {
     "recipes/reproducing.md": "reproducing.md",
     "marlin_tools/formats/README.md": "formats.md",
     "kernels/README.md": "kernels.md",
+    "examples/README.md": "examples.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
@@ -57,12 +58,13 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
         files.append(File.generated(config, f"{FIGURES}/{figure.name}", abs_src_path=str(figure)))
     files.append(File.generated(config, "layouts.md", content=layouts()))
     files.append(File.generated(config, "bundled-recipes.md", content=recipes()))
-    files.append(File.generated(config, "examples.md", content=examples()))
     return files
 
 
 def on_page_markdown(markdown: str, page: "Page", **_: Any) -> str:
     """Tables of options in the place of their markers, and links as the site has them."""
+    if page.file.src_uri == "examples.md":
+        markdown += examples()
     source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     for marker, made in (("<!-- families -->", families), ("<!-- aliases -->", aliases)):
         if marker in markdown:
@@ -109,10 +111,10 @@ def place_of(path: str) -> str | None:
         return path.removeprefix("docs/")
     if path.startswith(f"{FIGURES}/"):
         return path
-    if path == "examples" or path.startswith("examples/"):
-        return "examples.md"
     folder, _, name = path.rpartition("/")
     stem = name.rpartition(".")[0]
+    if folder == "examples":
+        return f"examples.md#{stem}" if name.endswith(".py") else "examples.md"
     if folder == "recipes" and name.endswith(".yaml"):
         return f"bundled-recipes.md#{stem}"
     if folder == "marlin_tools/formats" and stem in LAYOUTS:
@@ -222,11 +224,7 @@ def recipes() -> str:
 
 
 def examples() -> str:
-    """The scripts of `examples/`, whole."""
-    begin = """# Examples
-
-Scripts of a page each, in `examples/` of the repository. They run on the embedded model, without a download.
-"""
+    """The scripts of `examples/`, whole; they stand below what its README says of them."""
     files = sorted((ROOT / "examples").glob("*.py"))
-    texts = (f"## {file.name} {{: #{file.stem} }}\n\n```python\n{file.read_text(encoding='utf-8')}```\n" for file in files)
-    return "\n".join([begin, *texts])
+    texts = (f"\n## {file.name} {{: #{file.stem} }}\n\n```python\n{file.read_text(encoding='utf-8')}```\n" for file in files)
+    return "".join(texts)

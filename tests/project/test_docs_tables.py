@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from marlin_tools.algorithms import PRESETS
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -97,6 +99,7 @@ def test_every_verb_has_its_options_on_the_page() -> None:
         ("docs/notes/index.md", "[x](../../kernels/README.md)", "[x](../kernels.md)"),
         ("recipes/README.md", "[demo](demo.yaml)", "[demo](bundled-recipes.md#demo)"),
         ("marlin_tools/formats/README.md", "[gptq.py](gptq.py)", "[gptq.py](layouts.md#gptq)"),
+        ("docs/api.md", "[x](../examples/quantize.py)", "[x](examples.md#quantize)"),
         ("docs/concepts.md", "![x](img/gptq.svg)", "![x](img/gptq.svg)"),
         ("CONTRIBUTING.md", "[x](Makefile)", "x"),
         ("docs/api.md", "[x](nowhere.md)", "[x](nowhere.md)"),
@@ -112,3 +115,11 @@ def test_lists_of_fields_become_tables() -> None:
 
     assert [("a", "first, and more"), ("b, c", "second")] == docstrings.rows("a       first,\n        and more\nb, c    second")
     assert [] == docstrings.rows("Just a sentence.\nAnd another.")
+
+
+def test_the_presets_are_those_of_the_program() -> None:
+    table = next(
+        table for table in _tables((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")) if table[0][0] == "preset"
+    )
+
+    assert [f"`{name}`" for name in PRESETS] == [row[0] for row in table[1:]]
