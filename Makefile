@@ -111,7 +111,8 @@ lock: ## write constraints.txt anew: the newest versions that work together, tor
 
 oldest: ## write build/oldest.txt: constraints.txt with the oldest torch and transformers that pyproject.toml allows
 	@mkdir -p build
-	@sed -E 's/^torch==.*/torch==$(TORCH)/; s/^transformers==.*/transformers==$(TRANSFORMERS)/' constraints.txt > build/oldest.txt
+	@sed -E '/^(setuptools|tokenizers|huggingface_hub|hf-xet|sympy|networkx)==/d; s/^torch==.*/torch==$(TORCH)/; s/^transformers==.*/transformers==$(TRANSFORMERS)/' \
+		constraints.txt > build/oldest.txt # what torch and transformers bound from above is left open
 
 clean: ## remove the virtual environment, caches and builds; results in runs/ stay
 	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -25,6 +25,9 @@ _STYLES = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
 _LINE = 2000
 """Characters of one line on stderr."""
 
+_BAR = 20
+"""Columns of a bar."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """What would steer a terminal, or cannot be written as UTF-8."""
 
@@ -88,7 +91,7 @@ class Display:
         self._live = sys.stderr.isatty()
         columns = (
             TextColumn("  {task.description}", markup=False),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=_BAR),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
@@ -119,12 +122,17 @@ class Display:
             self._console.print(f"  {plain(event.text, _LINE)}")
 
     def _advance(self, event: Event) -> None:
-        if not event.total:  # what is being worked on, within the count that runs
-            for task in list(self._tasks.values())[-1:]:
-                self._bars.update(task, detail=plain(event.text, _LINE))
-            self._draw()
+        if not event.total:  # what is being worked on, within the count that runs, or before there is one
+            if self._live and not self._tasks:
+                self._tasks[""] = self._bars.add_task("", total=None, detail="")
+            for name, task in list(self._tasks.items())[-1:]:
+                detail = self._fitted(event.text, name)
+                self._bars.update(task, detail=detail, completed=None if name else event.done)
+            self._draw(now="" in self._tasks)
         elif self._live:
             if event.text not in self._tasks:
+                if "" in self._tasks:
+                    self._bars.remove_task(self._tasks.pop(""))
                 self._tasks[event.text] = self._bars.add_task(plain(event.text, _LINE), total=event.total, detail="")
             self._bars.update(self._tasks[event.text], completed=event.done, total=event.total)
             self._draw(now=event.done == event.total)
@@ -133,6 +141,12 @@ class Display:
             if quarter > self._quarters.get(event.text, 0):
                 self._console.print(f"  {event.text} {event.done}/{event.total}")
             self._quarters[event.text] = quarter
+
+    def _fitted(self, detail: str, name: str) -> str:
+        """The end of a text, as long as there is room for it beside bar, count and time."""
+        room = self._console.width - len(name) - _BAR - len("   999/999 0:00:00  ")
+        text = plain(detail, _LINE)
+        return text if len(text) <= room else f"…{text[1 - room :]}" if room > 8 else ""
 
     def _draw(self, *, now: bool = False) -> None:
         """Show how far it is, but no more than ten times a second."""

@@ -73,6 +73,21 @@ def test_nobody_but_the_run_draws(monkeypatch):
         assert before == threading.active_count()
 
 
+def test_what_has_no_count_yet_is_seen_until_there_is_one(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ui.Display() as display:
+        display(Event("progress", "logits"))
+        at = stream.tell()
+        display(Event("progress", "blocks", 4, 4))
+    said = stream.getvalue()
+
+    assert "logits" in said[:at]
+    assert "logits" not in said[at:]
+    assert "4/4" in said[at:]
+
+
 def test_bars_are_gone_after_their_stage(monkeypatch):
     stream = Terminal()
     monkeypatch.setenv("TERM", "xterm")
