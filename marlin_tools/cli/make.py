@@ -39,7 +39,8 @@ app = typer.Typer(**PLAIN)
 def quantize(
     model: Model,
     output: Output = None,
-    preset: Annotated[str, option(of="NAME", text="default, fast, marlin (the paper's recipe) or rtn.")] = "default",
+    preset: Annotated[str, option(of="NAME", text="default, max (tuned by block), fast, marlin (the paper) or rtn.")] = "default",
+    iters: Annotated[int | None, option(of="N", text="Steps of tuning for each block (preset max).")] = None,
     format: Annotated[str | None, option(of="F,...", text=FORMATS)] = None,
     calib: Calib = None,
     num_samples: NumSamples = None,
@@ -66,7 +67,8 @@ def quantize(
     """
     first, *others = format.split(",") if format else (None,)
     signed = False if no_negative_scales else None
-    solver = given(preset=preset, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
+    tuning = given(iters=iters) or None
+    solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))

@@ -55,6 +55,7 @@ class Job:
     config     what config.json says about how the linears are stored; None if as in the original
     original   whether the original model runs alongside
     team       the processes that do it; the first one writes
+    apart      the last so many sequences share no chunk with those before them
     """
 
     stage: str
@@ -68,6 +69,7 @@ class Job:
     device: torch.device
     original: bool
     team: Team = ALONE
+    apart: int = 0
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -130,6 +132,7 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             with_original=job.original,
             chunk_tokens=chunk_tokens,
             team=job.team,
+            apart=job.apart,
         )
 
 
@@ -181,6 +184,7 @@ def _warnings(job: Job, linears: list[dict[str, Any]]) -> list[str]:
     said = []
     if lost := [record["name"] for record in linears if record.get("mask") == "lost"]:
         said.append(f"the 2:4 zeros of {len(lost)} linears were not kept (`{lost[0]}`); `--sparsity keep` keeps them")
+    said += dict.fromkeys(record["tuning_stopped"] for record in linears if "tuning_stopped" in record)
     for record in linears:
         if record["damp"] is not None and record["damp"] != asked:
             said.append(f"`{record['name']}`: damping was raised from {asked:g} to {record['damp']:g}")

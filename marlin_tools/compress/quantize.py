@@ -4,7 +4,7 @@ The loop over the blocks is `loop.py`; here is what a user can choose, and how o
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,11 +16,12 @@ from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algo
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_quantize
 from marlin_tools.compress.job import Job, Prepared, compress
-from marlin_tools.compress.loop import Method
+from marlin_tools.compress.loop import Method, Refine
+from marlin_tools.compress.tune import Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device
-from marlin_tools.distributed.team import Team, assembled
-from marlin_tools.errors import ModelError, RecipeError
+from marlin_tools.distributed.team import Team, assembled, expected
+from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, known_format
@@ -32,12 +33,20 @@ from marlin_tools.stream.layer_stream import Group
 REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
+TUNED = 1
+"""The same for what tuning gives."""
+
+MAX = "max"
+"""The preset that is `default` with tuning by block."""
+
 
 class QuantizeSettings(Stage):
     """What to quantise with.
 
-    preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
+    preset            max (`default`, then tuned by block) or a name in `algorithms.PRESETS`: default, fast, marlin (the
+                      paper's recipe), rtn
     algorithm         all settings of an algorithm, instead of a preset
+    tuning            how blocks are tuned afterwards; of `max` all that is not its own default, of others to tune them too
     damp              overrides the preset's damping
     negative_scales   overrides whether scales may be negative
     group_size        inputs that share a scale; -1 for one scale per output column
@@ -53,6 +62,7 @@ class QuantizeSettings(Stage):
     stage: Literal["quantize"] = "quantize"
     preset: str = "default"
     algorithm: Algorithm | None = None
+    tuning: Tuning | None = None
     damp: float | None = Field(None, gt=0, le=10)
     negative_scales: bool | None = None
     group_size: int = 128
@@ -64,8 +74,9 @@ class QuantizeSettings(Stage):
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, name: str) -> str:
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset `{name}`; known: {', '.join(PRESETS)}")
+        known = (*PRESETS, MAX)
+        if name not in known:
+            raise ValueError(f"unknown preset `{name}`; known: {', '.join(known)}")
         return name
 
     @field_validator("format")
@@ -77,13 +88,26 @@ class QuantizeSettings(Stage):
     def pruner(self) -> Pruner:
         """What finds the mask of a linear that has none yet."""
         solver = self.solver
-        usual = PRUNER_OF[self.preset] if self.algorithm is None else "default" if solver.needs_data else "magnitude"
+        usual = PRUNER_OF[self._base] if self.algorithm is None else "default" if solver.needs_data else "magnitude"
         return PRUNERS[usual].model_copy(update={"damp": solver.damp}) if isinstance(solver, GPTQ) else PRUNERS[usual]
+
+    @property
+    def _base(self) -> str:
+        """The preset whose solver it is."""
+        return "default" if self.preset == MAX else self.preset
+
+    @property
+    def tuned(self) -> Tuning | None:
+        """How blocks are tuned, if they are."""
+        how = self.tuning or (Tuning() if self.preset == MAX and self.algorithm is None else None)
+        if how and isinstance(self.solver, RTN):
+            raise RecipeError("round-to-nearest looks at no data, `tuning` needs some", hint="choose preset `max`")
+        return how
 
     @property
     def solver(self) -> RTN | GPTQ:
         """The algorithm with all overrides applied and checked."""
-        base = self.algorithm or PRESETS[self.preset]
+        base = self.algorithm or PRESETS[self._base]
         overrides = {"damp": self.damp, "signed": self.negative_scales}
         changed = {key: value for key, value in overrides.items() if value is not None}
         if not changed:
@@ -149,7 +173,10 @@ def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings,
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
-    forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
+    tuned = settings.tuned is not None
+    if tuned:
+        _check_tuning(tokens, longest)
+    forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse, tuned=tuned)
     return Prepared(checkpoint, inventory, forecast)
 
 
@@ -185,14 +212,22 @@ def quantize(
             _check_masks(plan)
         identity = {
             "revision": REVISION,
-            "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
+            "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "tuning", "damp", "negative_scales"}),
         }
+        how = settings.tuned
+        if how:
+            identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = Quantized(FORMATS[settings.format], plan.checkpoint)
         config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
-        facts = {"format": settings.format}
-        drifts = solver.drift > 0
-        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, team)
-        method = _method(settings, plan.checkpoint.dtype, team)
+        facts: dict[str, Any] = {"format": settings.format}
+        apart = held_out(len(seen.sequences)) if how and seen else 0
+        if how and seen:
+            parts = {"tuned_on": seen.sequences[:-apart], "held_out": seen.sequences[-apart:]}
+            hashed = {name: replace(seen, sequences=part).fingerprint for name, part in parts.items()}
+            facts["tuning"] = how.model_dump() | hashed
+        original = solver.drift > 0 or how is not None
+        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, apart)
+        method = _method(settings, plan.checkpoint.dtype, team, _tuning(how, plan.checkpoint.dtype, emit) if how else None)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
@@ -204,7 +239,19 @@ def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Em
             emit(Event("note", line))
 
 
-def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Method:
+def _tuning(how: Tuning, dtype: torch.dtype, emit: Emit) -> Refine:
+    return lambda block, entering, solutions: tune(block, entering, solutions, how, dtype, emit)
+
+
+def _check_tuning(tokens: int, longest: int) -> None:
+    """Refuse what could not be tuned, before any work."""
+    if expected().cuts:
+        raise RecipeError("preset `max` tunes in one process", hint="start it without `torchrun`, or choose another `--preset`")
+    if 0 < tokens <= longest:
+        raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
+
+
+def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team, refine: Refine | None) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
     solver, were_sparse = settings.solver, dict[str, bool]()
 
@@ -225,7 +272,7 @@ def _method(settings: QuantizeSettings, dtype: torch.dtype, team: Team) -> Metho
             return {"mask": "kept" if were_sparse[name] else "chosen"}
         return {"mask": "lost"} if were_sparse[name] and not solution.linear.is_2_4() else {}
 
-    return Method(problem, staged=solver.staged, note=note)
+    return Method(problem, staged=solver.staged, note=note, refine=refine)
 
 
 @dataclass(frozen=True)
