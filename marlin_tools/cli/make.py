@@ -39,7 +39,7 @@ app = typer.Typer(**PLAIN)
 def quantize(
     model: Model,
     output: Output = None,
-    preset: Annotated[str, option(of="NAME", text="default, max (tuned by block), fast, marlin (the paper) or rtn.")] = "default",
+    preset: Annotated[str, option(of="NAME", text="default, max (tuned), fast, marlin (the paper's) or rtn.")] = "default",
     iters: Annotated[int | None, option(of="N", text="Steps of tuning for each block (preset max).")] = None,
     format: Annotated[str | None, option(of="F,...", text=FORMATS)] = None,
     calib: Calib = None,

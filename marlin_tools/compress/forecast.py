@@ -2,8 +2,8 @@
 
 Time is the floor of each part (`floor.py`), taken at the rate that this machine shows for a matrix product at this moment,
 times what the part was measured to take of its floor; what is not arithmetic, the walk along the columns and the search for
-scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4, tuning) no time is foretold. Memory is
-that of the moment at which most is alive.
+scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4, tuning) no time is foretold.
+Memory is that of the moment at which most is alive.
 """
 
 import shutil
@@ -135,14 +135,17 @@ def forecast_quantize(
     device: torch.device,
     *,
     sparse: bool = False,
-    tuned: bool = False,
 ) -> Forecast:
-    """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work.
+    """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
+    load = _Load(tokens, longest, 0.52, "quantised", timed=isinstance(solver, GPTQ) and not sparse, team=expected())
+    return _forecast(checkpoint, inventory, solver, load, device)
 
-    `tuned` if each block is tuned afterwards.
-    """
-    timed = isinstance(solver, GPTQ) and not sparse and not tuned
-    load = _Load(tokens, longest, 0.52, "quantised", timed=timed, trained=tuned, tuned=tuned, team=expected())
+
+def forecast_tuned(
+    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+) -> Forecast:
+    """The same where each block is tuned afterwards, in one process."""
+    load = _Load(tokens, longest, 0.52, "quantised", trained=True, tuned=True)
     return _forecast(checkpoint, inventory, solver, load, device)
 
 

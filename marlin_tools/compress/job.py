@@ -55,7 +55,6 @@ class Job:
     config     what config.json says about how the linears are stored; None if as in the original
     original   whether the original model runs alongside
     team       the processes that do it; the first one writes
-    apart      the last so many sequences share no chunk with those before them
     """
 
     stage: str
@@ -69,7 +68,6 @@ class Job:
     device: torch.device
     original: bool
     team: Team = ALONE
-    apart: int = 0
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -132,7 +130,6 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             with_original=job.original,
             chunk_tokens=chunk_tokens,
             team=job.team,
-            apart=job.apart,
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Problem, Pruner, Solution
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.forecast import forecast_quantize
+from marlin_tools.compress.forecast import forecast_quantize, forecast_tuned
 from marlin_tools.compress.job import Job, Prepared, compress
 from marlin_tools.compress.loop import Method, Refine
 from marlin_tools.compress.tune import Tuning, held_out, tune
@@ -173,10 +173,11 @@ def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings,
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
-    tuned = settings.tuned is not None
-    if tuned:
+    if settings.tuned:
         _check_tuning(tokens, longest)
-    forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse, tuned=tuned)
+        forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
+    else:
+        forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
     return Prepared(checkpoint, inventory, forecast)
 
 
@@ -220,13 +221,11 @@ def quantize(
         store = Quantized(FORMATS[settings.format], plan.checkpoint)
         config = store.format.quantization_config(settings.group_size, plan.inventory.unquantized)
         facts: dict[str, Any] = {"format": settings.format}
-        apart = held_out(len(seen.sequences)) if how and seen else 0
         if how and seen:
-            parts = {"tuned_on": seen.sequences[:-apart], "held_out": seen.sequences[-apart:]}
-            hashed = {name: replace(seen, sequences=part).fingerprint for name, part in parts.items()}
-            facts["tuning"] = how.model_dump() | hashed
+            seen = replace(seen, apart=held_out(len(seen.sequences)))
+            facts["tuning"] = how.model_dump() | _hashed(seen)
         original = solver.drift > 0 or how is not None
-        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, apart)
+        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, original, team)
         method = _method(settings, plan.checkpoint.dtype, team, _tuning(how, plan.checkpoint.dtype, emit) if how else None)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
@@ -241,6 +240,12 @@ def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Em
 
 def _tuning(how: Tuning, dtype: torch.dtype, emit: Emit) -> Refine:
     return lambda block, entering, solutions: tune(block, entering, solutions, how, dtype, emit)
+
+
+def _hashed(tokens: TokenSet) -> dict[str, str]:
+    """What is trained on and what is only measured, which have no sequence in common."""
+    parts = {"tuned_on": tokens.sequences[: -tokens.apart], "held_out": tokens.sequences[-tokens.apart :]}
+    return {name: replace(tokens, sequences=part).fingerprint for name, part in parts.items()}
 
 
 def _check_tuning(tokens: int, longest: int) -> None:

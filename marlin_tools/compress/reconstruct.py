@@ -99,12 +99,12 @@ class BlockTraining:
             lost, energy = lost + float(self._lost(i)), energy + self._energies[i]
         return lost / energy if energy else 0.0
 
-    def gradients(self, i: int, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Of the error of one chunk, relative to what an average chunk puts out."""
+    def gradients(self, i: int, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of the error of one chunk, relative to what an average chunk puts out; None for an expert that it does not reach."""
         energy = sum(self._energies)
         with torch.enable_grad():
             loss = self._lost(i) * (len(self) / energy if energy else 0.0)
-            return torch.autograd.grad(loss, parameters)
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _lost(self, i: int) -> Tensor:
         """Squared error of one chunk."""

@@ -35,6 +35,9 @@ _LOOKS = 10
 _INSIDE = 0.49
 """How far from its code a place may be: it still rounds to it."""
 
+_TOWARD = 0.5
+"""How far a place lies from its code towards the original weight."""
+
 _FARTHEST = 0.999
 """The longest offset; with it a code moves by one at most."""
 
@@ -48,8 +51,8 @@ class Tuning(Settings):
     """
 
     iters: int = Field(200, ge=1, le=100_000)
-    lr: float = Field(0.005, ge=0, le=1)
-    minmax_lr: float = Field(0.001, ge=0, le=1)
+    lr: float = Field(0.002, ge=0, le=1)
+    minmax_lr: float = Field(0.002, ge=0, le=1)
 
 
 def held_out(sequences: int) -> int:
@@ -69,7 +72,7 @@ class TunedLinear(nn.Module):
         self._scales = linear.scales.float()
         codes = linear.codes.float()
         lies = weight_nk.float() / self._wide(self._scales) + ZERO
-        self._place = codes + (lies - codes).clamp(-_INSIDE, _INSIDE)
+        self._place = codes + (_TOWARD * (lies - codes)).clamp(-_INSIDE, _INSIDE)
         self._zeros = codes == ZERO if linear.is_2_4() else None
         self.offset = nn.Parameter(torch.zeros_like(codes))
         self.factor = nn.Parameter(torch.ones_like(self._scales))

@@ -236,8 +236,7 @@ class LayerStream:
     """Iterate over the decoder blocks of `checkpoint`, feeding them with the team's share of `tokens` (None: weights only).
 
     `targets` are the full names of the linears to hand out (without `.weight`); all others keep their weights. With
-    `with_original` the original model's activations flow alongside, so that the drift between the two can be seen. The last
-    `apart` sequences share no chunk with others; one process alone can have that.
+    `with_original` the original model's activations flow alongside, so that the drift between the two can be seen.
     """
 
     def __init__(
@@ -250,7 +249,6 @@ class LayerStream:
         with_original: bool = False,
         chunk_tokens: int = CHUNK_TOKENS,
         team: Team = ALONE,
-        apart: int = 0,
     ) -> None:
         self.checkpoint = checkpoint = expanded(checkpoint)
         self.targets = targets
@@ -268,8 +266,8 @@ class LayerStream:
         self._blocks: nn.ModuleList = getattr(self._decoder, self.family.blocks)
         if tokens is not None:
             parts = [chunks_of(part, chunk_tokens) for part in team.share(tokens.sequences)]
-            if apart:
-                first, last = tokens.sequences[:-apart], tokens.sequences[-apart:]
+            if tokens.apart:
+                first, last = tokens.sequences[: -tokens.apart], tokens.sequences[-tokens.apart :]
                 parts = [[*chunks_of(first, chunk_tokens), *chunks_of(last, chunk_tokens)]]
             chunks = [chunk for part in parts for chunk in part]
             part_of = [number for number, part in enumerate(parts) for _ in part]
