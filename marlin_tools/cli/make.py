@@ -63,7 +63,7 @@ def quantize(
 ) -> int:
     """Quantise a model to INT4.
 
-    Started by `torchrun`, 2, 4 or 8 processes share the work.
+    Started by `torchrun`, 2, 4 or 8 processes share the work; preset max takes one.
     """
     first, *others = format.split(",") if format else (None,)
     signed = False if no_negative_scales else None
