@@ -2,8 +2,8 @@
 
 Time is the floor of each part (`floor.py`), taken at the rate that this machine shows for a matrix product at this moment,
 times what the part was measured to take of its floor; what is not arithmetic, the walk along the columns and the search for
-scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4) no time is foretold. Memory is
-that of the moment at which most is alive.
+scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4, tuning) no time is foretold.
+Memory is that of the moment at which most is alive.
 """
 
 import shutil
@@ -53,6 +53,9 @@ _PROCESS_GB = {"cpu": 0.75, "cuda": 2.9}
 """Host memory of the process with its libraries loaded."""
 _PINNED = 1.1
 """Host memory of a GPU run, in bytes of a block: the next one on its way in, the last one on its way out."""
+_TUNED_WEIGHT = 44
+"""Bytes for each weight of a block that is tuned, all in float32: its place, offset, gradient, two moments, the best offset so
+far, and what stays of its way to a value until the gradient is known."""
 _ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
 """What the allocator keeps beyond what is asked for."""
 
@@ -138,6 +141,14 @@ def forecast_quantize(
     return _forecast(checkpoint, inventory, solver, load, device)
 
 
+def forecast_tuned(
+    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+) -> Forecast:
+    """The same where each block is tuned afterwards, in one process."""
+    load = _Load(tokens, longest, 0.52, "quantised", trained=True, tuned=True)
+    return _forecast(checkpoint, inventory, solver, load, device)
+
+
 def forecast_prune(
     checkpoint: Checkpoint,
     inventory: Inventory,
@@ -169,6 +180,7 @@ class _Load:
     done: str
     timed: bool = False
     trained: bool = False
+    tuned: bool = False
     team: Team = ALONE
 
     @property
@@ -217,7 +229,8 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
     if isinstance(solver, RTN) or not work.tokens:
         return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
     tokens = work.tokens // load.team.size
-    flowing = tokens * work.hidden * element * ((2 if solver.drift or not solver.staged else 1) + load.trained)
+    twice = solver.drift or not solver.staged or load.tuned
+    flowing = tokens * work.hidden * element * ((2 if twice else 1) + load.trained)
     room = MemoryBudget.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else MemoryBudget()
     residual = flowing if room.residual else 0
     chunk = min(max(CHUNK_TOKENS, work.longest), tokens) * element
@@ -230,6 +243,9 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.team.cuts else 1) if group else 0
         summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
+    if load.tuned:
+        passed = sum(group[0].k + sum(t.n for t in group) for group in work.groups if group)
+        most = max(most, residual + _TUNED_WEIGHT * work.weights + 8 * chunk // element * passed)
     return weights + most
 
 

@@ -211,6 +211,7 @@ def _warnings(job: Job, linears: list[dict[str, Any]]) -> list[str]:
     said = []
     if lost := [record["name"] for record in linears if record.get("mask") == "lost"]:
         said.append(f"the 2:4 zeros of {len(lost)} linears were not kept (`{lost[0]}`); `--sparsity keep` keeps them")
+    said += dict.fromkeys(record["tuning_stopped"] for record in linears if "tuning_stopped" in record)
     for record in linears:
         if record["damp"] is not None and record["damp"] != asked:
             said.append(f"`{record['name']}`: damping was raised from {asked:g} to {record['damp']:g}")

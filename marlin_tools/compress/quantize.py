@@ -13,15 +13,28 @@ import torch
 from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Algorithm, Preset, Problem, Pruner, Solution
+from marlin_tools.algorithms import (
+    GPTQ,
+    PRESETS,
+    PRUNER_OF,
+    PRUNERS,
+    RTN,
+    TUNED_PRESETS,
+    Algorithm,
+    Preset,
+    Problem,
+    Pruner,
+    Solution,
+)
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.forecast import forecast_quantize
+from marlin_tools.compress.forecast import forecast_quantize, forecast_tuned
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
-from marlin_tools.compress.loop import Method
+from marlin_tools.compress.loop import Method, Refine
+from marlin_tools.compress.tune import Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device
-from marlin_tools.distributed.team import Team, assembled
-from marlin_tools.errors import ModelError, RecipeError
+from marlin_tools.distributed.team import Team, assembled, expected
+from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, FormatName
@@ -32,6 +45,9 @@ from marlin_tools.stream.layer_stream import Group
 
 REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
+
+TUNED = 1
+"""The same for what tuning gives."""
 
 
 def _known_size(size: object) -> object:
@@ -55,8 +71,10 @@ GroupSize = Annotated[
 class QuantizeSettings(BlockStage):
     """What to quantise with.
 
-    preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
+    preset            a name in `algorithms.PRESETS`: default, max (`default`, then tuned by block), fast, marlin (the paper's
+                      recipe), rtn
     algorithm         all settings of an algorithm, instead of a preset
+    tuning            how blocks are tuned afterwards; of `max` all that is not its own default, of others to tune them too
     damp              overrides the preset's damping
     negative_scales   overrides whether scales may be negative
     group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
@@ -72,6 +90,7 @@ class QuantizeSettings(BlockStage):
     stage: Literal["quantize"] = "quantize"
     preset: Preset = "default"
     algorithm: Algorithm | None = None
+    tuning: Tuning | None = None
     negative_scales: bool | None = None
     group_size: GroupSize = 128
     format: FormatName = "compressed-tensors"
@@ -83,6 +102,14 @@ class QuantizeSettings(BlockStage):
         solver = self.solver
         usual = PRUNER_OF[self.preset] if self.algorithm is None else "default" if solver.needs_data else "magnitude"
         return PRUNERS[usual].model_copy(update={"damp": solver.damp}) if isinstance(solver, GPTQ) else PRUNERS[usual]
+
+    @property
+    def tuned(self) -> Tuning | None:
+        """How blocks are tuned, if they are."""
+        how = self.tuning or (Tuning() if self.preset in TUNED_PRESETS and self.algorithm is None else None)
+        if how and isinstance(self.solver, RTN):
+            raise RecipeError("round-to-nearest looks at no data, `tuning` needs some", hint="choose preset `max`")
+        return how
 
     @property
     def solver(self) -> RTN | GPTQ:
@@ -153,7 +180,11 @@ def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings,
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
-    forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
+    if settings.tuned:
+        _check_tuning(tokens, longest)
+        forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
+    else:
+        forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
     return Preparation(checkpoint, inventory, forecast, group_size)
 
 
@@ -190,14 +221,21 @@ def quantize(
             _check_masks(plan)
         identity = {
             "revision": REVISION,
-            "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp", "negative_scales"}),
+            "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "tuning", "damp", "negative_scales"}),
         }
+        how = settings.tuned
+        if how:
+            identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)
         config = store.format.quantization_config(plan.group_size, plan.inventory.unquantized)
-        facts = {"format": settings.format}
-        drifts = solver.drift > 0
-        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, drifts, team)
-        method = _method(settings, plan.group_size, plan.checkpoint.dtype, team)
+        facts: dict[str, Any] = {"format": settings.format}
+        if how and seen:
+            seen = replace(seen, apart=held_out(len(seen.sequences)))
+            facts["tuning"] = how.model_dump() | _hashed(seen)
+        original = solver.drift > 0 or how is not None
+        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, original, team)
+        refine = _tuning(how, plan.checkpoint.dtype, emit) if how else None
+        method = _method(settings, plan.group_size, plan.checkpoint.dtype, team, refine)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
@@ -209,7 +247,25 @@ def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Em
             emit(Event("note", line))
 
 
-def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Team) -> Method:
+def _tuning(how: Tuning, dtype: torch.dtype, emit: Emit) -> Refine:
+    return lambda block, entering, solutions: tune(block, entering, solutions, how, dtype, emit)
+
+
+def _hashed(tokens: TokenSet) -> dict[str, str]:
+    """What is trained on and what is only measured, which have no sequence in common."""
+    parts = {"tuned_on": tokens.sequences[: -tokens.apart], "held_out": tokens.sequences[-tokens.apart :]}
+    return {name: replace(tokens, sequences=part).fingerprint for name, part in parts.items()}
+
+
+def _check_tuning(tokens: int, longest: int) -> None:
+    """Refuse what could not be tuned, before any work."""
+    if expected().cuts:
+        raise RecipeError("preset `max` tunes in one process", hint="start it without `torchrun`, or choose another `--preset`")
+    if 0 < tokens <= longest:
+        raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
+
+
+def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Team, refine: Refine | None) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
     solver, were_sparse = settings.solver, dict[str, bool]()
 
@@ -230,7 +286,7 @@ def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Tea
             return {"mask": "kept" if were_sparse[name] else "chosen"}
         return {"mask": "lost"} if were_sparse[name] and not solution.linear.is_2_4() else {}
 
-    return Method(problem, staged=solver.staged, note=note)
+    return Method(problem, staged=solver.staged, note=note, refine=refine)
 
 
 @dataclass(frozen=True)

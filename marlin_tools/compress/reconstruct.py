@@ -7,6 +7,7 @@ block stays as it is, and only one block is ever trained, so this needs no more 
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,87 +35,82 @@ def reconstruct(
 
     `entering` is what the block reads. The stream goes on with the new weights, or with the old ones should they be better.
     """
-    training = _Training(block, entering, weights)
+    linears = block.linears()
+    here = {name: weight.to(linears[name].weight.device) for name, weight in weights.items()}
+    compressed = {name: CompressedLinear.of(weight, weight != 0, linears[name].bias) for name, weight in here.items()}
+    training = BlockTraining(block, entering, compressed)
     before = training.error()
-    training.run(how, emit)
-    for name, weight in training.weights().items():
-        training.linears[name].weight.data.copy_(weight)
-    training.put_back()
+    training.put_in()
+    _train(training, [linear.values for linear in compressed.values()], how, emit)
+    trained = {name: linear.weight(weights[name].dtype) for name, linear in compressed.items()}
+    training.put_back(trained)
     after = training.error()
-    chosen = training.weights() if after < before else weights
-    for name, weight in chosen.items():
-        training.linears[name].weight.data.copy_(weight)
+    chosen = trained if after < before else weights
+    training.put_back(chosen)
     block.rerun(entering)
     return chosen, before, min(before, after)
 
 
-class _Training:
-    """One block, with compressed linears while it is trained."""
+def _train(training: "BlockTraining", values: list[nn.Parameter], how: Reconstruction, emit: Emit) -> None:
+    """Every chunk of activations is a step."""
+    chunks = len(training)
+    steps = how.passes * chunks
+    adam = torch.optim.Adam(values, betas=(0.9, 0.95))
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = how.rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for value, gradient in zip(values, training.gradients(step % chunks, values), strict=True):
+            value.grad = gradient
+        adam.step()
+        if (step + 1) % chunks == 0:
+            emit(Event("progress", f"{training.prefix}reconstruction", (step + 1) // chunks, how.passes))
 
-    def __init__(self, block: Block, entering: Activations, weights: dict[str, Tensor]) -> None:
+
+class BlockTraining:
+    """One block, what it reads, and what the original put out; `stand_ins` take its linears' places while it is trained."""
+
+    def __init__(self, block: Block, entering: Activations, stand_ins: Mapping[str, nn.Module]) -> None:
         assert block.stream.original is not None, "the original model does not run alongside"
-        self._module, self._prefix = block.module, block.prefix
+        self.prefix = block.prefix
+        self._block, self._stand_ins = block, stand_ins
         self._entering, self._targets = entering, block.stream.original
         self._calls = [_widened(call) for call in block.stream.contexts(block.index)]
-        self._types = {name: weight.dtype for name, weight in weights.items()}
-        self.linears: dict[str, nn.Linear] = {
-            name: self._module.get_submodule(self._inside(name))  # type: ignore[misc]
-            for name in weights
-        }
-        self._compressed = {
-            name: CompressedLinear.of(
-                weight.to(self.linears[name].weight.device),
-                weight.to(self.linears[name].weight.device) != 0,
-                self.linears[name].bias,
-            )
-            for name, weight in weights.items()
-        }
-        self._energy = sum(float(t.float().square().sum(dtype=torch.float64)) for t in self._targets)
+        self._linears = block.linears()
+        self._energies = [float(t.float().square().sum(dtype=torch.float64)) for t in self._targets]
 
-    def _inside(self, name: str) -> str:
-        return name.removeprefix(self._prefix)
+    def __len__(self) -> int:
+        return len(self._entering)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights as the checkpoint's type holds them."""
-        return {name: linear.weight(self._types[name]) for name, linear in self._compressed.items()}
+    def put_in(self) -> None:
+        """The stand-ins, in the places of the linears."""
+        for name, linear in self._stand_ins.items():
+            self._block.put(name, linear)
 
-    def put_back(self) -> None:
-        """The block's own linears again."""
-        for name, linear in self.linears.items():
-            self._module.set_submodule(self._inside(name), linear)
+    def put_back(self, weights: Mapping[str, Tensor]) -> None:
+        """The block's own linears again, with these weights."""
+        for name, weight in weights.items():
+            self._linears[name].weight.data.copy_(weight)
+            self._block.put(name, self._linears[name])
 
     @torch.no_grad()
-    def error(self) -> float:
-        """Squared error of the output relative to its square."""
-        lost = 0.0
-        for i in range(len(self._entering)):
-            lost += float(self._lost(i))
-        return lost / self._energy if self._energy else 0.0
+    def error(self, chunks: Iterable[int] | None = None) -> float:
+        """Squared error of the output relative to its square, over some of the chunks or all."""
+        lost = energy = 0.0
+        for i in range(len(self)) if chunks is None else chunks:
+            lost, energy = lost + float(self._lost(i)), energy + self._energies[i]
+        return lost / energy if energy else 0.0
 
-    def run(self, how: Reconstruction, emit: Emit) -> None:
-        """Train; every chunk of activations is a step."""
-        for name, linear in self._compressed.items():
-            self._module.set_submodule(self._inside(name), linear)
-        values = [linear.values for linear in self._compressed.values()]
-        steps = how.passes * len(self._entering)
-        adam = torch.optim.Adam(values, betas=(0.9, 0.95))
-        share = len(self._entering) / self._energy if self._energy else 0.0
-        for step in range(steps):
-            adam.param_groups[0]["lr"] = how.rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            with torch.enable_grad():
-                loss = self._lost(step % len(self._entering)) * share
-                gradients = torch.autograd.grad(loss, values)
-            for value, gradient in zip(values, gradients, strict=True):
-                value.grad = gradient
-            adam.step()
-            if (step + 1) % len(self._entering) == 0:
-                emit(Event("progress", f"{self._prefix}reconstruction", (step + 1) // len(self._entering), how.passes))
+    def gradients(self, i: int, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of the error of one chunk, relative to what an average chunk puts out; None for an expert that it does not reach."""
+        energy = sum(self._energies)
+        with torch.enable_grad():
+            loss = self._lost(i) * (len(self) / energy if energy else 0.0)
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _lost(self, i: int) -> Tensor:
         """Squared error of one chunk."""
         h = self._entering[i].float()
         with torch.autocast(h.device.type, torch.bfloat16, enabled=h.is_cuda):
-            out = self._module(h, **self._calls[i])
+            out = self._block.module(h, **self._calls[i])
         out = out[0] if isinstance(out, tuple) else out
         return (out.float() - self._targets[i].float()).square().sum()
 

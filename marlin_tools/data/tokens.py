@@ -35,6 +35,7 @@ class TokenSet:
     documents    documents that were read to fill the sequences
     order        "first" as they come, "shuffled" drawn with `seed`
     notes        facts that belong in a manifest: a substitute, an unpinned revision, a missing BOS
+    apart        the last so many sequences flow in chunks of their own; one process alone can have that
     fingerprint  sha256 over the lengths and the ids
     """
 
@@ -45,6 +46,7 @@ class TokenSet:
     seed: int = 0
     order: Order = "first"
     notes: tuple[str, ...] = ()
+    apart: int = 0
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -276,6 +276,9 @@ class Result:
         if tokens:
             shape = f"{tokens['sequences']} sequences, {tokens['tokens']:,} tokens, seed {tokens['seed']}"
             rows.append(("calibration", f"`{tokens['source']}`: {shape}, fingerprint `{tokens['fingerprint'][:16]}`"))
+        if errors := list(dict.fromkeys(tuple(each["block_error"]) for each in self.linears if each.get("block_error"))):
+            told = ", ".join(f"{before:.3%} -> {after:.3%}" for before, after in errors)
+            rows.append(("error of each block, before and after it was trained", told))
         rows.append(("computed on", str(manifest.get("device", "unknown"))))
         return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()))]
 

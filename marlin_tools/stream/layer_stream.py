@@ -118,6 +118,26 @@ class Block:
         for names in self.stream.layout.groups(self.index):
             yield self._group(names)
 
+    def linears(self) -> dict[str, nn.Linear]:
+        """All that are handed out, by their full names."""
+        return {name: self.module.get_submodule(place) for name, place in self._places().items()}  # type: ignore[misc]
+
+    def original_weight(self, name: str) -> Tensor:
+        """The weight [N, K] as the original model has it, which must run alongside."""
+        assert self._original is not None, "the original model does not run alongside"
+        linear: Any = self._original.get_submodule(self._places()[name])
+        return linear.weight.data
+
+    def put(self, name: str, linear: nn.Module) -> None:
+        """Let this one take a linear's place."""
+        self.module.set_submodule(self._places()[name], linear)
+
+    def _places(self) -> dict[str, str]:
+        """Where in the module each of these linears is."""
+        groups = self.stream.layout.groups(self.index)
+        stored = {self.stream.layout.linear(self.index, name): name for names in groups for name in names}
+        return {name: place for name, place in stored.items() if name in self.stream.targets}
+
     def groups(self, *, staged: bool = True) -> Iterator[Group]:
         """The groups in solving order. Unstaged, all Hessians come from the block's original weights (two forwards)."""
         if self.stream.hidden is None:
@@ -250,6 +270,9 @@ class LayerStream:
         self._blocks: nn.ModuleList = getattr(self._decoder, self.family.blocks)
         if tokens is not None:
             parts = [chunks_of(part, chunk_tokens) for part in team.share(tokens.sequences)]
+            if tokens.apart:
+                first, last = tokens.sequences[: -tokens.apart], tokens.sequences[-tokens.apart :]
+                parts = [[*chunks_of(first, chunk_tokens), *chunks_of(last, chunk_tokens)]]
             chunks = [chunk for part in parts for chunk in part]
             part_of = [number for number, part in enumerate(parts) for _ in part]
             self._share = TextShare(team, part_of, tokens.tokens)
