@@ -145,6 +145,7 @@ class QuantizeSettings(Stage):
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
+            *([("tuning", f"{self.tuned.iters} steps for each block")] if self.tuned else []),
             ("blocks", str(inventory.blocks)),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
             *prepared.forecast.lines(),
