@@ -150,6 +150,7 @@ class QuantizeSettings(BlockStage):
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
+            *([("tuning", f"{self.tuned.iters} steps for each block")] if self.tuned else []),
             ("blocks", str(inventory.blocks)),
             *((("group size", str(group_size)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
