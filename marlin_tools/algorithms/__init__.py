@@ -21,16 +21,12 @@ PRESETS: dict[str, RTN | GPTQ] = {
     "marlin": GPTQ(damp=0.1, order="natural", scales="conditional", signed=False, polish=0, sequential=False, drift=0),
     "fast": GPTQ(polish=0, drift=0),
     "default": GPTQ(),
-    "max": GPTQ(),
 }
 
 Preset = Annotated[str, one_of("preset", PRESETS)]
 """What a setting that names one of them holds."""
 
-TUNED_PRESETS = frozenset({"max"})
-"""Those of which each block is tuned afterwards (`compress/tune.py`)."""
-
-PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default", "max": "default"}
+PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default"}
 """Which of `PRUNERS` finds the mask when a preset is to make a dense model 2:4 on the way."""
 
 __all__ = [
@@ -39,7 +35,6 @@ __all__ = [
     "PRUNERS",
     "PRUNER_OF",
     "RTN",
-    "TUNED_PRESETS",
     "Algorithm",
     "Gram",
     "Hessian",

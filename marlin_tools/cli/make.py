@@ -42,9 +42,9 @@ def quantize(
     model: Model,
     output: Output = None,
     preset: Annotated[
-        str, option(of="NAME", text="default, max (tuned), fast, marlin (the paper's) or rtn.", words=one_of(PRESETS))
+        str, option(of="NAME", text="default, fast, marlin (the paper's recipe) or rtn.", words=one_of(PRESETS))
     ] = "default",
-    iters: Annotated[int | None, option(of="N", text="Steps of tuning for each block (preset max).")] = None,
+    tune: Annotated[int | None, option(of="N", text="Steps of tuning for each block; helps 2:4.")] = None,
     format: Annotated[str | None, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))] = None,
     calib: Calib = None,
     num_samples: NumSamples = None,
@@ -70,11 +70,11 @@ def quantize(
 ) -> int:
     """Quantise a model to INT4.
 
-    Started by `torchrun`, 2, 4 or 8 processes share the work; preset max takes one.
+    Started by `torchrun`, 2, 4 or 8 processes share the work; with --tune it is one.
     """
     first, *others = format.split(",") if format else (None,)
     signed = False if no_negative_scales else None
-    tuning = given(iters=iters) or None
+    tuning = given(iters=tune) or None
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
     stages += [{"stage": "export", "formats": others}] if others else []

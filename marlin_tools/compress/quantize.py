@@ -19,7 +19,6 @@ from marlin_tools.algorithms import (
     PRUNER_OF,
     PRUNERS,
     RTN,
-    TUNED_PRESETS,
     Algorithm,
     Preset,
     Problem,
@@ -71,10 +70,9 @@ GroupSize = Annotated[
 class QuantizeSettings(BlockStage):
     """What to quantise with.
 
-    preset            a name in `algorithms.PRESETS`: default, max (`default`, then tuned by block), fast, marlin (the paper's
-                      recipe), rtn
+    preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
     algorithm         all settings of an algorithm, instead of a preset
-    tuning            how blocks are tuned afterwards; of `max` all that is not its own default, of others to tune them too
+    tuning            train the codes and scales of each block afterwards, and how
     damp              overrides the preset's damping
     negative_scales   overrides whether scales may be negative
     group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
@@ -102,14 +100,6 @@ class QuantizeSettings(BlockStage):
         solver = self.solver
         usual = PRUNER_OF[self.preset] if self.algorithm is None else "default" if solver.needs_data else "magnitude"
         return PRUNERS[usual].model_copy(update={"damp": solver.damp}) if isinstance(solver, GPTQ) else PRUNERS[usual]
-
-    @property
-    def tuned(self) -> Tuning | None:
-        """How blocks are tuned, if they are."""
-        how = self.tuning or (Tuning() if self.preset in TUNED_PRESETS and self.algorithm is None else None)
-        if how and isinstance(self.solver, RTN):
-            raise RecipeError("round-to-nearest looks at no data, `tuning` needs some", hint="choose preset `max`")
-        return how
 
     @property
     def solver(self) -> RTN | GPTQ:
@@ -150,7 +140,7 @@ class QuantizeSettings(BlockStage):
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
-            *([("tuning", f"{self.tuned.iters} steps for each block")] if self.tuned else []),
+            *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
             ("blocks", str(inventory.blocks)),
             *((("group size", str(group_size)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
@@ -181,8 +171,8 @@ def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings,
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
-    if settings.tuned:
-        _check_tuning(tokens, longest)
+    if settings.tuning:
+        _check_tuning(settings.solver, tokens, longest)
         forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
     else:
         forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
@@ -224,7 +214,7 @@ def quantize(
             "revision": REVISION,
             "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "tuning", "damp", "negative_scales"}),
         }
-        how = settings.tuned
+        how = settings.tuning
         if how:
             identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)
@@ -258,10 +248,14 @@ def _hashed(tokens: TokenSet) -> dict[str, str]:
     return {name: replace(tokens, sequences=part).fingerprint for name, part in parts.items()}
 
 
-def _check_tuning(tokens: int, longest: int) -> None:
+def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:
     """Refuse what could not be tuned, before any work."""
+    if not solver.needs_data:
+        raise RecipeError(
+            "round-to-nearest looks at no data, tuning needs some", hint="choose another `--preset`, or do not tune"
+        )
     if expected().cuts:
-        raise RecipeError("preset `max` tunes in one process", hint="start it without `torchrun`, or choose another `--preset`")
+        raise RecipeError("tuning runs in one process", hint="start it without `torchrun`, or leave `--tune` out")
     if 0 < tokens <= longest:
         raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
 

@@ -27,7 +27,7 @@ VERBS = dict(_leaves(get_command(app)))
 QUANTIZE = [
     (("-o", "there"), "out", "there"),
     (("--preset", "marlin"), "stages.0.preset", "marlin"),
-    (("--iters", "9"), "stages.0.tuning.iters", 9),
+    (("--tune", "9"), "stages.0.tuning.iters", 9),
     (("--format", "gptq"), "stages.0.format", "gptq"),
     (("--format", "gptq,marlin"), "stages.1", {"stage": "export", "formats": ("marlin",)}),
     (("--calib", "c4"), "calibrate.source", "c4"),

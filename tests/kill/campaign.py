@@ -57,7 +57,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "quantize fast": ("quantize", "model", "--preset", "fast", *TEXT_FLAGS, "-o", "out"),
     "quantize marlin": ("quantize", "model", "--preset", "marlin", *TEXT_FLAGS, "-o", "out"),
     "quantize default": ("quantize", "model", "--preset", "default", *TEXT_FLAGS, "-o", "out"),
-    "quantize max": ("quantize", "model", "--preset", "max", "--iters", "4", *TEXT_FLAGS, "-o", "out"),
+    "quantize tuned": ("quantize", "model", "--tune", "4", *TEXT_FLAGS, "-o", "out"),
     "quantize 2:4": ("quantize", "model", "--preset", "fast", "--sparsity", "2:4", *TEXT_FLAGS, "-o", "out"),
     "quantize over": ("quantize", "model", "--preset", "rtn", "-o", "made", "--overwrite"),
     "prune": ("prune", "model", "--preset", "sparsegpt", *TEXT_FLAGS, "-o", "out"),

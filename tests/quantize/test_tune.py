@@ -1,4 +1,4 @@
-"""Preset `max`: tuning begins at what `default` gives, lowers the error on what it has not seen, and never ends above it."""
+"""`--tune`: tuning begins at what `default` gives, lowers the error on what it has not seen, and never ends above it."""
 
 import json
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def test_where_nothing_gets_better_the_result_is_that_of_default(
 ) -> None:
     monkeypatch.setattr(job, "CHUNK_TOKENS", 64)  # chunks that are cut in the same places
     plain = run(tiny_llama, "plain", preset="default")
-    worse = run(tiny_llama, "worse", preset="max", tuning={"iters": 2, "lr": 1.0, "minmax_lr": 1.0})
+    worse = run(tiny_llama, "worse", preset="default", tuning={"iters": 2, "lr": 1.0, "minmax_lr": 1.0})
     assert {0} == {record["best_step"] for record in records(worse)}
     before, after = (StoredLinears(each) for each in (plain, worse))
     for name in before.names:
@@ -129,7 +129,7 @@ def test_a_fault_falls_back_and_is_told(run: Run, tiny_llama: Path, monkeypatch:
         return gradients(self, i, parameters)
 
     monkeypatch.setattr(reconstruct.BlockTraining, "gradients", faulty)
-    out = run(tiny_llama, preset="max", tuning=FEW)
+    out = run(tiny_llama, preset="default", tuning=FEW)
     first = [record for record in records(out) if ".layers.0." in record["name"]]
     assert all("tuning stopped" in record["tuning_stopped"] for record in first)
     assert all(record["block_error"][1] <= record["block_error"][0] for record in first)
@@ -149,7 +149,7 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
     class Killed(BaseException):
         pass
 
-    whole = run(tiny_llama, "whole", preset="max", tuning=FEW)
+    whole = run(tiny_llama, "whole", preset="default", tuning=FEW)
     real = tune._train
 
     def dying(training: reconstruct.BlockTraining, *rest: Any) -> None:
@@ -160,7 +160,7 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(tune, "_train", dying)
         with pytest.raises(Killed):
-            run(tiny_llama, "killed", preset="max", tuning=FEW)
+            run(tiny_llama, "killed", preset="default", tuning=FEW)
     solved_blocks: list[int] = []
     groups = Block.groups
 
@@ -169,7 +169,7 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
         return groups(self, **how)
 
     monkeypatch.setattr(Block, "groups", seen)
-    again = run(tiny_llama, "killed", preset="max", tuning=FEW)
+    again = run(tiny_llama, "killed", preset="default", tuning=FEW)
     assert [1] == solved_blocks
     assert shards(whole) == shards(again)
 
@@ -177,25 +177,25 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
 def test_one_sequence_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     tokens = TokenSet((torch.arange(64),), "one", packed=True, documents=1)
     with pytest.raises(DataError, match="tuned on and held out") as error:
-        quantize(tiny_llama, tokens, QuantizeSettings(preset="max", device="cpu"), tmp_path / "out")
+        quantize(tiny_llama, tokens, QuantizeSettings(tuning=FEW, device="cpu"), tmp_path / "out")
     assert "--num-samples" in str(error.value.hint)
 
 
 def test_several_processes_are_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(RecipeError, match="one process"):
-        prepare_quantize(tiny_llama, QuantizeSettings(preset="max", device="cpu"), 640, 64)
+        prepare_quantize(tiny_llama, QuantizeSettings(tuning=FEW, device="cpu"), 640, 64)
 
 
-def test_rounding_to_nearest_has_nothing_to_tune_on() -> None:
+def test_rounding_to_nearest_has_nothing_to_tune_on(tiny_llama: Path) -> None:
     with pytest.raises(RecipeError, match="looks at no data"):
-        _ = QuantizeSettings(preset="rtn", tuning=Tuning()).tuned
+        prepare_quantize(tiny_llama, QuantizeSettings(preset="rtn", tuning=Tuning(), device="cpu"), 640, 64)
 
 
 def test_no_time_is_foretold_and_memory_counts_the_training(tiny_llama: Path) -> None:
     plain, tuned = (
-        prepare_quantize(tiny_llama, QuantizeSettings(preset=preset, device="cpu"), 640, 64).forecast
-        for preset in ("default", "max")
+        prepare_quantize(tiny_llama, QuantizeSettings(tuning=tuning, device="cpu"), 640, 64).forecast
+        for tuning in (None, Tuning())
     )
     assert plain.seconds is not None
     assert tuned.seconds is None
