@@ -131,7 +131,7 @@ class _Merging(Composer):
 
     taken = 0
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any = None) -> None:
         super().__init__(loader=loader)
         self.warn_double_anchors = False  # YAML allows a name to be given again
 
