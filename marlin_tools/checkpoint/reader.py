@@ -21,7 +21,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
 from marlin_tools.checkpoint.headers import TensorInfo, check_inside, read_headers
 from marlin_tools.checkpoint.strict_json import read_object
-from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files
+from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError, first_line
 from marlin_tools.resources import demo_dir
 
@@ -185,7 +185,7 @@ class Checkpoint:
 
         check_tokenizer_files(self.path)
         hint = "tokenizer.json or tokenizer.model must lie beside config.json"
-        with ErrorTranslation(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", hint):
+        with ErrorTranslation(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", hint), panics_unprinted():
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
 
     def companions(self) -> list[Path]:

@@ -1,5 +1,10 @@
 """The files of a tokenizer, looked at before the library opens them: some contents make it fill memory, or never return."""
 
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,3 +54,28 @@ def check_tokenizer_files(directory: Path) -> None:
     count = len(vocab) + len(added)
     if ids and max(ids) > 4 * count + 1000:
         raise ModelError(f"`{file}`: a token has id {max(ids)}, though there are only {count}", hint=HINT)
+
+
+@contextmanager
+def panics_unprinted() -> Iterator[None]:
+    """Rust writes the lines of a panic to stderr before Python hears of it: nobody has use for them beside our error.
+
+    They go past `sys.stderr`, so the descriptor itself is held; what else was written meanwhile is written afterwards.
+    """
+    sys.stderr.flush()
+    panic = False
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panic = type(error).__module__ == "pyo3_runtime"
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            if not panic:
+                os.write(2, held.read())

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lm_eval.tasks import TaskManager, _yaml_loader
 from lm_eval.tasks._index import TaskIndex
 
 from marlin_tools.checkpoint.output import put
+from marlin_tools.checkpoint.strict_json import read_bounded
 from marlin_tools.errors import DataError, OutputError, RecipeError
 from marlin_tools.resources import cache_dir, demo_dir
 
@@ -36,6 +38,9 @@ _CODE = re.compile(r"^[^#\n]*!function", re.MULTILINE)
 
 OWN = Path(lm_eval.tasks.__file__).parent
 """Where lm-eval's own tasks are, whose code comes with it."""
+
+DEEPEST, MOST_VALUES, LARGEST = 32, 20_000, 1 << 20
+"""Levels of nesting, values with aliases counted as often as they are used, and bytes of a task file of the user's."""
 
 Files = Mapping[str, Sequence[str]]
 """The files that declare a task, a group or a tag, by its name, relative to the folder that was searched."""
@@ -92,22 +97,23 @@ class Tasks:
             return
         self._files.add(path)
         try:
+            texts = dict(_bounded(path)) if foreign else {}
             config = _yaml_loader.load_yaml(path, resolve_func=False)
             TaskIndex.process_cfg(dict(config), path, self.manager.task_index)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, _yaml_loader.yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(f"`{path}` cannot be read: {reason}", hint="check the task's YAML file") from error
         if foreign:
-            self._check(path, config)
+            self._check(path, config, texts)
         for part in _parts(config.get("task")):
             self._add(part)
         entry = self.manager.task_index.get(str(config.get("task")))
         if entry is not None and OWN not in path.parents:
             _anchor(entry)
 
-    def _check(self, path: Path, config: Mapping[str, Any]) -> None:
+    def _check(self, path: Path, config: Mapping[str, Any], texts: Mapping[Path, str]) -> None:
         """Refuse code of a task in a folder of the user's, or remember it."""
-        found = list(_code(path, config))
+        found = list(_code(config, texts))
         if found and not self._allowed:
             raise RecipeError(
                 f"`{path}` runs code: {found[0]}",
@@ -162,7 +168,10 @@ def _declared(path: Path, included: dict[Path, dict[str, list[str]]]) -> dict[st
         return included[path]
     included[path] = {}  # a circle ends here
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        if not path.is_file():
+            return {}  # a pipe would wait for ever
+        with path.open("rb") as stream:
+            text = stream.read(LARGEST).decode("utf-8", errors="replace")
     except OSError:
         return {}
     found: dict[str, list[str]] = {}
@@ -177,19 +186,46 @@ def _declared(path: Path, included: dict[Path, dict[str, list[str]]]) -> dict[st
     return found
 
 
-def _code(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """What of a task file, and of the files that it includes, would be executed; lm-eval's own files count as its code."""
+def _bounded(path: Path) -> Iterator[tuple[Path, str]]:
+    """A task file of the user's and those that it includes, each with its text, once it is small enough to be opened."""
     waiting, seen = [path], set()
     while waiting:
         file = waiting.pop().resolve()
         if file in seen or OWN in file.parents:
             continue
         seen.add(file)
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if found := _CODE.search(text):
-            yield f"`{' '.join(found[0].split())}{text[found.end() :].partition(chr(10))[0]}` in `{file.name}`"
+        text = read_bounded(file, DataError, "check the task's YAML file", LARGEST).decode("utf-8", errors="replace")
+        if max(accumulate(("[{".count(c) - "]}".count(c) for c in re.sub(r"[^\[\]{}]", "", text)), initial=0)) > 10 * DEEPEST:
+            raise _too_much(file, f"nested deeper than {DEEPEST} levels")  # the library would take minutes to find that out
+        _count(file, _yaml_loader.yaml.compose(text, _yaml_loader.yaml.SafeLoader))
+        yield file, text
         names = _yaml_loader.load_yaml(file, resolve_func=False, recursive=False).get("include", ())
         waiting += [file.parent / name for name in ([names] if isinstance(names, str) else names)]
+
+
+def _too_much(file: Path, rule: str) -> DataError:
+    return DataError(f"`{file}`: {rule}", hint="check the task's YAML file")
+
+
+def _count(file: Path, root: Any) -> None:
+    """Refuse an alias bomb: what follows may write out every use of an alias."""
+    waiting, count = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        inner = node.value if node is not None and not isinstance(node.value, str) else ()
+        children = [each for pair in inner for each in (pair if isinstance(pair, tuple) else (pair,))]
+        count += len(children)
+        if count > MOST_VALUES or depth > DEEPEST:
+            rule = f"more than {MOST_VALUES} values" if count > MOST_VALUES else f"nested deeper than {DEEPEST} levels"
+            raise _too_much(file, f"{rule}, aliases counted as often as they are used")
+        waiting += [(child, depth + 1) for child in children]
+
+
+def _code(config: Mapping[str, Any], texts: Mapping[Path, str]) -> Iterator[str]:
+    """What of a task, and of the files that it is made of, would be executed; lm-eval's own files count as its code."""
+    for file, text in texts.items():
+        if found := _CODE.search(text):
+            yield f"`{' '.join(found[0].split())}{text[found.end() :].partition(chr(10))[0]}` in `{file.name}`"
     if "class" in config:
         yield "a class of its own"
     if str(config.get("dataset_path")) == "pandas" or "trust_remote_code" in str(config.get("dataset_kwargs")):

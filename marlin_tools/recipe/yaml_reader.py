@@ -131,6 +131,10 @@ class _Merging(Composer):
 
     taken = 0
 
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader=loader)
+        self.warn_double_anchors = False  # YAML allows a name to be given again
+
     def compose_mapping_node(self, anchor: Any) -> Node:
         node: Node = super().compose_mapping_node(anchor)
         merges = [(key, value) for key, value in node.value if key.tag == _MERGE]

@@ -10,6 +10,7 @@ import pytest
 from hostile_files import CONFIG, MANIFEST, QUANTIZATION, header, safetensors, tensors, write_json, write_model
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.tokenizer_files import panics_unprinted
 from marlin_tools.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -269,3 +270,26 @@ def test_a_manifest_that_is_none_of_ours(model: Path, key: str, value: object) -
     with pytest.raises(ModelError, match=r"manifest\.json") as refusal:
         read_manifest(model)
     assert refusal.value.hint
+
+
+PANICS = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "xyz"},
+}
+
+
+def test_a_panic_of_the_tokenizer_library_prints_nothing(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_json(model / "tokenizer.json", PANICS)
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded") as refusal:
+        Checkpoint.open(model).tokenizer()
+
+    assert "PanicException" == type(refusal.value.__cause__).__name__
+    assert "" == capfd.readouterr().err
+
+
+def test_what_others_write_while_panics_are_held_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with panics_unprinted():
+        os.write(2, b"a warning\n")
+
+    assert "a warning\n" == capfd.readouterr().err

@@ -1,5 +1,6 @@
 """What a user reads when something is wrong: frozen, on stderr, exit code 2, no traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,18 @@ def test_a_result_that_nobody_can_read_is_an_error():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
 
     assert (2, "error: the result cannot be written to stdout: No space left on device\n") == (done.returncode, done.stderr)
+
+
+def test_a_model_that_cannot_be_written_to_is_not_measured_in_vain(cli, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("The skipper counted them twice.\n" * 40)
+    assert 0 == cli("quantize", tiny_llama, "--preset", "rtn", "-o", "made").code
+    before = {path.name: path.read_bytes() for path in Path("made").iterdir()}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "made" and access(path, mode))
+    outcome = cli("eval", "made", "--tasks", "ppl:text.txt", "--seqlen", "32")
+
+    assert 2 == outcome.code
+    assert "error: `made` is not writable: Permission denied" in outcome.err
+    assert "hint: measure a copy of the model, or make its directory writable" in outcome.err
+    assert "windows" not in outcome.err
+    assert before == {path.name: path.read_bytes() for path in Path("made").iterdir()}

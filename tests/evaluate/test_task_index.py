@@ -1,6 +1,8 @@
 """How tasks are found: at once, without running what nobody asked for, and never what was not allowed."""
 
 import json
+import os
+from itertools import pairwise
 
 import pytest
 
@@ -129,6 +131,40 @@ def test_a_broken_file_is_named(write_task, text):
     assert ["fish"] == tasks(folder, "fish").names
     with pytest.raises((DataError, RecipeError), match="broken"):
         tasks(folder, "broken")
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
+)
+MERGES = "a: &a {x: 1, y: 2, z: 3}\n" + "".join(
+    f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 99)}], {new}: 1}}\n" for old, new in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    (
+        (BOMB + "dataset_kwargs: *j\n", "more than 20000 values"),
+        (MERGES, "more than 20000 values"),
+        ("x: &a [*a]\n", "nested deeper than 32"),
+        ("x: &a {<<: *a}\n", "nested deeper than 32"),
+        ("x: " + "[" * 100 + "]" * 100, "nested deeper than 32"),
+        ("x: " + "[" * 50_000, "nested deeper than 32"),
+        ("x:\n " + "- " * 5000, "cannot be read"),
+        ("description: " + "x" * 2_000_000, "has 2000024 bytes, at most"),
+        ("include: pipe\n", "not an ordinary file"),
+    ),
+    ids=lambda text: text[:12],
+)
+def test_a_hostile_file_of_a_task_is_refused_and_harms_no_other(write_task, text, rule):
+    folder = write_task("fish")
+    (folder / "bomb.yaml").write_text(f"task: bomb\n{text}")
+    os.mkfifo(folder / "pipe")
+
+    assert ["fish"] == tasks(folder, "fish").names
+    with pytest.raises(DataError, match=rule):
+        tasks(folder, "bomb")
 
 
 @pytest.mark.parametrize("names", (("",), (" ", "mmlu"), ("ppl:",)))

@@ -52,6 +52,11 @@ def main() -> int:
                         done[name, _one(name, folder, mutated(draw.choice(reader.valid), draw), seed)] += 1
                     shutil.rmtree(folder)
             turn += 1
+            print(
+                f"{sum(done.values()):,} inputs in {(time.monotonic() - begin) / 60:.1f} minutes", file=sys.stderr, flush=True
+            )
+    except KeyboardInterrupt:
+        print("interrupted: what was tried until here", file=sys.stderr)
     finally:
         shutil.rmtree(root)
     for name in READERS:

@@ -247,7 +247,11 @@ def main() -> int:
             verb = verbs[number % len(verbs)]
             if verb not in whole:
                 whole[verb] = measure(root, base, verb)
-            done[verb, trial(root, base, verb, whole[verb], asked.seed + number)] += 1
+            how = trial(root, base, verb, whole[verb], asked.seed + number)
+            done[verb, how] += 1
+            print(f"{sum(done.values())}: {verb}, {how}, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: what was tried until here", file=sys.stderr)
     finally:
         shutil.rmtree(root)
     for verb in verbs:

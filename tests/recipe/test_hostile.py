@@ -72,6 +72,14 @@ def test_aliases_are_welcome(tmp_path: Path) -> None:
     assert "demo" == load(file).stages[0].baseline
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_may_be_given_again_without_a_word_of_the_library(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("name: &m a\nmodel: &m demo\nstages:\n  - {stage: evaluate, tasks: [demo_qa], baseline: *m}\n")
+
+    assert "demo" == load(file).stages[0].baseline
+
+
 @pytest.mark.parametrize("text", ["*a", "&a [*a]", "[" * 200, '"\\ud800"', "9" * 6000, "!!int x", "x" * 70_000])
 def test_a_hostile_value_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
