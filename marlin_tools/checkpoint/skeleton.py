@@ -1,7 +1,9 @@
 """The modules of a model without its weights, and the checks under which a stored tensor becomes one of its weights."""
 
+import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,16 +52,29 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
     refused = ErrorTranslation(ModelError, what, "update transformers, or check config.json")
-    with refused:
+    with refused, _without_warnings():
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config
     maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
-    with refused, torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with refused, torch.device("meta"), _without_warnings():
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=_attention(config))
     return model, nested
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """What transformers warns of in a config.json is either an error of ours or of no consequence here."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _attention(config: "PreTrainedConfig") -> str | None:

@@ -62,6 +62,9 @@ def panics_unprinted() -> Iterator[None]:
 
     They go past `sys.stderr`, so the descriptor itself is held; what else was written meanwhile is written afterwards.
     """
+    if sys.stderr is None:  # a process without one
+        yield
+        return
     sys.stderr.flush()
     panic = False
     saved = os.dup(2)

@@ -1,6 +1,7 @@
 """Models that cannot be quantised: one clear error that names the thing, and nothing left that loads."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,10 +113,20 @@ def test_blocks_that_config_does_not_know(victim: Path, refused: Callable[..., M
     [("hidden_act", "nonsense"), ("rope_parameters", {"rope_type": "nonsense"}), ("num_attention_heads", 3), ("head_dim", 7)],
 )
 def test_values_that_transformers_refuses(
-    victim: Path, refused: Callable[..., MarlinToolsError], tmp_path: Path, key: str, value: object
+    victim: Path,
+    refused: Callable[..., MarlinToolsError],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    key: str,
+    value: object,
 ) -> None:
+    """Our one line is all that is said: transformers' own warnings are about what is refused."""
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
     change_config(victim, **{key: value})
     refused(victim, ModelError, "config.json")
+    log.removeHandler(caplog.handler)
+    assert [] == [record.message for record in caplog.records if record.name.startswith("transformers")]
     assert not (tmp_path / "out.partial").exists()
 
 
