@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -124,6 +125,9 @@ def _not_ours(directory: Path) -> str | None:
 
 def clear_published(out: Path) -> None:
     """Remove what a run that was killed after it published `out` has left; a run that goes on is left alone."""
+    for name in BESIDE:  # small files that are written into a result when it is there already
+        with suppress(OSError):
+            (out / f"{name}.tmp").unlink(missing_ok=True)
     output = OutputDirectory(out)
     if output.partial.is_dir() and not output.work.exists():
         try:

@@ -110,6 +110,15 @@ def test_killed_while_publishing(
     assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
 
 
+def test_killed_while_a_small_file_was_written_into_the_result(
+    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path
+) -> None:
+    """As a manifest is once more when all is done: the next run finds the result and takes the half away."""
+    run(tiny_llama, "whole")
+    (run(tiny_llama).path / "manifest.json.tmp").write_text('{"tool"')
+    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+
+
 def test_a_shard_damaged_after_the_kill_is_made_again(
     tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, solved_blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
