@@ -5,6 +5,7 @@ The loop over the blocks is `loop.py`; here is what a user can choose, and how o
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -118,12 +119,13 @@ class QuantizeSettings(BlockStage):
 
     def sized(self, inventory: Inventory, *formats: str) -> int:
         """The group size for this model; of `auto` the largest that all linears and formats can have."""
-        formats = (self.format, *formats)
-        if self.group_size == AUTO:
-            return largest_group_size(inventory, formats, sparse=self.sparsity is not None)
+        formats, sparse = (self.format, *formats), self.sparsity is not None
+        size = largest_group_size(inventory, formats, sparse=sparse) if self.group_size == AUTO else self.group_size
+        if isinstance(self.solver, GPTQ):
+            self.solver.check_group_size(size, 0)
         for name in formats:
-            check_limits(inventory, self.group_size, name, sparse=self.sparsity is not None)
-        return self.group_size
+            check_limits(inventory, size, name, sparse=sparse)
+        return size
 
     @property
     def makes(self) -> tuple[str, ...]:
@@ -132,9 +134,8 @@ class QuantizeSettings(BlockStage):
 
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be solved, stored or exported later; forecast the rest."""
-        prepared = prepare_quantize(outlook.model, self, *outlook.tokens)
+        prepared = prepare_quantize(outlook.model, self, *outlook.tokens, outlook.formats)
         inventory = prepared.inventory
-        group_size = self.sized(inventory, *outlook.formats)  # what a later export could not hold is refused now
         shapes = {target.name: (target.n, target.k) for target in inventory.targets}
         counts = Counter(shapes.values()).items()
         facts = [
@@ -142,12 +143,12 @@ class QuantizeSettings(BlockStage):
             *outlook.calibration(),
             *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
             ("blocks", str(inventory.blocks)),
-            *((("group size", str(group_size)),) if self.group_size == AUTO else ()),
+            *((("group size", str(prepared.group_size)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in inventory.kept.items()),
         ]
-        return StagePlan(tuple(facts), replace(prepared, group_size=group_size))
+        return StagePlan(tuple(facts), prepared)
 
     def run(self, work: Work) -> dict[str, Any]:
         """Quantise the model into the one directory that there is."""
@@ -156,16 +157,17 @@ class QuantizeSettings(BlockStage):
         return {}
 
 
-def prepare_quantize(model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int) -> Preparation:
-    """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration."""
+def prepare_quantize(
+    model: str | Path | Checkpoint, settings: QuantizeSettings, tokens: int, longest: int, formats: Sequence[str] = ()
+) -> Preparation:
+    """Check a run and predict its cost from headers alone. `tokens` and `longest` describe the calibration.
+
+    `formats` are those of later exports: what they could not hold is refused now.
+    """
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
     inventory = take_linears(checkpoint, settings.ignore)
-    if isinstance(settings.solver, GPTQ) and settings.group_size != AUTO:
-        settings.solver.check_group_size(settings.group_size, 0)
-    group_size = settings.sized(inventory)
-    if isinstance(settings.solver, GPTQ):
-        settings.solver.check_group_size(group_size, 0)
+    group_size = settings.sized(inventory, *formats)
     if sparse:
         check_quads(inventory)
     device = pick_device(settings.device)

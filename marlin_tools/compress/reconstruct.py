@@ -76,6 +76,8 @@ class BlockTraining:
         self._calls = [_widened(call) for call in block.stream.contexts(block.index)]
         self._linears = block.linears()
         self._energies = [float(t.float().square().sum(dtype=torch.float64)) for t in self._targets]
+        energy = sum(self._energies)
+        self._share = len(entering) / energy if energy else 0.0
 
     def __len__(self) -> int:
         return len(self._entering)
@@ -101,9 +103,8 @@ class BlockTraining:
 
     def gradients(self, i: int, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Of the error of one chunk, relative to what an average chunk puts out; None for an expert that it does not reach."""
-        energy = sum(self._energies)
         with torch.enable_grad():
-            loss = self._lost(i) * (len(self) / energy if energy else 0.0)
+            loss = self._lost(i) * self._share
             return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _lost(self, i: int) -> Tensor:

@@ -24,7 +24,7 @@ from marlin_tools.algorithms.solution import Solution
 from marlin_tools.compress.reconstruct import BlockTraining
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
-from marlin_tools.quantized import ZERO, QuantizedLinear
+from marlin_tools.quantized import LEVELS, ZERO, QuantizedLinear
 from marlin_tools.settings import Settings
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.layer_stream import Block
@@ -81,7 +81,7 @@ class TunedLinear(nn.Module):
         return scales_ng.repeat_interleave(self._group_size, dim=1)
 
     def _codes(self) -> Tensor:
-        exact = torch.clamp(self._place + self.offset.clamp(-_FARTHEST, _FARTHEST), 0, 15)
+        exact = torch.clamp(self._place + self.offset.clamp(-_FARTHEST, _FARTHEST), 0, LEVELS - 1)
         codes = exact + (exact.round() - exact).detach()
         return codes if self._zeros is None else codes.masked_fill(self._zeros, ZERO)
 

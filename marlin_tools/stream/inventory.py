@@ -18,9 +18,7 @@ from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import NESTED, Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
-
-GROUP_SIZES = (128, 64, 32)
-"""Inputs that may share a scale, besides all of an output."""
+from marlin_tools.ops.linear.layout import GROUP_SIZES
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def again(target, name):
 def test_register_table(reports):
     """Remake it with `KERNELS=all MARLIN_TOOLS_REGISTERS=1 pytest tests/ops/test_compiler.py` when a kernel is meant to change.
 
-    Once in thousands of times the compiler takes another number for the same source: only what differs in new processes counts.
+    Late in a long process the compiler has given another number for the same source: what differs in a new process counts.
     """
     if "MARLIN_TOOLS_REGISTERS" in os.environ:
         found = {target: {k.name: r.registers for t, k, r in reports if t == target} for target in TARGETS}
