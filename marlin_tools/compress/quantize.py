@@ -84,8 +84,7 @@ class QuantizeSettings(BlockStage):
     group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
                       that fits all linears and the format
     format            how the linears are stored
-    activations       what the linears read: "16bit", or "fp8", e4m3 with a scale for each token, found while the model runs.
-                      Scales of weights are positive there unless `negative_scales` says otherwise
+    activations       what the linears read: "16bit", or "fp8", e4m3 with a scale for each token, found while the model runs
     sparsity          "2:4" keeps the zeros of linears that are 2:4 already and prunes the others; "keep" insists that all are
     ignore            regular expressions; linears whose full name matches stay as they are
     device            auto, cpu, cuda or cuda:N
@@ -114,10 +113,7 @@ class QuantizeSettings(BlockStage):
     def solver(self) -> RTN | GPTQ:
         """The algorithm with all overrides applied and checked."""
         base = self.algorithm or PRESETS[self.preset]
-        signed = self.negative_scales
-        if signed is None and self.activations == "fp8" and isinstance(base, GPTQ):
-            signed = False  # other engines' kernels for FP8 were written for positive scales
-        overrides = {"damp": self.damp, "signed": signed}
+        overrides = {"damp": self.damp, "signed": self.negative_scales}
         changed = {key: value for key, value in overrides.items() if value is not None}
         if not changed:
             return base

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from marlin_tools import backends
-from marlin_tools.algorithms import PRESETS
 from marlin_tools.backends import BACKENDS
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -80,15 +79,23 @@ def test_sixteen_bits_are_written_as_before(tiny_llama: Path, run: Run) -> None:
     assert group["input_activations"] is None
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_scales_are_positive(tiny_llama: Path, run: Run, preset: str) -> None:
-    linears = StoredLinears(run(tiny_llama, preset=preset, activations="fp8"))
+def test_signed_scales_pass_what_vllm_does_to_them(tiny_llama: Path, run: Run) -> None:
+    """Its kernel for Hopper has two levels: a float32 scale for each output, and for each group an e4m3 one of at most 56."""
+    linears = StoredLinears(run(tiny_llama, activations="fp8"))
+    negative = 0
+    for scales in (linears.read(name).scales.float() for name in linears.names):
+        output = scales.abs().amax(dim=1, keepdim=True) / 448
+        group = ((scales / output).to(torch.float8_e4m3fn).float() / 8).to(torch.float8_e4m3fn).float()
+        assert torch.equal(scales.sign(), group.sign())
+        assert float(((group * 8 * output - scales) / scales).abs().max()) <= 2**-4
+        assert float(group.abs().max()) * 8 <= 448  # times a code it is still a number of e4m3
+        negative += int((scales < 0).sum())
+    assert negative > 0
+
+
+def test_positive_scales_are_there_when_asked_for(tiny_llama: Path, run: Run) -> None:
+    linears = StoredLinears(run(tiny_llama, activations="fp8", negative_scales=False))
     assert all(bool((linears.read(name).scales > 0).all()) for name in linears.names)
-
-
-def test_negative_scales_are_there_when_asked_for(tiny_llama: Path, run: Run) -> None:
-    linears = StoredLinears(run(tiny_llama, activations="fp8", negative_scales=True))
-    assert all(bool((linears.read(name).scales < 0).any()) for name in linears.names)
 
 
 @pytest.mark.parametrize("more", [{"preset": "fast"}, {"preset": "default"}, {"preset": "fast", "tuning": {"iters": 2}}])
@@ -150,7 +157,7 @@ def test_every_backend_has_a_way() -> None:
 
 
 def test_hessians_of_the_scheme_choose_other_codes(tiny_llama: Path, run: Run) -> None:
-    plain = StoredLinears(run(tiny_llama, "plain", negative_scales=False))
+    plain = StoredLinears(run(tiny_llama, "plain"))
     fp8 = StoredLinears(run(tiny_llama, "fp8", activations="fp8"))
     assert any(not torch.equal(plain.read(name).codes, fp8.read(name).codes) for name in plain.names)
 
@@ -161,7 +168,7 @@ def test_rounding_to_nearest_gives_the_same_codes(tiny_llama: Path, run: Run) ->
 
 
 def test_a_run_begun_without_is_not_continued(tiny_llama: Path, run: Run) -> None:
-    plain = read_manifest(run(tiny_llama, "plain", negative_scales=False).path)
+    plain = read_manifest(run(tiny_llama, "plain").path)
     fp8 = read_manifest(run(tiny_llama, "fp8", activations="fp8").path)
     assert plain is not None
     assert fp8 is not None
