@@ -1,17 +1,54 @@
 """The one neutral type in the middle: algorithms produce it, formats store it, kernels multiply with it.
 
+Beside it stands what the other operand of a product can be: activations in 16 bits, or rounded to FP8.
+
 Shape letters used throughout the project:  N outputs, K inputs, G columns that share a scale, so K/G groups.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LEVELS = 16
 """Codes of the grid, 0 .. LEVELS - 1. Kernels are given both numbers; only how many codes fit a word is bound to four bits."""
 ZERO = LEVELS // 2
 """The code of the value 0: value = (code - ZERO) * scale."""
+
+ActivationType = Literal["16bit", "fp8"]
+"""What a linear multiplies its weight with: its input as it is, or `rounded`."""
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What FP8 holds of activations [..., K]: e4m3 numbers times one float32 scale for each token, its absmax / 448.
+
+    The product is rounded to the type of `x`, so in float32 it is exact. A token of zeros stays zeros; one that holds an
+    infinity or a NaN becomes NaN as a whole.
+    """
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True) / _LARGEST
+    codes = (wide / scale.where(scale > 0, 1.0)).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).to(x.dtype)
+
+
+def round_inputs(module: nn.Module) -> nn.Module:
+    """Let a linear read `rounded` inputs from now on; the same module. Gradients pass the rounding as if there were none."""
+    if not rounds_inputs(module):
+        module.register_forward_pre_hook(_rounding)
+    return module
+
+
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether it does."""
+    return _rounding in module._forward_pre_hooks.values()  # noqa: SLF001  (torch has no public way to ask)
+
+
+def _rounding(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x = args[0]
+    read = rounded(x.detach())
+    return (x + (read - x).detach() if x.requires_grad else read, *args[1:])
 
 
 def pack_nibbles(codes: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:

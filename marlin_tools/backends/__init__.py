@@ -23,9 +23,10 @@ from marlin_tools.distributed.device import describe_device, free_memory, pick_d
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families.experts import shell
+from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.quantized import QuantizedLinear, dtype_name
+from marlin_tools.quantized import ActivationType, QuantizedLinear, dtype_name, round_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ class Backend:
     devices    device types that it runs on
     bits       memory per quantised weight, 0 for as much as the dtype of the activations takes
     what       how it works, for people
+    build_fp8  the same for a linear that rounds its input to FP8 by itself; "" where that is done before it
     obstacle   "module:function" that says why it cannot run a model: (model, its quantised linears, device) -> str | None
     """
 
@@ -49,12 +51,13 @@ class Backend:
     devices: tuple[str, ...]
     bits: float
     what: str
+    build_fp8: str = ""
     obstacle: str = ""
 
-    def function(self) -> Build:
-        """Import it."""
-        build: Build = _imported(self.build)
-        return build
+    def function(self, activations: ActivationType = "16bit") -> Build:
+        """Import what builds a linear that reads these."""
+        build: Build = _imported(self.build_fp8 if activations == "fp8" and self.build_fp8 else self.build)
+        return _rounding_first(build) if activations == "fp8" and not self.build_fp8 else build
 
     def refuses(self, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> str | None:
         """Why it cannot run this model here, or None."""
@@ -66,6 +69,10 @@ class Backend:
         return None
 
 
+def _rounding_first(build: Build) -> Build:
+    return lambda *what: round_inputs(build(*what))
+
+
 def _imported(place: str) -> Any:
     module, name = place.split(":")
     return getattr(import_module(module), name)
@@ -74,7 +81,12 @@ def _imported(place: str) -> Any:
 # In order of preference: `auto` is the first that runs the model on the device and fits into its memory.
 BACKENDS = {
     "native": Backend(
-        "marlin_tools.backends.native:build", ("cuda",), 4.25, "our kernels", "marlin_tools.backends.native:obstacle"
+        "marlin_tools.backends.native:build",
+        ("cuda",),
+        4.25,
+        "our kernels",
+        "marlin_tools.backends.native:build_fp8",
+        "marlin_tools.backends.native:obstacle",
     ),
     "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
     "reference-packed": Backend(
@@ -85,7 +97,7 @@ BACKENDS = {
         ("cpu",),
         4.25,
         "torch's INT4 product",
-        "marlin_tools.backends.torch_int4:obstacle",
+        obstacle="marlin_tools.backends.torch_int4:obstacle",
     ),
 }
 
@@ -96,10 +108,11 @@ def load(
     device: str = "auto",
     backend: str = "auto",
     dtype: torch.dtype | None = None,
+    activations: ActivationType | None = None,
     emit: Emit = silent,
 ) -> "PreTrainedModel":
     """A transformers model, ready to run. `dtype` is float32 on a CPU (bfloat16 for `torch-int4`) and the checkpoint's own on a
-    GPU unless it is given.
+    GPU unless it is given. `activations` is what the quantised linears read, "fp8" or "16bit", if not what the checkpoint says.
     """
     checkpoint = dequantized(Checkpoint.open(model))
     place = pick_device(device)
@@ -107,14 +120,27 @@ def load(
     dtype = dtype or (usual if place.type == "cpu" else checkpoint.dtype)
     empty = shell(checkpoint, dtype)
     linears = StoredLinears(checkpoint) if checkpoint.quantization is not None else None
+    check_activations(checkpoint, activations)
+    reads = activations or activations_of(checkpoint.quantization)
     name, reason = choose_backend(backend, empty, linears, place)
     how = {"backend": name if linears else None, "device": describe_device(place), "computed_in": dtype_name(dtype)}
-    kind = f"backend `{name}` ({reason})" if linears else "no quantised linears"
+    how["activations"] = reads if linears else None
+    said = ", FP8 activations" if reads == "fp8" else ""
+    kind = f"backend `{name}` ({reason}){said}" if linears else "no quantised linears"
     emit(Event("note", f"`{checkpoint.origin}` on {place} in {dtype_name(dtype)}: {kind}", data=how))
     try:
-        return fill(empty, checkpoint, linears, BACKENDS[name].function(), place, emit)
+        return fill(empty, checkpoint, linears, BACKENDS[name].function(reads), place, emit)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"`{checkpoint.origin}` does not fit into the memory of {place}", hint=_SMALLER) from error
+
+
+def check_activations(checkpoint: Checkpoint, activations: ActivationType | None) -> None:
+    """Refuse a choice for linears that are not there."""
+    if activations and dequantized(checkpoint).quantization is None:
+        raise RecipeError(
+            f"`{checkpoint.origin}` holds no quantised linears, which `--activations` is about",
+            hint="leave it out, or name a quantised model",
+        )
 
 
 _SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--device cpu`"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from marlin_tools.backends.native import NativeLinear, join
 from marlin_tools.ops.model import decode
+from marlin_tools.quantized import rounds_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,7 @@ def _join(body: nn.Module, *names: str) -> _FusedLinear:
     """One module in the place of several; these go on as views of its weights."""
     parts = tuple(body.get_submodule(name) for name in names)
     packed = [part for part in parts if isinstance(part, NativeLinear)]
-    dense = [part for part in parts if type(part) is nn.Linear]
+    dense = [part for part in parts if type(part) is nn.Linear and not rounds_inputs(part)]
     whole = join(packed) if len(packed) == len(parts) else _join_dense(dense) if len(dense) == len(parts) else None
     return _FusedLinear(parts, whole)
 

@@ -18,7 +18,7 @@ from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.ops.linear import w4a16, w24a16
 from marlin_tools.ops.linear.layout import TILE_N
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, round_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,6 +105,11 @@ def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dt
     if device.type == "cuda":
         ops.prepare(packed, dtype)
     return NativeLinear(packed, bias)
+
+
+def build_fp8(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same for FP8 activations: they are rounded to what FP8 holds, then multiplied in 16 bits."""
+    return round_inputs(build(weight, bias, device, dtype))
 
 
 def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: torch.dtype = torch.float16) -> None:

@@ -47,6 +47,7 @@ class Group(_Part):
 
     targets: list[str] | None = None
     weights: Weights | None = None
+    input_activations: dict[str, Any] | None = None
 
 
 class Quantization(_Part):

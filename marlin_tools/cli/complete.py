@@ -22,6 +22,7 @@ ALIASES = (
 PRESETS = "default fast marlin rtn".split()
 PRUNERS = "default sparsegpt wanda magnitude".split()
 FORMATS = "compressed-tensors gptq marlin marlin-24".split()
+ACTIVATIONS = "16bit fp8".split()
 SOURCES = "demo wikitext2 c4 redpajama pile ultrachat".split()
 BACKENDS = "auto native reference reference-packed torch-int4 vllm".split()
 TASKS = (

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from marlin_tools.cli.complete import ACTIVATIONS, PRESETS, PRUNERS, list_of, models, one_of
 from marlin_tools.cli.complete import FORMATS as LAYOUTS
-from marlin_tools.cli.complete import PRESETS, PRUNERS, list_of, models, one_of
 from marlin_tools.cli.options import (
     FORMATS,
     PLAIN,
@@ -46,6 +46,10 @@ def quantize(
     ] = "default",
     tune: Annotated[int | None, option(of="N", text="Steps of tuning for each block; helps 2:4.")] = None,
     format: Annotated[str | None, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))] = None,
+    activations: Annotated[
+        str | None,
+        option(of="16bit|fp8", text="What the linears read; fp8 is rounded token by token.", words=one_of(ACTIVATIONS)),
+    ] = None,
     calib: Calib = None,
     num_samples: NumSamples = None,
     seqlen: SeqLen = None,
@@ -76,6 +80,7 @@ def quantize(
     signed = False if no_negative_scales else None
     tuning = given(iters=tune) or None
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
+    solver |= given(activations=activations)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))

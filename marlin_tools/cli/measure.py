@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_tools.cli.complete import BACKENDS, TASKS, list_of, models, one_of
+from marlin_tools.cli.complete import ACTIVATIONS, BACKENDS, TASKS, list_of, models, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, flag, option
 from marlin_tools.cli.perform import given, perform, recipe_of, short_name
 
@@ -12,6 +12,10 @@ app = typer.Typer(**PLAIN)
 
 _RUNNING = [name for name in BACKENDS if name != "vllm"]
 Backend = Annotated[str | None, option(of="NAME", text="auto, native, reference or reference-packed.", words=one_of(_RUNNING))]
+Reads = Annotated[
+    str | None,
+    option("--activations", of="16bit|fp8", text="What the linears read, if not as stored.", words=one_of(ACTIVATIONS)),
+]
 
 
 @app.command(name="eval")
@@ -27,6 +31,7 @@ def evaluate(
     backend: Annotated[
         str | None, option(of="NAME", text="auto, native, reference, reference-packed or vllm.", words=one_of(BACKENDS))
     ] = None,
+    activations: Reads = None,
     num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,
     limit: Annotated[float | None, option("-L", "--limit", of="N", text="Items per task; below 1, a share of them.")] = None,
     batch_size: Annotated[str | None, option("-b", "--batch-size", of="N|auto", text="Items per forward.")] = None,
@@ -38,7 +43,7 @@ def evaluate(
     json: Json = False,
 ) -> int:
     """Measure a model, beside the original if it is named."""
-    how = given(backend=backend, batch_size=batch_size, device=device, baseline=baseline)
+    how = given(backend=backend, activations=activations, batch_size=batch_size, device=device, baseline=baseline)
     what = given(num_fewshot=num_fewshot, limit=limit, seqlen=seqlen, include_path=include_path)
     what |= given(allow_task_code=allow_task_code or None)
     stage = {"stage": "evaluate", "tasks": tasks.split(","), **how, **what}
@@ -54,11 +59,13 @@ def generate(
     temperature: Annotated[float | None, option(of="T", text="0, the default, takes the likeliest token each time.")] = None,
     seed: Annotated[int | None, option(of="N", text="Of the draws, above temperature 0.")] = None,
     backend: Backend = None,
+    activations: Reads = None,
     device: Device = None,
     json: Json = False,
 ) -> int:
     """Continue a text."""
     how = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, backend=backend, device=device)
+    how |= given(activations=activations)
     stage = {"stage": "generate", "prompt": prompt, **how}
     return perform(recipe_of(short_name(model), model, [stage]), as_json=json)
 

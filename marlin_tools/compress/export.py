@@ -25,6 +25,7 @@ from marlin_tools.errors import FormatError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
 from marlin_tools.formats import FORMATS, Format, FormatName, get_format
+from marlin_tools.formats.config import with_activations
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
@@ -111,6 +112,7 @@ class _Conversion:
                 f"`{self.source.origin}` mixes group sizes: {', '.join(map(str, sorted(sizes)))}",
                 hint="config.json can name only one; quantise again with one `--group-size`",
             )
+        self.target.admit_activations(self.contents.activations)
         check_finite(self.source, self.source.names())
         self._refuse({name: reason for name, grid in grids.items() if (reason := self.target.limits(*grid))})
         if self._depends_on_values():
@@ -159,7 +161,8 @@ class _Conversion:
         if reference.is_file():
             output.write_bytes("verify/reference.safetensors", reference.read_bytes())
         (group_size,) = self.contents.group_sizes
-        writer.finish(self.source, self.target.quantization_config(group_size, self._ignored()))
+        config = self.target.quantization_config(group_size, self._ignored())
+        writer.finish(self.source, with_activations(config, self.contents.activations))
 
     def _shards(self) -> Iterator[list[str]]:
         """Names of linears and of other tensors, shard by shard as in the source; a linear lies where its codes lie."""

@@ -27,6 +27,7 @@ from marlin_tools.distributed.device import describe_device
 from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event
+from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
 from marlin_tools.stage import Stage
 from marlin_tools.stopwatch import span
@@ -85,6 +86,7 @@ class Job:
     config     what config.json says about how the linears are stored; None if as in the original
     original   whether the original model runs alongside
     team       the processes that do it; the first one writes
+    activations  what the linears will read
     """
 
     stage: str
@@ -98,6 +100,7 @@ class Job:
     device: torch.device
     original: bool
     team: Team = ALONE
+    activations: ActivationType = "16bit"
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -152,7 +155,7 @@ def compress(
 
 def _stream(job: Job, chunk_tokens: int) -> LayerStream:
     with span("embed"):
-        return LayerStream(
+        stream = LayerStream(
             job.prepared.checkpoint,
             job.tokens,
             job.prepared.inventory.names,
@@ -161,6 +164,8 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             chunk_tokens=chunk_tokens,
             team=job.team,
         )
+    stream.activations = job.activations
+    return stream
 
 
 def _fewer(job: Job, tokens: int, error: torch.OutOfMemoryError, emit: Emit) -> int:

@@ -38,7 +38,8 @@ from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, FormatName
-from marlin_tools.quantized import is_2_4
+from marlin_tools.formats.config import with_activations
+from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_size, take_linears
 from marlin_tools.stream.layer_stream import Group
@@ -48,6 +49,10 @@ REVISION = 4
 
 TUNED = 1
 """The same for what tuning gives."""
+
+
+_ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations"}
+"""Settings that a fingerprint has in another place, or only where they change something."""
 
 
 def _known_size(size: object) -> object:
@@ -79,6 +84,7 @@ class QuantizeSettings(BlockStage):
     group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
                       that fits all linears and the format
     format            how the linears are stored
+    activations       what the linears read: "16bit", or "fp8", e4m3 with a scale for each token, found while the model runs
     sparsity          "2:4" keeps the zeros of linears that are 2:4 already and prunes the others; "keep" insists that all are
     ignore            regular expressions; linears whose full name matches stay as they are
     device            auto, cpu, cuda or cuda:N
@@ -93,6 +99,7 @@ class QuantizeSettings(BlockStage):
     negative_scales: bool | None = None
     group_size: GroupSize = 128
     format: FormatName = "compressed-tensors"
+    activations: ActivationType = "16bit"
     sparsity: Literal["2:4", "keep"] | None = None
 
     @property
@@ -141,6 +148,7 @@ class QuantizeSettings(BlockStage):
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
+            *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
             *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
             ("blocks", str(inventory.blocks)),
             *((("group size", str(prepared.group_size)),) if self.group_size == AUTO else ()),
@@ -166,6 +174,7 @@ def prepare_quantize(
     """
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
+    _check_activations(settings, formats)
     inventory = take_linears(checkpoint, settings.ignore)
     group_size = settings.sized(inventory, *formats)
     if sparse:
@@ -214,19 +223,24 @@ def quantize(
             _check_masks(plan)
         identity = {
             "revision": REVISION,
-            "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "tuning", "damp", "negative_scales"}),
+            "settings": settings.model_dump(exclude=_ELSEWHERE),
+            **({"activations": settings.activations} if settings.activations != "16bit" else {}),
         }
         how = settings.tuning
         if how:
             identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)
-        config = store.format.quantization_config(plan.group_size, plan.inventory.unquantized)
+        config = with_activations(
+            store.format.quantization_config(plan.group_size, plan.inventory.unquantized), settings.activations
+        )
         facts: dict[str, Any] = {"format": settings.format}
         if how and seen:
             seen = replace(seen, apart=held_out(len(seen.sequences)))
             facts["tuning"] = how.model_dump() | _hashed(seen)
         original = solver.drift > 0 or how is not None
-        job = Job("quantize", plan, seen, solver, settings, identity, facts, config, device, original, team)
+        job = Job(
+            "quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, settings.activations
+        )
         refine = _tuning(how, plan.checkpoint.dtype, emit) if how else None
         method = _method(settings, plan.group_size, plan.checkpoint.dtype, team, refine)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
@@ -248,6 +262,16 @@ def _hashed(tokens: TokenSet) -> dict[str, str]:
     """What is trained on and what is only measured, which have no sequence in common."""
     parts = {"tuned_on": tokens.sequences[: -tokens.apart], "held_out": tokens.sequences[-tokens.apart :]}
     return {name: replace(tokens, sequences=part).fingerprint for name, part in parts.items()}
+
+
+def _check_activations(settings: QuantizeSettings, formats: Sequence[str]) -> None:
+    """Refuse FP8 activations where no kernel multiplies with them, or config.json could not speak of them."""
+    if settings.activations == "fp8" and settings.sparsity is not None:
+        raise RecipeError(
+            "no kernel multiplies 2:4 sparse weights with FP8 activations", hint="use `--activations 16bit` with `--sparsity`"
+        )
+    for name in (settings.format, *formats):
+        FORMATS[name].admit_activations(settings.activations)
 
 
 def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:

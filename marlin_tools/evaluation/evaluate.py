@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from marlin_tools.backends import load
+from marlin_tools.backends import check_activations, load
 from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents
 from marlin_tools.data.render import Encoder
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import free_memory
-from marlin_tools.errors import DataError, DeviceError
+from marlin_tools.errors import DataError, DeviceError, RecipeError
 from marlin_tools.evaluation.perplexity import Traces, score_text, tokens_per_batch, trace
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats import find_format
-from marlin_tools.quantized import dtype_name
+from marlin_tools.formats.config import activations_of
+from marlin_tools.quantized import ActivationType, dtype_name
 from marlin_tools.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class EvaluateSettings(Settings):
     include_path  directories with lm-eval tasks of your own
     allow_task_code  whether functions and scripts of those tasks may run
     backend       what runs the quantised linears: a name in `backends.BACKENDS`; or `vllm`, which runs all of both models
+    activations   what the quantised linears read, "fp8" or "16bit", if not what the model says; the baseline is left alone
     device        auto, cpu, cuda or cuda:N
     seed          of everything that lm-eval draws, above all the few-shot examples
     """
@@ -69,6 +71,7 @@ class EvaluateSettings(Settings):
     include_path: tuple[Path, ...] = ()
     allow_task_code: bool = False
     backend: str = "auto"
+    activations: ActivationType | None = None
     device: str = "auto"
     seed: int = Field(default=1234, ge=0, lt=2**32)
 
@@ -165,6 +168,7 @@ class _Side:
             "fingerprint": self.checkpoint.fingerprint,
             "format": find_format(quantized).name if quantized is not None else None,
             "dtype": dtype_name(self.checkpoint.dtype),
+            "activations": activations_of(quantized) if quantized is not None else None,
             **self.how,
         }
 
@@ -174,6 +178,7 @@ class _Run:
 
     def __init__(self, settings: EvaluateSettings, checkpoint: Checkpoint, original: Checkpoint | None, emit: Emit) -> None:
         self.settings, self.emit = settings, emit
+        _check_activations(settings, checkpoint)
         self.subject = _Side(checkpoint)
         self.original = _Side(original) if original is not None else None
         self.tokenizer = checkpoint.tokenizer()
@@ -244,7 +249,9 @@ class _Run:
             self.emit(event)
 
         try:
-            model = load(side.checkpoint, device=self.settings.device, backend=self.settings.backend, emit=hear)
+            asked = self.settings
+            reads = asked.activations if side is self.subject else None
+            model = load(side.checkpoint, device=asked.device, backend=asked.backend, activations=reads, emit=hear)
         except DeviceError as error:
             if not beside:
                 raise
@@ -305,6 +312,16 @@ class _Run:
             "fingerprint": tokens.fingerprint,
             "notes": list(tokens.notes),
         }
+
+
+def _check_activations(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
+    """Refuse a choice of activations that nobody would follow."""
+    if settings.activations and settings.backend == "vllm":
+        raise RecipeError(
+            "backend `vllm` rounds activations as config.json says",
+            hint="leave `--activations` out, or use another `--backend`",
+        )
+    check_activations(checkpoint, settings.activations)
 
 
 def choose_batch(model: "PreTrainedModel", emit: Emit) -> int:

@@ -14,6 +14,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.render import Encoder
 from marlin_tools.errors import DataError
 from marlin_tools.events import Emit, Event, silent
+from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ class GenerateSettings(Settings):
 
     max_new_tokens   at most; the end-of-text token ends earlier
     temperature      0 takes the likeliest token each time; above 0 draws, with `seed`
-    backend, device  as in `backends.load`
+    backend, activations, device  as in `backends.load`
     """
 
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     seed: int = Field(default=0, ge=0)
     backend: str = "auto"
+    activations: ActivationType | None = None
     device: str = "auto"
 
 
@@ -53,7 +55,8 @@ def generate(
         raise DataError(f"the prompt has {len(ids)} tokens, as many as the model has positions", hint="shorten the prompt")
     if room < settings.max_new_tokens:
         emit(Event("note", f"{room} tokens are left to the model, {settings.max_new_tokens} asked for"))
-    loaded = load(checkpoint, device=settings.device, backend=settings.backend, emit=emit)
+    reads = settings.activations
+    loaded = load(checkpoint, device=settings.device, backend=settings.backend, activations=reads, emit=emit)
     new = min(room, settings.max_new_tokens)
     ends = _ends(loaded)
     with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):

@@ -8,7 +8,9 @@ leaves out.
 
 import logging
 import math
+import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import TextIOBase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from marlin_tools.data.offline import give_up_early
-from marlin_tools.errors import DataError, DeviceError
+from marlin_tools.errors import DataError, DeviceError, first_line
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.evaluation.task_index import Tasks
 from marlin_tools.events import Emit, Event
@@ -37,6 +39,12 @@ if TYPE_CHECKING:
 
 BOOTSTRAP = 1000
 """Resamples for the few metrics whose error has no formula."""
+
+_FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError, OSError),
+    *(RecursionError, SyntaxError, TypeError, ValueError, re.error, HfHubHTTPError, TemplateError),
+)
+"""What lm-eval, and code and templates of tasks in it, end with where a task is at fault."""
 
 _HARMLESS = (
     "`pretrained` model kwarg is not of type",
@@ -95,7 +103,7 @@ def _subdued(emit: Emit) -> Iterator[Emit]:
     logger.propagate = False
     datasets.disable_progress_bars()
     try:
-        with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
+        with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()), _no_way_out():
             yield aloud
     except SystemExit as error:  # code of a task may end itself, not the evaluation
         raise DataError(
@@ -107,6 +115,23 @@ def _subdued(emit: Emit) -> Iterator[Emit]:
         if bars:
             datasets.enable_progress_bars()
         warned.tell(emit)
+
+
+@contextmanager
+def _no_way_out() -> Iterator[None]:
+    """Let `os._exit` end a task as `sys.exit` does, and not this process with exit code 0 and no result."""
+    own, leave = os.getpid(), os._exit
+
+    def stay(code: int) -> NoReturn:
+        if os.getpid() != own:
+            leave(code)  # a child process that ends as it should
+        raise SystemExit(code)
+
+    os._exit = stay  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 @dataclass(frozen=True)
@@ -159,9 +184,9 @@ class Harness:
             with _subdued(emit) as aloud:
                 results = evaluate(judge(aloud), self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
             return Answers(results, _items(results["samples"]))
-        except (KeyError, ValueError, TypeError, TemplateError) as error:
+        except _FOREIGN as error:
             raise DataError(
-                f"lm-eval cannot run {', '.join(self.names)}: {error}", hint="check the task's YAML file"
+                f"lm-eval cannot run {', '.join(self.names)}: {first_line(error)}", hint="check the task's YAML file"
             ) from error
 
     def weights(self, group: str, metric: str) -> bool:
@@ -213,10 +238,9 @@ def _load(found: Tasks) -> dict[str, Any]:
     give_up_early()
     try:
         return dict(found.manager.load(found.names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, HfHubHTTPError, TemplateError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except _FOREIGN as error:
         raise DataError(
-            f"{', '.join(f'`{name}`' for name in found.names)} cannot be loaded: {reason[0]}",
+            f"{', '.join(f'`{name}`' for name in found.names)} cannot be loaded: {first_line(error)}",
             hint="check the network and HF_HUB_OFFLINE, or the task's YAML file and its data files",
         ) from error
 

@@ -91,7 +91,7 @@ class Score:
 class Evaluation:
     """All scores of a model, and everything that is needed to get them again.
 
-    model, baseline   origin, fingerprint, format, dtype; backend, device and dtype that it was computed with
+    model, baseline   origin, fingerprint, format, dtype; backend, device, dtype and activations that it was computed with
     settings          what was asked for
     versions          of everything that computed
     notes             facts and warnings that belong beside the numbers

@@ -8,6 +8,8 @@ Data files that a task names relative to its YAML file are found there, wherever
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -19,13 +21,14 @@ from typing import Any
 import lm_eval.api.metrics
 import lm_eval.tasks
 import lm_eval.utils
-from jinja2 import BaseLoader, StrictUndefined
+from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager, _yaml_loader
 from lm_eval.tasks._index import TaskIndex
 
 from marlin_tools.checkpoint.output import put
+from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.strict_json import read_bounded
 from marlin_tools.errors import DataError, OutputError, RecipeError
 from marlin_tools.resources import cache_dir, demo_dir
@@ -41,6 +44,9 @@ OWN = Path(lm_eval.tasks.__file__).parent
 
 DEEPEST, MOST_VALUES, LARGEST = 32, 20_000, 1 << 20
 """Levels of nesting, values with aliases counted as often as they are used, and bytes of a task file of the user's."""
+
+TEMPLATE_SECONDS = 5
+"""How long one template may take with one item; usual ones take less than a millisecond."""
 
 Files = Mapping[str, Sequence[str]]
 """The files that declare a task, a group or a tag, by its name, relative to the folder that was searched."""
@@ -113,6 +119,7 @@ class Tasks:
 
     def _check(self, path: Path, config: Mapping[str, Any], texts: Mapping[Path, str]) -> None:
         """Refuse code of a task in a folder of the user's, or remember it."""
+        _check_patterns(path, config)
         found = list(_code(config, texts))
         if found and not self._allowed:
             raise RecipeError(
@@ -130,8 +137,45 @@ class Tasks:
     def _confine(self) -> None:
         """Templates of tasks are expanded in a sandbox: they reach values, not the interpreter."""
         sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+        sandbox.template_class = _HurriedTemplate
         sandbox.filters |= lm_eval.utils.env.filters
         lm_eval.utils.env = sandbox
+
+
+class _HurriedTemplate(Template):
+    """A template that gives up after `TEMPLATE_SECONDS`: loops in loops would go on for ever."""
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        """Only the main thread can be interrupted; lm-eval expands templates nowhere else."""
+        if threading.current_thread() is not threading.main_thread():
+            return super().render(*args, **kwargs)
+        before = signal.signal(signal.SIGALRM, _too_slow)
+        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+        try:
+            return super().render(*args, **kwargs)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _too_slow(*_: object) -> None:
+    raise DataError(f"a template of a task takes longer than {TEMPLATE_SECONDS} s", hint="check the task's YAML file")
+
+
+def _check_patterns(path: Path, config: object) -> None:
+    """Refuse regular expressions of a task that are none, or could take for ever."""
+    waiting = [("", config)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, inner) for inner in value]
+        elif key in {"regex_pattern", "regexes_to_ignore"}:
+            try:
+                compiled(str(value), f"`{path}`: `{key}`", DataError)
+            except DataError as error:
+                raise DataError(error.message, hint="check the task's YAML file") from error
 
 
 def _own_declarations() -> Files:

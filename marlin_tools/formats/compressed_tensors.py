@@ -21,16 +21,17 @@ from torch.nn.functional import pad
 from marlin_tools.errors import FormatError
 from marlin_tools.formats.config import Spelling, grouped_config
 from marlin_tools.formats.format import Format, cast_exactly, expect, group_size_of, matrix_size, ungroupable
-from marlin_tools.quantized import QuantizedLinear, pack_nibbles, unpack_nibbles
+from marlin_tools.quantized import ActivationType, QuantizedLinear, pack_nibbles, unpack_nibbles
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Format):
-    """`pack-quantized`, W4A16, symmetric."""
+    """`pack-quantized`, symmetric, W4A16 or W4A8 with FP8 activations: the tensors are the same."""
 
     name: str = "compressed-tensors"
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
     spellings: tuple[Spelling, ...] = (("compressed-tensors", "pack-quantized"),)
+    says: tuple[ActivationType, ...] = ("16bit", "fp8")
 
     def limits(self, n: int, k: int, group_size: int, *, sparse: bool | None = None) -> str | None:
         """Only that groups divide K."""

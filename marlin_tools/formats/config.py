@@ -15,11 +15,15 @@ from typing import Any
 
 from marlin_tools import __version__
 from marlin_tools.errors import FormatError
+from marlin_tools.quantized import ActivationType
 
 Spelling = tuple[str, str]
 """(quant_method, layout)."""
 
 BITS = 4
+
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+"""How the grouped dialect says that activations are e4m3 with a scale for each token, found while the model runs."""
 
 
 def spelling_of(config: Mapping[str, Any]) -> Spelling:
@@ -35,16 +39,40 @@ def spelling_of(config: Mapping[str, Any]) -> Spelling:
 
 
 def check_readable(config: Mapping[str, Any]) -> None:
-    """Raise FormatError unless these are symmetric 4-bit weights under plain activations."""
+    """Raise FormatError unless these are symmetric 4-bit weights under activations that we know."""
     if config.get("quant_method") == "compressed-tensors":
         for key in ("sparsity_config", "transform_config"):
             if _is_active(config.get(key)):
                 raise FormatError(f"`quantization_config`: `{key}` is not supported", hint="start from the unquantized model")
         for name, group in (config.get("config_groups") or {}).items():
             _check_group(f"config_groups.{name}", group)
+        activations_of(config)
         return
     _check_value("bits", config.get("bits", BITS), expected=BITS)
     _check_value("sym", config.get("sym", True), expected=True)
+
+
+def activations_of(config: Mapping[str, Any] | None) -> ActivationType:
+    """What the quantised linears of a checkpoint read, by its quantization_config; all of them the same."""
+    groups = (config or {}).get("config_groups") or {}
+    says: set[ActivationType] = {"fp8" if group.get("input_activations") else "16bit" for group in groups.values()}
+    if len(says) > 1:
+        raise FormatError(
+            "`quantization_config`: some `config_groups` have FP8 activations and some have not",
+            hint="start from the unquantized model",
+        )
+    return says.pop() if says else "16bit"
+
+
+def with_activations(config: dict[str, Any], activations: ActivationType) -> dict[str, Any]:
+    """The same config for linears that read these; FP8 only in the grouped dialect."""
+    if activations == "16bit":
+        return config
+    more = {
+        "input_activations": dict(_FP8),
+        "format": config["format"],
+    }  # without, compressed-tensors takes it for int-quantized
+    return config | {"config_groups": {name: group | more for name, group in config["config_groups"].items()}}
 
 
 def flat_config(method: str, layout: str, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
@@ -99,8 +127,8 @@ def _check_group(where: str, group: object) -> None:
     _check_value(f"{where}.weights.num_bits", weights.get("num_bits"), expected=BITS)
     _check_value(f"{where}.weights.type", weights.get("type", "int"), expected="int")
     _check_value(f"{where}.weights.symmetric", weights.get("symmetric", True), expected=True)
-    for activations in ("input_activations", "output_activations"):
-        _check_value(f"{where}.{activations}", group.get(activations), expected=None)
+    _check_value(f"{where}.output_activations", group.get("output_activations"), expected=None)
+    _check_inputs(f"{where}.input_activations", group.get("input_activations"))
     if weights.get("actorder") not in (None, False, "static", "weight"):
         raise FormatError(
             f"`quantization_config`: `{where}.weights.actorder` {weights['actorder']!r} permutes the inputs",
@@ -108,9 +136,19 @@ def _check_group(where: str, group: object) -> None:
         )
 
 
+def _check_inputs(where: str, scheme: object) -> None:
+    """16-bit activations, or e4m3 with a scale for each token."""
+    if not isinstance(scheme, Mapping):
+        return _check_value(where, scheme, expected=None)
+    for key, value in _FP8.items():
+        _check_value(f"{where}.{key}", scheme.get(key), expected=value)
+    return None
+
+
 def _check_value(where: str, value: object, *, expected: object) -> None:
     if value != expected:
         raise FormatError(
             f"`quantization_config`: `{where}` is {value!r}, only {expected!r} can be read",
-            hint="we hold symmetric 4-bit integers under 16-bit activations; start from the unquantized model",
+            hint="we hold symmetric 4-bit integers under activations of 16 bits, or of FP8 with a scale for each token; "
+            "start from the unquantized model",
         )

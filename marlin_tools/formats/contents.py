@@ -15,7 +15,9 @@ from torch import Tensor
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError
+from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import ActivationType
 
 _EMBEDDING = re.compile(r"embed|wte|wpe")
 
@@ -46,6 +48,11 @@ class Contents:
         weights = (name for name in self.checkpoint.names() if name.endswith(".weight") and not _EMBEDDING.search(name))
         shapes = {name.removesuffix(".weight"): self.checkpoint.shape(name) for name in weights}
         return {name: shape for name, shape in shapes.items() if len(shape) == 2}
+
+    @property
+    def activations(self) -> ActivationType:
+        """What the quantised linears read."""
+        return activations_of(self.checkpoint.quantization)
 
     @property
     def group_sizes(self) -> set[int]:

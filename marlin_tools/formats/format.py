@@ -14,7 +14,7 @@ from torch import Tensor
 
 from marlin_tools.errors import FormatError
 from marlin_tools.formats.config import Spelling, spelling_of
-from marlin_tools.quantized import QuantizedLinear, dtype_name
+from marlin_tools.quantized import ActivationType, QuantizedLinear, dtype_name
 
 _BROKEN = "the tensors do not follow the format that config.json names; download or export the checkpoint again"
 
@@ -26,11 +26,13 @@ class Format(ABC):
     name       what users call it
     suffixes   names of its tensors, after the name of the linear and a dot
     spellings  the (quant_method, layout) pairs by which checkpoints announce it; the first is the one written
+    says       what its config.json can say of the activations
     """
 
     name: str
     suffixes: tuple[str, ...]
     spellings: tuple[Spelling, ...]
+    says: tuple[ActivationType, ...] = ("16bit",)
 
     @abstractmethod
     def limits(self, n: int, k: int, group_size: int, *, sparse: bool | None = None) -> str | None:
@@ -62,6 +64,14 @@ class Format(ABC):
             raise FormatError(
                 f"format `{self.name}`: {reason}",
                 hint="choose another `--format` or `--group-size`, or leave the linear out with `--ignore`",
+            )
+
+    def admit_activations(self, activations: ActivationType) -> None:
+        """Raise FormatError if config.json could not say it, so that a reader would take the model for another."""
+        if activations not in self.says:
+            raise FormatError(
+                f"format `{self.name}` cannot say that activations are FP8",
+                hint="choose format `compressed-tensors`, or quantise with 16-bit activations",
             )
 
     def take(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -130,11 +130,12 @@ class Recipe(Settings):
 
     @property
     def scheme(self) -> str:
-        """How the weights are stored: bits and what shares a scale, and whether half of them are zero."""
+        """How the weights are stored: bits and what shares a scale, whether half of them are zero, and FP8 activations."""
         if self.quantize is None:
             return "-".join(self.formats) or next((f"2of4-{name}" for name in reversed(self.made)), "")
         size = self.quantize.group_size
         bits = "int4-channel" if size == -1 else f"int4-{size}" if size == "auto" else f"int4-g{size}"
+        bits += "-fp8" if self.quantize.activations == "fp8" else ""
         return bits if self.quantize.sparsity is None else f"2of4-{bits}"
 
     def dump(self) -> str:

@@ -171,13 +171,14 @@ class Result:
 
     @property
     def scheme(self) -> str:
-        """Bits and what shares a scale, for a headline."""
+        """Bits, what shares a scale, and FP8 activations, for a headline."""
         if not self.quantized:
             return "2:4, 16 bits" if (self.facts["sparsity"] or {}).get("2:4") else "16 bits"
         sizes = self.facts["group_sizes"]
         groups = "per column" if sizes == [-1] else f"g{', '.join(map(str, sizes))}"
         sparsity = self.facts["sparsity"]
-        return f"INT4 {groups}" + (" 2:4" if sparsity and sparsity["2:4"] else "")
+        reads = ", FP8 activations" if self.facts["activations"] == "fp8" else ""
+        return f"INT4 {groups}" + (" 2:4" if sparsity and sparsity["2:4"] else "") + reads
 
     @property
     def method(self) -> str:

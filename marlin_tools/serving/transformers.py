@@ -26,8 +26,9 @@ from marlin_tools import ops
 from marlin_tools.backends import native, reference, torch_int4
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.formats import READABLE, find_format
+from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.format import Format
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, round_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,6 +117,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, config: StoredConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self._format: Format = find_format(config.stored)
+        self._reads = activations_of(config.stored)
 
     def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
         """Packed weights stay where they are put."""
@@ -162,8 +164,11 @@ class PackedQuantizer(HfQuantizer):
         if device.type == "cuda" and not fits:
             _log.warning("`%s` runs on the reference: %s", name, reason or f"activations are {dtype}")
         bias = None if module.bias is None else module.bias.detach()
-        build = native.build if fits else torch_int4.build if device.type == "cpu" else reference.at_call
+        native_build = native.build_fp8 if self._reads == "fp8" else native.build
+        build = native_build if fits else torch_int4.build if device.type == "cpu" else reference.at_call
         built = build(weight, bias, device, dtype)
+        if self._reads == "fp8" and not fits:
+            round_inputs(built)
         if (hook := getattr(module, "_hf_hook", None)) is not None:
             from accelerate.hooks import add_hook_to_module
 

@@ -49,6 +49,7 @@ class Flow:
     room       what stays on the device
     share      whose the chunks are
     multiple   what joins the residual stream is multiplied by this
+    reads      what the linears that are handed out make of their input: nothing, or FP8
     """
 
     hidden: Activations
@@ -57,6 +58,7 @@ class Flow:
     room: MemoryBudget
     share: TextShare
     multiple: float = 1.0
+    reads: Callable[[Tensor], Tensor] = lambda x: x
 
 
 class Path:
@@ -170,7 +172,8 @@ class BranchWalk:
             return None
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
-            watch.see(i, x, None if x_0 is None else x_0 - x)
+            read = self._flow.reads(x)
+            watch.see(i, read, None if x_0 is None else x_0 - read)
             if self._room.inputs:
                 self._keep(i, x, x_0)
         return watch.hessian()
@@ -197,15 +200,15 @@ class BranchWalk:
             x = self._now.advance(x, i)
             if x.nbytes <= left:
                 self._inner[i], left = x, left - x.nbytes
-            owed = None
+            read, owed = self._flow.reads(x) if observed else x, None
             if self._before is not None and self._original is not None and x_0 is not None:
                 x_0 = self._before.advance(x_0, i)
                 out_0, h_0 = self._before.close(x_0), self._original[i]
                 if observed:
-                    owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - x
+                    owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - read
                 self._original[i] = h_0.add_(out_0)
             if observed:
-                watch.see(i, x, owed)
+                watch.see(i, read, owed)
         return watch.hessian() if observed else None
 
     def close(self) -> None:

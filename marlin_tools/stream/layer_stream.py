@@ -28,6 +28,7 @@ from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.families import Branch, Family
 from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
+from marlin_tools.quantized import ActivationType, round_inputs, rounded
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.branch import BranchWalk, Flow
 from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest, read_weights
@@ -112,6 +113,9 @@ class Block:
         self.prefix = stream.family.block_prefix(index)
         self.stream, self.module = stream, module
         self._original = copy.deepcopy(module) if stream.original is not None else None
+        if stream.activations == "fp8":
+            for linear in self.linears().values():
+                round_inputs(linear)
 
     def all_groups(self) -> Iterator[Group]:
         """The groups without Hessians; the activations stay where they are."""
@@ -129,7 +133,9 @@ class Block:
         return linear.weight.data
 
     def put(self, name: str, linear: nn.Module) -> None:
-        """Let this one take a linear's place."""
+        """Let this one take a linear's place, and read what that reads."""
+        if self.stream.activations == "fp8":
+            round_inputs(linear)
         self.module.set_submodule(self._places()[name], linear)
 
     def _places(self) -> dict[str, str]:
@@ -241,7 +247,11 @@ class LayerStream:
 
     `targets` are the full names of the linears to hand out (without `.weight`); all others keep their weights. With
     `with_original` the original model's activations flow alongside, so that the drift between the two can be seen.
+
+    Set `activations` to "fp8" before the first block, and the linears that are handed out read rounded inputs, as do Hessians.
     """
+
+    activations: ActivationType = "16bit"
 
     def __init__(
         self,
@@ -300,7 +310,8 @@ class LayerStream:
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
         """What the branches of block `index` have in common."""
         original = self.original if with_original else None
-        return Flow(hidden, original, self.contexts(index), self.room, self._share, self._multiple)
+        common = hidden, original, self.contexts(index), self.room, self._share, self._multiple
+        return Flow(*common, reads=rounded) if self.activations == "fp8" else Flow(*common)
 
     def stands_beside(self, branch: Branch) -> bool:
         """Whether a branch reads what the one before it read."""

@@ -95,7 +95,8 @@ class RoutedWalk:
                 routed.add_(torch.bincount(chosen.flatten(), minlength=len(routed)))
                 for names, number in numbers.items():
                     if number is not None:
-                        watches[names].see_some(i, self._read(names[0], number, tokens, (chosen, weights), also))
+                        x = self._read(names[0], number, tokens, (chosen, weights), also)
+                        watches[names].see_some(i, self._flow.reads(x))
 
             self._experts.look = look
             try:

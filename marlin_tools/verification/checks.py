@@ -86,7 +86,8 @@ def check_config(checkpoint: Checkpoint) -> Check:
         if grid.group_size not in sizes and not (grid.group_size == grid.k and -1 in sizes)
     ]
     found = _listing(contents.group_sizes)
-    return judge("config", problems, f"{checkpoint.config['model_type']}, `{layout.name}`, group_size {found}")
+    reads = ", FP8 activations" if contents.activations == "fp8" else ""
+    return judge("config", problems, f"{checkpoint.config['model_type']}, `{layout.name}`, group_size {found}{reads}")
 
 
 def _declared_group_sizes(config: Mapping[str, Any]) -> set[int]:

@@ -18,6 +18,7 @@ from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import Branch, Family, known_family
 from marlin_tools.formats import get_format
 from marlin_tools.formats.contents import Contents
+from marlin_tools.quantized import ActivationType
 
 AS_OF = "2026-09"
 SIZES = (1, 2, 4, 8)
@@ -35,6 +36,7 @@ class Engine:
     splits     whether it runs INT4 linears tensor-parallel
     marlin     whether it multiplies with Marlin kernels: groups of 32, 64, 128 or per column, tiles of 64 x 128
     pads       whether it fills up incomplete tiles with zeros instead of refusing them
+    fp8        what to know where it multiplies INT4 weights with FP8 activations, "" if nothing; None where it does not
     command    what starts it on a model directory; Python code begins with "from"
     serves     whether it is a server for many users, which people want a format for
     """
@@ -46,6 +48,7 @@ class Engine:
     splits: bool = False
     marlin: bool = False
     pads: bool = False
+    fp8: str | None = None
     command: str = ""
     serves: bool = False
 
@@ -65,6 +68,7 @@ ENGINES = (
         splits=True,
         marlin=True,
         pads=True,
+        fp8="on Hopper only; rounds group scales to FP8 beside one float32 scale for each output",
         command="vllm serve {}",
         serves=True,
     ),
@@ -83,6 +87,7 @@ ENGINES = (
         "5.17",
         {"gptq": "gptqmodel", "compressed-tensors": "compressed-tensors"},
         {"marlin": "has no reader for it", "marlin-24": "compressed-tensors dropped it in 0.15.0"},
+        fp8="rounds activations and multiplies in 16 bits",
         command="from transformers import AutoModelForCausalLM as A; A.from_pretrained({})",
     ),
     Engine(
@@ -96,6 +101,7 @@ ENGINES = (
         "marlin-tools",
         __version__,
         dict.fromkeys(("gptq", "compressed-tensors", "marlin", "marlin-24"), ""),
+        fp8="",
         command="marlin-tools generate {} --prompt 'The'",
     ),
 )
@@ -126,13 +132,20 @@ class EngineVerdict:
 
 
 def judge_engines(
-    config: Mapping[str, Any], family: Family, linears: Linears, kept: Collection[str], layout: str, group_size: int
+    config: Mapping[str, Any],
+    family: Family,
+    linears: Linears,
+    kept: Collection[str],
+    layout: str,
+    group_size: int,
+    activations: ActivationType = "16bit",
 ) -> tuple[EngineVerdict, ...]:
     """One verdict per engine on a model whose `linears` are or would be quantised and whose `kept` ones are not.
 
-    `layout` is the name of the format, `group_size` -1 for per column.
+    `layout` is the name of the format, `group_size` -1 for per column, `activations` what the linears read.
     """
-    return tuple(_judge(engine, _Model(config, family, linears, frozenset(kept), group_size), layout) for engine in ENGINES)
+    model = _Model(config, family, linears, frozenset(kept), group_size, activations == "fp8")
+    return tuple(_judge(engine, model, layout) for engine in ENGINES)
 
 
 def judge_checkpoint(contents: Contents) -> tuple[EngineVerdict, ...]:
@@ -146,6 +159,7 @@ def served_as(contents: Contents) -> str | None:
     own = contents.stored.format.name if contents.stored else None
     for layout in (own, "compressed-tensors", "gptq") if own else ():
         holds = not any(get_format(layout).limits(*grid) for grid in contents.grids.values())
+        holds = holds and contents.activations in get_format(layout).says
         if holds and serving & {verdict.engine for verdict in _judge_as(contents, layout) if verdict.loads}:
             return layout if layout != own else None
     return None
@@ -166,7 +180,8 @@ def _judge_as(contents: Contents, layout: str) -> tuple[EngineVerdict, ...]:
     if (family := known_family(contents.checkpoint.config)) is None or not linears:
         return ()
     group_size = max(contents.group_sizes)
-    return judge_engines(contents.checkpoint.text_config, family, linears, contents.plain, layout, group_size)
+    config, reads = contents.checkpoint.text_config, contents.activations
+    return judge_engines(config, family, linears, contents.plain, layout, group_size, reads)
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,7 @@ class _Model:
     linears: Linears
     kept: frozenset[str]
     group_size: int
+    fp8: bool
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -193,10 +209,13 @@ class _Model:
 def _judge(engine: Engine, model: _Model, layout: str) -> EngineVerdict:
     needs = engine.loads.get(layout)
     refusal = None if needs is not None else engine.refuses.get(layout, f"format `{layout}` is unknown to it")
+    if model.fp8 and refusal is None and engine.fp8 is None:
+        refusal = "no reader for INT4 weights under FP8 activations was found"
     reasons = {size: reason for size in SIZES if (reason := refusal or _why_not(engine, model, size))}
     sizes = tuple(size for size in SIZES if size not in reasons)
     notes = [f"needs `{needs}`"] if needs and sizes else []
-    parts = [(*branch, size) for branch in model.branches() for size in sizes] if engine.pads else []
+    notes += [engine.fp8] if model.fp8 and engine.fp8 and sizes else []
+    parts = [(*branch, size) for branch in model.branches() for size in sizes] if engine.pads and not model.fp8 else []
     if any(_incomplete_tile(model, *part, turned=True) for part in parts):
         notes.append("fills up incomplete tiles with zeros and warns")
     if engine.name == "marlin-tools":
@@ -218,13 +237,17 @@ def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
         return "runs INT4 linears on one GPU at a time" if size > 1 else None
     if engine.marlin and model.group_size not in (-1, 32, 64, 128):
         return f"Marlin kernels have groups of 32, 64, 128 or per column, not {model.group_size}"
+    if model.fp8 and model.group_size != 128:
+        return f"its kernel for FP8 activations has groups of 128, not {model.group_size}"
+    if model.fp8 and model.config.get("dtype", model.config.get("torch_dtype")) == "float16":
+        return "its kernel for FP8 activations puts out bfloat16, the model is float16"
     heads, kv_heads, _ = model.heads
     if heads % size:
         return f"{heads} attention heads do not divide among {size}"
     if max(kv_heads, size) % min(kv_heads, size):
         return f"{kv_heads} key-value heads do not divide among {size}"
     for prefix, branch in model.branches():
-        if reason := _cut(model, prefix, branch, size) or (not engine.pads and _incomplete_tile(model, prefix, branch, size)):
+        if reason := _cut(model, prefix, branch, size) or _unfit_tile(engine, model, prefix, branch, size):
             return reason
     return None
 
@@ -250,8 +273,17 @@ def _cut(model: _Model, prefix: str, branch: Branch, size: int) -> str | None:
     return None
 
 
-def _incomplete_tile(model: _Model, prefix: str, branch: Branch, size: int, *, turned: bool = False) -> str | None:
-    """Which matrix of a rank is no whole number of tiles of 64 outputs x 128 inputs; `turned` allows 128 x 64 as well."""
+def _unfit_tile(engine: Engine, model: _Model, prefix: str, branch: Branch, size: int) -> str | None:
+    """Which matrix of a rank the engine's kernel does not take. That for FP8 activations has tiles of 128 x 128."""
+    if model.fp8:
+        return _incomplete_tile(model, prefix, branch, size, unit=128)
+    return None if engine.pads else _incomplete_tile(model, prefix, branch, size)
+
+
+def _incomplete_tile(
+    model: _Model, prefix: str, branch: Branch, size: int, *, turned: bool = False, unit: int = 64
+) -> str | None:
+    """Which matrix of a rank is no whole number of tiles of `unit` outputs x 128 inputs; `turned` allows 128 x 64 as well."""
     entries = [prefix + name for name in branch.entry if prefix + name in model.linears]
     leaving = prefix + branch.exit
     matrices: dict[str, tuple[int, int]] = {}
@@ -262,7 +294,7 @@ def _incomplete_tile(model: _Model, prefix: str, branch: Branch, size: int, *, t
     if leaving in model.linears:
         matrices[leaving] = (model.linears[leaving][0], model.linears[leaving][1] // size)
     for name, (n, k) in matrices.items():
-        if (n % 64 or k % 128) and not (turned and n % 128 == 0 and k % 64 == 0):
+        if (n % unit or k % 128) and not (turned and n % 128 == 0 and k % 64 == 0):
             fused = " with what is fused to it" if name != leaving and len(entries) > 1 else ""
-            return f"`{name}`{fused}: {n} outputs by {k} inputs per rank are not whole tiles of 64 by 128"
+            return f"`{name}`{fused}: {n} outputs by {k} inputs per rank are not whole tiles of {unit} by 128"
     return None

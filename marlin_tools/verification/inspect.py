@@ -42,6 +42,7 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "bytes": _bytes(contents),
         "format": contents.stored.format.name if contents.stored else None,
         "group_sizes": sorted(contents.group_sizes),
+        "activations": contents.activations if contents.grids else None,
         "quantized": len(contents.grids),
         "kept": [name for name in contents.plain if name != head] if contents.grids else [],
         "sparsity": _sparsity(contents, head),
@@ -68,6 +69,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["quantized"]:
         groups = ", ".join("per column" if size == -1 else str(size) for size in facts["group_sizes"])
+        table += [("activations", "FP8, e4m3 with a scale for each token")] if facts["activations"] == "fp8" else []
         table += [("group size", groups), ("linears", f"{facts['quantized']} quantised, {len(facts['kept'])} kept")]
     if sparsity:
         pattern = "2:4" if sparsity["2:4"] else "not 2:4"

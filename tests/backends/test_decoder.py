@@ -7,9 +7,9 @@ from torch import nn
 from marlin_tools.backends import decoder as module
 from marlin_tools.backends import load
 from marlin_tools.backends.decoder import Decoder, refusal
-from marlin_tools.backends.native import NativeLinear, join, replace
+from marlin_tools.backends.native import NativeLinear, build_fp8, join, replace
 from marlin_tools.ops.model import decode
-from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear, round_inputs, rounded, rounds_inputs
 
 FAMILIES = {
     "llama": {"tie_word_embeddings": True},
@@ -72,6 +72,23 @@ def test_joined_linears_give_their_outputs_side_by_side(bias):
     assert torch.equal(expected, whole(x))
     assert torch.equal(expected, torch.cat([part(x) for part in network], dim=-1))
     assert network[1].codes.data_ptr() == whole.codes[2:].data_ptr()
+
+
+def test_linears_that_round_their_input_go_on_doing_so(tiny_llama):
+    model = load(tiny_llama, device="cpu", dtype=torch.float32)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.down_proj):
+            round_inputs(linear)
+    assert worst_difference(model) < 1e-5
+
+
+def test_joined_packed_linears_round_as_their_parts_do():
+    parts = [build_fp8(quantized(64, 256, seed), None, torch.device("cpu"), torch.float16) for seed in (0, 1)]
+    whole = join(parts)
+    assert rounds_inputs(whole)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).half()
+    expected = torch.cat([part.forward(rounded(x)) for part in parts], dim=1)
+    torch.testing.assert_close(whole(x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_unlike_linears_are_not_joined():

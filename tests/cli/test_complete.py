@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -97,12 +98,14 @@ def test_the_words_are_those_of_the_tables():
     from marlin_tools.checkpoint.reader import ALIASES
     from marlin_tools.data.sources import SOURCES
     from marlin_tools.formats import FORMATS
+    from marlin_tools.quantized import ActivationType
     from marlin_tools.recipe.files import catalog
 
     assert ["demo", *ALIASES] == complete.ALIASES
     assert set(PRESETS) == set(complete.PRESETS)
     assert set(PRUNERS) == set(complete.PRUNERS)
     assert set(FORMATS) == set(complete.FORMATS)
+    assert list(get_args(ActivationType)) == complete.ACTIVATIONS
     assert list(SOURCES) == complete.SOURCES
     assert {"auto", "vllm", *BACKENDS} == set(complete.BACKENDS)
     assert set(catalog()) == set(complete.recipe_names())

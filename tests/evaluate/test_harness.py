@@ -234,16 +234,26 @@ def test_results_are_one_json_document(int4, model, write_task, text, run):
     content = json.loads(result.to_json())
 
     assert ["model", "baseline", "scores", "settings", "versions", "notes", "times"] == list(content)
-    asked = {"origin", "fingerprint", "format", "dtype", "backend", "device", "computed_in"}
+    asked = {"origin", "fingerprint", "format", "dtype", "activations", "backend", "device", "computed_in"}
     assert asked == set(content["model"]) == set(content["baseline"])
     assert ("reference", None) == (content["model"]["backend"], content["baseline"]["backend"])
     assert ("compressed-tensors", None) == (content["model"]["format"], content["baseline"]["format"])
+    assert ("16bit", None) == (content["model"]["activations"], content["baseline"]["activations"])
     assert {"lm-eval", "torch", "transformers"} <= set(content["versions"])
     assert [["fish", "acc"], [text, "perplexity"], [text, "kl"], [text, "top1"]] == [
         [score["task"], score["metric"]] for score in content["scores"]
     ]
     assert all(score["stderr"] is not None for score in content["scores"])
     assert {"value", "baseline", "baseline_stderr", "difference", "difference_stderr", "recovery"} <= set(content["scores"][0])
+
+
+def test_a_model_is_run_with_fp8_activations_and_the_baseline_is_not(int4, text, run):
+    plain, fp8 = (run(int4, text, baseline=int4, seqlen=32, activations=each) for each in (None, "fp8"))
+
+    assert ("fp8", "16bit") == (fp8.model["activations"], fp8.baseline["activations"])
+    kl = [next(score.value for score in result.scores if score.metric == "kl") for result in (plain, fp8)]
+    assert 0 == kl[0] < kl[1]
+    assert plain.scores[0].baseline == fp8.scores[0].baseline
 
 
 def test_the_table_has_the_baseline_only_if_there_is_one(int4, model, write_task, run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from marlin_tools.errors import DataError, RecipeError
 from marlin_tools.evaluation import task_index
 from marlin_tools.evaluation.evaluate import EvaluateSettings
+from marlin_tools.evaluation.harness import _no_way_out
 from marlin_tools.evaluation.task_index import OWN, Tasks
 
 PROOF = "import pathlib\npathlib.Path({proof!r}).touch()\n"
@@ -119,6 +121,90 @@ def test_a_task_that_exits_is_an_error(spy, model, run, code, where):
 
     with pytest.raises(DataError, match="a task ended the program with"):
         run(model, "spy", include_path=(folder,), allow_task_code=True)
+
+
+@pytest.mark.parametrize("where", ("load", "ask"))
+def test_a_task_that_leaves_without_a_word_is_an_error(spy, model, run, where):
+    """`os._exit(0)` would end the program with exit code 0 and no result."""
+    folder, _ = spy
+    end = "    import os\n    os._exit(0)\n"
+    if where == "ask":
+        with (folder / "spy.yaml").open("a") as file:
+            file.write("process_results: !function evil.results\n")
+    body = "def process(docs):\n" + (end if where == "load" else "    return docs\n")
+    (folder / "evil.py").write_text(body + "def results(*_):\n" + end)
+    leave = os._exit
+
+    with pytest.raises(DataError, match="a task ended the program with 0"):
+        run(model, "spy", include_path=(folder,), allow_task_code=True)
+    assert leave is os._exit
+
+
+def test_a_child_process_may_end_as_it_should():
+    with _no_way_out():
+        child = os.fork()
+        if not child:
+            os._exit(7)
+        _, status = os.waitpid(child, 0)
+    assert 7 == os.waitstatus_to_exitcode(status)
+
+
+def with_template(folder, text):
+    stored = (folder / "fish.yaml").read_text()
+    changed = stored.replace('"{{question}} Answer:"', json.dumps(text))
+    assert stored != changed
+    (folder / "fish.yaml").write_text(changed)
+
+
+def test_a_template_without_end_is_an_error(write_task, model, run, monkeypatch):
+    monkeypatch.setattr(task_index, "TEMPLATE_SECONDS", 0.2)
+    folder, before = write_task("fish"), signal.getsignal(signal.SIGALRM)
+    with_template(folder, "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+
+    with pytest.raises(DataError, match=r"a template of a task takes longer than 0\.2 s"):
+        run(model, "fish", include_path=(folder,))
+    assert before == signal.getsignal(signal.SIGALRM)
+    assert (0.0, 0.0) == signal.getitimer(signal.ITIMER_REAL)
+
+
+@pytest.mark.parametrize(
+    "text", ("{{ range(999999999) | list }}", "{{ 1 / 0 }}", "{{ question.nothing.more }}", "{{ [][7] + 1 }}")
+)
+def test_a_template_that_fails_is_an_error(write_task, model, run, text):
+    folder = write_task("fish")
+    with_template(folder, text)
+
+    with pytest.raises(DataError, match="fish"):
+        run(model, "fish", include_path=(folder,))
+
+
+@pytest.mark.parametrize(
+    "code", ("raise NameError('x')", "assert False", "return undefined", "return 1 / 0", "import nothing_there")
+)
+def test_code_that_fails_is_an_error(spy, model, run, code):
+    folder, _ = spy
+    (folder / "evil.py").write_text(f"def process(docs):\n    {code}\n")
+
+    with pytest.raises(DataError, match="`spy` cannot be loaded"):
+        run(model, "spy", include_path=(folder,), allow_task_code=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    (
+        ('filter_list: [{name: x, filter: [{function: regex, regex_pattern: "(a+"}]}]', "is no regular expression"),
+        ('filter_list: [{name: x, filter: [{function: regex, regex_pattern: "(.*)*(.*)*$x"}]}]', "could take very long"),
+        ('metric_list: [{metric: exact_match, regexes_to_ignore: [",", "(a|a)+$"]}]', "could take very long"),
+    ),
+)
+def test_bad_patterns_are_refused_before_the_work(write_task, line, told):
+    folder = write_task("fish")
+    with (folder / "fish.yaml").open("a") as file:
+        file.write(line + "\n")
+
+    with pytest.raises(DataError, match=told) as caught:
+        tasks(folder, "fish")
+    assert "check the task's YAML file" == caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,12 @@ def test_only_evaluation_goes_through_vllm(int4):
     assert "vllm serve DIR" in str(caught.value.hint)
 
 
+def test_vllm_rounds_activations_as_it_likes(int4, text):
+    settings = EvaluateSettings(tasks=(text,), backend="vllm", activations="fp8", device="cpu")
+    with pytest.raises(RecipeError, match=r"rounds activations as config\.json says"):
+        evaluate(int4, settings)
+
+
 @pytest.fixture
 def engine(monkeypatch):
     """Stands for vLLM with the reference backend; `alive` counts engines that were not ended."""

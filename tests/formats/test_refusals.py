@@ -229,8 +229,8 @@ def test_find_format(config, expected):
         ),
         (
             grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}},
-            "`config_groups.a.input_activations` is {'num_bits': 8}, only None can be read",
-            "16-bit activations",
+            "`config_groups.a.input_activations.type` is None, only 'float' can be read",
+            "activations of 16 bits",
         ),
         (grouped() | {"config_groups": {"W4A16": ["Linear"]}}, "`config_groups.W4A16` has no `weights` scheme", "unquantized"),
         (grouped() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "`sparsity_config` is not supported", "unquantized"),

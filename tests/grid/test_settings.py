@@ -1,7 +1,7 @@
 """The grid of settings on a tiny model: each cell works and verifies, or is refused before any work.
 
-preset x group size x format x sparsity x source x ignore is 1,440 cells. `make test` takes every value of every setting with
-every value of every other at least once (a covering sample drawn from a seed); `GRID=all` takes all of them.
+preset x group size x format x activations x sparsity x source x ignore is 2,880 cells. `make test` takes every value of every
+setting with every value of every other at least once (a covering sample drawn from a seed); `GRID=all` takes all of them.
 """
 
 import os
@@ -22,6 +22,7 @@ SETTINGS = {
     "preset": ("rtn", "fast", "marlin", "default"),
     "group_size": (128, -1, 64, 100, 32),
     "format": ("compressed-tensors", "gptq", "marlin", "marlin-24"),
+    "activations": ("16bit", "fp8"),
     "sparsity": (None, "2:4", "keep"),
     "source": ("llama", "qwen2", "pruned"),
     "ignore": ((), ("down_proj",)),

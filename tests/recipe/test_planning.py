@@ -117,3 +117,17 @@ def test_a_model_that_nobody_knows(tmp_path):
 def test_what_is_on_this_machine_is_opened(tiny_llama):
     assert Path(tiny_llama) == sketch(tiny_llama, find_family).path
     assert not isinstance(sketch("demo", find_family), Card)
+
+
+def test_a_plan_says_what_fp8_activations_mean() -> None:
+    planned = plan(build_fp8("llama3-8b"), dry=True)
+    facts = dict(planned.describe()[0]["facts"])
+    assert str(planned.steps[0].outputs["compressed-tensors"]) == "runs/fp8-int4-g128-fp8"
+    assert facts["activations"] == "FP8, e4m3 with a scale for each token"
+    assert "on Hopper only" in facts["compressed-tensors in vLLM 0.33.0"]
+    assert facts["compressed-tensors in SGLang 2026-09"].startswith("no: ")
+
+
+def build_fp8(model: str) -> Recipe:
+    stage = {"stage": "quantize", "preset": "rtn", "activations": "fp8", "device": "cpu"}
+    return Recipe.model_validate({"name": "fp8", "model": model, "stages": [stage]})

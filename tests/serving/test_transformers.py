@@ -12,6 +12,8 @@ import marlin_tools.transformers
 from marlin_tools.backends import reference
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.formats import FORMATS
+from marlin_tools.formats.config import with_activations
+from marlin_tools.quantized import rounds_inputs
 from marlin_tools.serving.transformers import PackedQuantizer, StoredConfig, _check_places
 
 CONFIG = {
@@ -68,6 +70,22 @@ def test_linears_stay_packed(stored, layout):
         assert torch.equal(module.weight().codes, weight.codes)
         assert (module.bias is not None) == name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
     assert {type(module).__name__ for module in model.modules()} & {"PendingLinear"} == set()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_fp8_activations_are_rounded(stored, dtype):
+    config = with_activations(FORMATS["compressed-tensors"].quantization_config(128, ["lm_head"]), "fp8")
+    folder, weights = stored("compressed-tensors", **config)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert all(rounds_inputs(model.get_submodule(name)) for name in weights)
+    backend = "torch-int4" if dtype == torch.bfloat16 else "reference-packed"
+    expected = marlin_tools.transformers.load(folder, device="cpu", backend=backend, dtype=dtype)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        assert torch.equal(expected(ids).logits, model(ids).logits)
+    model.save_pretrained(folder / "again")
+    written = json.loads((folder / "again" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"] == written["config_groups"]
 
 
 def test_it_generates_what_the_reference_does(stored, layout):

@@ -12,6 +12,8 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import ModelError
 from marlin_tools.families import FAMILIES, find_family
+from marlin_tools.quantized import rounded
+from marlin_tools.stream.inventory import take_linears
 from marlin_tools.stream.layer_stream import Group, LayerStream
 
 FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
@@ -149,6 +151,43 @@ def test_drift_is_the_distance_to_the_original_model(tiny_llama: Path) -> None:
             expected = (h0 + before @ weight.T - h - now @ weight.T).T @ now / len(now)
             torch.testing.assert_close(group.hessian.drift.outputs, expected, rtol=1e-3, atol=1e-5)
             continue_with(group, model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@torch.no_grad()
+def test_hessians_and_drift_are_those_of_rounded_inputs(tiny_model: Callable[..., Path], model_type: str) -> None:
+    """FP8 activations: the handed-out linears of the new model read rounded inputs, those of the original do not."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 128} if model_type == "qwen3_moe" else {}
+    checkpoint, tokens = Checkpoint.open(tiny_model(model_type, **experts)), token_set(40, 40)
+    targets = take_linears(checkpoint, (".*layers.0.*[kv]_proj",)).names
+    model, original = shell_with_weights(checkpoint), shell_with_weights(checkpoint)
+    for name in targets:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args: (rounded(args[0]),))
+    stream = LayerStream(checkpoint, tokens, targets, torch.device("cpu"), with_original=True)
+    stream.activations = "fp8"
+    drifts = 0
+    for block in stream:
+        for group in block.groups():
+            assert group.hessian is not None
+            now = inputs_of(model, group.names[0], tokens)
+            if group.tokens is None:  # experts see one token in 64 besides
+                expected = now.T @ now / len(now)
+                torch.testing.assert_close(group.hessian.matrix, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+            if group.hessian.drift is not None and group.hessian.drift.inputs is not None:
+                expected = (inputs_of(original, group.names[0], tokens) - now).T @ now / len(now)
+                scale = float(expected.abs().max())
+                torch.testing.assert_close(group.hessian.drift.inputs, expected, rtol=1e-3, atol=1e-3 * scale)
+                drifts += 1
+            continue_with(group, model)
+    ids, logits = stream.logits(40)
+    torch.testing.assert_close(logits, model(ids[None]).logits[0], rtol=1e-3, atol=1e-3)
+    assert drifts >= 2
+
+
+def shell_with_weights(checkpoint: Checkpoint) -> torch.nn.Module:
+    from marlin_tools.backends import load
+
+    return load(checkpoint, device="cpu")
 
 
 def continue_with(group: Group, model: torch.nn.Module) -> None:

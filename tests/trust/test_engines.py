@@ -41,9 +41,9 @@ def shapes(config):
     return {f"model.layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in one.items()}
 
 
-def judge(config, layout="gptq", group_size=128, kept=()):
+def judge(config, layout="gptq", group_size=128, kept=(), activations="16bit"):
     linears = {name: shape for name, shape in shapes(config).items() if name not in kept}
-    verdicts = judge_engines(config, find_family(config), linears, kept, layout, group_size)
+    verdicts = judge_engines(config, find_family(config), linears, kept, layout, group_size, activations)
     return {verdict.engine: verdict for verdict in verdicts}
 
 
@@ -210,3 +210,28 @@ def test_every_engine_is_started_on_a_directory_whatever_its_name():
         words = shlex.split(command)
         assert place in words or json.dumps(place) in words[-1]
     assert f"vllm serve {shlex.quote(place)}" == started["Serve it with vLLM"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "group_size", "sizes", "reason"),
+    (
+        ({}, 128, (1, 2, 4, 8), None),
+        ({}, 64, (), "its kernel for FP8 activations has groups of 128, not 64"),
+        ({}, -1, (), "its kernel for FP8 activations has groups of 128, not -1"),
+        ({"dtype": "float16"}, 128, (), "its kernel for FP8 activations puts out bfloat16, the model is float16"),
+        ({"intermediate_size": 14400}, 128, (), f"{DOWN}: 14400 inputs per rank are not a multiple of group_size 128"),
+        ({"num_key_value_heads": 1, "head_dim": 96}, 128, (), "`model.layers.0.self_attn.q_proj` with what is fused to it"),
+    ),
+)
+def test_vllm_has_one_kernel_for_fp8_activations(changes, group_size, sizes, reason):
+    verdict = judge(LLAMA3_8B | changes, "compressed-tensors", group_size, activations="fp8")["vLLM"]
+    assert sizes == verdict.sizes
+    assert not reason or verdict.reasons[1].startswith(reason)
+    assert ("on Hopper only" in str(verdict)) == bool(sizes)
+
+
+def test_engines_without_a_reader_for_fp8_activations():
+    verdicts = judge(LLAMA3_8B, "compressed-tensors", activations="fp8")
+    assert not verdicts["SGLang"].loads
+    assert "rounds activations and multiplies in 16 bits" in str(verdicts["transformers"])
+    assert verdicts["marlin-tools"].loads
