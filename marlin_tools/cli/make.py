@@ -134,6 +134,7 @@ def finetune(
     sampled: Annotated[int | None, option(of="N", text="Windows that the teacher writes itself, besides or instead.")] = None,
     tokens: Annotated[int | None, option(of="N", text="Tokens to train on in all; text is repeated.")] = None,
     rate: Annotated[float | None, option(of="F", text="Highest learning rate.")] = None,
+    code_rate: Annotated[float | None, option(of="F", text="That of the codes of a quantised model; at 0 they stay.")] = None,
     batch: Annotated[int | None, option(of="N", text="Windows per step.")] = None,
     micro: Annotated[int | None, option(of="N", text="Windows per forward; gradients are added up.")] = None,
     kl: Annotated[float | None, option(of="F", text="Weight of the KL to the teacher.")] = None,
@@ -148,14 +149,14 @@ def finetune(
     strict: Strict = False,
     json: Json = False,
 ) -> int:
-    """Let a 2:4 sparse model learn from the original.
+    """Let a quantised or 2:4 sparse model learn from the original.
 
-    Its zeros stay where they are. Started by `torchrun`, it trains on many GPUs.
+    Zeros stay where they are, a quantised model keeps its format and size. Started by `torchrun`, it trains on many GPUs.
     """
     stage = given(
         stage="finetune", teacher=teacher, tokens=tokens, rate=rate, batch=batch, micro=micro, seed=seed, device=device
     )
-    stage |= given(kl=kl, ce=ce, square_head=square_head, sampled=sampled, recompute=recompute or None)
+    stage |= given(code_rate=code_rate, kl=kl, ce=ce, square_head=square_head, sampled=sampled, recompute=recompute or None)
     text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
     if sampled:
         stage |= given(seqlen=seqlen, text=text if calib else None)

@@ -47,7 +47,7 @@ from marlin_tools.stream.layer_stream import Group
 REVISION = 4
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
-TUNED = 1
+TUNED = 2
 """The same for what tuning gives."""
 
 

@@ -1,9 +1,8 @@
 """Block-wise tuning: codes and scales of one quantised block are trained until it puts out what the original block did.
 
-A weight starts at a place on its grid that rounds to the code which the solver has found, and has an offset to it; a group has
-a factor to its scale. Both are rounded on the way forward and trained as if they were not (straight through). At first every
-offset is 0 and every factor 1, so step 0 is the solver's result. What the block reads is what the quantised blocks before it
-really put out, what it is held against is the original model (`reconstruct.py`).
+What is trained are the offsets and factors of `training/scaled.py`. They are 0 and 1 at first, so step 0 is the solver's
+result. What the block reads is what the quantised blocks before it really put out, what it is held against is the original
+model (`reconstruct.py`).
 
 The last windows of the calibration text are not trained on. They decide which state is kept: the best that was measured, the
 first one included, so a block either gets better on windows that it was not trained on or stays as it was.
@@ -15,31 +14,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from marlin_tools.algorithms.scales import storable
 from marlin_tools.algorithms.solution import Solution
 from marlin_tools.compress.reconstruct import BlockTraining
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
-from marlin_tools.quantized import LEVELS, ZERO, QuantizedLinear
+from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.settings import Settings
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.layer_stream import Block
+from marlin_tools.training.scaled import TunedLinear
 
 _LOOKS = 10
 """How often the held-out windows are measured."""
-
-_INSIDE = 0.49
-"""How far from its code a place may be: it still rounds to it."""
-
-_TOWARD = 0.5
-"""How far a place lies from its code towards the original weight."""
-
-_FARTHEST = 0.999
-"""The longest offset; with it a code moves by one at most."""
 
 
 class Tuning(Settings):
@@ -58,46 +47,6 @@ class Tuning(Settings):
 def held_out(sequences: int) -> int:
     """How many of the last sequences are not trained on."""
     return max(1, sequences // 8)
-
-
-class TunedLinear(nn.Module):
-    """y = x Wᵀ + b with W = (code - 8) · scale; takes the place of an `nn.Linear`. `weight_nk` is the original weight.
-
-    Codes that are zeros of a 2:4 mask stay zeros.
-    """
-
-    def __init__(self, linear: QuantizedLinear, weight_nk: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.bias, self._dtype, self._group_size = bias, dtype, linear.group_size
-        self._scales = linear.scales.float()
-        codes = linear.codes.float()
-        lies = weight_nk.float() / self._wide(self._scales) + ZERO
-        self._place = codes + (_TOWARD * (lies - codes)).clamp(-_INSIDE, _INSIDE)
-        self._zeros = codes == ZERO if linear.is_2_4() else None
-        self.offset = nn.Parameter(torch.zeros_like(codes))
-        self.factor = nn.Parameter(torch.ones_like(self._scales))
-
-    def _wide(self, scales_ng: Tensor) -> Tensor:
-        return scales_ng.repeat_interleave(self._group_size, dim=1)
-
-    def _codes(self) -> Tensor:
-        exact = torch.clamp(self._place + self.offset.clamp(-_FARTHEST, _FARTHEST), 0, LEVELS - 1)
-        codes = exact + (exact.round() - exact).detach()
-        return codes if self._zeros is None else codes.masked_fill(self._zeros, ZERO)
-
-    def _stored(self) -> Tensor:
-        """The scales as they will be stored; raises where float16 cannot hold them."""
-        exact = self._scales * self.factor
-        return exact + (storable(exact.detach(), self._dtype) - exact).detach()
-
-    @torch.no_grad()
-    def solved(self) -> QuantizedLinear:
-        """Codes and scales as they are now."""
-        return QuantizedLinear(self._codes().to(torch.uint8), self._stored().to(torch.float16), self._group_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """In the type that autocast asks for, else in float32."""
-        return F.linear(x, (self._codes() - ZERO) * self._wide(self._stored()), self.bias)
 
 
 def tune(

@@ -152,11 +152,16 @@ def _check_order(remaking: tuple[Stage, ...]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"a recipe {order[name]} once: `{name}` may stand in `stages` once")
-    if names != sorted(names, key=list(order).index):
-        raise ValueError(f"`stages` has {', then '.join(names)}: the order is {', '.join(order)}")
-    last = remaking[-1] if remaking else None
-    if isinstance(last, QuantizeSettings) and len(remaking) > 1 and last.sparsity is None:
-        raise ValueError(f"`quantize` after `{names[-2]}` would lose the zeros: give it `sparsity: keep`")
+    first = names.index("quantize") if "quantize" in names else len(names)
+    if names != sorted(names, key=list(order).index) and names not in (
+        ["quantize", "finetune"],
+        ["prune", "quantize", "finetune"],
+    ):
+        raise ValueError(
+            f"`stages` has {', then '.join(names)}: the order is {', '.join(order)}; what is quantised can be finetuned too"
+        )
+    if 0 < first < len(names) and isinstance(stage := remaking[first], QuantizeSettings) and stage.sparsity is None:
+        raise ValueError(f"`quantize` after `{names[first - 1]}` would lose the zeros: give it `sparsity: keep`")
 
 
 def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:

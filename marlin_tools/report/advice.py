@@ -31,7 +31,8 @@ def serving(result: Result, directory: Path | str) -> Iterator[Step]:
 
 
 def _quantized(result: Result, place: str) -> Iterator[Step]:
-    original = result.original.get("origin") if result.manifest.get("solver") else None
+    made_of = result.original if result.manifest.get("solver") else result.manifest.get("teacher") or {}
+    original = made_of.get("origin")
     if result.evaluation is None:
         beside = f" --baseline {shlex.quote(str(original))}" if original else ""
         yield "Measure it beside the original", f"marlin-tools eval {place} --tasks {_tasks(result)}{beside}"

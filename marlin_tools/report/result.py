@@ -194,7 +194,7 @@ class Result:
     @property
     def finetuned(self) -> bool:
         """Whether the weights, and the norms with them, have been trained on the way."""
-        return any(each.get("stage") == "finetune" for each in self.manifest.get("history", ()))
+        return any(each.get("stage") == "finetune" for each in (*self.manifest.get("history", ()), self.manifest))
 
     @property
     def quantized(self) -> bool:

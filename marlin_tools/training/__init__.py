@@ -1,5 +1,6 @@
-"""Training with a 2:4 mask that cannot be lost: only the kept weights exist as parameters.
+"""Training a model that is compressed already to do again what the original does.
 
-`compressed.py` is the linear layer, `student.py` puts it into a model and takes the weights out again, `losses.py` compares
-with the teacher, `loop.py` steps, saves and resumes, `parallel.py` spreads it over processes. Read them in this order.
+What was decided stays: of 2:4 weights the mask, of quantised ones the codes. `compressed.py` and `scaled.py` are the two linear
+layers, `student.py` puts them into a model and takes the weights out again, `losses.py` compares with the teacher, `loop.py`
+steps, saves and resumes, `parallel.py` spreads it over processes. Read them in this order.
 """

@@ -1,18 +1,21 @@
-"""Stage `finetune`: a pruned model learns from the original, its teacher, and keeps its zeros.
+"""Stage `finetune`: a compressed model learns from the original, its teacher, and keeps its zeros or its codes.
 
-Knowledge distillation: on each text the student is to predict what the teacher predicts, and to have the hidden states that the
-teacher has. What is trained are the kept weights of the 2:4 linears, the norms and biases; embeddings and head stay the
-original's. The result is again a dense checkpoint of the original's type with exactly the same zeros, ready for
-`quantize --sparsity keep`. A run that is killed continues from its last saved state, on one CPU with the same bytes in the end.
+Knowledge distillation: on each text the student is to predict what the teacher predicts, and to have the hidden states that
+the teacher has. Embeddings and head stay the original's; norms and biases learn, and
+
+    of a pruned model     the kept weights of its 2:4 linears. The result is a dense checkpoint of the original's type with
+                          exactly the same zeros, ready for `quantize --sparsity keep`
+    of a quantised model  scales and codes, each code by one step at most; zeros of 2:4 codes stay. The result has the same
+                          format, in the state that did best on what was not trained on
+
+A run that is killed continues from its last saved state, on one CPU with the same bytes in the end.
 
 The mathematics is in `marlin_tools/training/`. `torchrun` runs this same function in several processes.
 """
 
 import json
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,25 +34,28 @@ from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.device import describe_device, pick_device, processes
+from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
-from marlin_tools.errors import DataError, ModelError, RecipeError
+from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.families import find_family
-from marlin_tools.quantized import is_2_4
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
-from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
+from marlin_tools.training.pair import Pair, check_mask, check_pair, pair
 from marlin_tools.training.parallel import shard, training_team
 from marlin_tools.training.sample import sample
+from marlin_tools.training.scaled import ScaledLinear, free_codes
 from marlin_tools.training.student import Reader, Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REVISION = 1
+REVISION = 2
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
+
+_SMALLER = "use `--recompute`, a smaller `--micro`, `--code-rate 0` for a quantised model, or several GPUs with `torchrun`"
 
 _STATE = "training.safetensors"
 _SAMPLED = "sampled.safetensors"
@@ -77,7 +83,7 @@ class FinetuneSettings(TrainingSettings, Stage):
 
     @property
     def makes(self) -> tuple[str, ...]:
-        """One model in 16 bits."""
+        """One model, stored as the one that it reads."""
         return ("finetuned",)
 
     @property
@@ -89,7 +95,7 @@ class FinetuneSettings(TrainingSettings, Stage):
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
         name = self.teacher or outlook.model.origin
         check_pair(outlook.model, outlook.find(name), self)
-        if outlook.first and not isinstance(outlook.model, Card):
+        if outlook.first and outlook.model.quantization is None and not isinstance(outlook.model, Card):
             check_mask(outlook.model)
         facts = [("teacher", name)]
         if text := self.text or (outlook.text if self.needs_data else None):
@@ -108,83 +114,6 @@ class FinetuneSettings(TrainingSettings, Stage):
         return {}
 
 
-@dataclass(frozen=True)
-class FinetunePlan:
-    """What is known before the work begins. `sparse` are the linears that are 2:4 and will stay it."""
-
-    student: Checkpoint
-    teacher: Checkpoint
-    inventory: Inventory
-    sparse: frozenset[str]
-
-
-def plan_finetune(model: str | Path | Checkpoint, settings: FinetuneSettings) -> FinetunePlan:
-    """Check that the two belong together and that there is something to keep, before any work."""
-    if settings.teacher is None:
-        raise ValueError("finetuning needs a teacher")
-    student, teacher = Checkpoint.open(model, accept=find_family), Checkpoint.open(settings.teacher, accept=find_family)
-    check_pair(student, teacher, settings)
-    check_mask(student)
-    inventory = take_linears(student, ())
-    return FinetunePlan(student, teacher, inventory, frozenset(_sparse_linears(inventory)))
-
-
-def check_mask(student: Checkpoint) -> None:
-    """Refuse a model without zeros to keep; reads no further than the first linear that has them."""
-    if next(_sparse_linears(take_linears(student, ())), None) is None:
-        raise ModelError(
-            f"`{student.origin}` has no 2:4 sparse linear, so there is no mask to keep",
-            hint="prune it first: `marlin-tools prune`",
-        )
-
-
-def _sparse_linears(inventory: Inventory) -> Iterator[str]:
-    return (target.name for target in inventory.targets if is_2_4(inventory.weight(target.name)))
-
-
-def check_pair(student: Checkpoint, teacher: Checkpoint, settings: FinetuneSettings) -> None:
-    """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone."""
-    _check_learning(settings)
-    if teacher.quantization is not None:
-        raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")
-    check_vocabulary(student, teacher)
-    if settings.square_head:
-        for key in ("hidden_size", "num_hidden_layers"):
-            if student.config.get(key) != teacher.config.get(key):
-                raise ModelError(
-                    f"`{key}` is {student.config.get(key)} in `{student.origin}` and {teacher.config.get(key)} in its teacher",
-                    hint="hidden states cannot be compared: set `square_head` to 0",
-                )
-
-
-def _check_learning(settings: FinetuneSettings) -> None:
-    if not settings.kl and not settings.ce and not settings.square_head:
-        raise RecipeError("`kl`, `ce` and `square_head` are all 0", hint="at least one loss must count")
-    if settings.batch % (settings.micro * processes()):
-        raise RecipeError(
-            f"`batch` {settings.batch} is not a multiple of `micro` {settings.micro} times {processes()} processes",
-            hint="choose `batch` and `micro` so that every process gets whole micro-batches",
-        )
-
-
-def check_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Probabilities can only be compared if every token id means the same."""
-    sizes = [int(each.config.get("vocab_size", 0)) for each in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"teacher `{teacher.origin}` has a vocabulary of {sizes[1]} tokens, `{student.origin}` one of {sizes[0]}",
-            hint="the teacher must be the model that was pruned, or one with the same tokenizer",
-        )
-    files = [each.path / "tokenizer.json" for each in (student, teacher)]
-    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
-        words = [each.tokenizer().get_vocab() for each in (student, teacher)]
-        if words[0] != words[1]:
-            raise ModelError(
-                f"the tokenizers of `{student.origin}` and its teacher `{teacher.origin}` number their tokens differently",
-                hint="the teacher must be the model that was pruned, or one with the same tokenizer",
-            )
-
-
 def finetune(
     model: str | Path | Checkpoint,
     tokens: TokenSet | None,
@@ -195,13 +124,16 @@ def finetune(
     overwrite: bool = False,
     resume: bool = True,
 ) -> Checkpoint:
-    """Train `model`, with its 2:4 zeros, to do what its teacher does on `tokens`; the result goes to the directory `out`."""
+    """Train a compressed model to do what its teacher does on `tokens`; the result goes to the directory `out`."""
+    if settings.teacher is None:
+        raise ValueError("finetuning needs a teacher")
     if tokens is None and not settings.sampled:
         raise ValueError("training needs tokens, given or sampled")
     with training_team(pick_device(settings.device)) as team:
         say = emit if team.leads else silent
         say(Event("stage", "finetune"))
-        plan = plan_finetune(model, settings)
+        plan = pair(model, settings.teacher, settings)
+        settings = settings.fitted(quantized=plan.stored is not None)
         _check_sizes(tokens, settings)
         run = fingerprint_of(
             stage="finetune",
@@ -222,8 +154,10 @@ def finetune(
             if team.leads:
                 Journal(output, run)
             team.wait()
-            work = _Work(plan, settings, team, output, say)
-            work.run(tokens, run)
+            try:
+                _Work(plan, settings, team, output, say).run(tokens, run)
+            except torch.OutOfMemoryError as error:
+                raise DeviceError(f"training does not fit into the memory of {team.device}", hint=_SMALLER) from error
             team.wait()
         return Checkpoint.open(out)
 
@@ -247,9 +181,9 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
 class _Work:
     """One run of the stage."""
 
-    def __init__(self, plan: FinetunePlan, settings: FinetuneSettings, team: Team, output: OutputDirectory, emit: Emit) -> None:
+    def __init__(self, plan: Pair, settings: FinetuneSettings, team: Team, output: OutputDirectory, emit: Emit) -> None:
         self.plan, self.settings, self.team, self.output, self.emit = plan, settings, team, output, emit
-        self.family = plan.inventory.family
+        self.family = plan.layout.family
 
     def run(self, tokens: TokenSet | None, fingerprint: str) -> None:
         """Train, write, publish."""
@@ -257,7 +191,10 @@ class _Work:
         teacher = self._model(self.plan.teacher, self._teaching_type())
         text = self._text(tokens, teacher)
         every = self.settings.every if self.settings.square_head else 0
-        student = Student(self._model(self.plan.student, torch.float32), self.family, every, self.plan.sparse)
+        model = self._model(self.plan.student, torch.float32, self.plan.stored)
+        if self.settings.code_rate:
+            free_codes(model, teacher)
+        student = Student(model, self.family, every, self.plan.sparse)
         if self.settings.recompute:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
             student.model.train()
@@ -276,8 +213,11 @@ class _Work:
         """The teacher computes in its own type; on a CPU in float32."""
         return torch.float32 if self.team.device.type == "cpu" else self.plan.teacher.dtype
 
-    def _model(self, checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
-        return fill(skeleton(checkpoint, dtype), checkpoint, None, _no_linear, self.team.device, silent)
+    def _model(self, checkpoint: Checkpoint, dtype: torch.dtype, stored: StoredLinears | None = None) -> "PreTrainedModel":
+        def learning(weight: QuantizedLinear, bias: Any, device: torch.device, _dtype: torch.dtype) -> nn.Module:
+            return ScaledLinear(weight.to(device), bias, checkpoint.dtype)
+
+        return fill(skeleton(checkpoint, dtype), checkpoint, stored, learning, self.team.device, silent)
 
     def _text(self, tokens: TokenSet | None, teacher: "PreTrainedModel") -> TokenSet:
         """What is given, and what the teacher writes; that is written once and kept with the state."""
@@ -317,53 +257,59 @@ class _Work:
 
     def _write(self, student: Student) -> None:
         """The checkpoint: what was trained in the types in which it was stored, everything else as it was."""
-        source = self.plan.student
-        blocks = [self.family.block_prefix(index) for index in range(self.plan.inventory.blocks)]
-        writer = ModelWriter(self.output, shards=len(blocks) + 1)
+        source, family, layout = self.plan.student, self.family, self.plan.layout
+        writer = ModelWriter(self.output, shards=layout.blocks + 1)
         left = set(source.names())
-        for index, prefix in enumerate([*blocks, ""]):
-            trained = dict(student.tensors(prefix))
-            names = sorted(name for name in left if name.startswith(prefix))
+        for index in range(layout.blocks + 1):
+            last = index == layout.blocks
+            lies, stands = ("", "") if last else (family.block_prefix(index), f"{family.decoder}.{family.blocks}.{index}.")
+            names = sorted(name for name in left if name.startswith(lies))
+            trained = self._packed(student, stands) | {layout.place(name).tensor: t for name, t in student.tensors(stands)}
             left -= set(names)
             if self.team.leads:
-                writer.write_shard(index, dict(self._stored(names, trained)))
+                writer.write_shard(index, {name: self._stored(name, trained.get(name)) for name in names})
         if self.team.leads:
-            writer.finish(source, None)
+            writer.finish(source, source.quantization)
 
-    def _stored(self, names: list[str], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            old = self.plan.student.read(name)
-            if name not in trained:
-                yield name, old
-            elif name.removesuffix(".weight") in self.plan.sparse:
-                yield name, with_mask_of(old, trained[name])
-            else:
-                yield name, trained[name].to(old.dtype)
+    def _packed(self, student: Student, prefix: str) -> dict[str, Tensor]:
+        """The stored tensors of all quantised linears under a prefix."""
+        found: dict[str, Tensor] = {}
+        for name, linear in student.quantized_linears(prefix):
+            assert self.plan.stored is not None
+            stored = self.plan.layout.place(f"{name}.weight").tensor.removesuffix(".weight")
+            packed = self.plan.stored.format.pack(linear, self.plan.student.dtype)
+            found |= {f"{stored}.{suffix}": tensor for suffix, tensor in packed.items()}
+        return found
+
+    def _stored(self, name: str, trained: Tensor | None) -> Tensor:
+        """What the result holds under this name."""
+        old = self.plan.student.read(name)
+        if trained is None:
+            return old
+        if name.removesuffix(".weight") in self.plan.sparse:
+            return with_mask_of(old, trained)
+        return trained.to(old.dtype)
 
     def _publish(self, trainer: Trainer, text: TokenSet, fingerprint: str, seconds: float) -> None:
         """Manifest, and the directory under its final name."""
         plan = self.plan
-        first, last = trainer.measured[0][1], trainer.measured[-1][1]
+        first, best = trainer.measured[0][1], dict(trainer.measured)[trainer.best_step]
         facts = {
             "fingerprint": fingerprint,
             "model": {"origin": plan.student.origin, "fingerprint": plan.student.fingerprint},
             "teacher": {"origin": plan.teacher.origin, "fingerprint": plan.teacher.fingerprint},
             "calibration": text.describe(),
             "settings": self.settings.model_dump(mode="json", exclude={"stage", "text"}),
-            "sparsity": "2:4",
+            **plan.facts,
             **history(plan.student.path),
             "processes": self.team.size,
             "device": describe_device(self.team.device),
             "steps": trainer.steps,
+            "best_step": trainer.best_step,
             "held_out_kl": trainer.measured,
-            "linears": [{"name": name} for name in sorted(plan.sparse)],
-            "kept": plan.inventory.kept,
         }
-        write_manifest(self.output, "finetune", facts, {"seconds": round(seconds, 2)}, [])
+        warnings = [trainer.stopped] if trainer.stopped else []
+        write_manifest(self.output, "finetune", facts, {"seconds": round(seconds, 2)}, warnings)
         self.output.publish()
-        said = f"finetune: held-out KL {first:.4f} -> {last:.4f} after {trainer.steps} steps, into `{self.output.out}`"
+        said = f"finetune: held-out KL {first:.4f} -> {best:.4f} after {trainer.best_step} steps, into `{self.output.out}`"
         self.emit(Event("result", said, data={"seconds": seconds, "held_out_kl": trainer.measured}))
-
-
-def _no_linear(_linear: Any, _bias: Tensor | None, _device: torch.device, _dtype: torch.dtype) -> nn.Module:
-    raise AssertionError("the model is not quantised")

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from marlin_tools.events import Emit, Event
 from marlin_tools.settings import Settings
 from marlin_tools.training.losses import Head, head_losses, square_head
 from marlin_tools.training.parallel import fill_share, whole
-from marlin_tools.training.student import Reader, Student
+from marlin_tools.training.student import OFFSET, Reader, Student
 
 _SPEAK_EVERY = 10
 """Steps between two looks at the loss; each look waits for the device."""
@@ -31,12 +31,13 @@ class TrainingSettings(Settings):
     """How to train.
 
     tokens         tokens to train on in all; the text is repeated, each time in another order, until they are reached
-    rate           highest learning rate of AdamW
+    rate           highest learning rate of AdamW; by default 1e-4, of a quantised model 1e-3
+    code_rate      that of the codes of a quantised model, in codes, by default 0.01; at 0 they stay what they are
     warmup         share of the steps in which the rate rises to it; afterwards it falls to a tenth along a cosine
     batch          sequences per step
     micro          sequences per forward; gradients of a step are added up
     kl, ce         weights of the KL to the teacher and of the cross entropy
-    square_head    weight of SquareHead on the hidden states
+    square_head    weight of SquareHead on the hidden states; by default 1, of a quantised model 0
     every          which hidden states: those of every so many blocks, and the last
     clip           longest gradient
     seed           of the order of sequences
@@ -47,13 +48,14 @@ class TrainingSettings(Settings):
     """
 
     tokens: int = Field(20_000_000, ge=1)
-    rate: float = Field(1e-4, gt=0, le=1)
+    rate: float | None = Field(None, gt=0, le=1)
+    code_rate: float | None = Field(None, ge=0, le=1)
     warmup: float = Field(0.03, ge=0, le=1)
     batch: int = Field(32, ge=1)
     micro: int = Field(8, ge=1)
     kl: float = Field(1.0, ge=0)
     ce: float = Field(0.0, ge=0)
-    square_head: float = Field(1.0, ge=0)
+    square_head: float | None = Field(None, ge=0)
     every: int = Field(4, ge=1)
     clip: float = Field(1.0, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
@@ -62,14 +64,23 @@ class TrainingSettings(Settings):
     saves: int = Field(10, ge=1)
     recompute: bool = False
 
+    def fitted(self, *, quantized: bool) -> Self:
+        """With what suits the student where nobody chose."""
+        usual = _QUANTIZED if quantized else _SPARSE
+        return self.model_copy(update={key: value for key, value in usual.items() if getattr(self, key) is None})
+
+
+_SPARSE = {"rate": 1e-4, "code_rate": 0.0, "square_head": 1.0}
+_QUANTIZED = {"rate": 1e-3, "code_rate": 0.01, "square_head": 0.0}
+
 
 def rate_at(step: int, steps: int, settings: TrainingSettings) -> float:
-    """The learning rate of a step."""
+    """The share of the highest learning rate that a step has."""
     rising = max(1, round(settings.warmup * steps))
     if step < rising:
-        return settings.rate * (step + 1) / rising
+        return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
-    return settings.rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,35 @@ class Trainer:
         self.step = 0
         self._trained = student.trained()
         fused = team.device.type == "cuda"
-        self._adam = torch.optim.AdamW(self._trained.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        codes = [parameter for name, parameter in self._trained.items() if name.endswith(OFFSET)]
+        others = [parameter for name, parameter in self._trained.items() if not name.endswith(OFFSET)]
+        groups = [{"params": others, "top": settings.rate}, *([{"params": codes, "top": settings.code_rate}] if codes else [])]
+        self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
         self._narrow = torch.bfloat16 if team.device.type == "cuda" else torch.float32
         self.measured: list[tuple[int, float]] = []
+        self.stopped = ""
+        self._best: dict[str, Tensor] = {}
         self._said = ""
 
+    @property
+    def best_step(self) -> int:
+        """The step whose state is the result: the last, of a quantised student that of the least held-out KL."""
+        return min(self.measured, key=lambda each: each[1])[0] if self.student.quantized else self.steps
+
     def run(self, emit: Emit, save: Callable[[], None]) -> None:
-        """Take all steps that are left."""
+        """Take all steps that are left. A quantised student ends in its best state; a loss that is no number ends it early."""
+        try:
+            self._run(emit, save)
+        except NumericalError as error:
+            if not self._best:
+                raise
+            self.stopped = f"training stopped ({error.message}); the state of step {self.best_step} is kept"
+            emit(Event("note", self.stopped))
+        with torch.no_grad():
+            for name, value in self._best.items():
+                self._trained[name].copy_(value)
+
+    def _run(self, emit: Emit, save: Callable[[], None]) -> None:
         heads = (self.student.head(self._narrow), self.teacher.head(self.teacher.model.dtype))
         measure_at, save_at = _marks(self.steps, self.settings.evaluations), _marks(self.steps, self.settings.saves)
         if not self.measured:
@@ -138,7 +171,8 @@ class Trainer:
                 self.student.decoder.set_requires_gradient_sync(index + 1 == len(parts))
             total += self._compare(ids.to(team.device), heads, 1 / len(parts)) / len(parts)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip)
-        self._adam.param_groups[0]["lr"] = rate_at(self.step, self.steps, settings)
+        for group in self._adam.param_groups:
+            group["lr"] = group["top"] * rate_at(self.step, self.steps, settings)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return total
@@ -175,6 +209,8 @@ class Trainer:
         kl = float(total) / len(self._held_out)
         self._check(kl)
         self.measured.append((self.step, kl))
+        if self.student.quantized and self.best_step == self.step:
+            self._best = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         said = f"step {self.step} of {self.steps}: held-out KL {kl:.4f}{self._said}"
         emit(Event("note", said, data={"step": self.step, "held_out_kl": kl}))
 
@@ -204,6 +240,8 @@ class Trainer:
             moments = self._adam.state[parameter]
             for moment in ("exp_avg", "exp_avg_sq"):
                 yield f"{name}|{moment}", whole(moments[moment]).cpu()
+            if self._best:
+                yield f"{name}|best", whole(self._best[name]).cpu()
 
     def facts(self) -> dict[str, Any]:
         """The rest of a saved state."""
@@ -222,6 +260,9 @@ class Trainer:
                 moments[moment] = torch.zeros_like(parameter)
                 fill_share(moments[moment], tensors[f"{name}|{moment}"])
             self._adam.state[parameter] = moments
+            if (best := tensors.get(f"{name}|best")) is not None:
+                self._best[name] = parameter.detach().clone()
+                fill_share(self._best[name], best)
 
 
 class _Pace:

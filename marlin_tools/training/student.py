@@ -1,4 +1,4 @@
-"""A model that learns: its 2:4 linears hold their kept values only, its embeddings and its head stay as they are."""
+"""A model that learns: of 2:4 linears the kept values, of quantised ones scales or codes; embeddings and head stay."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.families import Family
+from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.training.compressed import CompressedLinear, expand
 from marlin_tools.training.losses import Head
 from marlin_tools.training.parallel import whole
+from marlin_tools.training.scaled import ScaledLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,8 +67,18 @@ class Reader:
         return Head(weight.to(dtype), getattr(self.model.config, "final_logit_softcapping", None))
 
 
+OFFSET = ".offset"
+"""What the names of trained codes end with."""
+
+_LEARNED = (".factor", OFFSET)
+"""The same for all that a quantised linear learns."""
+
+
 class Student(Reader):
-    """The model that is trained. Linears in `sparse` keep their zeros, whatever happens."""
+    """The model that is trained. Linears in `sparse` keep their zeros, whatever happens.
+
+    Of a quantised model, its quantised linears, norms and biases learn; linears that are not quantised stay.
+    """
 
     def __init__(self, model: "PreTrainedModel", family: Family, every: int, sparse: frozenset[str]) -> None:
         super().__init__(model, family, every)
@@ -74,8 +86,9 @@ class Student(Reader):
         for name in sorted(sparse):
             linear: Any = model.get_submodule(name)
             model.set_submodule(name, CompressedLinear.of(linear.weight.data, linear.weight.data != 0, linear.bias))
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)  # noqa: FBT003 (torch's own signature)
+        self.quantized = any(isinstance(module, ScaledLinear) for module in model.modules())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not self.quantized or parameter.ndim == 1 or name.endswith(_LEARNED))
         for part in (f"{family.decoder}.{family.embedding}", family.head):
             for parameter in model.get_submodule(part).parameters():
                 parameter.requires_grad_(False)  # noqa: FBT003
@@ -90,7 +103,7 @@ class Student(Reader):
         Where several processes train, all of them have to ask.
         """
         for name, parameter in self.trained().items():
-            if not name.startswith(prefix):
+            if not name.startswith(prefix) or name.endswith(_LEARNED):
                 continue
             tensor = whole(parameter.detach()).float()
             owner, _, leaf = name.rpartition(".")
@@ -99,3 +112,9 @@ class Student(Reader):
                 yield f"{owner}.weight", expand(tensor, module.positions).cpu()
             else:
                 yield name, tensor.cpu()
+
+    def quantized_linears(self, prefix: str = "") -> Iterator[tuple[str, QuantizedLinear]]:
+        """The quantised linears under a prefix as they are now, on the CPU. Where several processes train, all have to ask."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, ScaledLinear) and name.startswith(prefix):
+                yield name, module.solved(**{key: whole(value.detach()) for key, value in module.learned().items()}).to("cpu")

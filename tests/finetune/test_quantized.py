@@ -1,0 +1,172 @@
+"""A quantised model learns from the original: same format and size, codes move by one at most, and it never ends worse."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import RecipeError
+from marlin_tools.events import Event
+from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Dequantize
+
+Run = Callable[..., Checkpoint]
+Make = Callable[..., Path]
+MUCH = tuple(torch.randint(2, 512, (203, 32), generator=torch.Generator().manual_seed(3)))
+ENOUGH = {"text": TokenSet(MUCH, "random", packed=True, documents=1), "code_rate": 0.02, "rate": 1e-3, "tokens": 60 * 4 * 32}
+"""What a quantised model needs to get better on windows that it was not trained on."""
+
+
+class StopError(Exception):
+    """In place of a kill."""
+
+
+def stop_at(step: int) -> Callable[[Event], None]:
+    def emit(event: Event) -> None:
+        if event.kind == "progress" and event.text == "steps" and event.done >= step:
+            raise StopError
+
+    return emit
+
+
+@pytest.fixture(scope="module")
+def quantized(teacher: Path, tokens: TokenSet, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`quantized(format="gptq")` is the teacher in INT4, by round-to-nearest; made once for each choice."""
+    made: dict[str, Path] = {}
+
+    def make(**choice: Any) -> Path:
+        key = json.dumps(choice, sort_keys=True)
+        if key not in made:
+            settings = QuantizeSettings(**{"preset": "rtn", "device": "cpu", **choice})
+            made[key] = quantize(teacher, tokens, settings, tmp_path_factory.mktemp("int4") / "out").path
+        return made[key]
+
+    return make
+
+
+def manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((checkpoint.path / "manifest.json").read_text())
+    return content
+
+
+def linears(checkpoint: Checkpoint) -> dict[str, QuantizedLinear]:
+    stored = StoredLinears(checkpoint)
+    return {name: stored.read(name) for name in stored.names}
+
+
+@pytest.mark.parametrize("stored", ["compressed-tensors", "gptq", "marlin"])
+def test_it_comes_closer_and_stays_what_it_is(run: Run, quantized: Make, teacher: Path, stored: str) -> None:
+    source = Checkpoint.open(quantized(format=stored))
+    out = run(model=source.path, **ENOUGH)
+    facts = manifest(out)
+    measured = dict(facts["held_out_kl"])
+    assert measured[facts["best_step"]] == min(measured.values()) < 0.9 * measured[0]
+    assert out.quantization == source.quantization
+    assert sorted(out.names()) == sorted(source.names())
+    assert all(out.stored(name).dtype == source.stored(name).dtype for name in source.names())
+    before, after = linears(source), linears(out)
+    moved = {name: after[name].codes.int() - before[name].codes.int() for name in before}
+    assert 1 == max(int(step.abs().max()) for step in moved.values())
+    assert any(not torch.equal(after[name].scales, before[name].scales) for name in before)
+    for frozen in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(out.read(frozen), Checkpoint.open(teacher).read(frozen))
+    assert not torch.equal(out.read("model.norm.weight"), source.read("model.norm.weight"))
+
+
+def test_codes_stay_if_that_is_wanted(run: Run, quantized: Make) -> None:
+    source = quantized()
+    out = run(model=source, **{**ENOUGH, "code_rate": 0})
+    before, after = linears(Checkpoint.open(source)), linears(out)
+    assert all(torch.equal(after[name].codes, before[name].codes) for name in before)
+    assert any(not torch.equal(after[name].scales, before[name].scales) for name in before)
+    assert manifest(out)["best_step"] > 0
+
+
+def test_zeros_of_2_4_codes_stay(run: Run, quantized: Make) -> None:
+    source = quantized(sparsity="2:4", format="marlin-24")
+    before, after = linears(Checkpoint.open(source)), linears(run(model=source, **ENOUGH))
+    assert any(not torch.equal(after[name].codes, before[name].codes) for name in before)
+    for name in before:
+        assert bool((after[name].codes[before[name].codes == 8] == 8).all()), name
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_a_killed_run_ends_in_the_same_bytes(run: Run, quantized: Make, stop: int) -> None:
+    whole = run("whole", model=quantized())
+    with pytest.raises(StopError):
+        run("killed", model=quantized(), how={"emit": stop_at(stop)})
+    again = run("killed", model=quantized())
+    assert sorted(whole.names()) == sorted(again.names())
+    assert all(torch.equal(whole.read(name), again.read(name)) for name in whole.names())
+    assert manifest(whole)["held_out_kl"] == manifest(again)["held_out_kl"]
+
+
+def test_what_gets_worse_is_not_kept(run: Run, quantized: Make) -> None:
+    source = Checkpoint.open(quantized())
+    out = run(model=source.path, rate=0.3, code_rate=0.9)
+    facts = manifest(out)
+    assert facts["best_step"] == 0 < facts["steps"]
+    assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
+
+
+def test_a_fault_falls_back_and_is_told(run: Run, quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is no number, in the middle."""
+    count, real = 0, _Dequantize.backward
+
+    def broken(context: Any, *gradients: torch.Tensor) -> Any:
+        nonlocal count
+        count += 1
+        codes, scales = real(context, *gradients)
+        return codes, scales * (float("nan") if count > 14 * 2 * 5 else 1)
+
+    monkeypatch.setattr(_Dequantize, "backward", staticmethod(broken))
+    out = run(model=quantized())
+    facts = manifest(out)
+    (warning,) = facts["warnings"]
+    assert warning.startswith("training stopped (")
+    assert f"the state of step {facts['best_step']} is kept" in warning
+    assert all(bool(torch.isfinite(linear.dequantize()).all()) for linear in linears(out).values())
+
+
+def test_a_model_in_16_bits_has_no_codes(run: Run) -> None:
+    with pytest.raises(RecipeError, match="`code_rate` means nothing"):
+        run(code_rate=0.01)
+
+
+@pytest.mark.parametrize("kind", [ScaledLinear, TunedLinear])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_untrained_it_is_the_quantised_linear(kind: type, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (24, 64), generator=generator, dtype=torch.uint8)
+    linear = QuantizedLinear(codes, (0.01 + torch.rand(24, 2, generator=generator)).bfloat16().half(), 32)
+    weight = linear.dequantize() + 0.2 * torch.randn(24, 64, generator=generator)
+    layer = kind(linear, weight, None, dtype) if kind is TunedLinear else kind(linear, None, dtype)
+
+    assert torch.equal(layer.solved().codes, linear.codes)
+    assert torch.equal(layer.solved().scales, linear.scales)
+    assert torch.equal(layer(torch.eye(64)), linear.dequantize().T)
+
+
+def test_the_gradient_is_that_of_the_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = (15 * torch.rand(8, 32, generator=generator)).requires_grad_()
+    scales = torch.rand(8, 2, generator=generator).requires_grad_()
+    x, toward = torch.randn(5, 32, generator=generator), torch.randn(5, 8, generator=generator)
+    F.linear(x, _Dequantize.apply(exact, scales)).backward(toward)  # type: ignore[no-untyped-call]
+    got = exact.grad, scales.grad
+
+    rounded = exact.detach().round().requires_grad_()
+    plain = scales.detach().clone().requires_grad_()
+    F.linear(x, ((rounded - 8).view(8, 2, 16) * plain[..., None]).flatten(1)).backward(toward)
+    for ours, theirs in zip(got, (rounded.grad, plain.grad), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours, theirs)
