@@ -38,6 +38,7 @@ from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.events import Emit, Event, silent
+from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
@@ -46,7 +47,7 @@ from marlin_tools.training.loop import Trainer, TrainingSettings
 from marlin_tools.training.pair import Pair, check_mask, check_pair, pair
 from marlin_tools.training.parallel import shard, training_team
 from marlin_tools.training.sample import sample
-from marlin_tools.training.scaled import ScaledLinear, free_codes
+from marlin_tools.training.scaled import ScaledLinear, free_codes, read_rounded
 from marlin_tools.training.student import Reader, Student
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ class _Work:
         model = self._model(self.plan.student, torch.float32, self.plan.stored)
         if self.settings.code_rate:
             free_codes(model, teacher)
+        if activations_of(self.plan.student.quantization) == "fp8":
+            read_rounded(model)
         student = Student(model, self.family, every, self.plan.sparse)
         if self.settings.recompute:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marlin_tools.algorithms.scales import storable
-from marlin_tools.quantized import LEVELS, ZERO, QuantizedLinear
+from marlin_tools.quantized import LEVELS, ZERO, QuantizedLinear, round_inputs
 
 _INSIDE = 0.49
 """How far from its code a place may be: it still rounds to it."""
@@ -126,3 +126,10 @@ def free_codes(model: nn.Module, original: nn.Module) -> None:
             linear, weight = module.solved(), original.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             model.set_submodule(name, TunedLinear(linear, weight, module.bias, module.dtype))
+
+
+def read_rounded(model: nn.Module) -> None:
+    """Let all quantised linears of a model read activations as FP8 holds them."""
+    for module in model.modules():
+        if isinstance(module, ScaledLinear):
+            round_inputs(module)

@@ -98,6 +98,13 @@ def test_zeros_of_2_4_codes_stay(run: Run, quantized: Make) -> None:
         assert bool((after[name].codes[before[name].codes == 8] == 8).all()), name
 
 
+def test_under_fp8_activations_it_learns_what_it_will_read(run: Run, quantized: Make) -> None:
+    plain, rounded = quantized(), quantized(activations="fp8")
+    first = [dict(manifest(run(m.parent.name, model=m, tokens=128))["held_out_kl"])[0] for m in (plain, rounded)]
+    assert first[1] > 1.005 * first[0]
+    assert run("again", model=rounded, tokens=128).quantization == Checkpoint.open(rounded).quantization
+
+
 @pytest.mark.parametrize("stop", [3, 6])
 def test_a_killed_run_ends_in_the_same_bytes(run: Run, quantized: Make, stop: int) -> None:
     whole = run("whole", model=quantized())
