@@ -1,4 +1,4 @@
-// Hopper's warpgroup products: 64 outputs x kTokens tokens x 16 inputs (32 with sparse weights) by four warps, weights from
+// Hopper's warpgroup products: 64 outputs x kTokens tokens x 16 inputs (32 with sparse weights or e4m3) by four warps, weights from
 // registers, activations from shared memory. Asynchronous: operands may not be touched between the fence and the wait.
 #pragma once
 
@@ -40,6 +40,8 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
 #define OPERANDS16(f) OPERANDS8(f), OPERANDS8(f + 2)
 #define OPERANDS32(f) OPERANDS16(f), OPERANDS16(f + 4)
 #define OPERANDS64(f) OPERANDS32(f), OPERANDS32(f + 8)
+#define OPERANDS88(f) OPERANDS64(f), OPERANDS16(f + 16), OPERANDS8(f + 20)
+#define OPERANDS96(f) OPERANDS64(f), OPERANDS32(f + 16)
 #define OPERANDS128(f) OPERANDS64(f), OPERANDS64(f + 16)
 
 // The numbers of the sums' operands in an instruction.
@@ -52,6 +54,11 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
 #define ACCUMULATORS64                                                                                  \
     ACCUMULATORS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
                    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define ACCUMULATORS88                                                                                      \
+    ACCUMULATORS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+                   "%80, %81, %82, %83, %84, %85, %86, %87"
+#define ACCUMULATORS96 ACCUMULATORS88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
 template <class E, int kTokens>
 struct Warpgroup;
@@ -67,27 +74,32 @@ struct Warpgroup;
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define WARPGROUP_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                            \
+#define WARPGROUP_PRODUCT(ELEMENT, TYPE, INPUTS, ORDER, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                            \
     template <>                                                                                                           \
     struct Warpgroup<ELEMENT, TOKENS> {                                                                                   \
         __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, bool add) {  \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                   \
-                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0 \
-                         ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                                             \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS INPUTS ".f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0 \
+                         ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1" ORDER ";\n}\n"                                             \
                          : OPERANDS(0)                                                                                    \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));               \
         }                                                                                                                 \
     };
 
 #define WARPGROUP_PRODUCTS(ELEMENT, TYPE)                                                                      \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")          \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")     \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21") \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37") \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")          \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")     \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21") \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37") \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 WARPGROUP_PRODUCTS(Half, "f16")
 WARPGROUP_PRODUCTS(Bfloat16, "bf16")
+
+// 32 inputs of one byte each.
+WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
+WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 176, OPERANDS88, ACCUMULATORS88, "%88", "%89", "%90", "%91", "%92", "%93")
+WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 192, OPERANDS96, ACCUMULATORS96, "%96", "%97", "%98", "%99", "%100", "%101")
 
 // The same of 2:4-sparse weights: kept ones and their positions, of which the hardware reads those of two lanes of each four.
 template <class E, int kTokens>
@@ -129,10 +141,14 @@ SPARSE_PRODUCTS(Bfloat16, "bf16")
 #undef OPERANDS16
 #undef OPERANDS32
 #undef OPERANDS64
+#undef OPERANDS88
+#undef OPERANDS96
 #undef OPERANDS128
 #undef ACCUMULATORS4
 #undef ACCUMULATORS8
 #undef ACCUMULATORS16
 #undef ACCUMULATORS32
 #undef ACCUMULATORS64
+#undef ACCUMULATORS88
+#undef ACCUMULATORS96
 #undef ACCUMULATORS128

@@ -22,6 +22,7 @@ struct HopperProblem {
     Schedule schedule;
     u32 offset_per_scale;  // two float16: -(zero point) / growth; for float16 weights that are rounded
     float growth;          // of sums of these
+    const float* token_scales;  // [m], of activations that were rounded to 8 bits
 };
 
 // A CTA first takes its range of the tiles that are shared, then its whole tiles: sums of several CTAs are added while others

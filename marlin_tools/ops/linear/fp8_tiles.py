@@ -1,0 +1,95 @@
+"""The tiles of `kernels/w4a8/hopper.cu`, and what the family is compiled to: as `tiles.py` has it for activations of 16 bits."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+
+from marlin_tools.ops.linear.layout import TILE_K, TILE_N
+from marlin_tools.ops.linear.tiles import Tile, choices, product_kernel, types_of
+from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
+from marlin_tools.ops.runtime.target import capability_of
+from marlin_tools.quantized import dtype_name
+
+FP8_GROUP_SIZES = (TILE_K,)
+"""How many inputs may share a scale, if not all of K do: as many as sums are scaled for at once."""
+
+ROUND = Arguments("RoundArguments", "x:Q rounded:Q scales:Q k:i")
+"""Of the kernel that rounds activations, in `kernels/w4a8/round.cu`."""
+
+_ROUND_THREADS = 256
+
+
+@dataclass(frozen=True)
+class Fp8Tile(Tile):
+    """A tile for dense weights and activations of 8 bits."""
+
+    activation_bytes: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """Rows of activations x outputs per CTA."""
+        return f"{self.tokens}x{self.outputs}-fp8"
+
+    @property
+    def rounded(self) -> bool:
+        """Scales are applied to sums."""
+        return False
+
+    @property
+    def staged(self) -> bool:
+        """Whether CTAs of a cluster exchange their sums by copies from shared memory."""
+        return self.tokens > 64
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory that one more stage costs a CTA."""
+        return self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K + 16  # two barriers
+
+    def exchange_bytes(self, capability: int) -> int:
+        """Shared memory besides the stages: also room for the outputs."""
+        return super().exchange_bytes(capability) + self.outputs * self.tokens * 2
+
+    def _cluster_bytes(self, capability: int) -> int:
+        return 0
+
+    def expression(self, capability: int) -> str:
+        """The C++ type."""
+        return f"Fp8<{self.tokens}, {self.consumers}, {self.stages(capability)}>"
+
+    def _expression(self, stages: int, ctas: int) -> str:
+        raise NotImplementedError
+
+
+FP8_TILES = {tile.name: tile for tile in (Fp8Tile("hopper", 16, 2), Fp8Tile("hopper", 22, 2))}
+"""By name: rows of activations x outputs per CTA."""
+
+
+@cache
+def fp8_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel:
+    """The kernel of a tile, for outputs of a type and scales per `group` of inputs or, with 0, per output."""
+    return product_kernel("w4a8", FP8_TILES[tile], dtype, target, group, torch.float8_e4m3fn)
+
+
+@cache
+def round_kernel(dtype: torch.dtype, target: str) -> Kernel:
+    """What rounds activations."""
+    return Kernel(
+        f"round-{dtype_name(dtype)}",
+        target,
+        "w4a8/round.cu",
+        f"round_kernel<{ELEMENTS[dtype]}>",
+        _ROUND_THREADS,
+        ROUND,
+        overlaps=True,
+        mirrors=(("kThreads", _ROUND_THREADS),),
+    )
+
+
+def fp8_kernels(target: str) -> list[Kernel]:
+    """Every kernel of the family that exists for a target."""
+    if capability_of(target) != 90:
+        return []
+    products = [fp8_kernel(name, dtype, target, group) for name, dtype, group in choices(FP8_TILES, target, FP8_GROUP_SIZES)]
+    return products + [round_kernel(dtype, target) for dtype in ELEMENTS]
