@@ -18,7 +18,7 @@ FP8_GROUP_SIZES = (TILE_K,)
 ROUND = Arguments("RoundArguments", "x:Q rounded:Q scales:Q k:i")
 """Of the kernel that rounds activations, in `kernels/w4a8/round.cu`."""
 
-_ROUND_THREADS = 256
+_ROUND_THREADS, _CHUNK, _HELD = 256, 16, (1, 2, 4)  # inputs that a thread rounds at once; chunks that it keeps
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,23 @@ def fp8_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel
     return product_kernel("w4a8", FP8_TILES[tile], dtype, target, group, torch.float8_e4m3fn)
 
 
+def round_kernel(dtype: torch.dtype, in_features: int, target: str) -> Kernel:
+    """What rounds activations with so many inputs."""
+    need = -(-in_features // (_ROUND_THREADS * _CHUNK))
+    return _round_kernel(dtype, next((held for held in _HELD if held >= need), _HELD[-1]), target)
+
+
 @cache
-def round_kernel(dtype: torch.dtype, target: str) -> Kernel:
-    """What rounds activations."""
+def _round_kernel(dtype: torch.dtype, held: int, target: str) -> Kernel:
     return Kernel(
-        f"round-{dtype_name(dtype)}",
+        f"round-{held}-{dtype_name(dtype)}",
         target,
         "w4a8/round.cu",
-        f"round_kernel<{ELEMENTS[dtype]}>",
+        f"round_kernel<{ELEMENTS[dtype]}, {held}>",
         _ROUND_THREADS,
         ROUND,
         overlaps=True,
-        mirrors=(("kThreads", _ROUND_THREADS),),
+        mirrors=(("kThreads", _ROUND_THREADS), ("kChunk", _CHUNK)),
     )
 
 
@@ -92,4 +97,4 @@ def fp8_kernels(target: str) -> list[Kernel]:
     if capability_of(target) != 90:
         return []
     products = [fp8_kernel(name, dtype, target, group) for name, dtype, group in choices(FP8_TILES, target, FP8_GROUP_SIZES)]
-    return products + [round_kernel(dtype, target) for dtype in ELEMENTS]
+    return products + [_round_kernel(dtype, held, target) for dtype in ELEMENTS for held in _HELD]

@@ -34,7 +34,7 @@ class Fp8Plan(HopperPlan):
 
     def __init__(self, tile: Fp8Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> None:
         super().__init__(tile, function, x, codes, out_features)
-        self._round = driver.Launch(driver.loaded(round_kernel(x.dtype, function.kernel.target), x.device), x.shape[0])
+        self._round = driver.Launch(driver.loaded(round_kernel(x.dtype, x.shape[1], function.kernel.target), x.device), x.shape[0])
         self._token_scales = 0
 
     def _costs(self) -> Costs:
@@ -82,7 +82,7 @@ def fp8_supported(device: torch.device, in_features: int, group_size: int) -> st
 def prepare_fp8(weight: PackedWeight, dtype: torch.dtype) -> None:
     """Compile and load every kernel that may be chosen for this weight, whatever M: call it before a graph capture."""
     device = weight.codes.device
-    driver.loaded(round_kernel(dtype, target_of(device)), device)
+    driver.loaded(round_kernel(dtype, weight.in_features, target_of(device)), device)
     OPERATOR.prepare(weight, dtype)
 
 
