@@ -40,8 +40,6 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
 #define OPERANDS16(f) OPERANDS8(f), OPERANDS8(f + 2)
 #define OPERANDS32(f) OPERANDS16(f), OPERANDS16(f + 4)
 #define OPERANDS64(f) OPERANDS32(f), OPERANDS32(f + 8)
-#define OPERANDS88(f) OPERANDS64(f), OPERANDS16(f + 16), OPERANDS8(f + 20)
-#define OPERANDS96(f) OPERANDS64(f), OPERANDS32(f + 16)
 #define OPERANDS128(f) OPERANDS64(f), OPERANDS64(f + 16)
 
 // The numbers of the sums' operands in an instruction.
@@ -55,10 +53,6 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
     ACCUMULATORS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
                    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-#define ACCUMULATORS88                                                                                      \
-    ACCUMULATORS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-                   "%80, %81, %82, %83, %84, %85, %86, %87"
-#define ACCUMULATORS96 ACCUMULATORS88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
 template <class E, int kTokens>
 struct Warpgroup;
@@ -98,8 +92,6 @@ WARPGROUP_PRODUCTS(Bfloat16, "bf16")
 
 // 32 inputs of one byte each.
 WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
-WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 176, OPERANDS88, ACCUMULATORS88, "%88", "%89", "%90", "%91", "%92", "%93")
-WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 192, OPERANDS96, ACCUMULATORS96, "%96", "%97", "%98", "%99", "%100", "%101")
 
 // The same of 2:4-sparse weights: kept ones and their positions, of which the hardware reads those of two lanes of each four.
 template <class E, int kTokens>
@@ -141,14 +133,10 @@ SPARSE_PRODUCTS(Bfloat16, "bf16")
 #undef OPERANDS16
 #undef OPERANDS32
 #undef OPERANDS64
-#undef OPERANDS88
-#undef OPERANDS96
 #undef OPERANDS128
 #undef ACCUMULATORS4
 #undef ACCUMULATORS8
 #undef ACCUMULATORS16
 #undef ACCUMULATORS32
 #undef ACCUMULATORS64
-#undef ACCUMULATORS88
-#undef ACCUMULATORS96
 #undef ACCUMULATORS128

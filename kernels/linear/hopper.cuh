@@ -16,7 +16,6 @@
 template <class T>
 struct ConsumerWarp {
     static constexpr int kOutputs = 2 * T::kTiles;  // of a lane
-    static constexpr bool kPairs = false;           // whether there is `multiply_pair`
 
     const HopperProblem& p;
     u8* const memory;
@@ -171,7 +170,7 @@ struct ConsumerWarp {
 
 // Each kernel's own: a ConsumerWarp that can
 //   begin()         convert the first weights of the first stage, which has arrived
-//   multiply(more)  add the products of one stage to `sums`; `more` unless it is the CTA's last; `multiply_pair` those of two
+//   multiply(more)  add the products of one stage to `sums`; `more` unless it is the CTA's last
 //   epilogue(at)      store the sums of a work range, or leave them to the warp that completes them
 //   resume()        what `begin` must do again before the next work range
 template <class T, class E, int kGroup>
@@ -188,13 +187,8 @@ __device__ __forceinline__ void consume(Consumer<T, E, kGroup>& m) {
 #pragma unroll
         for (int r = 0; r < T::kTiles; ++r) clear(m.sums[r]);
         const bool more = at.more(m.p);
-        int left = at.end - at.begin;
-        if constexpr (Consumer<T, E, kGroup>::kPairs) {
 #pragma unroll 1
-            for (; left > 1; left -= 2) m.multiply_pair(left > 2 || more);
-        }
-#pragma unroll 1
-        for (; left > 0; --left) m.multiply(left > 1 || more);
+        for (int left = at.end - at.begin; left > 0; --left) m.multiply(left > 1 || more);
         if constexpr (kGroup == 0 || T::kRounded) {
             warpgroup_wait<0>();
 #pragma unroll

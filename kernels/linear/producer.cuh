@@ -35,9 +35,9 @@ struct HopperTile {
     static constexpr int kBarriersAt = kScalesAt + kStages * kStageScaleBytes;
     static constexpr int kSumsBarrierAt = kBarriersAt + kStages * 16;
     static constexpr int kWorkAt = kSumsBarrierAt + 16;  // one per warp that multiplies
-    // With activations of 8 bits, room to put outputs together.
+    // With activations of 8 bits, room to put outputs of 128 tokens together.
     static constexpr int kOutputsAt = kWorkAt + kConsumerWarps * sizeof(HopperWork);
-    static constexpr int kTileOutputBytes = kBoxes == 1 ? kTileRows * kTokens * 2 : 0;
+    static constexpr int kTileOutputBytes = kBoxes == 1 ? kTileRows * 128 * 2 : 0;
     static constexpr int kSharedBytes = kOutputsAt + kCtaTiles * kTileOutputBytes;
     // Stages whose weights are asked for before the activations may be. Where the tensor cores are the limit, activations
     // should not queue behind many of them.
@@ -48,7 +48,7 @@ struct HopperTile {
     static constexpr int kConsumerRegisters = (kRegisters * (kConsumers + 1) - kProducerRegisters) / kConsumers / 8 * 8;
     // CTAs of a cluster exchange their sums by copies from shared to shared memory: faster than from registers where there
     // are many.
-    static constexpr bool kStaged = (kRounded || kBoxes == 1) && kTokens > 64;
+    static constexpr bool kStaged = (kRounded || kBoxes == 1) && kTokens > 64 && kTokens <= 128;
     static_assert(kConsumerRegisters <= 248, "a thread's limit");
     static_assert(kStageBytes % 1024 == 0, "aligned boxes");
 

@@ -5,7 +5,8 @@
 // are one row, odd nibbles the other. In a row the inputs then are in the order in which `round.cu` writes the activations.
 //
 // Tensor cores see the exact integers -8..7. They add e4m3 products with few bits, so every packed tile, 128 inputs, has sums of
-// its own, which are scaled in float32 and added up. Meanwhile products of the next one run, or of the other warpgroup.
+// its own, which are scaled in float32 and added up. Meanwhile products of the other warpgroup run. These sums are those of 128
+// tokens at a time: so 256 tokens fit, for which weights are converted once.
 #include "linear/hopper.cuh"
 
 template <int kTokens, int kConsumers, int kStages>
@@ -17,133 +18,135 @@ struct Consumer : ConsumerWarp<T> {
     using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::state, Warp::sums;
     using Warp::Warp;
 
-    // Up to 128 tokens two packed tiles are multiplied in one go: the sums of one are scaled while the products of the other run.
-    static constexpr bool kPairs = T::kTokens <= 128;
-    // A batch is so many k32 steps. While the tensor cores work on one, the next is converted.
-    static constexpr int kSteps = 1, kBatches = 4 / kSteps, kBuffers = 2;
+    static constexpr int kSteps = 4;                       // of 32 inputs each: a packed tile
+    static constexpr int kPartTokens = 128, kPartFragments = kPartTokens / 8, kParts = T::kTokens / kPartTokens;
 
-    float part[kPairs ? 2 : 1][T::kFragments][4];  // of a packed tile each
-    u32 a[kBuffers][kSteps][4];                    // weights of as many batches
-    Vec16 codes[2];                                // of the two halves of a packed tile
+    float part[kPartFragments][4];  // of one packed tile and so many tokens
+    u32 a[kSteps][4];               // its weights
+    Vec16 codes;                    // of half a packed tile
 
     __device__ __forceinline__ void begin() {
-        load(state.stage);
-        convert(0);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            if (step % 2 == 0) load(state.stage, step / 2);
+            convert(step);
+        }
     }
 
-    __device__ __forceinline__ void multiply(bool more) { multiply_stages<1>(more); }
-    __device__ __forceinline__ void multiply_pair(bool more) { multiply_stages<2>(more); }
+    // The registers of the next weights were free for what was done at the end of a work range.
+    __device__ __forceinline__ void resume() { begin(); }
 
-    template <int kCount>
-    __device__ __forceinline__ void multiply_stages(bool more) {
-        u32 stage[2], scales[2];
-        products<0>(more || kCount > 1, stage, scales);
-        if constexpr (kCount > 1) products<1>(more, stage, scales);
-        hold();
-        warpgroup_wait<0>();
-        finish(part[kCount - 1], stage[kCount - 1], scales[kCount - 1]);
-    }
-
-    // One stage. While a batch of products runs, the weights of the next are converted, at the end those of the next stage.
-    template <int kIndex>
-    __device__ __forceinline__ void products(bool more, u32 (&stage)[2], u32 (&scales)[2]) {
-        const u32 shared = shared_address(memory);
-        const u64 tokens = swizzled_descriptor(shared + state.stage * T::kStageBytes);
-        stage[kIndex] = state.stage;
-        scales[kIndex] = kGroup > 0 ? Warp::load_scales(state.stage, 0) : kOnes;
+    // One stage. During the last products the weights of the next stage are converted, each as soon as its registers are free.
+    __device__ __forceinline__ void multiply(bool more) {
+        const u32 shared = shared_address(memory), stage = state.stage;
+        const u64 tokens = swizzled_descriptor(shared + stage * T::kStageBytes);
+        const u32 scales = kGroup > 0 ? Warp::load_scales(stage, 0) : kOnes;
         state.advance();
 #pragma unroll
-        for (int batch = 0; batch < kBatches; ++batch) {
-            issue(part[kIndex], batch, tokens);
-            warpgroup_wait<1>();  // the registers of the next batch are free
-            if (batch + 1 == kBatches) {
-                barrier_wait_if(more, T::full(shared, state.stage), state.phase);
-                load(state.stage);
+        for (int number = 0; number < kParts; ++number) {
+            warpgroup_fence();
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                Warpgroup<E4m3, kPartTokens>::multiply(part, a[step], tokens + (number * kPartTokens * 128 + step * 32) / 16,
+                                                       step > 0);
+                warpgroup_commit();
             }
-            if (kIndex > 0 && batch == 1) finish(part[0], stage[0], scales[0]);
-            convert((batch + 1) % kBatches);
+            if (number + 1 == kParts) {
+                barrier_wait_if(more, T::full(shared, state.stage), state.phase);
+                load(state.stage, 0);
+                refill<0>();
+                refill<1>();
+                load(state.stage, 1);
+                refill<2>();
+                refill<3>();
+                __syncwarp();  // all lanes have read the stage
+                barrier_arrive_if(lane == 0, T::empty(shared, stage));
+            } else {
+                warpgroup_wait<0>();
+            }
+            collect(number, scales);
         }
     }
 
-    // The sums of a stage are there, and its memory is free.
-    __device__ __forceinline__ void finish(float (&from)[T::kFragments][4], u32 stage, u32 scales) {
-        __syncwarp();  // all lanes have read the stage
-        barrier_arrive_if(lane == 0, T::empty(shared_address(memory), stage));
-        Warp::collect(sums[0], from, scales);
+    // The weights of a step are no longer needed.
+    template <int kStep>
+    __device__ __forceinline__ void refill() {
+        warpgroup_wait<kSteps - 1 - kStep>();
+#pragma unroll
+        for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[kStep][e])::"memory");
+        convert(kStep);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[kStep][e])::"memory");
     }
 
-    // Keeps conversions before the wait.
-    __device__ __forceinline__ void hold() {
+    // Adds a part's sums, scaled.
+    __device__ __forceinline__ void collect(int number, u32 scales) {
+        sums_are_ready(part);
+        const float low = half_to_float(scales & 0xFFFF), high = half_to_float(scales >> 16);
 #pragma unroll
-        for (int j = 0; j < kSteps; ++j)
+        for (int f = 0; f < kPartFragments; ++f)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[0][j][e])::"memory");
+            for (int e = 0; e < 4; ++e) sums[0][number * kPartFragments + f][e] += part[f][e] * (e < 2 ? low : high);
     }
 
-    __device__ __forceinline__ void issue(float (&into)[T::kFragments][4], int batch, u64 tokens) {
-        warpgroup_fence();
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-            const int step = batch * kSteps + j;
-            Warpgroup<E4m3, T::kTokens>::multiply(into, a[batch % kBuffers][j], tokens + step * 32 / 16, step > 0);
-        }
-        warpgroup_commit();
+    __device__ __forceinline__ void load(u32 stage, int half) {
+        codes = *reinterpret_cast<const Vec16*>(memory + stage * T::kStageBytes + T::kCodesAt + tile * kTileBytes +
+                                                half * kHalfBytes + fragment * 512 + lane * 16);
     }
 
-    __device__ __forceinline__ void load(u32 stage) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            codes[half] = *reinterpret_cast<const Vec16*>(memory + stage * T::kStageBytes + T::kCodesAt + tile * kTileBytes +
-                                                          half * kHalfBytes + fragment * 512 + lane * 16);
+    __device__ __forceinline__ void convert(int step) {
+        E4m3::dequantize<E::Grid::kZero>(codes.word[step % 2 * 2], a[step][0], a[step][1]);
+        E4m3::dequantize<E::Grid::kZero>(codes.word[step % 2 * 2 + 1], a[step][2], a[step][3]);
     }
 
-    // The weights of a batch.
-    __device__ __forceinline__ void convert(int batch) {
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-            const int step = batch * kSteps + j;
-            const Vec16& half = codes[step / 2];
-            u32(&to)[4] = a[batch % kBuffers][j];
-            E4m3::dequantize<E::Grid::kZero>(half.word[step % 2 * 2], to[0], to[1]);
-            E4m3::dequantize<E::Grid::kZero>(half.word[step % 2 * 2 + 1], to[2], to[3]);
-        }
+    // A lane's two.
+    __device__ __forceinline__ static int first_output(int tile_n, int fragment, int lane) {
+        return tile_n * kTileRows + lane / 4 * 8 + fragment * 2;
     }
 
     struct Outputs {
         int n;
-        float scale[2], bias[2];
+        float bias[2];
 
         __device__ __forceinline__ Outputs(const HopperProblem& p, int tile_n, int fragment, int lane)
-            : n(tile_n * kTileRows + lane / 4 * 8 + fragment * 2) {
+            : n(first_output(tile_n, fragment, lane)) {
 #pragma unroll
-            for (int o = 0; o < 2; ++o) {
-                scale[o] = kGroup > 0 ? 1.f : half_to_float(reinterpret_cast<const u16*>(p.scales)[n + o]);
-                bias[o] = p.bias != nullptr && n + o < p.n ? E::Output::widen(p.bias[n + o]) : 0.f;
-            }
+            for (int o = 0; o < 2; ++o) bias[o] = p.bias != nullptr && n + o < p.n ? E::Output::widen(p.bias[n + o]) : 0.f;
         }
 
         // Two outputs of one token.
         __device__ __forceinline__ u32 round(float low, float high, int) const {
-            return E::Output::round_pair(low * scale[0] + bias[0], high * scale[1] + bias[1]);
+            return E::Output::round_pair(low + bias[0], high + bias[1]);
         }
     };
 
-    // Sums that other CTAs add to theirs are those of the activations before these were rounded, too.
-    __device__ __forceinline__ void scale_tokens(int first_token) {
+    // By tokens, and by outputs where these have one scale. Before sums of other CTAs are added: in their registers.
+    __device__ __forceinline__ void scale(int tile_n, int first_token) {
+        const int first = first_token + lane % 4 * 2;
+        const float* const scales = p.token_scales + first;
+        int left = p.m - first;
+        asm volatile("" : "+r"(left));  // nothing of this may be kept for the stores: registers are few
 #pragma unroll
         for (int f = 0; f < T::kFragments; ++f)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int token = first_token + f * 8 + lane % 4 * 2 + e;
-                const float scale = token < p.m ? p.token_scales[token] / E4m3::kQuantum : 0.f;
+                const float scale = f * 8 + e < left ? scales[f * 8 + e] / E4m3::kQuantum : 0.f;
                 sums[0][f][e] *= scale;
                 sums[0][f][2 + e] *= scale;
             }
+        if (kGroup > 0 || tile_n >= p.tiles_n) return;
+        sums_are_ready(sums[0]);
+        const u16* const outputs = reinterpret_cast<const u16*>(p.scales) + first_output(tile_n, fragment, lane);
+        const float low = half_to_float(outputs[0]), high = half_to_float(outputs[1]);
+#pragma unroll
+        for (int f = 0; f < T::kFragments; ++f)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[0][f][e] *= e < 2 ? low : high;
     }
 
     __device__ __forceinline__ void epilogue(const HopperWork& at) {
         const int tile_n = T::first_packed_tile(p, at) + tile, first_token = at.token_tile(p) * T::kTokens;
-        scale_tokens(first_token);
+        scale(tile_n, first_token);
         if (p.split > 1) {
             Warp::template reduce_over_cluster<Outputs>(at);
             return;
@@ -164,17 +167,27 @@ struct Consumer : ConsumerWarp<T> {
     // 128 bytes at a time.
     __device__ __forceinline__ void store_together(const Outputs& outputs, int tile_n, int first_token) {
         u8* const turned = memory + T::kOutputsAt + tile * T::kTileOutputBytes;
+#pragma unroll
+        for (int number = 0; number < kParts; ++number) {
+            warpgroup_sync();  // what was there has been read
+#pragma unroll
+            for (int f = 0; f < kPartFragments; ++f)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float(&v)[4] = sums[0][number * kPartFragments + f];
+                    *reinterpret_cast<u32*>(turned + (f * 8 + lane % 4 * 2 + e) * 128 + lane / 4 * 16 + fragment * 4) =
+                        outputs.round(v[e], v[2 + e], 0);
+                }
+            warpgroup_sync();
+            write_rows(turned, tile_n, first_token + number * kPartTokens);
+        }
+    }
+
+    // A part's tokens, 64 outputs each.
+    __device__ __forceinline__ void write_rows(const u8* turned, int tile_n, int first_token) const {
         const int thread = threadIdx.x % 128, n = tile_n * kTileRows + thread % 8 * 8;
-        warpgroup_sync();  // what was there has been read
-#pragma unroll
-        for (int f = 0; f < T::kFragments; ++f)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                *reinterpret_cast<u32*>(turned + (f * 8 + lane % 4 * 2 + e) * 128 + lane / 4 * 16 + fragment * 4) =
-                    outputs.round(sums[0][f][e], sums[0][f][2 + e], 0);
-        warpgroup_sync();
 #pragma unroll 4
-        for (int row = thread / 8; row < T::kTokens; row += 16) {
+        for (int row = thread / 8; row < kPartTokens; row += 16) {
             const int token = first_token + row;
             if (token >= p.m) break;
             const Vec16 v = *reinterpret_cast<const Vec16*>(turned + row * 128 + thread % 8 * 16);

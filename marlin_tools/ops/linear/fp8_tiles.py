@@ -1,8 +1,8 @@
 """The tiles of `kernels/w4a8/hopper.cu`, and what the family is compiled to: as `tiles.py` has it for activations of 16 bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -27,6 +27,10 @@ class Fp8Tile(Tile):
 
     activation_bytes: ClassVar[int] = 1
 
+    def for_group(self, group: int) -> Self:
+        """With one scale per output, 128 tokens: for 256 a few registers are missing."""
+        return super().for_group(group) if group else replace(self, n8=min(self.n8, 16))
+
     @property
     def name(self) -> str:
         """Rows of activations x outputs per CTA."""
@@ -40,7 +44,7 @@ class Fp8Tile(Tile):
     @property
     def staged(self) -> bool:
         """Whether CTAs of a cluster exchange their sums by copies from shared memory."""
-        return self.tokens > 64
+        return self.tokens <= 128
 
     @property
     def stage_bytes(self) -> int:
@@ -48,8 +52,8 @@ class Fp8Tile(Tile):
         return self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K + 16  # two barriers
 
     def exchange_bytes(self, capability: int) -> int:
-        """Shared memory besides the stages: also room for the outputs."""
-        return super().exchange_bytes(capability) + self.outputs * self.tokens * 2
+        """Shared memory besides the stages: also room for the outputs of 128 tokens."""
+        return super().exchange_bytes(capability) + self.outputs * 128 * 2
 
     def _cluster_bytes(self, capability: int) -> int:
         return 0
@@ -62,14 +66,18 @@ class Fp8Tile(Tile):
         raise NotImplementedError
 
 
-FP8_TILES = {tile.name: tile for tile in (Fp8Tile("hopper", 16, 2), Fp8Tile("hopper", 22, 2))}
+FP8_TILES = {tile.name: tile for tile in (Fp8Tile("hopper", 16, 2), Fp8Tile("hopper", 32, 2))}
 """By name: rows of activations x outputs per CTA."""
 
 
-@cache
 def fp8_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel:
     """The kernel of a tile, for outputs of a type and scales per `group` of inputs or, with 0, per output."""
-    return product_kernel("w4a8", FP8_TILES[tile], dtype, target, group, torch.float8_e4m3fn)
+    return _fp8_kernel(FP8_TILES[tile].for_group(group), dtype, target, group)
+
+
+@cache
+def _fp8_kernel(tile: Fp8Tile, dtype: torch.dtype, target: str, group: int) -> Kernel:
+    return product_kernel("w4a8", tile, dtype, target, group, torch.float8_e4m3fn)
 
 
 def round_kernel(dtype: torch.dtype, in_features: int, target: str) -> Kernel:
@@ -96,5 +104,6 @@ def fp8_kernels(target: str) -> list[Kernel]:
     """Every kernel of the family that exists for a target."""
     if capability_of(target) != 90:
         return []
-    products = [fp8_kernel(name, dtype, target, group) for name, dtype, group in choices(FP8_TILES, target, FP8_GROUP_SIZES)]
-    return products + [_round_kernel(dtype, held, target) for dtype in ELEMENTS for held in _HELD]
+    found = choices(FP8_TILES, target, FP8_GROUP_SIZES)
+    products = dict.fromkeys(fp8_kernel(name, dtype, target, group) for name, dtype, group in found)
+    return [*products, *(_round_kernel(dtype, held, target) for dtype in ELEMENTS for held in _HELD)]
