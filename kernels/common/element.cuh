@@ -192,8 +192,8 @@ struct Bfloat16 {
     __device__ __forceinline__ static float widen(u16 h) { return __uint_as_float(static_cast<u32>(h) << 16); }
 };
 
-// Eight bits, for operands only. Numbers up to 15 of the smallest are 0x00 to 0x0F, of either sign: below the first binade and in
-// it the steps are the same.
+// Eight bits, for operands only. Numbers up to 15 of the smallest are 0x00 to 0x0F, of either sign: below the first binade and
+// in it the steps are the same.
 struct E4m3 {
     static constexpr int kBytes = 1;
     static constexpr float kQuantum = 1.f / 512;
@@ -210,7 +210,7 @@ struct E4m3 {
         odd = with_sign(distance(q >> 4 & 0x0F0F0F0F), q);
     }
 
-  private:
+private:
     __device__ __forceinline__ static u32 distance(u32 codes) {
         u32 r;
         asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(codes), "r"(0x08080808), "r"(0));

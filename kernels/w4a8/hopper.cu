@@ -4,9 +4,9 @@
 // the energy. A word of a packed tile, one lane's codes of 16 inputs, is half of its e4m3 fragment of 32 inputs: even nibbles
 // are one row, odd nibbles the other. In a row the inputs then are in the order in which `round.cu` writes the activations.
 //
-// Tensor cores see the exact integers -8..7. They add e4m3 products with few bits, so every packed tile, 128 inputs, has sums of
-// its own, which are scaled in float32 and added up. Meanwhile products of the other warpgroup run. These sums are those of 128
-// tokens at a time: so 256 tokens fit, for which weights are converted once.
+// Tensor cores see the exact integers -8..7. They add e4m3 products with few bits, so every packed tile, 128 inputs, has sums
+// of its own, which are scaled in float32 and added up. Meanwhile products of the other warpgroup run. These sums are those of
+// 128 tokens at a time: so 256 tokens fit, for which weights are converted once.
 #include "linear/hopper.cuh"
 
 template <int kTokens, int kConsumers, int kStages>
@@ -18,7 +18,7 @@ struct Consumer : ConsumerWarp<T> {
     using Warp::p, Warp::memory, Warp::warp, Warp::lane, Warp::tile, Warp::fragment, Warp::state, Warp::sums;
     using Warp::Warp;
 
-    static constexpr int kSteps = 4;                       // of 32 inputs each: a packed tile
+    static constexpr int kSteps = 4;  // of 32 inputs each: a packed tile
     static constexpr int kPartTokens = 128, kPartFragments = kPartTokens / 8, kParts = T::kTokens / kPartTokens;
 
     float part[kPartFragments][4];  // of one packed tile and so many tokens
@@ -163,8 +163,8 @@ struct Consumer : ConsumerWarp<T> {
         for (int f = 0; f < T::kFragments; ++f) Warp::store_fragment(outputs, f, first_token);
     }
 
-    // A warp has four bytes of each 16 that belong to a token. The warpgroup puts them together in shared memory, and then writes
-    // 128 bytes at a time.
+    // A warp has four bytes of each 16 that belong to a token. The warpgroup puts them together in shared memory, and then
+    // writes 128 bytes at a time.
     __device__ __forceinline__ void store_together(const Outputs& outputs, int tile_n, int first_token) {
         u8* const turned = memory + T::kOutputsAt + tile * T::kTileOutputBytes;
 #pragma unroll
@@ -174,7 +174,7 @@ struct Consumer : ConsumerWarp<T> {
             for (int f = 0; f < kPartFragments; ++f)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const float(&v)[4] = sums[0][number * kPartFragments + f];
+                    const float (&v)[4] = sums[0][number * kPartFragments + f];
                     *reinterpret_cast<u32*>(turned + (f * 8 + lane % 4 * 2 + e) * 128 + lane / 4 * 16 + fragment * 4) =
                         outputs.round(v[e], v[2 + e], 0);
                 }

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 
 from marlin_tools.ops.linear.layout import TILE_K, TILE_N
-from marlin_tools.ops.linear.tiles import Tile, choices, product_kernel, types_of
+from marlin_tools.ops.linear.tiles import Tile, choices, product_kernel
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
 from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.quantized import dtype_name
@@ -60,10 +60,11 @@ class Fp8Tile(Tile):
 
     def expression(self, capability: int) -> str:
         """The C++ type."""
-        return f"Fp8<{self.tokens}, {self.consumers}, {self.stages(capability)}>"
+        return self._expression(self.stages(capability), self.ctas_per_sm)
 
     def _expression(self, stages: int, ctas: int) -> str:
-        raise NotImplementedError
+        assert ctas == 1, self
+        return f"Fp8<{self.tokens}, {self.consumers}, {stages}>"
 
 
 FP8_TILES = {tile.name: tile for tile in (Fp8Tile("hopper", 16, 2), Fp8Tile("hopper", 32, 2))}

@@ -251,7 +251,11 @@ TILES = {
 
 
 _OPERANDS = {**ELEMENTS, torch.float8_e4m3fn: "E4m3"}
-_PACKED = {"w4a16": ("kTileBytes", 4 * WORDS), "w24a16": ("kSparseTile", 3 * WORDS), "w4a8": ("kTileBytes", 4 * WORDS)}  # bytes of a packed tile, by family
+_PACKED = {
+    "w4a16": ("kTileBytes", 4 * WORDS),
+    "w24a16": ("kSparseTile", 3 * WORDS),
+    "w4a8": ("kTileBytes", 4 * WORDS),
+}  # bytes of a packed tile, by family
 
 
 @cache

@@ -28,7 +28,14 @@ class TensorMap:
             (ctypes.c_uint32 * 2)(1, 1),
         )
         kinds = (_NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _FILL_ZEROS)
-        self._arguments = (ctypes.c_void_p(place), _UINT16 if element_bytes == 2 else _UINT8, 2, self._address, *self._shapes, *kinds)
+        self._arguments = (
+            ctypes.c_void_p(place),
+            _UINT16 if element_bytes == 2 else _UINT8,
+            2,
+            self._address,
+            *self._shapes,
+            *kinds,
+        )
         self._encode = _encode_function()
 
     def point(self, address: int) -> None:
