@@ -46,8 +46,8 @@ def exact(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor
 
 
 def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and for the short sums of tensor cores 2^-13 of the
-    sum of magnitudes.
+    """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and for the short sums of tensor cores
+    2^-13 of the sum of magnitudes.
     """
     rounded, token_scales = round_tokens(x)
     values = rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None]

@@ -1,4 +1,4 @@
-"""The tiles of `kernels/w4a8/hopper.cu`, and what the family is compiled to: as `tiles.py` has it for activations of 16 bits."""
+"""The tiles of `kernels/w4a8/hopper.cu` and the kernels of the family, as `tiles.py` has them for activations of 16 bits."""
 
 from dataclasses import dataclass, replace
 from functools import cache
