@@ -1,6 +1,6 @@
 // Types: of activations in memory, of what tensor cores multiply, of outputs. An operand's type knows how eight 4-bit codes
 // become one A fragment, as integers or times their scales, and how to multiply it; an output's type how float32 sums become
-// outputs. Nothing else in the kernels depends on them. Today all three are the same, float16 or bfloat16.
+// outputs. Nothing else in the kernels depends on them. All three are the same, float16 or bfloat16, or the first two are e4m3.
 //
 // Codes times scales cost one operation for two weights besides the masks. A code alone in the low bits of a 16-bit float is a
 // subnormal number, that many times the smallest one, without the bias that an exponent would bring along. So
@@ -191,6 +191,43 @@ struct Bfloat16 {
 
     __device__ __forceinline__ static float widen(u16 h) { return __uint_as_float(static_cast<u32>(h) << 16); }
 };
+
+// Eight bits, for operands only. Numbers up to 15 of the smallest are 0x00 to 0x0F, of either sign: below the first binade and
+// in it the steps are the same.
+struct E4m3 {
+    static constexpr int kBytes = 1;
+    static constexpr float kQuantum = 1.f / 512;
+
+    struct Scales {};
+
+    // Codes 0..15 become the exact integers from -kZero on, four per register, times kQuantum: their distance from zero, and a
+    // sign where the top bit of the code is clear. Even nibbles of `q` are those of one row, odd ones of the other. Eight
+    // instructions for eight codes.
+    template <int kZero>
+    __device__ __forceinline__ static void dequantize(u32 q, u32& even, u32& odd) {
+        static_assert(kZero == 8, "the top bit of a code tells its sign");
+        even = with_sign(distance(q & 0x0F0F0F0F), q << 4);
+        odd = with_sign(distance(q >> 4 & 0x0F0F0F0F), q);
+    }
+
+private:
+    __device__ __forceinline__ static u32 distance(u32 codes) {
+        u32 r;
+        asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(codes), "r"(0x08080808), "r"(0));
+        return r;
+    }
+
+    __device__ __forceinline__ static u32 with_sign(u32 distance, u32 clear_if_negative) {
+        return distance | (~clear_if_negative & 0x80808080);
+    }
+};
+
+// Two numbers rounded to e4m3, the low one in the low byte; what is too large becomes the largest.
+__device__ __forceinline__ u16 round_pair_to_e4m3(float low, float high) {
+    u16 r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+}
 
 // Four 8x8 matrices of 16-bit elements; lane l supplies the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 shared) {

@@ -20,8 +20,9 @@ struct HopperProblem {
     int tiles;         // on the line
     int shared_tiles;  // the first of them: each is split by a cluster, or `schedule` deals out their steps ("stream-K")
     Schedule schedule;
-    u32 offset_per_scale;  // two float16: -(zero point) / growth; for float16 weights that are rounded
-    float growth;          // of sums of these
+    u32 offset_per_scale;       // two float16: -(zero point) / growth; for float16 weights that are rounded
+    float growth;               // of sums of these
+    const float* token_scales;  // [m], of activations that were rounded to 8 bits
 };
 
 // A CTA first takes its range of the tiles that are shared, then its whole tiles: sums of several CTAs are added while others

@@ -13,27 +13,32 @@ template <int kTokens_,            // tokens per CTA: 8 to 128
           int kCtasPerSm_,         // CTAs that must fit on an SM
           int kPackedBytes_,       // of a packed tile
           int kScaleRows_,         // rows of scales of a packed tile
-          bool kRounded_ = false>  // scales are applied to the weights, which rounds them to 16 bits; else to the sums
+          bool kRounded_ = false,  // scales are applied to the weights, which rounds them to 16 bits; else to the sums
+          int kBoxes_ = 2>         // of 128 bytes per token and stage: activations have 16 bits or, with one box, 8
 struct HopperTile {
     static constexpr int kTokens = kTokens_, kConsumers = kConsumers_, kTiles = kTiles_, kStages = kStages_,
                          kCtasPerSm = kCtasPerSm_;
     static constexpr int kPackedBytes = kPackedBytes_, kTileScaleBytes = kScaleRows_ * kScaleBytes;
     static constexpr bool kRounded = kRounded_;
+    static constexpr int kBoxes = kBoxes_, kBoxColumns = kTileColumns / kBoxes;
     static constexpr int kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128,
                          kConsumerWarps = 4 * kConsumers;
     static constexpr int kCtaTiles = kConsumers * kTiles;  // packed tiles of a CTA
     static constexpr int kFragments = kTokens / 8;         // n8 tiles: float4 of sums per lane and packed tile
-    // A stage: activations in two boxes of 64 inputs, codes. Scales and barriers lie behind all stages, whose boxes stay
+    // A stage: activations in boxes of 128 bytes per token, codes. Scales and barriers lie behind all stages, whose boxes stay
     // aligned.
     static constexpr int kBoxBytes = kTokens * 128;
-    static constexpr int kCodesAt = 2 * kBoxBytes;
+    static constexpr int kCodesAt = kBoxes * kBoxBytes;
     static constexpr int kStageBytes = kCodesAt + kCtaTiles * kPackedBytes;
     static constexpr int kScalesAt = kStages * kStageBytes;
     static constexpr int kStageScaleBytes = kCtaTiles * kTileScaleBytes;
     static constexpr int kBarriersAt = kScalesAt + kStages * kStageScaleBytes;
     static constexpr int kSumsBarrierAt = kBarriersAt + kStages * 16;
     static constexpr int kWorkAt = kSumsBarrierAt + 16;  // one per warp that multiplies
-    static constexpr int kSharedBytes = kWorkAt + kConsumerWarps * sizeof(HopperWork);
+    // With activations of 8 bits, room to put outputs of 128 tokens together.
+    static constexpr int kOutputsAt = kWorkAt + kConsumerWarps * sizeof(HopperWork);
+    static constexpr int kTileOutputBytes = kBoxes == 1 ? kTileRows * 128 * 2 : 0;
+    static constexpr int kSharedBytes = kOutputsAt + kCtaTiles * kTileOutputBytes;
     // Stages whose weights are asked for before the activations may be. Where the tensor cores are the limit, activations
     // should not queue behind many of them.
     static constexpr int kAhead = kTokens > 32 ? 2 : kStages;
@@ -43,7 +48,7 @@ struct HopperTile {
     static constexpr int kConsumerRegisters = (kRegisters * (kConsumers + 1) - kProducerRegisters) / kConsumers / 8 * 8;
     // CTAs of a cluster exchange their sums by copies from shared to shared memory: faster than from registers where there
     // are many.
-    static constexpr bool kStaged = kRounded && kTokens > 64;
+    static constexpr bool kStaged = (kRounded || kBoxes == 1) && kTokens > 64 && kTokens <= 128;
     static_assert(kConsumerRegisters <= 248, "a thread's limit");
     static_assert(kStageBytes % 1024 == 0, "aligned boxes");
 
@@ -139,7 +144,7 @@ struct Producer {
     __device__ __forceinline__ void load_weights(const StepIterator<T>& at, u32 stage) const {
         const u32 barrier = T::full(memory, stage);
         const int left = p.tiles_n - at.tile_n, tiles = left < 0 ? 0 : left < T::kCtaTiles ? left : T::kCtaTiles;
-        barrier_expect(barrier, 2 * T::kBoxBytes + tiles * (T::kPackedBytes + (kGroup > 0 ? T::kTileScaleBytes : 0)));
+        barrier_expect(barrier, T::kBoxes * T::kBoxBytes + tiles * (T::kPackedBytes + (kGroup > 0 ? T::kTileScaleBytes : 0)));
         u64 tile = static_cast<u64>(at.tile_n) * p.tiles_k + at.step;
         u32 codes = memory + stage * T::kStageBytes + T::kCodesAt, scales = memory + T::kScalesAt + stage * T::kStageScaleBytes;
 #pragma unroll 1
@@ -155,7 +160,7 @@ struct Producer {
     __device__ __forceinline__ void load_tokens(const StepIterator<T>& at, u32 stage) const {
         const u32 to = memory + stage * T::kStageBytes, barrier = T::full(memory, stage);
 #pragma unroll
-        for (int box = 0; box < 2; ++box)
-            tma_load_box(to + box * T::kBoxBytes, p.x, at.step * kTileColumns + box * 64, at.first_token, barrier);
+        for (int box = 0; box < T::kBoxes; ++box)
+            tma_load_box(to + box * T::kBoxBytes, p.x, at.step * kTileColumns + box * T::kBoxColumns, at.first_token, barrier);
     }
 };

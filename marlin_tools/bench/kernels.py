@@ -5,7 +5,8 @@ beside each: the time that the bytes or the arithmetic need at the rates measure
 
     bytes = K N (4 + 16/128) / 8 + 2 M K + 2 M N        flop = 2 M N K
 
-and for 2:4-sparse weights 3 bits instead of 4, and half of the arithmetic.
+and for 2:4-sparse weights 3 bits instead of 4, and half of the arithmetic; half of it, too, with activations in FP8, whose
+rounding is timed with the product.
 """
 
 import re
@@ -24,7 +25,8 @@ from marlin_tools.bench import timing
 from marlin_tools.checkpoint.output import folder, put
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.ops.linear import dispatch, reference, sparse_dispatch, sparse_reference, w4a16, w24a16
+from marlin_tools.ops.linear import dispatch, fp8_reference, reference, sparse_dispatch, sparse_reference, w4a8, w4a16, w24a16
+from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES
 from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES, TILE_K, TILE_N, PackedWeight, exponent_of
 from marlin_tools.ops.linear.sparse_layout import PackedSparse, random_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
@@ -52,6 +54,7 @@ PAPER_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 BASELINE = "torch"
 DENSE = "ours"
 SPARSE = "ours 2:4"
+FP8 = "ours fp8"
 DEQUANTIZED = "dequantize + cuBLAS"
 TINYGEMM = "torch int4"
 
@@ -229,9 +232,15 @@ class _Kind:
     multiply_with: Callable[[str, Tensor, Any], Tensor]
     exact: Callable[[Tensor, Any], Tensor]
 
+    def exists_on(self, gpu: str) -> bool:
+        """Whether a GPU has the instructions."""
+        return any(name in self.tokens for name in self.tables.choices_on(gpu))
+
     def sensible(self, gpu: str, m: int) -> list[str]:
         """What could be fastest for so many rows."""
         tiles = [name for name in self.tables.choices_on(gpu) if name in self.tokens]
+        if self.name == FP8:  # for many rows only, and nothing to fall back to: cuBLAS would not round
+            return tiles
         most = max(self.tokens[name] for name in tiles)
         fit = [t for t in tiles if self.tokens[t] < 4 * max(8, m) and (m <= 16 * self.tokens[t] or 2 * self.tokens[t] >= most)]
         return [*fit, dispatch.CUBLAS] if m >= 64 else fit
@@ -262,7 +271,7 @@ class _Problem:
         device, dtype = _device(settings.device), getattr(torch, settings.dtype)
         copies = range(timing.copies_past_l2(device, shape.k * shape.n * 3 // 8))
         group = settings.group_size
-        kinds = [kind for kind in _KINDS if group in {*kind.groups, -1}]
+        kinds = [kind for kind in _KINDS if group in {*kind.groups, -1} and kind.exists_on(dispatch.gpu_of(device))]
         ours = {kind.name: [kind.random(shape, group, device) for _ in copies] for kind in kinds}
         peer = [_tinygemm_weight(shape, device) for _ in copies] if settings.peers else []
         scales = 1 if group == -1 else shape.k // group
@@ -372,5 +381,17 @@ _KINDS = (
         w24a16.sparse_linear,
         w24a16.multiply_with,
         sparse_reference.exact,
+    ),
+    _Kind(
+        FP8,
+        4.0,
+        0.5,
+        w4a8.FP8,
+        {name: tile.tokens for name, tile in FP8_TILES.items()},
+        FP8_GROUP_SIZES,
+        _random_weight,
+        w4a8.fp8_linear,
+        w4a8.multiply_with,
+        fp8_reference.exact,
     ),
 )

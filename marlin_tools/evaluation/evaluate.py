@@ -181,10 +181,10 @@ class _Run:
         _check_activations(settings, checkpoint)
         self.subject = _Side(checkpoint)
         self.original = _Side(original) if original is not None else None
+        self.code: list[str] = []
+        self.harness = self._harness()  # first: what fails most often, and loads least
         self.tokenizer = checkpoint.tokenizer()
         self.bos = Encoder(self.tokenizer).bos
-        self.code: list[str] = []
-        self.harness = self._harness()
         self.texts = {name: self._tokens(name) for name in settings.texts}
         if original is not None and self.texts:
             self._check_vocabulary(original)

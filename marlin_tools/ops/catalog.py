@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from marlin_tools.ops.linear.fp8_tiles import fp8_kernels
 from marlin_tools.ops.linear.sparse_tiles import sparse_kernels
 from marlin_tools.ops.linear.tiles import dense_kernels
 from marlin_tools.ops.model.decode import decode_kernels
@@ -16,6 +17,7 @@ from marlin_tools.ops.solver.kernels import solver_kernels
 PURPOSES = {
     "dense": "INT4 products",
     "sparse": "products of 2:4 sparse INT4 weights",
+    "fp8": "INT4 products with activations in FP8",
     "decode": "what a decoder does to a token besides products",
     "solver": "quantisation",
 }
@@ -42,6 +44,7 @@ def kernels(target: str | None = None) -> list[tuple[str, Kernel]]:
     families = {
         "dense": dense_kernels(target),
         "sparse": sparse_kernels(target),
+        "fp8": fp8_kernels(target),
         "decode": decode_kernels(target),
         "solver": [*solver_kernels(target), *rotate_kernels(target)],
     }

@@ -88,7 +88,8 @@ def test_small_run(monkeypatch):
     settings = BenchSettings(models=("small",), rows=(1, 64), peers=True)
     results = bench.bench_kernels(settings)
 
-    assert {r.kernel for r in results} == {"torch", "ours", bench.SPARSE, bench.DEQUANTIZED, bench.TINYGEMM}
+    fp8 = {bench.FP8} if torch.cuda.get_device_capability() == (9, 0) else set()
+    assert {r.kernel for r in results} == {"torch", "ours", bench.SPARSE, bench.DEQUANTIZED, bench.TINYGEMM} | fp8
     assert all(r.microseconds > 0 for r in results)
     assert all(cost > 0 for cost in bench.host_costs(torch.device("cuda", 0)).values())
     with pytest.raises(DeviceError, match="`llama9`"):
@@ -96,7 +97,7 @@ def test_small_run(monkeypatch):
 
 
 @pytest.mark.parametrize(("m", "expected"), [(1, False), (63, False), (64, True), (4096, True)])
-@pytest.mark.parametrize("kind", bench._KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in bench._KINDS if kind.name != bench.FP8], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_tuning_tries_what_can_be_fastest(kind, target, m, expected):
     sensible = kind.sensible(target, m)
@@ -105,6 +106,13 @@ def test_tuning_tries_what_can_be_fastest(kind, target, m, expected):
     assert set(sensible) <= set(kind.tables.choices_on(target))
     assert all(kind.tokens[name] < 4 * max(8, m) for name in sensible if name != dispatch.CUBLAS)
     assert len(sensible) > 1 or m > 1000
+
+
+def test_fp8_is_measured_on_hopper_and_never_falls_back():
+    (fp8,) = (kind for kind in bench._KINDS if kind.name == bench.FP8)
+    assert fp8.exists_on("sm_90a H200")
+    assert not fp8.exists_on("sm_89")
+    assert fp8.sensible("sm_90a", 1) == fp8.sensible("sm_90a", 4096) == list(fp8.tokens)
 
 
 CARD = {

@@ -1,4 +1,4 @@
-"""Plans for the Hopper kernels, `kernels/w4a16/hopper.cu` and its sparse counterpart."""
+"""Plans for the Hopper kernels, `kernels/w4a16/hopper.cu` and its counterparts."""
 
 import struct
 from functools import cache
@@ -53,7 +53,7 @@ class HopperPlan(LaunchPlan):
 
     def _costs(self) -> Costs:
         cache = torch.cuda.get_device_properties(self._device_index).L2_cache_size
-        return costs(self._tile, cached=self._m * self._k * 2 < _CACHED * cache)
+        return costs(self._tile, cached=self._m * self._k * self._tile.activation_bytes < _CACHED * cache)
 
     def alternatives(self) -> list[Decomposition]:
         """Every way to cut the work."""
@@ -65,7 +65,7 @@ class HopperPlan(LaunchPlan):
         tile = self._tile
         assert chosen.ctas * tile.counters * 4 <= COUNTER_BYTES, (chosen, tile)
         self._launch = driver.Launch(self._function, chosen.ctas, chosen.split)
-        self._map = TensorMap(self._launch.argument, self._m, self._k, tile.tokens)
+        self._map = TensorMap(self._launch.argument, self._m, self._k, tile.tokens, tile.activation_bytes)
         schedule = divmod(chosen.shared_tiles * self._groups, chosen.ctas)
         shape = (*self._shape, self._tiles_n, self._groups)
         self._sizes = (*shape, self._token_tiles, chosen.split, chosen.tiles, chosen.shared_tiles, *schedule)
@@ -77,7 +77,7 @@ class HopperPlan(LaunchPlan):
         return ()
 
     def _rounding(self, exponent: int) -> tuple[float, ...]:
-        return powers(exponent)
+        return (*powers(exponent), 0)
 
 
 @cache

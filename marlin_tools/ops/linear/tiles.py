@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -27,7 +27,7 @@ PROBLEM = Arguments(
 HOPPER_PROBLEM = Arguments(
     "HopperProblem",
     "codes:Q scales:Q bias:Q y:Q partials:Q arrivals:Q m:i n:i tiles_n:i tiles_k:i token_tiles:i split:i tiles:i "
-    "shared_tiles:i schedule.run:I schedule.longer:I offset_per_scale:I growth:f",
+    "shared_tiles:i schedule.run:I schedule.longer:I offset_per_scale:I growth:f token_scales:Q",
     mapped=True,
 )
 """Of the Hopper kernels, in `kernels/linear/hopper_work.cuh`."""
@@ -61,6 +61,9 @@ class Tile(ABC):
     ctas_per_sm: int = 1
     consumers: int = 2
     scale_rows: int = 1
+
+    activation_bytes: ClassVar[int] = 2
+    """Of an activation that tensor cores multiply."""
 
     def for_group(self, group: int) -> Self:
         """The same tile for scales per `group` of inputs or, with 0, per output."""
@@ -247,7 +250,12 @@ TILES = {
 """By name: rows of activations x outputs per CTA."""
 
 
-_PACKED = {"w4a16": ("kTileBytes", 4 * WORDS), "w24a16": ("kSparseTile", 3 * WORDS)}  # bytes of a packed tile, by family
+_OPERANDS = {**ELEMENTS, torch.float8_e4m3fn: "E4m3"}
+_PACKED = {
+    "w4a16": ("kTileBytes", 4 * WORDS),
+    "w24a16": ("kSparseTile", 3 * WORDS),
+    "w4a8": ("kTileBytes", 4 * WORDS),
+}  # bytes of a packed tile, by family
 
 
 @cache
@@ -273,14 +281,16 @@ def dequantizing_kernel(family: str, dtype: torch.dtype, target: str, group: int
     )
 
 
-def product_kernel(family: str, tile: Tile, dtype: torch.dtype, target: str, group: int) -> Kernel:
-    """What multiplies with a tile."""
+def product_kernel(
+    family: str, tile: Tile, dtype: torch.dtype, target: str, group: int, operand: torch.dtype | None = None
+) -> Kernel:
+    """What multiplies with a tile. Tensor cores see activations of type `operand`, or as they are."""
     capability = capability_of(target)
     return Kernel(
         "-".join([family, tile.name, dtype_name(dtype), f"g{group}" if group else "column"]),
         target,
         f"{family}/{tile.kernel}.cu",
-        f"{tile.kernel}_kernel<{tile.expression(capability)}, {types_of(dtype, dtype, dtype)}, {group}>",
+        f"{tile.kernel}_kernel<{tile.expression(capability)}, {types_of(operand or dtype, operand or dtype, dtype)}, {group}>",
         tile.threads,
         HOPPER_PROBLEM if tile.kernel == "hopper" else PROBLEM,
         tile.shared_bytes(capability),
@@ -291,7 +301,7 @@ def product_kernel(family: str, tile: Tile, dtype: torch.dtype, target: str, gro
 
 def types_of(activation: torch.dtype, operand: torch.dtype, output: torch.dtype) -> str:
     """The C++ types of activations, of what tensor cores multiply and of outputs; and the grid of the codes."""
-    names = (ELEMENTS[dtype] for dtype in (activation, operand, output))
+    names = (_OPERANDS[dtype] for dtype in (activation, operand, output))
     return f"Types<{', '.join(names)}, Grid<{ZERO}, {LEVELS}>>"
 
 

@@ -10,23 +10,32 @@ from typing import Any
 
 from marlin_tools.errors import DeviceError
 
-_UINT16, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _FILL_ZEROS = 1, 0, 3, 3, 0  # of CUtensorMap's enumerations
-_BOX_COLUMNS = 64  # 128 bytes: the width of the swizzle
+_UINT8, _UINT16, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _FILL_ZEROS = 0, 1, 0, 3, 3, 0  # of CUtensorMap's enumerations
+_BOX_BYTES = 128  # of a row: the width of the swizzle
 
 
 class TensorMap:
-    """A matrix of 16-bit elements, cut into boxes of `box_rows` x 64 with the 128-byte swizzle. Belongs to one thread."""
+    """A matrix of elements of two bytes or one, cut into boxes of `box_rows` x 128 bytes with the 128-byte swizzle. Belongs to
+    one thread.
+    """
 
-    def __init__(self, place: int, rows: int, columns: int, box_rows: int) -> None:
+    def __init__(self, place: int, rows: int, columns: int, box_rows: int, element_bytes: int = 2) -> None:
         self._address = ctypes.c_void_p(0)
         self._shapes = (
             (ctypes.c_uint64 * 2)(columns, rows),
-            (ctypes.c_uint64 * 1)(columns * 2),
-            (ctypes.c_uint32 * 2)(_BOX_COLUMNS, box_rows),
+            (ctypes.c_uint64 * 1)(columns * element_bytes),
+            (ctypes.c_uint32 * 2)(_BOX_BYTES // element_bytes, box_rows),
             (ctypes.c_uint32 * 2)(1, 1),
         )
         kinds = (_NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _FILL_ZEROS)
-        self._arguments = (ctypes.c_void_p(place), _UINT16, 2, self._address, *self._shapes, *kinds)
+        self._arguments = (
+            ctypes.c_void_p(place),
+            _UINT16 if element_bytes == 2 else _UINT8,
+            2,
+            self._address,
+            *self._shapes,
+            *kinds,
+        )
         self._encode = _encode_function()
 
     def point(self, address: int) -> None:

@@ -1,0 +1,110 @@
+"""The tiles of `kernels/w4a8/hopper.cu` and the kernels of the family, as `tiles.py` has them for activations of 16 bits."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar, Self
+
+import torch
+
+from marlin_tools.ops.linear.layout import TILE_K, TILE_N
+from marlin_tools.ops.linear.tiles import Tile, choices, product_kernel
+from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
+from marlin_tools.ops.runtime.target import capability_of
+from marlin_tools.quantized import dtype_name
+
+FP8_GROUP_SIZES = (TILE_K,)
+"""How many inputs may share a scale, if not all of K do: as many as sums are scaled for at once."""
+
+ROUND = Arguments("RoundArguments", "x:Q rounded:Q scales:Q k:i")
+"""Of the kernel that rounds activations, in `kernels/w4a8/round.cu`."""
+
+_ROUND_THREADS, _CHUNK, _HELD = 256, 16, (1, 2, 4)  # inputs that a thread rounds at once; chunks that it keeps
+
+
+@dataclass(frozen=True)
+class Fp8Tile(Tile):
+    """A tile for dense weights and activations of 8 bits."""
+
+    activation_bytes: ClassVar[int] = 1
+
+    def for_group(self, group: int) -> Self:
+        """With one scale per output, 128 tokens: for 256 a few registers are missing."""
+        return super().for_group(group) if group else replace(self, n8=min(self.n8, 16))
+
+    @property
+    def name(self) -> str:
+        """Rows of activations x outputs per CTA."""
+        return f"{self.tokens}x{self.outputs}-fp8"
+
+    @property
+    def rounded(self) -> bool:
+        """Scales are applied to sums."""
+        return False
+
+    @property
+    def staged(self) -> bool:
+        """Whether CTAs of a cluster exchange their sums by copies from shared memory."""
+        return self.tokens <= 128
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory that one more stage costs a CTA."""
+        return self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K + 16  # two barriers
+
+    def exchange_bytes(self, capability: int) -> int:
+        """Shared memory besides the stages: also room for the outputs of 128 tokens."""
+        return super().exchange_bytes(capability) + self.outputs * 128 * 2
+
+    def _cluster_bytes(self, capability: int) -> int:
+        return 0
+
+    def expression(self, capability: int) -> str:
+        """The C++ type."""
+        return self._expression(self.stages(capability), self.ctas_per_sm)
+
+    def _expression(self, stages: int, ctas: int) -> str:
+        assert ctas == 1, self
+        return f"Fp8<{self.tokens}, {self.consumers}, {stages}>"
+
+
+FP8_TILES = {tile.name: tile for tile in (Fp8Tile("hopper", 16, 2), Fp8Tile("hopper", 32, 2))}
+"""By name: rows of activations x outputs per CTA."""
+
+
+def fp8_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel:
+    """The kernel of a tile, for outputs of a type and scales per `group` of inputs or, with 0, per output."""
+    return _fp8_kernel(FP8_TILES[tile].for_group(group), dtype, target, group)
+
+
+@cache
+def _fp8_kernel(tile: Fp8Tile, dtype: torch.dtype, target: str, group: int) -> Kernel:
+    return product_kernel("w4a8", tile, dtype, target, group, torch.float8_e4m3fn)
+
+
+def round_kernel(dtype: torch.dtype, in_features: int, target: str) -> Kernel:
+    """What rounds activations with so many inputs."""
+    need = -(-in_features // (_ROUND_THREADS * _CHUNK))
+    return _round_kernel(dtype, next((held for held in _HELD if held >= need), _HELD[-1]), target)
+
+
+@cache
+def _round_kernel(dtype: torch.dtype, held: int, target: str) -> Kernel:
+    return Kernel(
+        f"round-{held}-{dtype_name(dtype)}",
+        target,
+        "w4a8/round.cu",
+        f"round_kernel<{ELEMENTS[dtype]}, {held}>",
+        _ROUND_THREADS,
+        ROUND,
+        overlaps=True,
+        mirrors=(("kThreads", _ROUND_THREADS), ("kChunk", _CHUNK)),
+    )
+
+
+def fp8_kernels(target: str) -> list[Kernel]:
+    """Every kernel of the family that exists for a target."""
+    if capability_of(target) != 90:
+        return []
+    found = choices(FP8_TILES, target, FP8_GROUP_SIZES)
+    products = dict.fromkeys(fp8_kernel(name, dtype, target, group) for name, dtype, group in found)
+    return [*products, *(_round_kernel(dtype, held, target) for dtype in ELEMENTS for held in _HELD)]

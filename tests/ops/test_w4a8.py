@@ -1,0 +1,125 @@
+"""INT4 weights x FP8 activations without a GPU: the order of inputs, the rounding, the operator on a CPU, what is refused."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from marlin_tools import ops
+from marlin_tools.errors import DeviceError
+from marlin_tools.ops.linear import fp8_reference, w4a8
+from marlin_tools.ops.linear.fp8_tiles import FP8_TILES, fp8_kernel, fp8_kernels, round_kernel
+from marlin_tools.ops.linear.layout import WORDS, pack
+from marlin_tools.ops.runtime.compiler import compile_kernel
+from marlin_tools.quantized import ZERO, QuantizedLinear
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def weight(n, k, group_size=128, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    return QuantizedLinear(codes, torch.randn((n, k // group_size), generator=generator).half() * 0.02, group_size)
+
+
+def fragments(words):
+    """int32 [..., jj, i, lane, j] -> e4m3 operands float32 [output of 64, place of 128], as `E4m3::dequantize` makes them."""
+    halves = (words.view(2, 4, 8, 4, 4) >> shift & 0x0F0F0F0F for shift in (0, 4))
+    rows = torch.stack([half.contiguous().view(torch.uint8).view(2, 4, 8, 4, 4, 4) for half in halves], dim=-1)
+    distance = (rows.to(torch.int16) - ZERO).abs().to(torch.uint8)
+    values = (distance | (rows < ZERO).to(torch.uint8) << 7).view(torch.float8_e4m3fn).to(torch.float32)
+    # [jj, i, g, t, j, byte, h]: output 8 g + 2 i + h, place 64 jj + 16 j + 4 t + byte (k32 fragments: registers 2 (j % 2) + h)
+    return values.permute(2, 1, 6, 0, 4, 3, 5).reshape(64, 128)
+
+
+def test_packed_words_and_rounded_activations_are_in_the_same_order():
+    quantized = weight(64, 128)
+    words = pack(quantized).codes[0, 0]
+    assert words.shape == (WORDS,)
+    natural = quantized.codes.to(torch.float32) - ZERO
+    assert torch.equal(fragments(words) * 512, fp8_reference.in_kernel_order(natural))
+
+
+def test_the_order_is_a_permutation_within_16_inputs():
+    order = fp8_reference.in_kernel_order(torch.arange(256).view(1, -1))[0]
+    assert sorted(order.tolist()) == list(range(256))
+    assert order[:6].tolist() == [0, 8, 1, 9, 2, 10]
+    assert torch.equal(order.view(-1, 16) // 16, torch.arange(16)[:, None].expand(16, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_are_rounded_by_their_largest_value(dtype):
+    x = torch.randn((7, 256), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = 0
+    x[2, 5] = 1000
+    x[3] *= 1e-7
+    rounded, scales = fp8_reference.round_tokens(x)
+    values = rounded.to(torch.float32) * scales[:, None]
+    assert ((values - x.float()).abs() <= x.float().abs() * 2**-4 + scales[:, None] * 2**-10).all()
+    assert (values[1] == 0).all()
+    assert values[2, 5] == 1000
+    assert rounded.to(torch.float32).abs().amax(dim=1)[[0, 2, 4]].tolist() == [448] * 3
+
+
+def test_only_tokens_that_are_not_finite_have_such_outputs():
+    packed = pack(weight(70, 256))
+    x = torch.randn((5, 256), dtype=torch.float16)
+    expected = w4a8.fp8_linear(x, packed)
+    x[1, 3], x[4, 200] = float("nan"), float("inf")
+    y = w4a8.fp8_linear(x, packed)
+    assert y[[1, 4]].isnan().all()
+    assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("group_size", [128, 384])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_cpu(dtype, group_size):
+    packed = pack(weight(200, 384, group_size))
+    x, bias = torch.randn((6, 384)).to(dtype), torch.randn(200).to(dtype)
+    for b in (None, bias):
+        y = w4a8.fp8_linear(x, packed, b)
+        error = (y - fp8_reference.exact(x, packed, b)).abs()
+        assert (error <= fp8_reference.error_bound(x, packed, b)).all()
+        full = ops.linear(x, packed, b)
+        assert 1e-3 < (y - full).norm() / full.norm() < 0.05
+    assert w4a8.fp8_linear(x[:0], packed).shape == (0, 200)
+
+
+def test_traced_without_a_device():
+    packed = pack(weight(200, 384))
+    x = torch.empty((5, 384), dtype=torch.bfloat16, device="meta")
+    y = w4a8.fp8_linear(x, packed.to("meta"))
+    assert (y.shape, y.dtype, y.device.type) == ((5, 200), torch.bfloat16, "meta")
+
+
+def test_narrow_groups_are_refused():
+    cpu = torch.device("cpu")
+    assert w4a8.fp8_supported(cpu, 1024, 128) is None
+    assert w4a8.fp8_supported(cpu, 1024, 1024) is None
+    assert "group_size 64" in w4a8.fp8_supported(cpu, 1024, 64)
+    with pytest.raises(ValueError, match="scales must be float16"):
+        w4a8.fp8_linear(torch.zeros((1, 256), dtype=torch.float16), pack(weight(64, 256, 64)))
+
+
+@pytest.mark.parametrize("group", [128, 0])
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_tensor_cores_multiply_eight_bits(tile, group):
+    kernel = fp8_kernel(tile, torch.float16, "compute_90a", group)
+    text = compile_kernel(kernel).image
+    assert b"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in text
+    assert text.count(b"vabsdiff4") % 16 == 0  # whole packed tiles
+    for what, value in kernel.mirrors:
+        with pytest.raises(DeviceError, match="static assertion failed with"):
+            compile_kernel(dataclasses.replace(kernel, mirrors=((what, value + 1),)))
+
+
+def test_activations_are_rounded_by_hardware():
+    text = compile_kernel(round_kernel(torch.bfloat16, 4096, "compute_90a")).image.decode(errors="replace")
+    assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", text)
+    assert "griddepcontrol.wait" in text
+
+
+def test_only_hopper_has_them():
+    assert not fp8_kernels("sm_89")
+    assert len(fp8_kernels("sm_90a")) == 4 + 2 + 6

@@ -1,0 +1,172 @@
+"""INT4 weights x FP8 activations on a Hopper GPU, against float64 products of the same rounded activations."""
+
+import pytest
+import torch
+
+from marlin_tools import ops
+from marlin_tools.errors import DeviceError
+from marlin_tools.ops.linear import fp8_reference, layout, w4a8
+from marlin_tools.ops.linear.fp8_tiles import FP8_TILES, round_kernel
+from marlin_tools.ops.runtime import driver
+from marlin_tools.quantized import QuantizedLinear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def random_weight(n, k, group_size=128, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda", generator=generator)
+    scales = torch.randn((n, k // group_size), device="cuda", generator=generator) * 0.02  # of both signs
+    return QuantizedLinear(codes, scales.to(torch.float16), group_size)
+
+
+def random_x(m, k, dtype=torch.float16, seed=1):
+    return torch.randn((m, k), device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
+
+
+def assert_close(y, x, packed, bias=None):
+    error = (y.to(torch.float64) - fp8_reference.exact(x, packed, bias)).abs()
+    bound = fp8_reference.error_bound(x, packed, bias)
+    wrong = ~(error <= bound)
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} wrong, first at {wrong.nonzero()[0].tolist()}, error/bound {(error / bound).max():.3g}"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [128, 640, 4096, 4224, 11008, 28672])
+def test_rounding_is_that_of_torch(k, dtype):
+    x = random_x(77, k, dtype)
+    x[3], x[6], x[9] = 0, x[6] * 1e-6, 2.0
+    x[5, 7], x[8, 1], x[10, k - 1] = 3000, float("nan"), -float("inf")
+    rounded = torch.empty(x.shape, dtype=torch.uint8, device="cuda")
+    scales = torch.empty(77, dtype=torch.float32, device="cuda")
+    launch = driver.launch_of(round_kernel(dtype, k, "sm_90a"), x.device, 77)
+    launch(driver.current_stream(x.device.index), x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), k)
+    expected, expected_scales = fp8_reference.round_tokens(x)
+    finite = [row for row in range(77) if row not in {8, 10}]
+    assert torch.equal(rounded[finite], fp8_reference.in_kernel_order(expected.view(torch.uint8))[finite])
+    assert torch.equal(scales[finite], expected_scales[finite])
+    assert scales[[8, 10]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_every_m(tile, dtype, poisoned):
+    packed = ops.pack(random_weight(192, 640))
+    for m in [*range(1, 273), 351, 352, 353, *range(511, 515), 1025, 4096]:
+        x = random_x(m, 640, dtype, seed=m)
+        assert_close(w4a8.multiply_with(tile, x, packed), x, packed)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 63, 64, 65, 200, 264, 1088])
+@pytest.mark.parametrize("k", [128, 256, 384, 1152, 2944])
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_odd_shapes(tile, n, k, poisoned):
+    for group_size in {128, k}:
+        packed = ops.pack(random_weight(n, k, group_size))
+        for m, dtype in ((1, torch.float16), (13, torch.bfloat16), (200, torch.float16)):
+            x, bias = random_x(m, k, dtype), random_x(1, n, dtype, seed=5)[0]
+            assert_close(w4a8.multiply_with(tile, x, packed, bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_every_way_to_cut_the_work(tile):
+    packed = ops.pack(random_weight(1000, 4096))
+    for m in (100, 700):
+        x = random_x(m, 4096)
+        plan = w4a8.OPERATOR._plan_for(tile, x, packed.codes, packed.scales, 1000, "sm_90a")
+        ways = plan.alternatives()
+        assert len(ways) > 2
+        for way in ways:
+            plan.use(way)
+            assert_close(plan(x, packed.codes, packed.scales, None, packed.exponent), x, packed)
+
+
+@pytest.mark.parametrize(("n", "k"), [(12288, 4096), (4096, 11008), (8192, 28672)])
+def test_model_shapes(n, k):
+    packed = ops.pack(random_weight(n, k))
+    for m in (128, 256, 1024):
+        x = random_x(m, k)
+        y = w4a8.fp8_linear(x, packed)
+        tiles = torch.randperm(n // 64, device="cuda")[:16]  # some tiles of outputs: float64 of all would take minutes
+        part = layout.PackedWeight(packed.codes[tiles], packed.scales[tiles], 16 * 64, packed.exponent)
+        assert_close(y.view(m, -1, 64)[:, tiles].reshape(m, -1), x, part)
+
+
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_outliers_zeros_and_what_is_not_finite(tile):
+    packed, bias = ops.pack(random_weight(200, 1024)), random_x(1, 200, seed=3)[0]
+    x = random_x(300, 1024)
+    x[0], x[1, 5], x[2, :], x[3] = 0, 60000, 1e-7, x[3].abs() + 1
+    y = w4a8.multiply_with(tile, x, packed, bias)
+    assert torch.equal(y[0], bias)
+    assert_close(y, x, packed, bias)
+    broken = x.clone()
+    broken[7, 0], broken[150, 1023], broken[299, 512] = float("nan"), float("inf"), -float("inf")
+    z = w4a8.multiply_with(tile, broken, packed, bias)
+    hit = [7, 150, 299]
+    others = [row for row in range(300) if row not in hit]
+    assert z[hit].isnan().all()
+    assert torch.equal(z[others], y[others])
+
+
+def test_scales_of_weights_that_are_not_finite_stay_in_their_rows():
+    weight = random_weight(128, 512)
+    weight.scales[4, 1], weight.scales[5, 2], weight.scales[6] = float("inf"), float("nan"), 0
+    y = w4a8.fp8_linear(random_x(200, 512), ops.pack(weight))
+    assert not y[:, 4:6].isfinite().any()
+    assert (y[:, 6] == 0).all()
+    assert y[:, [row for row in range(128) if row not in {4, 5}]].isfinite().all()
+
+
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_runs_are_bit_equal(tile):
+    packed, x = ops.pack(random_weight(4096, 2048)), random_x(300, 2048)
+    first = w4a8.multiply_with(tile, x, packed)
+    for _ in range(100):
+        assert torch.equal(w4a8.multiply_with(tile, x, packed), first)
+
+
+def test_graphs_streams_and_chains():
+    weight = random_weight(1024, 1024)
+    weight.scales.mul_(0.3)  # what comes out is about as large as what goes in
+    packed = ops.pack(weight)
+    w4a8.prepare_fp8(packed, torch.float16)
+    x = random_x(150, 1024)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x
+        for _ in range(20):
+            y = w4a8.fp8_linear(y, packed)
+    for seed in range(5):
+        x.copy_(random_x(150, 1024, seed=seed))
+        graph.replay()
+        expected = x
+        for _ in range(20):
+            expected = w4a8.fp8_linear(expected, packed)
+            torch.cuda.synchronize()
+        assert y.isfinite().all()
+        assert torch.equal(y, expected)
+
+
+def test_compiles_whole_and_passes_opcheck():
+    packed = ops.pack(random_weight(200, 384))
+    x, bias = random_x(5, 384), random_x(1, 200)[0]
+    arguments = (x, packed.codes, packed.scales, bias, 200, packed.exponent)
+    torch.library.opcheck(torch.ops.marlin_tools.w4a8_linear.default, arguments)
+
+
+def test_no_rows_and_activations_that_are_not_aligned():
+    packed = ops.pack(random_weight(64, 128))
+    assert w4a8.fp8_linear(random_x(0, 128), packed).shape == (0, 64)
+    shifted = torch.zeros(129, dtype=torch.float16, device="cuda")[1:].view(1, 128)
+    with pytest.raises(DeviceError, match="begin at address"):
+        w4a8.fp8_linear(shifted, packed)
