@@ -266,12 +266,13 @@ class _Run:
     def _harness(self) -> "Harness | None":
         if not self.settings.questions:
             return None
-        from marlin_tools.evaluation.harness import Harness
         from marlin_tools.evaluation.task_index import Tasks
 
         asked = self.settings
         found = Tasks(asked.questions, asked.include_path, allow_code=asked.allow_task_code)
         self.code = found.code
+        from marlin_tools.evaluation.harness import Harness  # now: it takes seconds, and a name that is wrong does not need it
+
         return Harness(found, asked.num_fewshot, asked.seed, self.emit)
 
     def _tokens(self, name: str) -> TokenSet:

@@ -26,7 +26,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
 
 from marlin_tools.data.offline import give_up_early
 from marlin_tools.errors import DataError, DeviceError, first_line
@@ -162,9 +161,11 @@ class Harness:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, limit: float | None, emit: Emit
     ) -> Answers:
         """Every item of every task; halves the batch when memory runs out (the longest items come first, so that is early)."""
+        from marlin_tools.evaluation.judge import Judge  # now: it takes seconds, and a task that is not there does not need it
+
         while True:
             try:
-                return self._answers(partial(_Judge, model, tokenizer, batch), limit, emit)
+                return self._answers(partial(Judge, model, tokenizer, batch), limit, emit)
             except torch.OutOfMemoryError as error:
                 if batch == 1:
                     raise DeviceError(
@@ -199,38 +200,6 @@ class Harness:
         random.seed(self._seed)
         np.random.seed(self._seed)  # noqa: NPY002 (the generator that tasks use)
         torch.manual_seed(self._seed)
-
-
-class _Judge(HFLM):
-    """lm-eval's own model class around a ready model; tells how far it is."""
-
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, emit: Emit) -> None:
-        # Probabilities in float32: in 16 bit, the sums that decide between two answers often come out equal.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype=torch.float32)
-        self._tell = emit
-        self._done = self._total = 0
-
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        self._total += len({(*context, *answer[:-1]) for _, context, answer in requests})  # it runs each such input once
-        return list(super()._loglikelihood_tokens(requests, *args, **kwargs))
-
-    def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[str]:
-        self._total += len(requests)
-        return list(super().generate_until(requests, *args, **kwargs))
-
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits = super()._model_call(inps, *args, **kwargs)
-        self._advance(len(inps))
-        return logits
-
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = super()._model_generate(context, *args, **kwargs)
-        self._advance(len(context))
-        return tokens
-
-    def _advance(self, count: int) -> None:
-        self._done += count
-        self._tell(Event("progress", "answers", self._done, self._total))
 
 
 def _load(found: Tasks) -> dict[str, Any]:

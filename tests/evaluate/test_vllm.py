@@ -10,7 +10,7 @@ import torch
 from marlin_tools.backends import load, vllm
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
-from marlin_tools.evaluation.harness import _Judge
+from marlin_tools.evaluation.judge import Judge
 
 
 def _given(logits, ids, count):
@@ -86,7 +86,7 @@ def engine(monkeypatch):
     class Engine(contextlib.AbstractContextManager):
         def __init__(self, checkpoint, longest, seed, emit):
             self.model = load(checkpoint, device="cpu", backend="reference")
-            self.judge = _Judge(self.model, checkpoint.tokenizer(), 8, emit)
+            self.judge = Judge(self.model, checkpoint.tokenizer(), 8, emit)
             self.how = {"backend": "vllm", "device": "stand-in", "vllm": "0"}
             state.alive += 1
             state.most = max(state.most, state.alive)
