@@ -16,7 +16,7 @@ from marlin_tools import ops
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.ops.linear import w4a16, w24a16
+from marlin_tools.ops.linear import w4a8, w4a16, w24a16
 from marlin_tools.ops.linear.layout import TILE_N
 from marlin_tools.quantized import QuantizedLinear, round_inputs
 
@@ -68,6 +68,17 @@ class NativeSparseLinear(NativeLinear):
         return w24a16.OPERATOR(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
 
 
+class NativeFp8Linear(NativeLinear):
+    """The same on Hopper for FP8 activations: many tokens are rounded, each with a scale of its own, and multiplied in 8 bits.
+
+    Few tokens are multiplied as they are: that is as fast, and nothing is lost.
+    """
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        operator = w4a8.OPERATOR if len(rows) >= w4a8.LEAST_ROWS else w4a16.OPERATOR
+        return operator(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
+
+
 def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.device) -> str | None:
     """Why our kernels cannot run this model on this GPU, or None."""
     if model.dtype not in {torch.float16, torch.bfloat16}:
@@ -108,8 +119,14 @@ def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dt
 
 
 def build_fp8(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The same for FP8 activations: they are rounded to what FP8 holds, then multiplied in 16 bits."""
-    return round_inputs(build(weight, bias, device, dtype))
+    """The same for FP8 activations. Where no kernel multiplies in 8 bits, they are rounded, then multiplied in 16."""
+    built = build(weight, bias, device, dtype)
+    assert isinstance(built, NativeLinear)
+    packed, k = built.weight, weight.shape[1]
+    if device.type != "cuda" or isinstance(packed, ops.PackedSparse) or ops.fp8_supported(device, k, weight.group_size):
+        return round_inputs(built)
+    ops.prepare_fp8(packed, dtype)
+    return NativeFp8Linear(packed, built.bias)
 
 
 def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: torch.dtype = torch.float16) -> None:

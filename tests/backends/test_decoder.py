@@ -7,7 +7,8 @@ from torch import nn
 from marlin_tools.backends import decoder as module
 from marlin_tools.backends import load
 from marlin_tools.backends.decoder import Decoder, refusal
-from marlin_tools.backends.native import NativeLinear, build_fp8, join, replace
+from marlin_tools.backends.native import NativeFp8Linear, NativeLinear, build_fp8, join, replace
+from marlin_tools.ops import pack
 from marlin_tools.ops.model import decode
 from marlin_tools.quantized import QuantizedLinear, round_inputs, rounded, rounds_inputs
 
@@ -89,6 +90,18 @@ def test_joined_packed_linears_round_as_their_parts_do():
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).half()
     expected = torch.cat([part.forward(rounded(x)) for part in parts], dim=1)
     torch.testing.assert_close(whole(x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_on_hopper_many_tokens_are_rounded_and_few_are_not():
+    """What a CPU computes with the operators that a GPU has kernels for."""
+    weights = [quantized(64, 256, seed) for seed in (0, 1)]
+    parts = [NativeFp8Linear(pack(weight)) for weight in weights]
+    x = torch.randn(513, 256, generator=torch.Generator().manual_seed(0)).half()
+    dense = torch.cat([weight.dequantize() for weight in weights])
+    exact, eight = (each.float() @ dense.T for each in (x, rounded(x.float())))
+    many, few = join(parts)(x).float(), join(parts)(x[:511]).float()
+    assert (few - exact[:511]).abs().max() < 0.1 * (few - eight[:511]).abs().max()
+    assert (many - eight).abs().max() < 0.1 * (many - exact).abs().max()
 
 
 def test_unlike_linears_are_not_joined():
