@@ -18,7 +18,7 @@ PACKAGE = ROOT / "marlin_tools"
 ONLY = {
     "rich": ("cli/ui.py",),
     "typer": ("cli/",),
-    "lm_eval": ("evaluation/harness.py", "evaluation/task_index.py", "backends/"),
+    "lm_eval": ("evaluation/harness.py", "evaluation/judge.py", "evaluation/task_index.py", "backends/"),
     "matplotlib": ("plotting.py",),
 }
 # What `marlin-tools --help` loads, and what none of it may import at module level.
