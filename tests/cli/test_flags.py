@@ -111,6 +111,7 @@ FINETUNE = [
     (("--sampled", "9", "--calib", "c4"), "stages.0.text.source", "c4"),
     (("--tokens", "1000"), "stages.0.tokens", 1000),
     (("--rate", "0.001"), "stages.0.rate", 0.001),
+    (("--code-rate", "0.02"), "stages.0.code_rate", 0.02),
     (("--batch", "8"), "stages.0.batch", 8),
     (("--micro", "2"), "stages.0.micro", 2),
     (("--kl", "0.5"), "stages.0.kl", 0.5),
