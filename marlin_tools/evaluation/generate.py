@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -19,6 +19,10 @@ from marlin_tools.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_SPEAK_EVERY = 8
+"""Tokens between two words about how far it is."""
 
 
 class GenerateSettings(Settings):
@@ -62,11 +66,14 @@ def generate(
     with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         if loaded.device.type == "cuda" and (reason := refusal(loaded, len(ids) + new)) is None:
-            written = [*ids.tolist(), *_decode(Decoder(loaded, 1, len(ids) + new), ids, new, ends, settings.temperature)]
+            written = ids.tolist()
+            for token in _decode(Decoder(loaded, 1, len(ids) + new), ids, new, ends, settings.temperature):
+                written.append(token)
+                _tell(len(written) - len(ids), new, emit)
         else:
             if loaded.device.type == "cuda":
                 emit(Event("note", f"without a CUDA graph, slowly: {reason}"))
-            written = _with_transformers(loaded, ids, new, tokenizer, settings.temperature)
+            written = _with_transformers(loaded, ids, new, tokenizer, settings.temperature, emit)
     # Decoded together with the prompt, because some tokenizers drop the space before the first word that they are given.
     before, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (written[: len(ids)], written))
     text = (
@@ -89,10 +96,21 @@ def _decode(decoder: Decoder, ids: Tensor, new: int, ends: set[int], temperature
         logits = decoder.step(token)
 
 
+def _tell(done: int, new: int, emit: Emit) -> None:
+    """How far it is; an end of text may come before."""
+    if done % _SPEAK_EVERY == 0 or done == new:
+        emit(Event("progress", "tokens", done, new))
+
+
 def _with_transformers(
-    model: "PreTrainedModel", ids: Tensor, new: int, tokenizer: "PreTrainedTokenizerBase", temperature: float
+    model: "PreTrainedModel", ids: Tensor, new: int, tokenizer: "PreTrainedTokenizerBase", temperature: float, emit: Emit
 ) -> list[int]:
     from transformers import GenerationConfig
+
+    def count(written: Tensor, _scores: Tensor, **_: Any) -> Tensor:
+        """Called after each token; never ends anything."""
+        _tell(written.shape[1] - len(ids), new, emit)
+        return torch.zeros(len(written), dtype=torch.bool, device=written.device)
 
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     end = model.generation_config.eos_token_id
@@ -104,7 +122,10 @@ def _with_transformers(
         **draws,
     )
     given = ids[None].to(model.device)
-    written: list[int] = model.generate(given, attention_mask=torch.ones_like(given), generation_config=how)[0].tolist()
+    mask = torch.ones_like(given)
+    written: list[int] = model.generate(given, attention_mask=mask, generation_config=how, stopping_criteria=[count])[
+        0
+    ].tolist()
     return written
 
 

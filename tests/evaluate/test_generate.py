@@ -57,3 +57,10 @@ def test_generation_ends_where_the_positions_end(tiny_llama):
 def test_a_prompt_that_fills_all_positions_is_refused(model):
     with pytest.raises(DataError, match="as many as the model has positions"):
         generate(model, "The boat. " * 400, settings())
+
+
+def test_it_tells_how_far_it_is(model):
+    events = []
+    generate(model, "The boat left", settings(max_new_tokens=20), emit=events.append)
+
+    assert [(event.done, event.total) for event in events if event.text == "tokens"] == [(8, 20), (16, 20), (20, 20)]
