@@ -185,8 +185,10 @@ class Result:
         """Preset and algorithm in a few words."""
         settings, solver = self.manifest.get("settings") or {}, self.manifest.get("solver") or {}
         before = [_before(each) for each in self.manifest.get("history", ())]
+        if "teacher" in self.manifest:  # in another format, too
+            return ", then ".join([*before, _before({"stage": "finetune", "settings": settings})])
         if not self.quantized:
-            return ", then ".join([*before, *([_before(self.manifest)] if self.stage in {"prune", "finetune"} else [])])
+            return ", then ".join([*before, *([_before(self.manifest)] if self.stage == "prune" else [])])
         kind = {"gptq": "GPTQ", "rtn": "round to nearest"}.get(str(solver.get("kind")), str(solver.get("kind", "unknown")))
         how = kind if settings.get("algorithm") else f"{kind}, preset {settings.get('preset', 'unknown')}"
         return ", then ".join([*before, how])
@@ -194,7 +196,7 @@ class Result:
     @property
     def finetuned(self) -> bool:
         """Whether the weights, and the norms with them, have been trained on the way."""
-        return any(each.get("stage") == "finetune" for each in (*self.manifest.get("history", ()), self.manifest))
+        return "teacher" in self.manifest or any(each.get("stage") == "finetune" for each in self.manifest.get("history", ()))
 
     @property
     def quantized(self) -> bool:
@@ -240,6 +242,13 @@ class Result:
         """A bar for each time that a finetuned model was held against its teacher."""
         measured: Sequence[tuple[int, float]] = self.manifest.get("held_out_kl", [])
         return [(kl, f"after {step} steps: {kl:.4f} nats") for step, kl in measured] if len(measured) > 1 else []
+
+    @property
+    def learned(self) -> str:
+        """What training left alone, or which state it has kept."""
+        if not self.quantized:
+            return "The zeros stayed where they were."
+        return f"Kept is the best state, that after {self.manifest.get('best_step', 0)} steps."
 
     @property
     def stages(self) -> dict[str, Mapping[str, float]]:
@@ -301,8 +310,10 @@ def gather(
 
 
 def _before(entry: Mapping[str, Any]) -> str:
-    """A stage that the weights have been through before they were quantised."""
+    """A stage that the weights have been through."""
     settings = entry.get("settings") or {}
+    if entry.get("stage") == "quantize":
+        return f"quantised (preset {settings.get('preset', 'unknown')})"
     if entry.get("stage") == "finetune":
         return f"finetuned on {settings.get('tokens', 0):,} tokens with the original as the teacher"
     trained = f" and {settings['reconstruct']} passes of training by block" if settings.get("reconstruct") else ""

@@ -367,3 +367,23 @@ def test_every_model_of_a_chain_has_its_page(tmp_path):
     assert len(kl) == pages["finetuned"].read_text(encoding="utf-8").count("<title>after ")
     assert "pruned to 2:4 (preset magnitude), then finetuned on 256 tokens" in quantized
     assert not (tmp_path / "x" / "pruned" / "README.md").exists()
+
+
+LEARNED = [
+    {"stage": "quantize", "preset": "rtn"},
+    {"stage": "finetune", **LEARNING},
+    {"stage": "export", "formats": ["gptq"]},
+]
+
+
+def test_a_quantised_model_that_has_learned_says_so_in_every_format(tmp_path):
+    recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": LEARNED})
+    report.write_pages(execute(plan(recipe, tmp_path / "x")))
+    kept = json.loads((tmp_path / "x" / "finetuned" / "manifest.json").read_text(encoding="utf-8"))["best_step"]
+    for name in ("finetuned", "gptq"):
+        told = "".join(read((tmp_path / "x" / name / "report.html").read_text(encoding="utf-8")).text)
+        assert "quantised (preset rtn), then finetuned on 256 tokens with the original as the teacher" in told
+        assert f"Kept is the best state, that after {kept} steps." in told
+        card = (tmp_path / "x" / name / "README.md").read_text(encoding="utf-8")
+        assert "Embeddings and the head are as in the original" in card
+        assert "unknown" not in card
