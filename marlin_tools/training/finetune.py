@@ -264,20 +264,20 @@ class _Work:
         writer = ModelWriter(self.output, shards=layout.blocks + 1)
         left = set(source.names())
         for index in range(layout.blocks + 1):
-            last = index == layout.blocks
-            lies, stands = ("", "") if last else (family.block_prefix(index), f"{family.decoder}.{family.blocks}.{index}.")
+            lies = "" if index == layout.blocks else family.block_prefix(index)
             names = sorted(name for name in left if name.startswith(lies))
-            trained = self._packed(student, stands) | {layout.place(name).tensor: t for name, t in student.tensors(stands)}
+            part = index if index < layout.blocks else None
+            trained = self._packed(student, part) | {layout.place(name).tensor: t for name, t in student.tensors(part)}
             left -= set(names)
             if self.team.leads:
                 writer.write_shard(index, {name: self._stored(name, trained.get(name)) for name in names})
         if self.team.leads:
             writer.finish(source, source.quantization)
 
-    def _packed(self, student: Student, prefix: str) -> dict[str, Tensor]:
-        """The stored tensors of all quantised linears under a prefix."""
+    def _packed(self, student: Student, block: int | None) -> dict[str, Tensor]:
+        """The stored tensors of all quantised linears of a block, or of none."""
         found: dict[str, Tensor] = {}
-        for name, linear in student.quantized_linears(prefix):
+        for name, linear in student.quantized_linears(block):
             assert self.plan.stored is not None
             stored = self.plan.layout.place(f"{name}.weight").tensor.removesuffix(".weight")
             packed = self.plan.stored.format.pack(linear, self.plan.student.dtype)
@@ -286,12 +286,12 @@ class _Work:
 
     def _stored(self, name: str, trained: Tensor | None) -> Tensor:
         """What the result holds under this name."""
-        old = self.plan.student.read(name)
+        source = self.plan.student
         if trained is None:
-            return old
+            return source.read(name)
         if name.removesuffix(".weight") in self.plan.sparse:
-            return with_mask_of(old, trained)
-        return trained.to(old.dtype)
+            return with_mask_of(source.read(name), trained)
+        return trained.to(source.stored(name).dtype)
 
     def _publish(self, trainer: Trainer, text: TokenSet, fingerprint: str, seconds: float) -> None:
         """Manifest, and the directory under its final name."""

@@ -74,7 +74,7 @@ _SPARSE = {"rate": 1e-4, "code_rate": 0.0, "square_head": 1.0}
 _QUANTIZED = {"rate": 1e-3, "code_rate": 0.01, "square_head": 0.0}
 
 
-def rate_at(step: int, steps: int, settings: TrainingSettings) -> float:
+def schedule(step: int, steps: int, settings: TrainingSettings) -> float:
     """The share of the highest learning rate that a step has."""
     rising = max(1, round(settings.warmup * steps))
     if step < rising:
@@ -172,7 +172,7 @@ class Trainer:
             total += self._compare(ids.to(team.device), heads, 1 / len(parts)) / len(parts)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip)
         for group in self._adam.param_groups:
-            group["lr"] = group["top"] * rate_at(self.step, self.steps, settings)
+            group["lr"] = group["top"] * schedule(self.step, self.steps, settings)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return total

@@ -97,13 +97,18 @@ class Student(Reader):
         """What the optimiser moves, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """What has been trained under a prefix, whole and with its zeros, float32 on the CPU, by its name in a checkpoint.
+    def _within(self, name: str, block: int | None) -> bool:
+        """Whether a module or parameter belongs to a block, or (None) to none."""
+        blocks = f"{self.family.decoder}.{self.family.blocks}."
+        return not name.startswith(blocks) if block is None else name.startswith(f"{blocks}{block}.")
+
+    def tensors(self, block: int | None) -> Iterator[tuple[str, Tensor]]:
+        """What has been trained of a block or (None) of what is in none, whole and with its zeros, float32 on the CPU, by name.
 
         Where several processes train, all of them have to ask.
         """
         for name, parameter in self.trained().items():
-            if not name.startswith(prefix) or name.endswith(_LEARNED):
+            if not self._within(name, block) or name.endswith(_LEARNED):
                 continue
             tensor = whole(parameter.detach()).float()
             owner, _, leaf = name.rpartition(".")
@@ -113,8 +118,8 @@ class Student(Reader):
             else:
                 yield name, tensor.cpu()
 
-    def quantized_linears(self, prefix: str = "") -> Iterator[tuple[str, QuantizedLinear]]:
-        """The quantised linears under a prefix as they are now, on the CPU. Where several processes train, all have to ask."""
+    def quantized_linears(self, block: int | None) -> Iterator[tuple[str, QuantizedLinear]]:
+        """The same for its quantised linears, in the neutral form."""
         for name, module in self.model.named_modules():
-            if isinstance(module, ScaledLinear) and name.startswith(prefix):
+            if isinstance(module, ScaledLinear) and self._within(name, block):
                 yield name, module.solved(**{key: whole(value.detach()) for key, value in module.learned().items()}).to("cpu")

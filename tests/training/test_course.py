@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlin_tools.training.loop import BatchOrder, TrainingSettings, rate_at
+from marlin_tools.training.loop import BatchOrder, TrainingSettings, schedule
 
 
 def test_every_sequence_is_read_once_a_round() -> None:
@@ -24,7 +24,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 def test_the_rate_rises_and_falls_to_a_tenth() -> None:
     settings = TrainingSettings(rate=1.0, warmup=0.1)
-    rates = [rate_at(step, 100, settings) for step in range(100)]
+    rates = [schedule(step, 100, settings) for step in range(100)]
     assert rates[:11] == pytest.approx([*(0.1 * (i + 1) for i in range(10)), 1.0])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
