@@ -72,11 +72,20 @@ class SplitExperts(nn.Module):
         if self.look is not None:
             self.look(hidden_states, chosen, weights)
             return total
-        for number in chosen.unique().tolist():
-            token, place = torch.where(chosen == number)
-            x, weight = hidden_states[token], weights[token, place, None]
-            x = self.expert(number).down_proj(self.gated(number, x * weight if self.scales_inputs else x))
-            total.index_add_(0, token, (x if self.scales_inputs else x * weight).to(total.dtype))
+        calls = chosen.flatten()
+        order = calls.argsort(stable=True)  # expert after expert
+        out = torch.empty(len(order), hidden_states.shape[-1], dtype=total.dtype, device=total.device)
+        start = 0
+        for number, count in enumerate(torch.bincount(calls, minlength=self.count).tolist()):
+            if count:
+                mine = order[start : start + count]
+                x, weight = hidden_states[mine // chosen.shape[1]], weights.flatten()[mine, None]
+                x = self.expert(number).down_proj(self.gated(number, x * weight if self.scales_inputs else x))
+                out[start : start + count] = x if self.scales_inputs else x * weight
+                start += count
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        for places in place.view(chosen.shape).sort(dim=1).values.T:  # a token's experts by their numbers
+            total += out[places]
         return total
 
     def _usual_gate(self, both: Tensor) -> Tensor:

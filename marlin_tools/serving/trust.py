@@ -7,7 +7,6 @@ import torch
 
 from marlin_tools.ops.linear import w4a16, w24a16
 from marlin_tools.ops.linear.selftest import check_choices
-from marlin_tools.ops.runtime import scratch
 from marlin_tools.ops.runtime.ahead import compile_ahead
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
 from marlin_tools.ops.runtime.target import target_of
@@ -31,6 +30,5 @@ def _judge(device: torch.device, dtype: torch.dtype, *, sparse: bool, group: int
         took = time.perf_counter() - begin
         log.info("marlin-tools: compiled %d kernels for %s in %.1f s into `%s`", compiled, target, took, folder.folder)
     results = check_choices(device, dtype, kernels, sparse=sparse, group=group)
-    scratch.forget(device.index)  # an engine may have allocated it among weights that it gives back while it sleeps
     failed = [result for result in results if not result.passed]
     return f"self-test: {failed[0].name}: {failed[0].detail}" if failed else None

@@ -93,9 +93,10 @@ class RoutedWalk:
 
             def look(tokens: Tensor, chosen: Tensor, weights: Tensor, i: int = i, also: Tensor = also) -> None:
                 routed.add_(torch.bincount(chosen.flatten(), minlength=len(routed)))
+                rows = _rows(chosen, also, self._experts.count)
                 for names, number in numbers.items():
                     if number is not None:
-                        x = self._read(names[0], number, tokens, (chosen, weights), also)
+                        x = self._read(names[0], number, tokens, (chosen, weights), rows[number])
                         watches[names].see_some(i, self._flow.reads(x))
 
             self._experts.look = look
@@ -134,14 +135,12 @@ class RoutedWalk:
                 handle.remove()
         return seen
 
-    def _read(self, name: str, number: int, tokens: Tensor, routing: tuple[Tensor, Tensor], also: Tensor) -> Tensor:
-        """What a linear of one expert reads of a chunk."""
-        chosen, weights = routing
-        mine = chosen == number
-        rows = (mine.any(dim=-1) | also).nonzero()[:, 0]
+    def _read(self, name: str, number: int, tokens: Tensor, routing: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        """What a linear of one expert reads of these rows of a chunk."""
         x = tokens[rows]
         if self._experts.scales_inputs:
-            weight = torch.where(mine, weights, 0).sum(dim=-1)[rows, None]
+            chosen, weights = routing
+            weight = torch.where(chosen[rows] == number, weights[rows], 0).sum(dim=-1, keepdim=True)
             x = x * torch.where(weight > 0, weight, weights.mean())
         return x if name.endswith((".gate_proj", ".up_proj")) else self._experts.gated(number, x)
 
@@ -161,6 +160,13 @@ def _number(experts: Experts, name: str) -> int | None:
     if experts.shared is not None and name.startswith(f"{experts.shared}."):
         return None
     return int(name.removeprefix(f"{experts.path}.").split(".")[0])
+
+
+def _rows(chosen: Tensor, also: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The rows of a chunk that each expert is calibrated on, found for all at once: each answer waits for the device."""
+    mine = torch.zeros(count, len(chosen), dtype=torch.bool, device=chosen.device).scatter_(0, chosen.T, value=True)
+    mine |= also
+    return mine.nonzero()[:, 1].split(mine.sum(dim=1).tolist())
 
 
 def _enough(hessian: Hessian) -> Hessian:

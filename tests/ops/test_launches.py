@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from marlin_tools import ops
+from marlin_tools.ops.linear import w4a8, w4a16
 from marlin_tools.ops.model import decode, rotation
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.solver import kernels as solver
+from marlin_tools.quantized import QuantizedLinear
 
 
 @pytest.fixture
@@ -62,3 +65,14 @@ def test_of_the_solver(launched):
 
     expected = ["search-128", "clip", "sweep-true", "descend-128-false", "cut-4"]
     assert launched == [f"solver-{name}" for name in expected]
+
+
+def test_operators_keep_plans_of_their_own(monkeypatch):
+    """W4A16 and FP8 activations multiply tensors of the same shapes: each has to find its own plan."""
+    monkeypatch.setattr(driver, "kept", driver._PerThread())
+    packed = ops.pack(QuantizedLinear(torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1).half(), 128))
+    for operator in (w4a16.OPERATOR, w4a8.OPERATOR, w4a16.OPERATOR):
+        plan = f"plan of {operator._registered}"
+        monkeypatch.setattr(operator, "_make_plan", lambda *_, plan=plan: lambda *_: plan)
+        assert operator.on_cuda(halves(3, 128), packed.codes, packed.scales, None, 64, packed.exponent) == plan
+    assert len(driver.kept.launches) == 2

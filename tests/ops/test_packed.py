@@ -1,5 +1,7 @@
 """`packed_linear`: tensors alone say what to compute. And what engines do before they use it: compile ahead, share scratch."""
 
+import inspect
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -68,18 +70,22 @@ def test_only_what_is_missing_is_compiled_ahead():
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Scratch without a GPU: what is made, and whether a capture is on."""
-    state = SimpleNamespace(capturing=False, capture=1, made=[])
+    """Scratch without a GPU: what the driver gave, and whether a capture is on."""
+    state = SimpleNamespace(capturing=False, capture=1, given=[], pool=[])
 
-    def make_scratch(size, _device):
-        state.made.append(torch.zeros(size, dtype=torch.uint8))
-        return state.made[-1]
+    def allocate(size, _device):
+        state.given.append(size)
+        return 10 * len(state.given)
 
-    monkeypatch.setattr(scratch, "_make", make_scratch)
+    def of_the_pool(size, **_how):
+        state.pool.append(torch.ones(size, dtype=torch.uint8))
+        return state.pool[-1]
+
+    monkeypatch.setattr(scratch.driver, "allocate_cleared", allocate)
+    monkeypatch.setattr(scratch.torch, "empty", of_the_pool)
     monkeypatch.setattr(scratch.torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(scratch.torch.cuda, "synchronize", lambda _device: None)
     monkeypatch.setattr(scratch.driver, "capture_id", lambda _stream: state.capture)
-    for name, empty in (("_by_stream", {}), ("_by_capture", {}), ("_sharing", set()), ("_captured", {})):
+    for name, empty in (("_by_stream", {}), ("_by_capture", {}), ("_sharing", set())):
         monkeypatch.setattr(scratch, name, empty)
     return state
 
@@ -96,6 +102,16 @@ def test_each_capture_has_its_own(streams):
     eager = scratch.scratch_for(0, 7, 10)
 
     assert len({eager, captured(streams), captured(streams)}) == 3
+    assert all(not own[: scratch.COUNTER_BYTES].any() for own in streams.pool)
+
+
+def test_a_stream_has_one_until_it_needs_more(streams):
+    first = scratch.scratch_for(0, 7, 10)
+
+    assert scratch.scratch_for(0, 7, 1000) == first
+    assert scratch.scratch_for(0, 8, 10) != first
+    assert scratch.scratch_for(0, 7, 3 << 20) != first
+    assert streams.given == [1 << 20, 1 << 20, 4 << 20]
 
 
 def test_graphs_that_are_replayed_one_at_a_time_share(streams):
@@ -103,22 +119,31 @@ def test_graphs_that_are_replayed_one_at_a_time_share(streams):
     eager = scratch.scratch_for(0, 7, 10)
 
     assert {captured(streams), captured(streams)} == {eager}
-    assert len(streams.made) == 1
+    assert streams.pool == []
 
 
-def test_what_was_not_warmed_up_is_made_in_the_capture(streams):
+def test_graphs_of_torch_compile_share(streams, monkeypatch):
+    manager = SimpleNamespace(in_recording=True)
+    trees = SimpleNamespace(get_manager=lambda _device, create_if_none_exists: None if create_if_none_exists else manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    eager = scratch.scratch_for(0, 7, 10)
+
+    assert captured(streams) == eager
+    manager.in_recording = False
+    assert captured(streams) != eager
+
+
+def test_torch_tells_of_its_graphs():
+    """What is asked of a module whose names are not promised."""
+    from torch._inductor import cudagraph_trees
+
+    assert list(inspect.signature(cudagraph_trees.get_manager).parameters) == ["device_index", "create_if_none_exists"]
+    assert isinstance(cudagraph_trees.CUDAGraphTreeManager.in_recording, property)
+
+
+def test_what_was_not_warmed_up_is_made_beside_the_capture(streams):
     scratch.share_among_captures(0)
     eager = scratch.scratch_for(0, 7, 10)
 
-    assert captured(streams, need=1000) != eager
-
-
-def test_a_graph_keeps_the_memory_that_it_knows(streams):
-    scratch.share_among_captures(0)
-    scratch.scratch_for(0, 7, 10)
-    address = captured(streams)
-    scratch.scratch_for(0, 7, 1000)
-    scratch.forget(0)
-
-    assert address in scratch._captured
-    assert scratch._by_stream == {}
+    assert captured(streams, need=3 << 20) != eager
+    assert streams.pool == []

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import marlin_tools.transformers
-from marlin_tools.backends import reference
+from marlin_tools.backends import native, reference
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.formats import FORMATS
 from marlin_tools.formats.config import with_activations
@@ -197,3 +197,31 @@ def test_it_can_be_undone():
     finally:
         marlin_tools.transformers.register()
     assert before.keys() == AUTO_QUANTIZER_MAPPING.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", FORMATS, indirect=True)
+def test_on_a_gpu(stored, layout):
+    """Kernels instead of 16-bit products, and texts that a static cache and `torch.compile` do not change."""
+    folder, weights = stored(layout)
+    model = load(folder, device_map="cpu")
+    fast = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cuda")
+    ids = torch.tensor([[1, 5, 9, 20]])
+    kernel = native.NativeSparseLinear if layout == "marlin-24" else native.NativeLinear
+    for name in weights:
+        assert isinstance(fast.get_submodule(name), kernel)
+
+    exact, found = model(ids).logits, fast(ids.cuda()).logits.float().cpu()
+    assert (found - exact).norm() < 0.01 * exact.norm()
+    usual = fast.generate(ids.cuda(), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    again = fast.generate(ids.cuda(), max_new_tokens=12, do_sample=False, pad_token_id=0, cache_implementation="static")
+    assert torch.equal(usual, again)
+    compiled = torch.compile(fast, mode="reduce-overhead")
+    with torch.inference_mode():
+        for _ in range(4):  # warm-up, recording, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = compiled(ids.cuda()).logits.clone()
+    assert torch.allclose(logits.float().cpu(), found, atol=0.01 * float(found.abs().max()))
+    fast.save_pretrained(folder / "again")
+    saved = load_file(folder / "again" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(folder / "model.safetensors").items())

@@ -162,7 +162,7 @@ class LinearOperator:
         # Shapes, types and devices that were checked once are recognised by their plan; what is left is checked every time.
         devices = (x.get_device(), codes.get_device(), scales.get_device())
         wild = exponent > MOST_ROUNDED
-        key = (x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
+        key = (self, x.shape, x.dtype, codes.shape, codes.dtype, scales.shape, scales.dtype, out_features, devices, wild)
         plan: LaunchPlan | None = driver.kept.launches.get(key)
         if plan is None or bias is not None or not (x.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()):
             self.check(x, codes, scales, bias, out_features, exponent)

@@ -180,6 +180,24 @@ def _load(binary: Binary, shared_bytes: int) -> tuple[int, object]:
     return int(function), module
 
 
+def allocate_cleared(size: int, device_index: int) -> int:
+    """The address of so many zeros that are never given back, also while another stream, or this one, is being captured."""
+    from cuda.bindings import driver
+
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    with torch.cuda.device(device_index):
+        mode = _check(driver.cuThreadExchangeStreamCaptureMode(relaxed), "allow an allocation")
+        try:
+            stream = _check(driver.cuStreamCreate(1), "make a stream")  # one that waits for no other
+            address = _check(driver.cuMemAlloc(size), "allocate memory for partial sums")
+            _check(driver.cuMemsetD8Async(address, 0, size, stream), "clear memory")
+            _check(driver.cuStreamSynchronize(stream), "clear memory")
+            _check(driver.cuStreamDestroy(stream), "give back a stream")
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(mode)
+    return int(address)
+
+
 def current_stream(device_index: int) -> int:
     """The address of the current stream, read as torch's generated code does: the public object costs as much as a launch."""
     stream: int = torch._C._cuda_getCurrentRawStream(device_index)  # noqa: SLF001

@@ -1,13 +1,16 @@
 """Memory that a kernel needs besides its operands: partial sums, and arrival counters that are zero between calls.
 
 Kernels on one stream run one after another and share; the counters return to zero by themselves. Two streams may run at
-once, so each has its own. A captured graph may be replayed on any stream beside eager work, so each capture has its own,
-allocated from the graph's pool and cleared by the graph itself.
+once, so each has its own, from the driver and not from torch: torch may hand out memory of a pool that is somebody else's at
+that moment, of a graph to come or of weights that sleep.
 
-An engine that replays its graphs one at a time says so with `share_among_captures`. Its graphs then use what the stream that
-they were captured on has, which is cleared once and for all: a graph has nothing to clear, and an engine with a graph for each
-piece of each layer has one scratch instead of hundreds. Work that is not captured needs another stream than the captures.
+A captured graph may be replayed on any stream beside eager work, so each capture has its own, allocated from the graph's pool
+and cleared by the graph itself. Who replays graphs one at a time shares what the stream that they were captured on has: there is
+nothing to clear, and an engine with a graph for each piece of each layer has one scratch instead of hundreds. An engine says so
+with `share_among_captures`; torch.compile's own graphs are of this kind, and allow nothing else.
 """
+
+import sys
 
 import torch
 from torch import Tensor
@@ -17,10 +20,11 @@ from marlin_tools.ops.runtime import driver
 COUNTER_BYTES = 32768
 """Room for eight counters per block of the largest grid; the partial sums follow."""
 
-_by_stream: dict[tuple[int, int], Tensor] = {}
+_LEAST = 1 << 20
+
+_by_stream: dict[tuple[int, int], tuple[int, int]] = {}  # address and size
 _by_capture: dict[tuple[int, int], tuple[int, Tensor]] = {}
 _sharing: set[int] = set()
-_captured: dict[int, Tensor] = {}  # by address, which graphs have; never freed
 
 
 def share_among_captures(device_index: int) -> None:
@@ -28,41 +32,36 @@ def share_among_captures(device_index: int) -> None:
     _sharing.add(device_index)
 
 
-def forget(device_index: int) -> None:
-    """Give back what no graph uses: it was allocated where it must not stay."""
-    torch.cuda.synchronize(device_index)
-    for place in [place for place in _by_stream if place[0] == device_index]:
-        del _by_stream[place]
-
-
 def scratch_for(device_index: int, stream: int, partial_bytes: int) -> int:
     """The address of this stream's scratch with room for so many bytes of partial sums."""
     place = (device_index, stream)
     need = COUNTER_BYTES + partial_bytes
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() and not _replayed_in_turn(device_index):
         return _for_capture(place, need)
-    scratch = _by_stream.get(place)
-    if scratch is None or scratch.numel() < need:
-        scratch = _by_stream[place] = _make(need, device_index)
-    return scratch.data_ptr()
+    address, size = _by_stream.get(place, (0, 0))
+    if size < need:
+        # What was there stays: work in flight and graphs know it. Sizes double, so that is less than is in use.
+        size = max(_LEAST, 1 << (need - 1).bit_length())
+        address = driver.allocate_cleared(size, device_index)
+        _by_stream[place] = (address, size)
+    return address
+
+
+def _replayed_in_turn(device_index: int) -> bool:
+    """Whether the graph that is being captured is never replayed beside another one of this stream."""
+    if device_index in _sharing:
+        return True
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    manager = trees.get_manager(device_index, create_if_none_exists=False) if trees else None
+    return manager is not None and bool(manager.in_recording)
 
 
 def _for_capture(place: tuple[int, int], need: int) -> int:
-    device_index, stream = place
-    shared = _by_stream.get(place) if device_index in _sharing else None
-    if shared is not None and shared.numel() >= need:  # warmed up: it was cleared before the capture
-        _captured[shared.data_ptr()] = shared
-        return shared.data_ptr()
-    capture = driver.capture_id(stream)
+    """Memory of the graph's own."""
+    capture = driver.capture_id(place[1])
     known, captured = _by_capture.get(place, (None, None))
     if captured is None or known != capture or captured.numel() < need:
-        captured = _make(need, device_index)
+        captured = torch.empty(need, dtype=torch.uint8, device=torch.device("cuda", place[0]))
+        captured[:COUNTER_BYTES].zero_()  # partial sums are written before they are read
         _by_capture[place] = (capture, captured)
     return captured.data_ptr()
-
-
-def _make(size: int, device_index: int) -> Tensor:
-    """Only the counters are cleared: partial sums are written before they are read."""
-    scratch = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device_index))
-    scratch[:COUNTER_BYTES].zero_()
-    return scratch
