@@ -53,7 +53,7 @@ def fill_at_random(*, sparse: bool) -> None:
             for part in codes.split(1 << 22):
                 part.scatter_(1, torch.rand(part.shape, device=part.device).argsort(dim=1)[:, :2], 8)
         pairs = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        packed.copy_(pairs.contiguous().view(torch.int32).view(packed.shape))
+        packed.copy_(pairs.flatten().view(torch.int32).view(packed.shape))
 
     def load_weights(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         load(self, model, *args, **kwargs)

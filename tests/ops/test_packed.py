@@ -1,6 +1,5 @@
 """`packed_linear`: tensors alone say what to compute. And what engines do before they use it: compile ahead, share scratch."""
 
-import inspect
 import sys
 from types import SimpleNamespace
 
@@ -123,22 +122,14 @@ def test_graphs_that_are_replayed_one_at_a_time_share(streams):
 
 
 def test_graphs_of_torch_compile_share(streams, monkeypatch):
-    manager = SimpleNamespace(in_recording=True)
+    manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
     trees = SimpleNamespace(get_manager=lambda _device, create_if_none_exists: None if create_if_none_exists else manager)
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
     eager = scratch.scratch_for(0, 7, 10)
 
     assert captured(streams) == eager
-    manager.in_recording = False
+    manager.stream.cuda_stream = 8
     assert captured(streams) != eager
-
-
-def test_torch_tells_of_its_graphs():
-    """What is asked of a module whose names are not promised."""
-    from torch._inductor import cudagraph_trees
-
-    assert list(inspect.signature(cudagraph_trees.get_manager).parameters) == ["device_index", "create_if_none_exists"]
-    assert isinstance(cudagraph_trees.CUDAGraphTreeManager.in_recording, property)
 
 
 def test_what_was_not_warmed_up_is_made_beside_the_capture(streams):

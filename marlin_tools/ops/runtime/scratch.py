@@ -5,9 +5,9 @@ once, so each has its own, from the driver and not from torch: torch may hand ou
 that moment, of a graph to come or of weights that sleep.
 
 A captured graph may be replayed on any stream beside eager work, so each capture has its own, allocated from the graph's pool
-and cleared by the graph itself. Who replays graphs one at a time shares what the stream that they were captured on has: there is
-nothing to clear, and an engine with a graph for each piece of each layer has one scratch instead of hundreds. An engine says so
-with `share_among_captures`; torch.compile's own graphs are of this kind, and allow nothing else.
+and cleared by the graph itself. Who replays graphs one at a time shares what the stream that they were captured on has: there
+is nothing to clear, and an engine with a graph for each piece of each layer has one scratch instead of hundreds. An engine says
+so with `share_among_captures`; torch.compile's own graphs, which have a stream of their own, allow nothing else.
 """
 
 import sys
@@ -36,7 +36,7 @@ def scratch_for(device_index: int, stream: int, partial_bytes: int) -> int:
     """The address of this stream's scratch with room for so many bytes of partial sums."""
     place = (device_index, stream)
     need = COUNTER_BYTES + partial_bytes
-    if torch.cuda.is_current_stream_capturing() and not _replayed_in_turn(device_index):
+    if torch.cuda.is_current_stream_capturing() and not _replayed_in_turn(*place):
         return _for_capture(place, need)
     address, size = _by_stream.get(place, (0, 0))
     if size < need:
@@ -47,13 +47,13 @@ def scratch_for(device_index: int, stream: int, partial_bytes: int) -> int:
     return address
 
 
-def _replayed_in_turn(device_index: int) -> bool:
+def _replayed_in_turn(device_index: int, stream: int) -> bool:
     """Whether the graph that is being captured is never replayed beside another one of this stream."""
     if device_index in _sharing:
         return True
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     manager = trees.get_manager(device_index, create_if_none_exists=False) if trees else None
-    return manager is not None and bool(manager.in_recording)
+    return manager is not None and bool(manager.stream.cuda_stream == stream)
 
 
 def _for_capture(place: tuple[int, int], need: int) -> int:
