@@ -44,7 +44,7 @@ from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_size, take_linears
 from marlin_tools.stream.layer_stream import Group
 
-REVISION = 4
+REVISION = 5
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 TUNED = 2

@@ -10,6 +10,7 @@ Hessian is reduced to the diagonal, which leaves a search for scales. Drift is n
 activations go through the original experts.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.families import Branch, Experts
 from marlin_tools.families.experts import SplitExperts
 from marlin_tools.stopwatch import span
+from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.branch import Flow, Observation, Path, Wanted
 from marlin_tools.stream.watch import Watch
 
@@ -28,6 +30,9 @@ ALSO = 64
 
 FEW = 256
 """An expert that has seen fewer tokens than this is only given scales."""
+
+_TOGETHER_BYTES = {"cuda": 128 << 20, "cpu": 0}
+"""What chunks that go through at once may take, as the residual stream has them, where there is more than one."""
 
 _MEMORY_SHARE = 0.25
 _HOST_BYTES = 8 << 30
@@ -87,8 +92,8 @@ class RoutedWalk:
         watches = {names: Watch(share) for names in groups}
         routed = torch.zeros(self._experts.count, dtype=torch.float64, device=next(self._experts.parameters()).device)
         through = [names[0] for names in groups if numbers[names] is None]
-        for i in range(len(self._flow.hidden)):
-            x = self._now.enter(self._flow.hidden[i])
+        for chunks in self._together():
+            i, x = chunks[0], self._now.enter(_joined(self._flow.hidden, chunks))
             also = torch.arange(x.shape[1], device=x.device).remainder(ALSO).eq(0).repeat(x.shape[0])
 
             def look(tokens: Tensor, chosen: Tensor, weights: Tensor, i: int = i, also: Tensor = also) -> None:
@@ -144,15 +149,36 @@ class RoutedWalk:
             x = x * torch.where(weight > 0, weight, weights.mean())
         return x if name.endswith((".gate_proj", ".up_proj")) else self._experts.gated(number, x)
 
+    def _together(self) -> list[list[int]]:
+        """Chunks that go through at once. A GPU takes longer to start kernels than to compute few tokens of each expert."""
+        hidden, part_of = self._flow.hidden, self._flow.share.part_of
+        bundles: list[list[int]] = []
+        like, room = None, 0
+        for i, shape in enumerate(hidden.shapes()):
+            size = math.prod(shape) * next(self._experts.parameters()).element_size()
+            if bundles and room >= size and like == (shape, part_of[i]):
+                bundles[-1].append(i)
+            else:
+                bundles.append([i])
+                like, room = (shape, part_of[i]), _TOGETHER_BYTES[hidden.device.type]
+            room -= size
+        return bundles
+
     def _close(self) -> None:
         """Add the branch's outputs to the residual stream, and the original's to its own."""
-        hidden, original = self._flow.hidden, self._flow.original
-        for i in range(len(hidden)):
-            h = hidden[i]
-            hidden[i] = h.add_(self._now.join(self._now.compute(self._now.enter(h), i)))
-            if self._before is not None and original is not None:
-                h = original[i]
-                original[i] = h.add_(self._before.join(self._before.compute(self._before.enter(h), i)))
+        flows = ((self._now, self._flow.hidden), (self._before, self._flow.original))
+        for path, hidden in flows:
+            if path is None or hidden is None:
+                continue
+            for chunks in self._together():
+                out = path.join(path.compute(path.enter(_joined(hidden, chunks)), chunks[0]))
+                for i, part in zip(chunks, out.split(len(out) // len(chunks)), strict=True):
+                    hidden[i] = hidden[i].add_(part)
+
+
+def _joined(hidden: Activations, chunks: list[int]) -> Tensor:
+    """Some chunks as one."""
+    return hidden[chunks[0]] if len(chunks) == 1 else torch.cat([hidden[i] for i in chunks])
 
 
 def _number(experts: Experts, name: str) -> int | None:

@@ -18,16 +18,17 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import ModelError
 from marlin_tools.families.layout import Layout
 from marlin_tools.stream import routed
-from marlin_tools.stream.layer_stream import LayerStream
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
 
 Load = Callable[[str, Path], torch.nn.Module]
 ROUTER = {"qwen3_moe": "model.layers.1.mlp.gate", "gpt_oss": "model.layers.1.mlp.router"}
 
 
-def expert_groups(path: Path, tokens: TokenSet) -> dict[str, tuple[Tensor, int, int | None]]:
+def expert_groups(path: Path, tokens: TokenSet, chunk: int = CHUNK_TOKENS) -> dict[str, tuple[Tensor, int, int | None]]:
     """By the first linear of each group: its Hessian, tokens seen, tokens routed."""
     checkpoint = Checkpoint.open(path)
-    stream = LayerStream(checkpoint, tokens, frozenset(Layout(checkpoint).linears()), torch.device("cpu"))
+    linears, device = frozenset(Layout(checkpoint).linears()), torch.device("cpu")
+    stream = LayerStream(checkpoint, tokens, linears, device, with_original=True, chunk_tokens=chunk)
     found = {}
     for block in stream:
         for group in block.groups():
@@ -66,6 +67,25 @@ def test_experts_see_their_tokens_and_a_share_of_all(
         torch.testing.assert_close(matrix, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         _, count_down, sent_down = found[f"model.layers.1.mlp.experts.{expert}.down_proj"]
         assert (count_down, sent_down) == (count, sent)
+
+
+@pytest.mark.parametrize("model_type", ROUTER, ids=str)
+def test_chunks_that_go_through_at_once(
+    made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """As on a GPU: the same tokens, and sums that differ by rounding alone, in later blocks too."""
+    monkeypatch.setattr(routed, "FEW", 1)
+    longest = tokens.longest
+    alone = expert_groups(made(model_type), tokens, longest)
+    joined, sizes = routed._joined, []
+    monkeypatch.setattr(routed, "_joined", lambda hidden, chunks: [joined(hidden, chunks), sizes.append(len(chunks))][0])
+    monkeypatch.setitem(routed._TOGETHER_BYTES, "cpu", 1 << 20)
+    together = expert_groups(made(model_type), tokens, longest)
+
+    assert max(sizes) > 1
+    for name, (hessian, seen, sent) in alone.items():
+        assert together[name][1:] == (seen, sent)
+        assert torch.allclose(together[name][0], hessian, rtol=1e-4, atol=1e-5 * float(hessian.abs().max()))
 
 
 def test_few_tokens_leave_a_search_for_scales(made: Callable[[str], Path], tokens: TokenSet) -> None:
