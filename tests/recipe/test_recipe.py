@@ -23,7 +23,8 @@ def test_bundled_recipe(name):
     assert recipe.description
     alias, _, revision = recipe.model.partition("@")
     assert alias in {"demo", *ALIASES}
-    assert alias == "demo" or re.fullmatch("[0-9a-f]{40}", revision)
+    said = "models are read at no pinned commit" in recipe.deviations and not recipe.expect
+    assert alias == "demo" or re.fullmatch("[0-9a-f]{40}", revision) or said
     assert recipe.quantize is None or recipe.stages[-1].stage == "verify"
     assert recipe.tasks
 
@@ -31,9 +32,8 @@ def test_bundled_recipe(name):
 def test_every_bundled_file_is_found_and_listed_in_the_readme():
     text = (recipes_dir() / "README.md").read_text(encoding="utf-8")
 
-    assert {"demo", "demo-presets", "demo-sparse", "llama2-paper", "llama2-presets", "llama2-sparse", "other-models"} == set(
-        bundled()
-    )
+    ours = {"demo", "demo-presets", "demo-sparse"}
+    assert set(bundled()) == ours | {"llama2-paper", "llama2-presets", "llama2-sparse", "newer-models", "other-models"}
     for name in bundled():
         assert f"({name}.yaml)" in text
 
