@@ -60,7 +60,8 @@ def test_a_row_is_the_shared_recipe_with_what_is_its_own(table):
 
 
 def test_models_of_bundled_tables_are_pinned_and_to_one_revision():
-    models = {row.model for table in tables().values() for row in table.rows} - {"demo"}
+    pinned = [table for name, table in tables().items() if name != "newer-models"]  # which says so
+    models = {row.model for table in pinned for row in table.rows} - {"demo"}
 
     assert all(re.fullmatch(r"[\w.-]+@[0-9a-f]{40}", model) for model in models)
     assert len(models) == len({model.partition("@")[0] for model in models})
