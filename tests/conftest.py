@@ -136,11 +136,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Compiled kernels, new for each run of the tests and shared by its processes: none is compiled twice."""
+    """Compiled kernels, shared by the processes of a run and, if `KERNEL_CACHE` names a folder, with other runs."""
     from marlin_tools.ops.runtime.cubin_cache import CubinCache
 
     own = tmp_path_factory.getbasetemp()
-    return CubinCache((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels")
+    usual = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+    return CubinCache(Path(os.environ.get("KERNEL_CACHE", usual)))
 
 
 def _copied(source: Path, target: Path) -> Path:
