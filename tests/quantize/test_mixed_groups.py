@@ -139,11 +139,14 @@ def test_a_finished_run_is_known_again(narrow: Path, mixed: Checkpoint, run: Run
     assert before == (mixed.path / "manifest.json").stat().st_mtime_ns
 
 
-def test_zeros_of_2_4_and_calibrated_scales(narrow: Path, run: Run) -> None:
-    linears = StoredLinears(run(narrow, preset="fast", sparsity="2:4", group_size="auto"))
+@pytest.mark.parametrize("settings", [{"preset": "default"}, {"preset": "rtn", "sparsity": "2:4"}])
+def test_calibrated_scales_and_zeros_of_2_4(narrow: Path, run: Run, settings: dict[str, str]) -> None:
+    checkpoint = run(narrow, group_size="auto", **settings)
+    linears = StoredLinears(checkpoint)
 
     assert {64, 128} == {linears.read(name).group_size for name in linears.names}
-    assert all(linears.read(name).is_2_4() for name in linears.names)
+    assert ("sparsity" in settings) == all(linears.read(name).is_2_4() for name in linears.names)
+    assert verify(checkpoint.path).ok
 
 
 @pytest.mark.parametrize(
