@@ -88,11 +88,9 @@ def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.dev
         return (
             f"needs compute capability 8.0 (Ampere), {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
         )
-    first = linears.read(linears.names[0])
-    per_column = first.group_size == first.shape[1]
     for name in linears.names:
-        inputs = grid_of(linears, name).k
-        if reason := ops.limits(inputs, inputs if per_column else first.group_size):
+        grid = grid_of(linears, name)
+        if reason := ops.limits(grid.k, grid.group_size):
             return f"cannot hold `{name}`: {reason}"
     return None
 

@@ -25,7 +25,7 @@ from marlin_tools.errors import FormatError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
 from marlin_tools.formats import FORMATS, Format, FormatName, get_format
-from marlin_tools.formats.config import with_activations
+from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
@@ -107,10 +107,10 @@ class _Conversion:
         if (self.source.quantization or {}).get("kv_cache_scheme"):
             raise FormatError("`quantization_config`: `kv_cache_scheme` cannot be carried over", hint="remove it, then export")
         sizes = self.contents.group_sizes
-        if len(sizes) > 1:
+        if len(sizes) > 1 and not self.target.mixes:
             raise FormatError(
                 f"`{self.source.origin}` mixes group sizes: {', '.join(map(str, sorted(sizes)))}",
-                hint="config.json can name only one; quantise again with one `--group-size`",
+                hint=f"`{self.target.name}` can name only one: export to `compressed-tensors`, or quantise again with one",
             )
         self.target.admit_activations(self.contents.activations)
         check_finite(self.source, self.source.names())
@@ -160,8 +160,8 @@ class _Conversion:
         reference = self.source.path / "verify" / "reference.safetensors"
         if reference.is_file():
             output.write_bytes("verify/reference.safetensors", reference.read_bytes())
-        (group_size,) = self.contents.group_sizes
-        config = self.target.quantization_config(group_size, self._ignored())
+        sizes = self.contents.sizes
+        config = with_group_sizes(self.target.quantization_config(max(sizes.values()), self._ignored()), sizes)
         writer.finish(self.source, with_activations(config, self.contents.activations))
 
     def _shards(self) -> Iterator[list[str]]:

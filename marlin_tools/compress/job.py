@@ -66,12 +66,12 @@ class BlockStage(Stage):
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is known before the work begins; `group_size` is that of the codes, if there will be any."""
+    """What is known before the work begins; `group_sizes` are those of linears that will be codes."""
 
     checkpoint: Checkpoint
     inventory: Inventory
     forecast: Forecast
-    group_size: int = 0
+    group_sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ The loop over the blocks is `loop.py`; here is what a user can choose, and how o
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -38,10 +38,10 @@ from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, Format, FormatName
-from marlin_tools.formats.config import with_activations
+from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
-from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_size, take_linears
+from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_sizes, take_linears
 from marlin_tools.stream.layer_stream import Group
 
 REVISION = 5
@@ -82,7 +82,7 @@ class QuantizeSettings(BlockStage):
     damp              overrides the preset's damping
     negative_scales   overrides whether scales may be negative
     group_size        inputs that share a scale; -1 for one scale per output column, "auto" for the largest of 128, 64 and 32
-                      that fits all linears and the format
+                      that fits each linear, or all of them where a format holds one size or activations are FP8
     format            how the linears are stored
     activations       what the linears read: "16bit", or "fp8", e4m3 with a scale for each token, found while the model runs
     sparsity          "2:4" keeps the zeros of linears that are 2:4 already and prunes the others; "keep" insists that all are
@@ -124,15 +124,20 @@ class QuantizeSettings(BlockStage):
         except ValueError as error:
             raise RecipeError(f"preset `{self.preset}`: {error}", hint="drop the option that contradicts it") from error
 
-    def sized(self, inventory: Inventory, *formats: str) -> int:
-        """The group size for this model; of `auto` the largest that all linears and formats can have."""
+    def sized(self, inventory: Inventory, *formats: str) -> dict[str, int]:
+        """The group size of each linear of this model, -1 for per column."""
         formats, sparse = (self.format, *formats), self.sparsity is not None
-        size = largest_group_size(inventory, formats, sparse=sparse) if self.group_size == AUTO else self.group_size
+        if self.group_size == AUTO:  # kernels for FP8 activations want one size everywhere
+            mixed = self.activations == "16bit" and all(FORMATS[name].mixes for name in formats)
+            sizes = largest_group_sizes(inventory, formats, sparse=sparse, mixed=mixed)
+        else:
+            sizes = {target.name: self.group_size for target in inventory.targets}
         if isinstance(self.solver, GPTQ):
-            self.solver.check_group_size(size, 0)
+            for size in set(sizes.values()):
+                self.solver.check_group_size(size, 0)
         for name in formats:
-            check_limits(inventory, size, name, sparse=sparse)
-        return size
+            check_limits(inventory, sizes, name, sparse=sparse)
+        return sizes
 
     @property
     def makes(self) -> tuple[str, ...]:
@@ -151,7 +156,7 @@ class QuantizeSettings(BlockStage):
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
             *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
             ("blocks", str(inventory.blocks)),
-            *((("group size", str(prepared.group_size)),) if self.group_size == AUTO else ()),
+            *((("group size", _in_words(prepared.group_sizes)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in inventory.kept.items()),
@@ -176,7 +181,7 @@ def prepare_quantize(
     sparse = settings.sparsity is not None
     _check_activations(settings, formats)
     inventory = take_linears(checkpoint, settings.ignore)
-    group_size = settings.sized(inventory, *formats)
+    group_sizes = settings.sized(inventory, *formats)
     if sparse:
         check_quads(inventory)
     device = pick_device(settings.device)
@@ -187,7 +192,7 @@ def prepare_quantize(
         forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
     else:
         forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
-    return Preparation(checkpoint, inventory, forecast, group_size)
+    return Preparation(checkpoint, inventory, forecast, group_sizes)
 
 
 def quantize(
@@ -218,7 +223,9 @@ def quantize(
             if isinstance(model, Preparation)
             else prepare_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
         )
-        settings = settings.model_copy(update={"group_size": plan.group_size})
+        sizes = plan.group_sizes
+        if len(set(sizes.values())) == 1:
+            settings = settings.model_copy(update={"group_size": max(sizes.values())})
         if settings.sparsity == "keep":
             _check_masks(plan)
         identity = {
@@ -230,9 +237,8 @@ def quantize(
         if how:
             identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)
-        config = with_activations(
-            store.format.quantization_config(plan.group_size, plan.inventory.unquantized), settings.activations
-        )
+        config = store.format.quantization_config(max(sizes.values()), plan.inventory.unquantized)
+        config = with_activations(with_group_sizes(config, sizes), settings.activations)
         facts: dict[str, Any] = {"format": settings.format}
         if how and seen:
             seen = replace(seen, apart=held_out(len(seen.sequences)))
@@ -242,8 +248,14 @@ def quantize(
             "quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, settings.activations
         )
         refine = _tuning(how, plan.checkpoint.dtype, emit) if how else None
-        method = _method(settings, plan.group_size, plan.checkpoint.dtype, team, refine)
+        method = _method(settings, sizes, plan.checkpoint.dtype, team, refine)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
+
+
+def _in_words(sizes: Mapping[str, int]) -> str:
+    """One size, or how many linears have each."""
+    (most, many), *others = sorted(Counter(sizes.values()).items(), reverse=True)
+    return ", ".join([f"{most} for {many} linears" if others else str(most), *(f"{size} for {n}" for size, n in others)])
 
 
 def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Emit) -> None:
@@ -286,9 +298,11 @@ def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:
         raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
 
 
-def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Team, refine: Refine | None) -> Method:
+def _method(
+    settings: QuantizeSettings, sizes: Mapping[str, int], dtype: torch.dtype, team: Team, refine: Refine | None
+) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
-    solver, were_sparse = settings.solver, dict[str, bool]()
+    solver, were_sparse, mixed = settings.solver, dict[str, bool](), len(set(sizes.values())) > 1
 
     def problem(group: Group) -> Problem:
         first = group.names[0]
@@ -298,14 +312,17 @@ def _method(settings: QuantizeSettings, size: int, dtype: torch.dtype, team: Tea
             fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
             mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
         k = group.weight(first).shape[1]
-        group_size = size if size > 0 else k
+        group_size = sizes[first] if sizes[first] > 0 else k
         return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
+        said: dict[str, Any] = {"group_size": sizes[name]} if mixed else {}
         if settings.sparsity:
             assert solution.linear.is_2_4(), name
-            return {"mask": "kept" if were_sparse[name] else "chosen"}
-        return {"mask": "lost"} if were_sparse[name] and not solution.linear.is_2_4() else {}
+            said["mask"] = "kept" if were_sparse[name] else "chosen"
+        elif were_sparse[name] and not solution.linear.is_2_4():
+            said["mask"] = "lost"
+        return said
 
     return Method(problem, staged=solver.staged, note=note, refine=refine)
 

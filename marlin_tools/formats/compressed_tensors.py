@@ -32,6 +32,7 @@ class CompressedTensors(Format):
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
     spellings: tuple[Spelling, ...] = (("compressed-tensors", "pack-quantized"),)
     says: tuple[ActivationType, ...] = ("16bit", "fp8")
+    mixes: bool = True
 
     def limits(self, n: int, k: int, group_size: int, *, sparse: bool | None = None) -> str | None:
         """Only that groups divide K."""

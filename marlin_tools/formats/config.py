@@ -5,11 +5,15 @@ flat      one set of keys for all linears (`bits`, `group_size`, `sym`, `desc_ac
 grouped   `config_groups`, each with targets and a full scheme: quant_method `compressed-tensors`.
           Read by transformers with compressed-tensors and by vLLM.
 
+Where linears have groups of different sizes, each size has an entry of `config_groups`, and its targets are the ends of their
+names. `Linear` is then no target: vLLM fuses q, k and v into a module of another name, and finds its class before their names.
+
 A checkpoint says how its tensors lie by a *spelling*, the pair (quant_method, layout). One format can have several spellings.
 `ignore` is in both dialects the full names of the linears that stay unquantized, `lm_head` among them.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,13 +99,11 @@ def flat_config(method: str, layout: str, group_size: int, ignore: Sequence[str]
 
 def grouped_config(layout: str, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
     """The grouped dialect with one group that holds every linear but the ignored ones."""
-    per_column = group_size == -1
     weights = {
         "num_bits": BITS,
         "type": "int",
         "symmetric": True,
-        "strategy": "channel" if per_column else "group",
-        "group_size": None if per_column else group_size,
+        **_grain(group_size),
         "dynamic": False,
         "actorder": None,
     }
@@ -114,6 +116,43 @@ def grouped_config(layout: str, group_size: int, ignore: Sequence[str]) -> dict[
         "ignore": list(ignore),
         "kv_cache_scheme": None,
     }
+
+
+def with_group_sizes(config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The same config for linears of these group sizes, -1 for per column; different ones only in the grouped dialect."""
+    if len(set(sizes.values())) == 1:
+        return config
+    scheme = config["config_groups"]["group_0"]
+    groups = [
+        scheme | {"targets": targets, "weights": scheme["weights"] | _grain(size)}
+        for size, targets in sorted(_targets(sizes).items(), reverse=True)
+    ]
+    return config | {"config_groups": {f"group_{number}": group for number, group in enumerate(groups)}}
+
+
+def _targets(sizes: Mapping[str, int]) -> dict[int, list[str]]:
+    """What names the linears of each size: the shortest ends of their names that no linear of another size has."""
+    meant: dict[str, set[int]] = defaultdict(set)
+    for name, size in sizes.items():
+        for target in _ends(name):
+            meant[target].add(size)
+    found: dict[int, set[str]] = defaultdict(set)
+    for name, size in sizes.items():
+        found[size].add(next(target for target in _ends(name) if len(meant[target]) == 1))
+    return {size: sorted(targets) for size, targets in found.items()}
+
+
+def _ends(name: str) -> list[str]:
+    """The targets that match a linear, the shortest first. Engines ask for experts by names that may not be theirs."""
+    parts = [r"\d+" if part.isdecimal() else re.escape(part) for part in name.split(".")]
+    ends = [r"re:.*\." + r"\.".join(parts[-length:]) + "$" for length in range(1, len(parts))]
+    return [*([r"re:.*\.experts\."] if ".experts." in name else []), *ends, name]
+
+
+def _grain(group_size: int) -> dict[str, Any]:
+    """How a scheme says what shares a scale."""
+    per_column = group_size == -1
+    return {"strategy": "channel" if per_column else "group", "group_size": None if per_column else group_size}
 
 
 def _is_active(section: Mapping[str, Any] | None) -> bool:

@@ -54,11 +54,16 @@ class Contents:
         """What the quantised linears read."""
         return activations_of(self.checkpoint.quantization)
 
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The group size of each linear, -1 for per column; one group alone is of the size that others have, if any has."""
+        several = {grid.group_size for grid in self.grids.values() if grid.group_size != grid.k}
+        return {name: grid.group_size if grid.group_size in several else -1 for name, grid in self.grids.items()}
+
     @property
     def group_sizes(self) -> set[int]:
-        """The group sizes in use, -1 for per column; a linear of one group is of the size that others have, if any has."""
-        several = {grid.group_size for grid in self.grids.values() if grid.group_size != grid.k}
-        return several | {-1 for grid in self.grids.values() if grid.group_size == grid.k and grid.k not in several}
+        """Those that are in use."""
+        return set(self.sizes.values())
 
 
 def grid_of(stored: StoredLinears, name: str) -> LinearShape:
@@ -92,6 +97,16 @@ def keeps(config: Mapping[str, Any], name: str) -> bool:
         return _matches(config.get("ignore") or (), name) or not _matches(targets, name)
     skipped = [rule.removeprefix("-:") for rule in config.get("dynamic") or {} if rule.startswith("-:")]
     return any(_pattern(rule).match(name) for rule in skipped) or name in (config.get("modules_to_not_convert") or ())
+
+
+def declared_sizes(config: Mapping[str, Any], name: str) -> set[int]:
+    """The group size, -1 for per column, that this quantization_config gives a linear; all of them if no target means it."""
+    groups = list((config.get("config_groups") or {}).values())
+    rules = [(target, group) for group in groups for target in group.get("targets") or ()]
+    rules.sort(key=lambda rule: (rule[0] == "Linear", rule[0].startswith("re:"), rule[0]))  # the library's order
+    found = [group for target, group in rules if _matches((target,), name)][:1]
+    schemes = [group["weights"] for group in found or groups] or [config]
+    return {int(scheme.get("group_size") or -1) for scheme in schemes}
 
 
 def _matches(entries: list[str] | tuple[str, ...], name: str) -> bool:

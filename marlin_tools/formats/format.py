@@ -27,12 +27,14 @@ class Format(ABC):
     suffixes   names of its tensors, after the name of the linear and a dot
     spellings  the (quant_method, layout) pairs by which checkpoints announce it; the first is the one written
     says       what its config.json can say of the activations
+    mixes      whether its config.json can give linears groups of different sizes
     """
 
     name: str
     suffixes: tuple[str, ...]
     spellings: tuple[Spelling, ...]
     says: tuple[ActivationType, ...] = ("16bit",)
+    mixes: bool = False
 
     @abstractmethod
     def limits(self, n: int, k: int, group_size: int, *, sparse: bool | None = None) -> str | None:

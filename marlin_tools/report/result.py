@@ -174,8 +174,7 @@ class Result:
         """Bits, what shares a scale, and FP8 activations, for a headline."""
         if not self.quantized:
             return "2:4, 16 bits" if (self.facts["sparsity"] or {}).get("2:4") else "16 bits"
-        sizes = self.facts["group_sizes"]
-        groups = "per column" if sizes == [-1] else f"g{', '.join(map(str, sizes))}"
+        groups = ", ".join("per column" if size == -1 else f"g{size}" for size in self.facts["group_sizes"])
         sparsity = self.facts["sparsity"]
         reads = ", FP8 activations" if self.facts["activations"] == "fp8" else ""
         return f"INT4 {groups}" + (" 2:4" if sparsity and sparsity["2:4"] else "") + reads

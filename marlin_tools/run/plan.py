@@ -90,7 +90,7 @@ def _engines(recipe: Recipe, source: Source, known: Preparation) -> Iterator[tup
     inventory = known.inventory
     shapes = {target.name: (target.n, target.k) for target in inventory.targets}
     assert recipe.quantize is not None, "engines are asked about quantised models"
-    scheme = known.group_size, recipe.quantize.activations
+    scheme = known.group_sizes, recipe.quantize.activations
     for name in recipe.formats:
         for verdict in judge_engines(source.checkpoint.text_config, inventory.family, shapes, inventory.kept, name, *scheme):
             yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)

@@ -3,7 +3,8 @@
 Everything that could stop a run after hours is refused here in a second, naming the layers.
 """
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -121,42 +122,49 @@ class Inventory:
         return [[first[name] for name in group if name in first] for group in groups]
 
 
-def check_limits(inventory: Inventory, group_size: int, format_name: str, *, sparse: bool | None = None) -> None:
+def check_limits(inventory: Inventory, sizes: Mapping[str, int], format_name: str, *, sparse: bool | None = None) -> None:
     """Hold each linear against the grid and the format; `sparse` says whether they will be, if that is known."""
     limits = FORMATS[format_name].limits
-    judged = [(t, limits(t.n, t.k, group_size, sparse=sparse)) for t in inventory.targets]
+    judged = [(t, limits(t.n, t.k, sizes[t.name], sparse=sparse)) for t in inventory.targets]
     refused = [f"`{target.name}`: {reason}" for target, reason in judged if reason]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise FormatError(
             f"format `{format_name}` cannot hold {'; '.join(refused[:3])}{more}",
             hint="add `--sparsity 2:4`, or use another `--format`"
-            if sparse is False and not any(limits(t.n, t.k, group_size, sparse=True) for t in inventory.targets)
+            if sparse is False and not any(limits(t.n, t.k, sizes[t.name], sparse=True) for t in inventory.targets)
             else _other_group_size(inventory, format_name, sparse=sparse),
         )
 
 
-def largest_group_size(inventory: Inventory, formats: Collection[str], *, sparse: bool) -> int:
-    """The largest size of groups that all linears and formats can have; raises what stops 128 where there is none."""
-    fitting = [set(_fitting(inventory, name, sparse=sparse)) for name in formats]
-    if not (common := set.intersection(*fitting)):
+def largest_group_sizes(inventory: Inventory, formats: Collection[str], *, sparse: bool, mixed: bool) -> dict[str, int]:
+    """The largest size of groups that fits each linear (`mixed`), or all of them; raises what stops 128 where none does.
+
+    What an engine fuses has one size: linears that read the same tensor have as many inputs, and the experts of a block
+    are chosen for together.
+    """
+    fused: dict[str, list[Target]] = defaultdict(list)
+    for target in inventory.targets:
+        fused[target.name.partition(".experts.")[0] if mixed else ""].append(target)
+    fitting = [[size for size in GROUP_SIZES if _fits(part, size, formats, sparse=sparse)] for part in fused.values()]
+    if not all(fitting):
         for name in formats:
-            check_limits(inventory, GROUP_SIZES[0], name, sparse=sparse)
+            check_limits(inventory, dict.fromkeys(inventory.names, GROUP_SIZES[0]), name, sparse=sparse)
         raise FormatError(f"no group size fits all of {', '.join(formats)}", hint="write one format at a time")
-    return max(common)
+    return {target.name: max(sizes) for part, sizes in zip(fused.values(), fitting, strict=True) for target in part}
 
 
-def _fitting(inventory: Inventory, format_name: str, *, sparse: bool | None) -> list[int]:
-    limits = FORMATS[format_name].limits
-    return [size for size in GROUP_SIZES if not any(limits(t.n, t.k, size, sparse=sparse) for t in inventory.targets)]
+def _fits(targets: Iterable[Target], size: int, formats: Iterable[str], *, sparse: bool | None) -> bool:
+    return not any(FORMATS[name].limits(t.n, t.k, size, sparse=sparse) for t in targets for name in formats)
 
 
 def _other_group_size(inventory: Inventory, format_name: str, *, sparse: bool | None) -> str:
-    """A hint that names the sizes of groups that would fit all linears."""
-    fitting = _fitting(inventory, format_name, sparse=sparse)
+    """A hint that names the sizes of groups that would fit all linears, and what finds them."""
+    fitting = [size for size in GROUP_SIZES if _fits(inventory.targets, size, (format_name,), sparse=sparse)]
     sizes = " or ".join(f"`--group-size {size}`" for size in fitting) or "another `--format`, `--group-size -1` (per column)"
-    said = f", which {'fit' if len(fitting) > 1 else 'fits'} all linears" if fitting else ""
-    return f"use {sizes}{said}, or leave these layers out with `--ignore REGEX`"
+    each = "each linear" if FORMATS[format_name].mixes else "the model"
+    said = f", which {'fit' if len(fitting) > 1 else 'fits'} all linears, or `--group-size auto`, the largest for {each}"
+    return f"use {sizes}{said if fitting else ''}, or leave these layers out with `--ignore REGEX`"
 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:

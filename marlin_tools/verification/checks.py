@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from marlin_tools.families import find_family
 from marlin_tools.families.experts import stored_shapes
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats import find_format
-from marlin_tools.formats.contents import Contents, keeps
+from marlin_tools.formats.contents import Contents, declared_sizes, keeps
 from marlin_tools.formats.gptq import Gptq
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import unpack_nibbles
@@ -78,22 +77,16 @@ def check_config(checkpoint: Checkpoint) -> Check:
         grids = contents.grids
     except MarlinToolsError as error:
         return Check("config", ok=False, detail=error.message)
-    sizes = _declared_group_sizes(declared)
     problems = [] if grids else [f"no linear is stored as `{layout.name}`, which `quantization_config` names"]
     problems += [
         f"`{name}` has groups of {grid.group_size}, `quantization_config` says {_listing(sizes)}"
         for name, grid in grids.items()
+        for sizes in (declared_sizes(declared, name),)
         if grid.group_size not in sizes and not (grid.group_size == grid.k and -1 in sizes)
     ]
     found = _listing(contents.group_sizes)
     reads = ", FP8 activations" if contents.activations == "fp8" else ""
     return judge("config", problems, f"{checkpoint.config['model_type']}, `{layout.name}`, group_size {found}{reads}")
-
-
-def _declared_group_sizes(config: Mapping[str, Any]) -> set[int]:
-    """What quantization_config says, -1 for per column."""
-    schemes = [group["weights"] for group in (config.get("config_groups") or {}).values()] or [config]
-    return {int(scheme.get("group_size") or -1) for scheme in schemes}
 
 
 def _listing(sizes: Iterable[int]) -> str:

@@ -137,14 +137,14 @@ def judge_engines(
     linears: Linears,
     kept: Collection[str],
     layout: str,
-    group_size: int,
+    sizes: Mapping[str, int],
     activations: ActivationType = "16bit",
 ) -> tuple[EngineVerdict, ...]:
     """One verdict per engine on a model whose `linears` are or would be quantised and whose `kept` ones are not.
 
-    `layout` is the name of the format, `group_size` -1 for per column, `activations` what the linears read.
+    `layout` is the name of the format, `sizes` the group size of each linear, -1 for per column, `activations` what they read.
     """
-    model = _Model(config, family, linears, frozenset(kept), group_size, activations == "fp8")
+    model = _Model(config, family, linears, frozenset(kept), sizes, activations == "fp8")
     return tuple(_judge(engine, model, layout) for engine in ENGINES)
 
 
@@ -160,6 +160,7 @@ def served_as(contents: Contents) -> str | None:
     for layout in (own, "compressed-tensors", "gptq") if own else ():
         holds = not any(get_format(layout).limits(*grid) for grid in contents.grids.values())
         holds = holds and contents.activations in get_format(layout).says
+        holds = holds and (len(contents.group_sizes) == 1 or get_format(layout).mixes)
         if holds and serving & {verdict.engine for verdict in _judge_as(contents, layout) if verdict.loads}:
             return layout if layout != own else None
     return None
@@ -179,9 +180,8 @@ def _judge_as(contents: Contents, layout: str) -> tuple[EngineVerdict, ...]:
         return ()
     if (family := known_family(contents.checkpoint.config)) is None or not linears:
         return ()
-    group_size = max(contents.group_sizes)
     config, reads = contents.checkpoint.text_config, contents.activations
-    return judge_engines(config, family, linears, contents.plain, layout, group_size, reads)
+    return judge_engines(config, family, linears, contents.plain, layout, contents.sizes, reads)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class _Model:
     family: Family
     linears: Linears
     kept: frozenset[str]
-    group_size: int
+    sizes: Mapping[str, int]
     fp8: bool
 
     @property
@@ -226,7 +226,7 @@ def _judge(engine: Engine, model: _Model, layout: str) -> EngineVerdict:
 def _own_notes(model: _Model) -> list[str]:
     """Our kernels have limits, our reference backend has none."""
     for name, (_, k) in model.linears.items():
-        if reason := ops.limits(k, k if model.group_size == -1 else model.group_size):
+        if reason := ops.limits(k, k if model.sizes[name] == -1 else model.sizes[name]):
             return [f"with the reference backend only: `{name}`: {reason}"]
     return []
 
@@ -235,10 +235,10 @@ def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
     """Why the engine cannot run the model on `size` GPUs, or None."""
     if not engine.splits:
         return "runs INT4 linears on one GPU at a time" if size > 1 else None
-    if engine.marlin and model.group_size not in (-1, 32, 64, 128):
-        return f"Marlin kernels have groups of 32, 64, 128 or per column, not {model.group_size}"
-    if model.fp8 and model.group_size != 128:
-        return f"its kernel for FP8 activations has groups of 128, not {model.group_size}"
+    if engine.marlin and (others := set(model.sizes.values()) - {-1, 32, 64, 128}):
+        return f"Marlin kernels have groups of 32, 64, 128 or per column, not {min(others)}"
+    if model.fp8 and (others := set(model.sizes.values()) - {128}):
+        return f"its kernel for FP8 activations has groups of 128, not {min(others)}"
     if model.fp8 and model.config.get("dtype", model.config.get("torch_dtype")) == "float16":
         return "its kernel for FP8 activations puts out bfloat16, the model is float16"
     heads, kv_heads, _ = model.heads
@@ -265,7 +265,7 @@ def _cut(model: _Model, prefix: str, branch: Branch, size: int) -> str | None:
     if leaving not in model.linears:
         return None
     k = model.linears[leaving][1]
-    unit = 8 if model.group_size == -1 else model.group_size
+    unit = 8 if model.sizes[leaving] == -1 else model.sizes[leaving]
     if k % size:
         return f"`{leaving}`: {k} inputs do not divide among {size}"
     if k // size % unit:

@@ -150,6 +150,23 @@ def test_a_gpu_runs_our_kernels_if_it_can(tiny_llama, write_int4, monkeypatch, d
     assert (expected[0], True) == (chosen, expected[1] in why)
 
 
+@pytest.mark.parametrize(("parts", "expected"), ((4, "native"), (8, "reference")))
+def test_each_linear_is_held_against_our_kernels_with_its_own_groups(
+    tiny_llama, write_int4, edit, monkeypatch, parts, expected
+):
+    """All have groups of 128, one of 32 or of 16."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(backends, "free_memory", lambda _: 1 << 30)
+    folder, name = write_int4(tiny_llama, "compressed-tensors")[0], "model.layers.1.mlp.up_proj.weight_scale"
+    edit(folder, {name: Checkpoint.open(folder).read(name).repeat_interleave(parts, dim=1)})
+    checkpoint = Checkpoint.open(folder)
+
+    chosen, why = choose_backend("auto", skeleton(checkpoint, torch.float16), StoredLinears(checkpoint), torch.device("cuda"))
+
+    assert expected == chosen
+    assert expected == "native" or "`native` cannot hold `model.layers.1.mlp.up_proj`: group_size 16 is neither" in why
+
+
 def test_auto_takes_less_memory_when_there_is_less(tiny_llama, write_int4, monkeypatch):
     monkeypatch.setattr(backends, "free_memory", lambda _: 4_000_000)  # 6.3 MB dequantised, 1.7 MB packed
     events = []

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
@@ -18,6 +19,7 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import ModelError
 from marlin_tools.families.layout import Layout
 from marlin_tools.stream import routed
+from marlin_tools.stream.inventory import take_linears
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
 
 Load = Callable[[str, Path], torch.nn.Module]
@@ -103,6 +105,19 @@ def test_the_manifest_counts_tokens(made: Callable[[str], Path], tokens: TokenSe
     assert sum(sent) == 3 * 2 * tokens.tokens
     assert all(record["scales_only"] and record["tokens_seen"] >= record["tokens"] for record in records if "tokens" in record)
     assert not any("tokens" in record for record in records if ".experts." not in record["name"])
+
+
+@pytest.mark.parametrize(("inner", "experts"), [(96, 32), (192, 64), (256, 128)])
+def test_the_experts_of_a_block_share_a_group_size(inner: int, experts: int) -> None:
+    """Engines run them as one matrix; the expert's own down projection decides for all three."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    counts = {"num_hidden_layers": 2, "vocab_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    config = {"model_type": "qwen3_moe", "dtype": "float16", "moe_intermediate_size": inner, **sizes, **counts}
+    inventory = take_linears(Card(config, "card"), ())
+    chosen = QuantizeSettings(preset="rtn", group_size="auto").sized(inventory)
+    assert 7 + 4 + 12 == len(chosen)
+    assert {experts} == {size for name, size in chosen.items() if ".experts." in name}
+    assert {128} == {size for name, size in chosen.items() if ".experts." not in name}
 
 
 def test_pruned_experts_are_sparse_one_by_one(made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path) -> None:

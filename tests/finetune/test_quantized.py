@@ -81,6 +81,19 @@ def test_it_comes_closer_and_stays_what_it_is(run: Run, quantized: Make, teacher
     assert not torch.equal(out.read("model.norm.weight"), source.read("model.norm.weight"))
 
 
+def test_each_linear_keeps_its_own_groups(run: Run, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    original = tiny_model("llama", intermediate_size=320)
+    settings = QuantizeSettings(preset="rtn", group_size="auto", device="cpu")
+    source = quantize(original, None, settings, tmp_path / "mixed")
+    out = run(model=source.path, teacher=str(original), **ENOUGH)
+    before, after = linears(source), linears(out)
+    assert manifest(out)["best_step"] > 0
+    assert out.quantization == source.quantization
+    assert {64, 128} == {linear.group_size for linear in before.values()}
+    assert {name: linear.group_size for name, linear in before.items()} == {n: each.group_size for n, each in after.items()}
+    assert any(not torch.equal(after[name].scales, before[name].scales) for name in before)
+
+
 def test_codes_stay_if_that_is_wanted(run: Run, quantized: Make) -> None:
     source = quantized()
     out = run(model=source, **{**ENOUGH, "code_rate": 0})

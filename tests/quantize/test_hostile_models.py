@@ -166,7 +166,7 @@ def test_shapes_that_do_not_fit_name_the_layers(
 ) -> None:
     narrow = tiny_model("llama", intermediate_size=448)
     error = refused(narrow, FormatError, r"model\.layers\.0\.mlp\.down_proj`: 448 inputs are not a multiple of group_size 128")
-    assert "use `--group-size 64` or `--group-size 32`, which fit all linears" in (error.hint or "")
+    assert "use `--group-size 64` or `--group-size 32`, which fit all linears, or `--group-size auto`" in (error.hint or "")
     refused(narrow, FormatError, "mlp.gate_proj", format="marlin")
     with pytest.raises(ValueError, match="unknown format `marlim`"):
         QuantizeSettings(format="marlim")

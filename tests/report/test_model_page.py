@@ -234,6 +234,13 @@ def test_suggested_tasks_are_those_that_the_model_can_be_asked(made, base, posit
     assert f"marlin-tools eval 'x y' --tasks {tasks} --baseline {base}" == command
 
 
+@pytest.mark.parametrize(("sizes", "scheme"), (([128], "INT4 g128"), ([64, 128], "INT4 g64, g128"), ([-1], "INT4 per column")))
+def test_the_title_has_every_group_size(made, sizes, scheme):
+    result = gather(made / "marlin", None)
+
+    assert scheme == replace(result, facts={**result.facts, "group_sizes": sizes}).scheme
+
+
 @pytest.mark.parametrize(("items", "shown"), ((2, False), (99, False), (100, True)))
 def test_a_few_items_make_no_headline(made, items, shown):
     score = Score("t", "acc", 1.0, 0.0, True, 1.0, 0.0, 0.0, 0.01, None, {"items": items, "on": f"{items} items, 0-shot"})

@@ -41,9 +41,10 @@ def shapes(config):
     return {f"model.layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in one.items()}
 
 
-def judge(config, layout="gptq", group_size=128, kept=(), activations="16bit"):
+def judge(config, layout="gptq", group_size=128, kept=(), activations="16bit", down=None):
     linears = {name: shape for name, shape in shapes(config).items() if name not in kept}
-    verdicts = judge_engines(config, find_family(config), linears, kept, layout, group_size, activations)
+    sizes = dict.fromkeys(linears, group_size) | {n: down for n in linears if down and n.endswith("down_proj")}
+    verdicts = judge_engines(config, find_family(config), linears, kept, layout, sizes, activations)
     return {verdict.engine: verdict for verdict in verdicts}
 
 
@@ -114,6 +115,17 @@ def test_reasons_name_linear_and_rule(model, group_size, engine, size, reason):
     assert judge(model, group_size=group_size)[engine].reasons[size].startswith(reason)
 
 
+def test_each_linear_is_held_against_its_own_groups():
+    """Half of 86 groups of 128 is the least, of 172 groups of 64 a quarter; the others are cut between outputs."""
+    vllm = {down: judge(LLAMA2_7B, "compressed-tensors", down=down)["vLLM"] for down in (None, 64, 16)}
+    assert ((1, 2), (1, 2, 4), ()) == tuple(verdict.sizes for verdict in vllm.values())
+    assert vllm[64].reasons[8].startswith(f"{DOWN}: 1376 inputs per rank are not a multiple of group_size 64")
+    (note,) = judge(LLAMA2_7B, "compressed-tensors", down=16)["marlin-tools"].notes
+    assert note.startswith(f"with the reference backend only: {DOWN}: group_size 16")
+    fp8 = judge(LLAMA3_8B, "compressed-tensors", down=64, activations="fp8")["vLLM"]
+    assert fp8.reasons[1] == "its kernel for FP8 activations has groups of 128, not 64"
+
+
 def test_outputs_of_fused_linears_count_together():
     """On 8 ranks q has 128 outputs; k and v have 32 each, which makes 192, or 16 each, which makes 160."""
     even, odd = config(1024, 8192, 32, 8, head_dim=32), config(1024, 8192, 64, 8, head_dim=16)
@@ -179,7 +191,7 @@ def test_the_forecast_is_the_verdict(tiny_model, rounded):
     checkpoint = Checkpoint.open(tiny_model("llama"))
     inventory = take_linears(checkpoint, ())
     linears = {target.name: (target.n, target.k) for target in inventory.targets}
-    before = judge_engines(checkpoint.config, inventory.family, linears, inventory.kept, "gptq", 128)
+    before = judge_engines(checkpoint.config, inventory.family, linears, inventory.kept, "gptq", dict.fromkeys(linears, 128))
 
     assert before == judge_checkpoint(Contents(Checkpoint.open(rounded())))
     assert (1, 2) == before[0].sizes

@@ -13,6 +13,7 @@ from marlin_tools.compress.export import export
 from marlin_tools.errors import FormatError, OutputError
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.verification.checks import check_config
 from marlin_tools.verification.verify import verify
 
 DENSE = ("gptq", "marlin", "compressed-tensors")
@@ -214,7 +215,7 @@ def test_sparse_codes_go_into_the_sparse_format_and_back(sparse, tensors_of, tmp
     assert same_tensors(tensors_of(sparse), tensors_of(back.path))
 
 
-def test_mixed_group_sizes_are_refused(copy, edit, tmp_path):
+def test_mixed_group_sizes_go_where_config_json_can_say_it(copy, edit, tmp_path):
     source = copy()
     name = "model.layers.0.mlp.down_proj"
     with edit(source, f"{name}.scales") as tensors:
@@ -222,7 +223,12 @@ def test_mixed_group_sizes_are_refused(copy, edit, tmp_path):
         tensors[f"{name}.qzeros"] = tensors[f"{name}.qzeros"].repeat_interleave(2, dim=0)
         tensors[f"{name}.g_idx"] = torch.arange(512, dtype=torch.int32) // 64
     with pytest.raises(FormatError, match="mixes group sizes: 64, 128"):
-        export(source, "compressed-tensors", tmp_path / "out")
+        export(source, "gptq", tmp_path / "out")
+    there = export(source, "compressed-tensors", tmp_path / "out")
+    assert 64 == StoredLinears(there).read(name).group_size
+    assert check_config(there).ok
+    groups = config_of(there.path)["quantization_config"]["config_groups"]
+    assert [name] == next(group["targets"] for group in groups.values() if group["weights"]["group_size"] == 64)
 
 
 def test_quantized_caches_are_refused(copy, edit_json, tmp_path):
