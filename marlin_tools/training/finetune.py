@@ -48,7 +48,7 @@ from marlin_tools.training.pair import Pair, check_mask, check_pair, pair
 from marlin_tools.training.parallel import shard, training_team
 from marlin_tools.training.sample import sample
 from marlin_tools.training.scaled import ScaledLinear, free_codes, read_rounded
-from marlin_tools.training.student import Reader, Student
+from marlin_tools.training.student import Reader, Student, recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,8 +199,7 @@ class _Work:
             read_rounded(model)
         student = Student(model, self.family, every, self.plan.sparse)
         if self.settings.recompute:
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-            student.model.train()
+            recompute(student)
         shard(self.team, student.decoder, student.blocks)
         windows = torch.stack(text.sequences)
         held_out = windows[len(windows) - self.settings.held_out :]
