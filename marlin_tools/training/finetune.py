@@ -95,7 +95,8 @@ class FinetuneSettings(TrainingSettings, Stage):
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
         name = self.teacher or outlook.model.origin
-        check_pair(outlook.model, outlook.find(name), self)
+        quantized = outlook.quantized or outlook.model.quantization is not None
+        check_pair(outlook.model, outlook.find(name), self, quantized=quantized)
         if outlook.first and outlook.model.quantization is None and not isinstance(outlook.model, Card):
             check_mask(outlook.model)
         facts = [("teacher", name)]

@@ -49,7 +49,7 @@ class Pair:
 def pair(model: str | Path | Checkpoint, teacher: str, settings: TrainingSettings) -> Pair:
     """Check that the two belong together and that there is something to keep, before any work."""
     student, original = Checkpoint.open(model, accept=find_family), Checkpoint.open(teacher, accept=find_family)
-    check_pair(student, original, settings)
+    check_pair(student, original, settings, quantized=student.quantization is not None)
     if student.quantization is not None:
         manifest = read_manifest(student.path) or {}
         carried = {key: manifest[key] for key in ("kept_dense",) if key in manifest}
@@ -72,11 +72,14 @@ def _sparse_linears(inventory: Inventory) -> Iterator[str]:
     return (target.name for target in inventory.targets if is_2_4(inventory.weight(target.name)))
 
 
-def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSettings) -> None:
-    """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone."""
-    settings = settings.fitted(quantized=student.quantization is not None)
+def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSettings, *, quantized: bool) -> None:
+    """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone.
+
+    `quantized` says whether the student is, or will be by then.
+    """
+    settings = settings.fitted(quantized=quantized)
     _check_learning(settings)
-    if settings.code_rate and student.quantization is None:
+    if settings.code_rate and not quantized:
         raise RecipeError(f"`{student.origin}` is not quantised: `code_rate` means nothing to it", hint="leave it out")
     if teacher.quantization is not None:
         raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")
