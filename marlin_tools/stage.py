@@ -54,6 +54,7 @@ class Outlook:
     text      the calibration text
     formats   all formats that the recipe writes
     first     whether no earlier stage changes the model
+    quantized whether it is quantised by then
     dry       whether nothing will follow
     """
 
@@ -62,6 +63,7 @@ class Outlook:
     text: CalibrationSettings | None
     formats: tuple[str, ...]
     first: bool
+    quantized: bool
     dry: bool
 
     @property

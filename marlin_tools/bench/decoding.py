@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.backends.fill import compute_buffers
 from marlin_tools.backends.native import NativeLinear, NativeSparseLinear
-from marlin_tools.checkpoint.cards import CARDS
+from marlin_tools.checkpoint.cards import shapes_of
 from marlin_tools.checkpoint.reader import ALIASES
 from marlin_tools.distributed.device import describe_device
 from marlin_tools.errors import DeviceError, ModelError
@@ -123,7 +123,6 @@ def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "Pr
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float16, attn_implementation="sdpa")
     if (reason := refusal(model, 1)) is not None:
         raise ModelError(f"this shape cannot be decoded: {reason}", hint=f"models with a built-in shape: {', '.join(ALIASES)}")
-    compute_buffers(model, device)
     family = find_family(card)
     if scheme in {"int4", SPARSE}:
         for block in model.get_submodule(f"{family.decoder}.{family.blocks}").children():
@@ -132,23 +131,26 @@ def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "Pr
                 linear = block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 setattr(block.get_submodule(parent), child, _random_linear(linear, device, sparse=scheme == SPARSE))
+    fill_randomly(model, device)
+    return model.eval()
+
+
+def fill_randomly(model: "PreTrainedModel", device: torch.device) -> None:
+    """Give a meta model random weights of a usual size; what has weights already keeps them."""
+    compute_buffers(model, device)
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_meta:
+            continue
         if id(parameter) not in made:
             made[id(parameter)] = nn.Parameter(_random_values(parameter, device), requires_grad=False)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, made[id(parameter)])
-    return model.eval()
 
 
 def card_for(settings: BenchModelSettings) -> dict[str, Any]:
     """The shapes that are asked for, if they are known and have room for that many tokens."""
-    repository = ALIASES.get(settings.shape, settings.shape)
-    flat = {name for name, card in CARDS.items() if "text_config" not in card}
-    if repository not in flat:
-        known = [alias for alias, name in ALIASES.items() if name in flat]
-        raise ModelError(f"no shape is built in for `{settings.shape}`", hint=f"known: {', '.join(known)}")
-    card, asked = CARDS[repository], settings.tokens_in + settings.tokens_out
+    card, asked = shapes_of(settings.shape), settings.tokens_in + settings.tokens_out
     if asked > card["max_position_embeddings"]:
         raise ModelError(
             f"`{settings.shape}` has {card['max_position_embeddings']} positions, fewer than the {asked} tokens asked for",

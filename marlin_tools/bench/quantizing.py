@@ -19,8 +19,8 @@ import torch
 from pydantic import Field
 
 from marlin_tools.algorithms import Preset
-from marlin_tools.checkpoint.cards import CARDS, Card
-from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
+from marlin_tools.checkpoint.cards import Card, shapes_of
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
@@ -106,14 +106,8 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
 
     Of several processes the first one makes it, and all quantise it.
     """
-    repository = ALIASES.get(settings.shape, settings.shape)
-    flat = {name for name, card in CARDS.items() if "text_config" not in card}
-    if repository not in flat:
-        known = [alias for alias, name in ALIASES.items() if name in flat]
-        raise ModelError(f"no shapes are known for `{settings.shape}`", hint=f"known: {', '.join(known)}")
-    blocks = int(CARDS[repository]["num_hidden_layers"])
-    if settings.layers > blocks:
-        raise ModelError(f"`{settings.shape}` has {blocks} blocks, fewer than {settings.layers}", hint="lower `--layers`")
+    card = shapes_of(settings.shape, settings.layers)
+    blocks = int(card["num_hidden_layers"])
     device = pick_device(settings.device)
     before = _process_seconds()
     with assembled(device) as team, tempfile.TemporaryDirectory(dir=folder, prefix="marlin-tools-bench-") as own:
@@ -121,7 +115,7 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
         place = team.lines(own)[0]
         model = Path(place) / "model"
         begin = time.perf_counter()
-        config = CARDS[repository] | ({"num_hidden_layers": settings.layers} if settings.layers else {})
+        config = card | ({"num_hidden_layers": settings.layers} if settings.layers else {})
         if team.leads:
             write_random_model(config, model, device)
         team.wait()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from marlin_tools.checkpoint.headers import TensorInfo
-from marlin_tools.checkpoint.reader import Checkpoint, hub_name, read_config
+from marlin_tools.checkpoint.reader import ALIASES, Checkpoint, hub_name, read_config
 from marlin_tools.errors import ErrorTranslation, ModelError
 
 _KEYS = (
@@ -109,6 +109,18 @@ class Card(Checkpoint):
         self.origin = origin
         self.config = config
         self._tensors = _tensors(config, self.dtype)
+
+
+def shapes_of(name: str, layers: int = 0) -> dict[str, Any]:
+    """The card of a language model that stands alone; it must have as many as `layers` blocks."""
+    repository = ALIASES.get(name, name)
+    flat = {each for each, card in CARDS.items() if "text_config" not in card}
+    if repository not in flat:
+        known = [alias for alias, each in ALIASES.items() if each in flat]
+        raise ModelError(f"no shapes are known for `{name}`", hint=f"known: {', '.join(known)}")
+    if layers > (blocks := int(CARDS[repository]["num_hidden_layers"])):
+        raise ModelError(f"`{name}` has {blocks} blocks, fewer than {layers}", hint="lower `--layers`")
+    return CARDS[repository]
 
 
 def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], object] | None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""How fast it is: `bench kernels`, `bench model`, `bench quantize`, on random weights of true shapes; nothing is downloaded."""
+"""How fast it is: `bench kernels|model|quantize|finetune`, on random weights of true shapes; nothing is downloaded."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Checked = TypeVar("Checked", bound="BaseModel")
 
-bench = typer.Typer(help="Time kernels, models and quantisation on this machine, with random weights.", **PLAIN)
+bench = typer.Typer(help="Time kernels, models, quantisation and training on this machine, with random weights.", **PLAIN)
 
 Batches = Annotated[str | None, option("--batch", of="M,...", text="Batch sizes, such as 1,2,4,8,16,32,64,128.")]
 
@@ -143,6 +143,42 @@ def bench_quantize(
     if output is not None:
         ui.note(f"wrote `{show.write(measured, output)}`")
     ui.write_json(measured.as_dict()) if json else ui.write(show.quantize_table(measured))
+    return 0
+
+
+@bench.command(name="finetune")
+def bench_finetune(
+    shape: Annotated[
+        str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...", words=one_of(SHAPES))
+    ] = None,
+    layers: Annotated[int | None, option(of="N", text="Blocks of it, 4 if not said; 0: all.")] = None,
+    student: Annotated[
+        str | None, option(of="NAME", text="What learns: int4, int4-codes or 2:4.", words=one_of(("int4", "int4-codes", "2:4")))
+    ] = None,
+    seqlen: Annotated[int | None, option(of="N", text="Tokens of a window.")] = None,
+    batch: Annotated[int | None, option(of="N", text="Windows per step.")] = None,
+    micro: Annotated[int | None, option(of="N", text="Windows per forward.")] = None,
+    steps: Annotated[int | None, option(of="N", text="Steps that are timed.")] = None,
+    recompute: Annotated[bool, flag("--recompute", "Compute activations twice: slower, in less memory.")] = False,
+    device: Device = None,
+    output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers here.")] = None,
+    json: Json = False,
+) -> int:
+    """Train random weights of true shapes for some steps, and time them."""
+    from marlin_tools.bench import finetuning as stage
+    from marlin_tools.checkpoint.output import folder
+    from marlin_tools.cli import ui
+    from marlin_tools.report import finetuning as show
+
+    asked = given(shape=shape, layers=layers, student=student, seqlen=seqlen, batch=batch, micro=micro, steps=steps)
+    settings = _settings(stage.BenchFinetuneSettings, asked | given(recompute=recompute or None, device=device))
+    if output is not None:
+        folder(output)
+    with ui.Display() as display:
+        measured = stage.bench_finetune(settings, display)
+    if output is not None:
+        ui.note(f"wrote `{show.write(measured, output)}`")
+    ui.write_json(measured.as_dict()) if json else ui.write(show.finetune_table(measured))
     return 0
 
 

@@ -57,6 +57,9 @@ def quantize(
         str | None,
         option(of="2:4|keep", text="2:4 prunes what is dense; keep insists on the zeros there.", words=one_of(("2:4", "keep"))),
     ] = None,
+    keep_dense: Annotated[
+        str | None, option(of="SHARE", text="Of the weights under 2:4, such as 10%: linears that it costs most stay dense.")
+    ] = None,
     group_size: Annotated[
         str | None, option(of="N|auto", text="Inputs that share a scale: 128, 64, 32, -1 (one per output), or what fits.")
     ] = None,
@@ -80,7 +83,7 @@ def quantize(
     signed = False if no_negative_scales else None
     tuning = given(iters=tune) or None
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
-    solver |= given(activations=activations)
+    solver |= given(activations=activations, keep_dense=keep_dense)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))

@@ -149,6 +149,14 @@ def forecast_tuned(
     return _forecast(checkpoint, inventory, solver, load, device)
 
 
+def forecast_mixed(
+    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+) -> Forecast:
+    """The same where it is found out first which linears stay dense: what a block reads and puts out is kept beside."""
+    load = _Load(tokens, longest, 0.52, "quantised", trained=True, team=expected())
+    return _forecast(checkpoint, inventory, solver, load, device)
+
+
 def forecast_prune(
     checkpoint: Checkpoint,
     inventory: Inventory,
@@ -229,7 +237,7 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
     if isinstance(solver, RTN) or not work.tokens:
         return weights + max((_solver_bytes(group, on_gpu=on_gpu) for group in work.groups if group), default=0)
     tokens = work.tokens // load.team.size
-    twice = solver.drift or not solver.staged or load.tuned
+    twice = solver.drift or not solver.staged or load.trained
     flowing = tokens * work.hidden * element * ((2 if twice else 1) + load.trained)
     room = MemoryBudget.for_sizes(torch.cuda.mem_get_info(device)[0], flowing) if on_gpu else MemoryBudget()
     residual = flowing if room.residual else 0

@@ -5,7 +5,7 @@ stopped, with the same bytes in the end, and says how it came to be.
 import time
 from abc import abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter
+from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
 from marlin_tools.compress.shards import Shards
@@ -140,6 +141,8 @@ def compress(
         tokens = CHUNK_TOKENS
         while True:
             try:
+                if method.dense is not None:
+                    _choose_dense(job, method.dense, tokens, output, emit)
                 stream = _stream(job, tokens)
                 shards.start()
                 compress_blocks(stream, method, store, shards, team, emit)
@@ -166,6 +169,17 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
         )
     stream.activations = job.activations
     return stream
+
+
+def _choose_dense(job: Job, choice: DenseChoice, chunk_tokens: int, output: OutputDirectory, emit: Emit) -> None:
+    """Let it be made, if it is not: in a pass of its own, without the original beside, which is what flows there."""
+
+    def stream_of(text: TokenSet) -> LayerStream:
+        return _stream(replace(job, tokens=text, original=False), chunk_tokens)
+
+    assert job.tokens is not None, "nothing to measure with"
+    choice.make(job.tokens, stream_of, output, job.team, emit)
+    job.facts["kept_dense"] = choice.facts
 
 
 def _fewer(job: Job, tokens: int, error: torch.OutOfMemoryError, emit: Emit) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.solution import Problem, Solution, slabs
+from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.shards import Shards
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
@@ -35,12 +36,14 @@ class Method:
     staged    later groups of a block see the new outputs of earlier ones
     note      what the record of a linear says besides
     refine    what is left to do once all groups of a block are solved
+    dense     the choice of linears that stay dense, to be made before the first block
     """
 
     problem: Callable[[Group], Problem]
     staged: bool = True
     note: Callable[[str, Solution], dict[str, Any]] = lambda _name, _solution: {}
     refine: Refine | None = None
+    dense: DenseChoice | None = None
 
 
 class Store(Protocol):

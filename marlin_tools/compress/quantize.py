@@ -26,8 +26,10 @@ from marlin_tools.algorithms import (
     Pruner,
     Solution,
 )
+from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.forecast import forecast_quantize, forecast_tuned
+from marlin_tools.compress.dense import DenseChoice, Share, check_dense
+from marlin_tools.compress.forecast import forecast_mixed, forecast_quantize, forecast_tuned
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method, Refine
 from marlin_tools.compress.tune import Tuning, held_out, tune
@@ -50,8 +52,11 @@ REVISION = 5
 TUNED = 2
 """The same for what tuning gives."""
 
+CHOSEN = 1
+"""The same for which linears stay dense."""
 
-_ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations"}
+
+_ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations", "keep_dense"}
 """Settings that a fingerprint has in another place, or only where they change something."""
 
 
@@ -86,6 +91,7 @@ class QuantizeSettings(BlockStage):
     format            how the linears are stored
     activations       what the linears read: "16bit", or "fp8", e4m3 with a scale for each token, found while the model runs
     sparsity          "2:4" keeps the zeros of linears that are 2:4 already and prunes the others; "keep" insists that all are
+    keep_dense        at most this share of the weights stays dense under "2:4": the linears that it costs most (`dense.py`)
     ignore            regular expressions; linears whose full name matches stay as they are
     device            auto, cpu, cuda or cuda:N
     """
@@ -101,6 +107,7 @@ class QuantizeSettings(BlockStage):
     format: FormatName = "compressed-tensors"
     activations: ActivationType = "16bit"
     sparsity: Literal["2:4", "keep"] | None = None
+    keep_dense: Share | None = None
 
     @property
     def pruner(self) -> Pruner:
@@ -126,7 +133,7 @@ class QuantizeSettings(BlockStage):
 
     def sized(self, inventory: Inventory, *formats: str) -> dict[str, int]:
         """The group size of each linear of this model, -1 for per column."""
-        formats, sparse = (self.format, *formats), self.sparsity is not None
+        formats, sparse = (self.format, *formats), self.sparsity is not None and not self.keep_dense
         if self.group_size == AUTO:  # kernels for FP8 activations want one size everywhere
             mixed = self.activations == "16bit" and all(FORMATS[name].mixes for name in formats)
             sizes = largest_group_sizes(inventory, formats, sparse=sparse, mixed=mixed)
@@ -155,6 +162,7 @@ class QuantizeSettings(BlockStage):
             *outlook.calibration(),
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
             *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
+            *([("stays dense", f"{self.keep_dense:.4g} of the weights, chosen in a pass before")] if self.keep_dense else []),
             ("blocks", str(inventory.blocks)),
             *((("group size", _in_words(prepared.group_sizes)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),
@@ -180,6 +188,8 @@ def prepare_quantize(
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
     _check_activations(settings, formats)
+    if settings.keep_dense:
+        check_dense(settings.sparsity, (settings.format, *formats), needs_data=settings.solver.needs_data)
     inventory = take_linears(checkpoint, settings.ignore)
     group_sizes = settings.sized(inventory, *formats)
     if sparse:
@@ -190,6 +200,8 @@ def prepare_quantize(
     if settings.tuning:
         _check_tuning(settings.solver, tokens, longest)
         forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
+    elif settings.keep_dense:
+        forecast = forecast_mixed(checkpoint, inventory, settings.solver, seen, longest, device)
     else:
         forecast = forecast_quantize(checkpoint, inventory, settings.solver, seen, longest, device, sparse=sparse)
     return Preparation(checkpoint, inventory, forecast, group_sizes)
@@ -233,6 +245,8 @@ def quantize(
             "settings": settings.model_dump(exclude=_ELSEWHERE),
             **({"activations": settings.activations} if settings.activations != "16bit" else {}),
         }
+        if settings.keep_dense:
+            identity["keep_dense"] = {"share": settings.keep_dense, "revision": CHOSEN}
         how = settings.tuning
         if how:
             identity["tuning"] = how.model_dump() | {"revision": TUNED}
@@ -248,7 +262,7 @@ def quantize(
             "quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, settings.activations
         )
         refine = _tuning(how, plan.checkpoint.dtype, emit) if how else None
-        method = _method(settings, sizes, plan.checkpoint.dtype, team, refine)
+        method = _method(settings, plan, team, refine)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
@@ -298,33 +312,45 @@ def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:
         raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
 
 
-def _method(
-    settings: QuantizeSettings, sizes: Mapping[str, int], dtype: torch.dtype, team: Team, refine: Refine | None
-) -> Method:
-    """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask."""
-    solver, were_sparse, mixed = settings.solver, dict[str, bool](), len(set(sizes.values())) > 1
+def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: Refine | None) -> Method:
+    """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask.
 
-    def problem(group: Group) -> Problem:
+    Those that are to stay dense are not.
+    """
+    solver, dtype, were_sparse = settings.solver, plan.checkpoint.dtype, dict[str, bool]()
+    mixed = len(set(plan.group_sizes.values())) > 1
+
+    def dense(group: Group, mask_solver: MaskSolver | None = None) -> Problem:
         first = group.names[0]
-        were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
-        mask_solver = None
-        if settings.sparsity:
-            fixed = torch.cat([(group.weight(name) != 0) & were_sparse[name] for name in group.names])
-            mask_solver = settings.pruner.mask_solver(first, group.hessian, fixed)
-        k = group.weight(first).shape[1]
-        group_size = sizes[first] if sizes[first] > 0 else k
+        size = plan.group_sizes[first]
+        group_size = size if size > 0 else group.weight(first).shape[1]
         return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team)
 
+    def sparse(group: Group) -> Problem:
+        fixed = torch.cat([(group.weight(name) != 0) & is_2_4(group.weight(name)) for name in group.names])
+        return dense(group, settings.pruner.mask_solver(group.names[0], group.hessian, fixed))
+
+    choice = DenseChoice(settings.keep_dense, (dense, sparse), plan.inventory) if settings.keep_dense else None
+
+    def stays_dense(name: str) -> bool:
+        return not settings.sparsity or (choice is not None and name in choice.names)
+
+    def problem(group: Group) -> Problem:
+        were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
+        return dense(group) if stays_dense(group.names[0]) else sparse(group)
+
     def note(name: str, solution: Solution) -> dict[str, Any]:
-        said: dict[str, Any] = {"group_size": sizes[name]} if mixed else {}
-        if settings.sparsity:
+        said: dict[str, Any] = {"group_size": plan.group_sizes[name]} if mixed else {}
+        if not stays_dense(name):
             assert solution.linear.is_2_4(), name
             said["mask"] = "kept" if were_sparse[name] else "chosen"
         elif were_sparse[name] and not solution.linear.is_2_4():
             said["mask"] = "lost"
+        elif settings.sparsity:
+            said["mask"] = "none"
         return said
 
-    return Method(problem, staged=solver.staged, note=note, refine=refine)
+    return Method(problem, staged=solver.staged, note=note, refine=refine, dense=choice)
 
 
 @dataclass(frozen=True)

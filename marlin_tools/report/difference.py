@@ -166,7 +166,10 @@ def _plain_bits(result: Result) -> str:
 
 def _sparsity(result: Result) -> str:
     sparsity = result.facts["sparsity"]
-    return f"2:4, {sparsity['zeros']:.0%} zeros" if sparsity and sparsity["2:4"] else ""
+    if not sparsity or not sparsity["sparse"]:
+        return ""
+    where = "" if sparsity["2:4"] else f" in {sparsity['sparse']} of {sparsity['read']} linears"
+    return f"2:4{where}, {sparsity['zeros']:.0%} zeros"
 
 
 def _span(losses: Sequence[float | None]) -> float:

@@ -175,9 +175,10 @@ class Result:
         if not self.quantized:
             return "2:4, 16 bits" if (self.facts["sparsity"] or {}).get("2:4") else "16 bits"
         groups = ", ".join("per column" if size == -1 else f"g{size}" for size in self.facts["group_sizes"])
-        sparsity = self.facts["sparsity"]
+        sparsity = self.facts["sparsity"] or {}
+        pattern = " 2:4" if sparsity.get("2:4") else " 2:4 in part" if sparsity.get("sparse") else ""
         reads = ", FP8 activations" if self.facts["activations"] == "fp8" else ""
-        return f"INT4 {groups}" + (" 2:4" if sparsity and sparsity["2:4"] else "") + reads
+        return f"INT4 {groups}" + pattern + reads
 
     @property
     def method(self) -> str:
@@ -228,6 +229,15 @@ class Result:
             if measured := [entry for entry in self.linears if entry.get(key) is not None]:
                 return Losses(of, measured, key)
         return None
+
+    @property
+    def stays_dense(self) -> str:
+        """Which linears are not 2:4 though all others are, and what they were chosen by."""
+        if (choice := self.manifest.get("kept_dense")) is None:
+            return ""
+        names = ", ".join(f"`{name}`" for name in choice["linears"])
+        how = f"chosen by what 2:4 costs the output of their block, measured on {choice['tokens']:,} tokens"
+        return f"{len(choice['linears'])} linears, {choice['share']:.1%} of the weights, {how}: {names}"
 
     @property
     def taker(self) -> str:
@@ -288,6 +298,8 @@ class Result:
         if errors := list(dict.fromkeys(tuple(each["block_error"]) for each in self.linears if each.get("block_error"))):
             told = ", ".join(f"{before:.3%} -> {after:.3%}" for before, after in errors)
             rows.append(("error of each block, before and after it was trained", told))
+        if self.stays_dense:
+            rows.append(("not 2:4", self.stays_dense))
         rows.append(("computed on", str(manifest.get("device", "unknown"))))
         return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()))]
 

@@ -72,15 +72,15 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     find = partial(sketch if dry else Checkpoint.open, accept=accept)
     original = source = Source(recipe.model, find)
     steps: list[Step] = []
-    first = True
+    first, quantized = True, False
     for stage in recipe.stages:
         outputs = {name: homes[name] for name in stage.makes}
-        known = stage.plan(Outlook(original, find, recipe.calibrate, recipe.formats, first, dry))
+        known = stage.plan(Outlook(original, find, recipe.calibrate, recipe.formats, first, quantized, dry))
         engines = tuple(_engines(recipe, original, known.prepared)) if stage is recipe.quantize else ()
         steps.append(Step(stage, source, outputs, known.facts + engines, known.prepared if source is original else None))
         if outputs and not (recipe.quantize and not stage.remakes):  # whose results are the same model once more
             source = Source(next(iter(outputs.values())))
-        first = first and not stage.remakes
+        first, quantized = first and not stage.remakes, quantized or stage is recipe.quantize
     said = (*_resolved(recipe.model), *_unread(original), *notes)
     return Plan(recipe, tuple(steps), said, home=None if recipe.made else out)
 

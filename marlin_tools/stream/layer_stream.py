@@ -163,11 +163,11 @@ class Block:
     def rerun(self, entering: Activations) -> None:
         """Move the activations past the block once more, from `entering`, with its weights as they are now.
 
-        The original model's activations stay where they are.
+        The original model's activations stay where they are, and `entering` as it is.
         """
         assert self.stream.hidden is not None, "the stream carries no activations"
         for i in range(len(entering)):
-            self.stream.hidden[i] = entering[i]
+            self.stream.hidden[i] = entering[i].clone()
         self._skip_alone()
 
     def _skip_alone(self) -> None:
@@ -285,7 +285,7 @@ class LayerStream:
                 parts = [[*chunks_of(first, chunk_tokens), *chunks_of(last, chunk_tokens)]]
             chunks = [chunk for part in parts for chunk in part]
             part_of = [number for number, part in enumerate(parts) for _ in part]
-            self._share = TextShare(team, part_of, tokens.tokens)
+            self.share = TextShare(team, part_of, tokens.tokens)
             self.room = self._room_for(sum(chunk.numel() for chunk in chunks) * (2 if with_original else 1))
             self.hidden = self._embed(chunks)
         self.original = self.hidden.copy() if self.hidden is not None and with_original else None
@@ -310,7 +310,7 @@ class LayerStream:
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
         """What the branches of block `index` have in common."""
         original = self.original if with_original else None
-        common = hidden, original, self.contexts(index), self.room, self._share, self._multiple
+        common = hidden, original, self.contexts(index), self.room, self.share, self._multiple
         return Flow(*common, reads=rounded) if self.activations == "fp8" else Flow(*common)
 
     def stands_beside(self, branch: Branch) -> bool:

@@ -48,7 +48,7 @@ from marlin_tools.training.pair import Pair, check_mask, check_pair, pair
 from marlin_tools.training.parallel import shard, training_team
 from marlin_tools.training.sample import sample
 from marlin_tools.training.scaled import ScaledLinear, free_codes, read_rounded
-from marlin_tools.training.student import Reader, Student
+from marlin_tools.training.student import Reader, Student, recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +95,8 @@ class FinetuneSettings(TrainingSettings, Stage):
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
         name = self.teacher or outlook.model.origin
-        check_pair(outlook.model, outlook.find(name), self)
+        quantized = outlook.quantized or outlook.model.quantization is not None
+        check_pair(outlook.model, outlook.find(name), self, quantized=quantized)
         if outlook.first and outlook.model.quantization is None and not isinstance(outlook.model, Card):
             check_mask(outlook.model)
         facts = [("teacher", name)]
@@ -199,8 +200,7 @@ class _Work:
             read_rounded(model)
         student = Student(model, self.family, every, self.plan.sparse)
         if self.settings.recompute:
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-            student.model.train()
+            recompute(student)
         shard(self.team, student.decoder, student.blocks)
         windows = torch.stack(text.sequences)
         held_out = windows[len(windows) - self.settings.held_out :]

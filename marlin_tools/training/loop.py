@@ -142,25 +142,29 @@ class Trainer:
                 self._trained[name].copy_(value)
 
     def _run(self, emit: Emit, save: Callable[[], None]) -> None:
-        heads = (self.student.head(self._narrow), self.teacher.head(self.teacher.model.dtype))
+        heads = self.heads()
         measure_at, save_at = _marks(self.steps, self.settings.evaluations), _marks(self.steps, self.settings.saves)
         if not self.measured:
-            self._measure(heads, emit)
+            self.measure(heads, emit)
         pace = _Pace(self.settings.batch * self._train.shape[1], self.step)
         losses = torch.zeros(3, device=self.team.device)
         since = 0
         while self.step < self.steps:
-            losses += self._take(heads)
+            losses += self.take(heads)
             self.step, since = self.step + 1, since + 1
             if since == _SPEAK_EVERY or self.step in save_at | measure_at:
                 self._speak(losses / since, pace, emit)
                 losses, since = torch.zeros_like(losses), 0
             if self.step in measure_at:
-                self._measure(heads, emit)
+                self.measure(heads, emit)
             if self.step in save_at:
                 save()
 
-    def _take(self, heads: tuple[Head, Head]) -> Tensor:
+    def heads(self) -> tuple[Head, Head]:
+        """The student's and the teacher's."""
+        return self.student.head(self._narrow), self.teacher.head(self.teacher.model.dtype)
+
+    def take(self, heads: tuple[Head, Head]) -> Tensor:
         """One step; returns its KL, CE and SquareHead."""
         settings, team = self.settings, self.team
         chosen = self._train[self._course.of(self.step)]
@@ -198,7 +202,7 @@ class Trainer:
         return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda")
 
     @torch.no_grad()
-    def _measure(self, heads: tuple[Head, Head], emit: Emit) -> None:
+    def measure(self, heads: tuple[Head, Head], emit: Emit) -> None:
         """The KL on what is not trained on."""
         total = torch.zeros((), dtype=torch.float64, device=self.team.device)
         for part in self._held_out.split(self.settings.micro):

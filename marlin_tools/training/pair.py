@@ -1,7 +1,7 @@
 """A compressed model and the original that it learns from: whether they belong together, and what may change."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Pair:
     kept     its linears that are not compressed, with the reason
     sparse   those that are 2:4 in 16 bits and will stay it
     stored   those that are quantised, if the student is
+    carried  what the student's manifest says of them that stays true
     """
 
     student: Checkpoint
@@ -33,6 +34,7 @@ class Pair:
     kept: Mapping[str, str]
     sparse: frozenset[str]
     stored: StoredLinears | None
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -41,16 +43,17 @@ class Pair:
             return {"sparsity": "2:4", "linears": [{"name": name} for name in sorted(self.sparse)], "kept": self.kept}
         shape_of, raw = self.stored.format.shape_of, self.stored.raw
         linears = [{"name": name, "shape": shape_of(raw(name))} for name in self.stored.names]
-        return {"format": self.stored.format.name, "linears": linears, "kept": self.kept}
+        return {"format": self.stored.format.name, "linears": linears, "kept": self.kept, **self.carried}
 
 
 def pair(model: str | Path | Checkpoint, teacher: str, settings: TrainingSettings) -> Pair:
     """Check that the two belong together and that there is something to keep, before any work."""
     student, original = Checkpoint.open(model, accept=find_family), Checkpoint.open(teacher, accept=find_family)
-    check_pair(student, original, settings)
+    check_pair(student, original, settings, quantized=student.quantization is not None)
     if student.quantization is not None:
-        kept = (read_manifest(student.path) or {}).get("kept", {})
-        return Pair(student, original, Layout(student), kept, frozenset(), StoredLinears(student))
+        manifest = read_manifest(student.path) or {}
+        carried = {key: manifest[key] for key in ("kept_dense",) if key in manifest}
+        return Pair(student, original, Layout(student), manifest.get("kept", {}), frozenset(), StoredLinears(student), carried)
     check_mask(student)
     inventory = take_linears(student, ())
     return Pair(student, original, inventory.layout, inventory.kept, frozenset(_sparse_linears(inventory)), None)
@@ -69,11 +72,14 @@ def _sparse_linears(inventory: Inventory) -> Iterator[str]:
     return (target.name for target in inventory.targets if is_2_4(inventory.weight(target.name)))
 
 
-def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSettings) -> None:
-    """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone."""
-    settings = settings.fitted(quantized=student.quantization is not None)
+def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSettings, *, quantized: bool) -> None:
+    """Refuse settings that cannot work and two models that cannot be compared, from their configurations alone.
+
+    `quantized` says whether the student is, or will be by then.
+    """
+    settings = settings.fitted(quantized=quantized)
     _check_learning(settings)
-    if settings.code_rate and student.quantization is None:
+    if settings.code_rate and not quantized:
         raise RecipeError(f"`{student.origin}` is not quantised: `code_rate` means nothing to it", hint="leave it out")
     if teacher.quantization is not None:
         raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")

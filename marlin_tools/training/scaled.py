@@ -26,21 +26,40 @@ _FARTHEST = 0.999
 """The longest offset; with it a code moves by one at most."""
 
 
-class _Dequantize(torch.autograd.Function):
-    """(code - 8) · scale, with the rounded codes in 8 bits as all that is kept for the way back."""
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b with W = step · scale, a step being a code - 8.
+
+    Nothing of W is kept for the way back: it is made again from the steps, which have 8 bits. `offset_nk` is what the steps are
+    rounded from, if that learns; only its gradient is wanted, where `passed_nk` lets it through.
+    """
 
     @staticmethod
-    def forward(context: Any, codes_nk: Tensor, scales_ng: Tensor) -> Tensor:
-        steps = _grouped(codes_nk.float().round() - ZERO, scales_ng)
-        context.save_for_backward(steps.to(torch.int8), scales_ng)
-        return (steps * scales_ng[..., None]).flatten(1)
+    def forward(context: Any, x: Tensor, scales_ng: Tensor, bias_n: Tensor | None, *codes: Tensor | None) -> Tensor:
+        steps_nk, _offset_nk, passed_nk = codes
+        assert steps_nk is not None
+        context.save_for_backward(x, scales_ng, steps_nk, passed_nk)
+        return F.linear(x, _weight(steps_nk, scales_ng, x.dtype), None if bias_n is None else bias_n.to(x.dtype))
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:
-        steps, scales_ng = context.saved_tensors
-        gradient = _grouped(gradients[0], scales_ng)
-        to_codes = (gradient * scales_ng[..., None]).flatten(1) if context.needs_input_grad[0] else None
-        return to_codes, (gradient * steps).sum(dim=2)
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scales_ng, steps_nk, passed_nk = context.saved_tensors
+        wants_x, wants_scales, wants_bias, _, wants_offset, _ = context.needs_input_grad
+        toward = gradients[0].flatten(0, -2)
+        to_x = (toward @ _weight(steps_nk, scales_ng, x.dtype)).view(x.shape) if wants_x else None
+        to_bias = toward.sum(dim=0, dtype=torch.float32) if wants_bias else None
+        to_scales = to_offset = None
+        if wants_scales or wants_offset:
+            to_weight = _grouped((toward.T @ x.flatten(0, -2)).float(), scales_ng)
+            to_scales = (to_weight * _grouped(steps_nk, scales_ng)).sum(dim=2)
+            to_offset = to_weight.mul_(scales_ng[..., None]).flatten(1).mul_(passed_nk) if wants_offset else None
+        return to_x, to_scales, to_bias, None, to_offset, None
+
+
+def _weight(steps_nk: Tensor, scales_ng: Tensor, dtype: torch.dtype) -> Tensor:
+    """The products in float32, rounded once as they are written."""
+    weight_nk = torch.empty(steps_nk.shape, dtype=dtype, device=steps_nk.device)
+    torch.mul(_grouped(steps_nk, scales_ng), scales_ng[..., None], out=_grouped(weight_nk, scales_ng))
+    return weight_nk
 
 
 def _grouped(weight_nk: Tensor, scales_ng: Tensor) -> Tensor:
@@ -51,13 +70,13 @@ def _grouped(weight_nk: Tensor, scales_ng: Tensor) -> Tensor:
 class ScaledLinear(nn.Module):
     """y = x Wᵀ + b with W = (code - 8) · scale. `dtype` is the model's own 16-bit type."""
 
-    codes: Tensor
+    steps: Tensor
     scales: Tensor
 
     def __init__(self, linear: QuantizedLinear, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.bias, self._group_size, self.dtype = bias, linear.group_size, dtype
-        self.register_buffer("codes", linear.codes, persistent=False)
+        self.register_buffer("steps", linear.codes.to(torch.int8) - ZERO, persistent=False)
         self.register_buffer("scales", linear.scales.float(), persistent=False)
         self.factor = nn.Parameter(torch.ones_like(self.scales))
 
@@ -65,9 +84,9 @@ class ScaledLinear(nn.Module):
         """What decides codes and scales, by the names that `solved` knows."""
         return {"factor": self.factor}
 
-    def exact_codes(self, _offset: Tensor | None = None) -> Tensor:
-        """The codes before they are rounded."""
-        return self.codes
+    def rounded(self, _offset: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The steps, and where the gradient of an offset passes."""
+        return self.steps, None
 
     def stored_scales(self, factor: Tensor) -> Tensor:
         """The scales as they will be stored; raises where float16 cannot hold them."""
@@ -78,17 +97,19 @@ class ScaledLinear(nn.Module):
     def solved(self, **learned: Tensor) -> QuantizedLinear:
         """Codes and scales as they are now, or as they follow from what is given in place of what `learned` holds."""
         learned = {**self.learned(), **learned}
-        codes = self.exact_codes(learned.get("offset")).float().round().to(torch.uint8)
+        codes = (self.rounded(learned.get("offset"))[0] + ZERO).to(torch.uint8)
         return QuantizedLinear(codes, self.stored_scales(learned["factor"]).to(torch.float16), self._group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """In the type that autocast asks for, else in float32."""
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
         learned = self.learned()
-        factor, offset = learned["factor"], learned.get("offset")
-        weight: Tensor = _Dequantize.apply(  # type: ignore[no-untyped-call]
-            self.exact_codes(offset), self.stored_scales(factor)
-        )
-        return F.linear(x, weight, self.bias)
+        offset = learned.get("offset")
+        steps, passed = self.rounded(offset)
+        scales = self.stored_scales(learned["factor"])
+        y: Tensor = _Product.apply(x, scales, self.bias, steps, offset, passed)  # type: ignore[no-untyped-call]
+        return y
 
 
 class TunedLinear(ScaledLinear):
@@ -106,17 +127,24 @@ class TunedLinear(ScaledLinear):
         place = codes + (_TOWARD * (lies - codes)).clamp(-_INSIDE, _INSIDE)
         self.register_buffer("place", place.half(), persistent=False)
         self._zeros = codes == ZERO if linear.is_2_4() else None
+        del self.steps  # they follow from the offset
         self.offset = nn.Parameter(torch.zeros_like(codes))
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What decides codes and scales, by the names that `solved` knows."""
         return {"factor": self.factor, "offset": self.offset}
 
-    def exact_codes(self, offset: Tensor | None = None) -> Tensor:
-        """The codes before they are rounded."""
+    @torch.no_grad()
+    def rounded(self, offset: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The steps that follow from the offset, and where its gradient passes: not at the ends of what it may reach."""
         assert offset is not None
-        exact = torch.clamp(self.place.float() + offset.clamp(-_FARTHEST, _FARTHEST), 0, LEVELS - 1)
-        return exact if self._zeros is None else exact.masked_fill(self._zeros, ZERO)
+        exact = offset.clamp(-_FARTHEST, _FARTHEST).add_(self.place)
+        passed = (offset.abs() <= _FARTHEST) & (exact >= 0) & (exact <= LEVELS - 1)
+        steps = exact.clamp_(0, LEVELS - 1).round_().sub_(ZERO).to(torch.int8)
+        if self._zeros is not None:
+            steps.masked_fill_(self._zeros, 0)
+            passed &= ~self._zeros
+        return steps, passed
 
 
 def free_codes(model: nn.Module, original: nn.Module) -> None:

@@ -123,3 +123,9 @@ class Student(Reader):
         for name, module in self.model.named_modules():
             if isinstance(module, ScaledLinear) and self._within(name, block):
                 yield name, module.solved(**{key: whole(value.detach()) for key, value in module.learned().items()}).to("cpu")
+
+
+def recompute(student: Student) -> None:
+    """Let it forget activations within blocks, and compute them again for the gradient."""
+    student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    student.model.train()

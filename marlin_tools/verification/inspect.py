@@ -13,7 +13,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.families import known_family
 from marlin_tools.formats.contents import Contents
-from marlin_tools.quantized import ZERO, dtype_name
+from marlin_tools.quantized import ZERO, dtype_name, is_2_4
 from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint, served_as
 
 SAMPLE = 32
@@ -72,7 +72,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         table += [("activations", "FP8, e4m3 with a scale for each token")] if facts["activations"] == "fp8" else []
         table += [("group size", groups), ("linears", f"{facts['quantized']} quantised, {len(facts['kept'])} kept")]
     if sparsity:
-        pattern = "2:4" if sparsity["2:4"] else "not 2:4"
+        some = f"2:4 in {sparsity['sparse']} of {sparsity['read']} linears" if sparsity["sparse"] else "not 2:4"
+        pattern = "2:4" if sparsity["2:4"] else some
         read = "exact" if sparsity["exact"] else f"{sparsity['read']} of {sparsity['linears']} linears sampled"
         table.append(("sparsity", f"{pattern}, {sparsity['zeros']:.1%} zeros ({read})"))
     if tokens := facts["calibration"]:
@@ -103,19 +104,18 @@ def _bytes(contents: Contents) -> dict[str, int]:
 
 
 def _sparsity(contents: Contents, head: str) -> dict[str, Any] | None:
-    """Zeros, and whether every four neighbouring inputs have two: of all linears, or of some if there are many."""
+    """Zeros, and in how many linears every four neighbouring inputs have two: of all, or of some if there are many."""
     names = list(contents.grids) or [name for name in contents.plain if name != head]
     read = names if len(names) <= SAMPLE else [names[i * len(names) // SAMPLE] for i in range(SAMPLE)]
     if not read:
         return None
-    zeros = total = 0
-    all_2_4 = True
+    zeros = total = sparse = 0
     for name in read:
         zero = _zeros(contents, name)
         zeros, total = zeros + int(zero.sum()), total + zero.numel()
-        n, k = zero.shape
-        all_2_4 = all_2_4 and k % 4 == 0 and bool((zero.view(n, k // 4, 4).sum(dim=2) >= 2).all())
-    return {"2:4": all_2_4, "zeros": zeros / total, "read": len(read), "linears": len(names), "exact": len(read) == len(names)}
+        sparse += is_2_4(~zero)
+    found = {"2:4": sparse == len(read), "sparse": sparse, "zeros": zeros / total}
+    return found | {"read": len(read), "linears": len(names), "exact": len(read) == len(names)}
 
 
 def _zeros(contents: Contents, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from marlin_tools.errors import RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
-from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Dequantize
+from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Product
 
 Run = Callable[..., Checkpoint]
 Make = Callable[..., Path]
@@ -139,15 +139,15 @@ def test_what_gets_worse_is_not_kept(run: Run, quantized: Make) -> None:
 
 def test_a_fault_falls_back_and_is_told(run: Run, quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that is no number, in the middle."""
-    count, real = 0, _Dequantize.backward
+    count, real = 0, _Product.backward
 
     def broken(context: Any, *gradients: torch.Tensor) -> Any:
         nonlocal count
         count += 1
-        codes, scales = real(context, *gradients)
-        return codes, scales * (float("nan") if count > 14 * 2 * 5 else 1)
+        x, scales, *others = real(context, *gradients)
+        return x, scales * (float("nan") if count > 14 * 2 * 5 else 1), *others
 
-    monkeypatch.setattr(_Dequantize, "backward", staticmethod(broken))
+    monkeypatch.setattr(_Product, "backward", staticmethod(broken))
     out = run(model=quantized())
     facts = manifest(out)
     (warning,) = facts["warnings"]
@@ -175,18 +175,30 @@ def test_untrained_it_is_the_quantised_linear(kind: type, dtype: torch.dtype) ->
     assert torch.equal(layer(torch.eye(64)), linear.dequantize().T)
 
 
-def test_the_gradient_is_that_of_the_products() -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gradient_is_that_of_the_products(biased: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    exact = (15 * torch.rand(8, 32, generator=generator)).requires_grad_()
-    scales = torch.rand(8, 2, generator=generator).requires_grad_()
-    x, toward = torch.randn(5, 32, generator=generator), torch.randn(5, 8, generator=generator)
-    F.linear(x, _Dequantize.apply(exact, scales)).backward(toward)  # type: ignore[no-untyped-call]
-    got = exact.grad, scales.grad
+    codes = torch.randint(0, 16, (8, 32), generator=generator, dtype=torch.uint8)
+    linear = QuantizedLinear(codes, (0.01 + torch.rand(8, 2, generator=generator)).half(), 16)
+    bias = torch.nn.Parameter(torch.randn(8, generator=generator)) if biased else None
+    layer = TunedLinear(linear, linear.dequantize(), bias, torch.float16)
+    x, toward = torch.randn(3, 5, 32, generator=generator, requires_grad=True), torch.randn(3, 5, 8, generator=generator)
+    y = layer(x)
+    y.backward(toward)
+    got = [x.grad, layer.offset.grad, layer.factor.grad, *([bias.grad] if bias is not None else [])]
 
-    rounded = exact.detach().round().requires_grad_()
-    plain = scales.detach().clone().requires_grad_()
-    F.linear(x, ((rounded - 8).view(8, 2, 16) * plain[..., None]).flatten(1)).backward(toward)
-    for ours, theirs in zip(got, (rounded.grad, plain.grad), strict=True):
-        assert ours is not None
-        assert theirs is not None
+    plain_x, plain_codes = x.detach().clone().requires_grad_(), codes.float().requires_grad_()
+    scales = linear.scales.float().requires_grad_()
+    plain_bias = None if bias is None else bias.detach().clone().requires_grad_()
+    expected = F.linear(plain_x, ((plain_codes - 8).view(8, 2, 16) * scales[..., None]).flatten(1), plain_bias)
+    expected.backward(toward)
+    torch.testing.assert_close(y, expected)
+    assert scales.grad is not None
+    wanted = [
+        plain_x.grad,
+        plain_codes.grad,
+        scales.grad * scales.detach(),
+        *([plain_bias.grad] if plain_bias is not None else []),
+    ]
+    for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -20,7 +20,7 @@ Digest = Callable[[Path], dict[str, str]]
 
 Start = Callable[[int, list[str]], list[subprocess.Popen[str]]]
 
-PRESETS = "marlin,fast,default"
+PRESETS = "marlin,fast,default,dense"
 
 TEXT = " ".join(
     f"The {number} marlins were counted twice, and the skipper wrote {number * number % 97}." for number in range(60)
@@ -49,8 +49,9 @@ def dying(self, **how):
 
 Block.groups = dying
 for preset in presets.split(","):
+    more = ["fast", "--sparsity", "2:4", "--keep-dense", "40%"] if preset == "dense" else [preset]
     try:
-        main(["quantize", model, "--calib", text, "--num-samples", "5", "--seqlen", "48", "--device", "cpu", "--preset", preset,
+        main(["quantize", model, "--calib", text, "--num-samples", "5", "--seqlen", "48", "--device", "cpu", "--preset", *more,
               "-o", f"{out}/{preset}"])
     except SystemExit as end:
         if end.code:

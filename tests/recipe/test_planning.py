@@ -8,7 +8,7 @@ import pytest
 from marlin_tools.checkpoint import cards
 from marlin_tools.checkpoint.cards import CARDS, Card, sketch
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
-from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.errors import FormatError, ModelError, RecipeError
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import catalog, load, tables
 from marlin_tools.recipe.recipe import Recipe
@@ -131,3 +131,12 @@ def test_a_plan_says_what_fp8_activations_mean() -> None:
 def build_fp8(model: str) -> Recipe:
     stage = {"stage": "quantize", "preset": "rtn", "activations": "fp8", "device": "cpu"}
     return Recipe.model_validate({"name": "fp8", "model": model, "stages": [stage]})
+
+
+def test_codes_learn_once_they_are_there():
+    """What the recipe starts from is not quantised, what `finetune` reads is; without `quantize` before it there is nothing."""
+    learning = {"stage": "finetune", "code_rate": 0.001}
+    stages = [{"stage": "quantize"}, learning]
+    assert ["quantize", "finetune"] == [step.stage.stage for step in plan(Recipe(name="a", model="demo", stages=stages)).steps]
+    with pytest.raises(RecipeError, match="`code_rate` means nothing"):
+        plan(Recipe(name="a", model="demo", stages=[learning]))
