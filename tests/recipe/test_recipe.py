@@ -31,9 +31,17 @@ def test_bundled_recipe(name):
 def test_every_bundled_file_is_found_and_listed_in_the_readme():
     text = (recipes_dir() / "README.md").read_text(encoding="utf-8")
 
-    assert {"demo", "demo-presets", "demo-sparse", "llama2-paper", "llama2-presets", "llama2-sparse", "other-models"} == set(
-        bundled()
-    )
+    assert {
+        "demo",
+        "demo-max",
+        "demo-presets",
+        "demo-sparse",
+        "llama2-paper",
+        "llama2-presets",
+        "llama2-sparse",
+        "other-models",
+        "qwen-sparse",
+    } == set(bundled())
     for name in bundled():
         assert f"({name}.yaml)" in text
 
