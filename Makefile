@@ -40,8 +40,8 @@ demo: $(READY) ## quantise the embedded model, export it, write its report, veri
 	@$(BIN)/marlin-tools run demo --overwrite
 	@$(BIN)/marlin-tools run demo-sparse --overwrite
 
-reproduce: $(READY) ## the recipes of the embedded model against the numbers in them (CPU, about three minutes)
-	@$(BIN)/marlin-tools reproduce demo demo-presets demo-sparse
+reproduce: $(READY) ## the recipes of the embedded model against the numbers in them (CPU, about five minutes)
+	@$(BIN)/marlin-tools reproduce demo demo-presets demo-sparse demo-max
 
 docs: $(READY) ## the site, into build/site; a broken link or anchor is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

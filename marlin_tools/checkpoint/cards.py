@@ -77,6 +77,7 @@ CARDS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-70B": _card("llama", "bfloat16", (8192, 28672, 80, 64, 8, 128, 128256, 131072)),
     "meta-llama/Llama-3.2-1B": _card("llama", "bfloat16", (2048, 8192, 16, 32, 8, 64, 128256, 131072), tied=True),
     "mistralai/Mistral-7B-v0.3": _card("mistral", "bfloat16", (4096, 14336, 32, 32, 8, 128, 32768, 32768)),
+    "Qwen/Qwen2.5-0.5B": _card("qwen2", "bfloat16", (896, 4864, 24, 14, 2, 64, 151936, 32768), tied=True),
     "Qwen/Qwen2.5-7B": _card("qwen2", "bfloat16", (3584, 18944, 28, 28, 4, 128, 152064, 131072)),
     "Qwen/Qwen3-8B": _card("qwen3", "bfloat16", (4096, 12288, 36, 32, 8, 128, 151936, 40960)),
     "Qwen/Qwen3-30B-A3B": _card(

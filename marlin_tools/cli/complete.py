@@ -15,9 +15,9 @@ from pathlib import Path
 from marlin_tools.resources import recipes_dir
 
 ALIASES = (
-    "demo llama2-7b llama2-13b llama2-70b llama3-8b llama3.1-8b llama3.1-70b llama3.2-1b mistral-7b qwen2.5-7b qwen3-8b "
-    "qwen3-30b-a3b qwen3-235b-a22b gpt-oss-20b gpt-oss-120b mixtral-8x7b phi-4 qwen3.5-9b llama4-scout gemma2-9b gemma3-4b "
-    "gemma3-27b"
+    "demo llama2-7b llama2-13b llama2-70b llama3-8b llama3.1-8b llama3.1-70b llama3.2-1b mistral-7b qwen2.5-0.5b qwen2.5-7b "
+    "qwen3-8b qwen3-30b-a3b qwen3-235b-a22b gpt-oss-20b gpt-oss-120b mixtral-8x7b phi-4 qwen3.5-9b llama4-scout gemma2-9b "
+    "gemma3-4b gemma3-27b"
 ).split()
 PRESETS = "default fast marlin rtn".split()
 PRUNERS = "default sparsegpt wanda magnitude".split()

@@ -162,7 +162,11 @@ class QuantizeSettings(BlockStage):
             *outlook.calibration(),
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
             *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
-            *([("stays dense", f"{self.keep_dense:.4g} of the weights, chosen in a pass before")] if self.keep_dense else []),
+            *(
+                [("stays dense", f"at most {100 * self.keep_dense:.4g} % of the weights, chosen first")]
+                if self.keep_dense
+                else []
+            ),
             ("blocks", str(inventory.blocks)),
             *((("group size", _in_words(prepared.group_sizes)),) if self.group_size == AUTO else ()),
             ("shapes", ", ".join(f"{count} of {n} x {k}" for (n, k), count in counts)),

@@ -158,7 +158,7 @@ def test_the_tables_of_recipes_are_counted_right():
 def test_expected_numbers_of_the_log_are_those_of_the_recipes():
     text = RECIPES.read_text(encoding="utf-8")
 
-    for recipe in (*load_all("demo-presets"), load("demo"), load("demo-sparse")):
+    for recipe in (*load_all("demo-presets"), load("demo"), load("demo-max"), load("demo-sparse")):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {recipe.name} ") and "±" in line]
         for expected in recipe.expect:
             if expected.task == "ppl:demo":

@@ -23,6 +23,7 @@ PARAMETERS = {  # as the hub counts them
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "google/gemma-2-9b": 9_241_705_984,

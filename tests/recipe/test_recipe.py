@@ -32,8 +32,9 @@ def test_bundled_recipe(name):
 def test_every_bundled_file_is_found_and_listed_in_the_readme():
     text = (recipes_dir() / "README.md").read_text(encoding="utf-8")
 
-    ours = {"demo", "demo-presets", "demo-sparse"}
-    assert set(bundled()) == ours | {"llama2-paper", "llama2-presets", "llama2-sparse", "newer-models", "other-models"}
+    ours = {"demo", "demo-presets", "demo-max", "demo-sparse"}
+    paper = {"llama2-paper", "llama2-presets", "llama2-sparse"}
+    assert set(bundled()) == ours | paper | {"newer-models", "other-models", "qwen-sparse"}
     for name in bundled():
         assert f"({name}.yaml)" in text
 
