@@ -258,6 +258,8 @@ def _cut(model: _Model, prefix: str, branch: Branch, size: int) -> str | None:
     plain = [name for name in entries if name in model.kept]
     if plain and len(plain) < len(entries):
         return f"`{plain[0]}` is not quantised, but fused with linears that are"
+    if len({model.sizes[name] for name in entries if name in model.sizes}) > 1:
+        return f"`{entries[0]}` is fused with linears of another group size"
     for name in entries:
         if name in model.linears and model.linears[name][0] % size and not branch.attends:
             return f"`{name}`: {model.linears[name][0]} outputs do not divide among {size}"

@@ -122,6 +122,9 @@ def test_each_linear_is_held_against_its_own_groups():
     assert vllm[64].reasons[8].startswith(f"{DOWN}: 1376 inputs per rank are not a multiple of group_size 64")
     (note,) = judge(LLAMA2_7B, "compressed-tensors", down=16)["marlin-tools"].notes
     assert note.startswith(f"with the reference backend only: {DOWN}: group_size 16")
+    sizes = dict.fromkeys(shapes(LLAMA2_7B), 128) | {"model.layers.0.self_attn.k_proj": 64}
+    verdicts = judge_engines(LLAMA2_7B, find_family(LLAMA2_7B), shapes(LLAMA2_7B), (), "compressed-tensors", sizes)
+    assert "`model.layers.0.self_attn.q_proj` is fused with linears of another group size" == verdicts[0].reasons[1]
     fp8 = judge(LLAMA3_8B, "compressed-tensors", down=64, activations="fp8")["vLLM"]
     assert fp8.reasons[1] == "its kernel for FP8 activations has groups of 128, not 64"
 
