@@ -41,6 +41,7 @@ QUANTIZE = [
     (("--seed", "3"), "calibrate.seed", 3),
     (("--sparsity", "2:4"), "stages.0.sparsity", "2:4"),
     (("--sparsity", "keep"), "stages.0.sparsity", "keep"),
+    (("--keep-dense", "10%"), "stages.0.keep_dense", 0.1),
     (("--group-size", "-1"), "stages.0.group_size", -1),
     (("--group_size", "64"), "stages.0.group_size", 64),
     (("--activations", "fp8"), "stages.0.activations", "fp8"),
@@ -201,6 +202,8 @@ def test_every_option_is_tried():
         (f"bench {part}", name) for part in ("kernels", "model", "quantize") for name in ("output", "json")
     }  # tests/cli/test_bench.py
     tried |= {("bench quantize", name) for name in ("shape", "layers", "preset", "samples", "seqlen", "device")}
+    fine = "shape layers student seqlen batch micro steps recompute device output json"  # tests/cli/test_bench_finetune.py
+    tried |= {("bench finetune", name) for name in fine.split()}
     tried |= {("kernels list", "arch"), ("kernels list", "json")}
     tried |= {("kernels build", name) for name in ("arch", "output", "json")}
     tried |= {(verb, "strict") for verb in ("quantize", "prune", "finetune", "eval", "run", "verify")}
