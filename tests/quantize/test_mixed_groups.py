@@ -93,17 +93,16 @@ def test_transformers_and_our_backends_compute_with_the_dequantized_weights(narr
         dense.get_submodule(name).weight.copy_(weight)
     expected = dense(ids).logits
     unregister()  # compressed-tensors on its own
-    theirs = AutoModelForCausalLM.from_pretrained(mixed.path, dtype=torch.float32).eval()
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(mixed.path, dtype=torch.float32).eval()
+    finally:
+        register()
     assert all(
         theirs.get_submodule(name).quantization_scheme.weights.group_size == (64 if name in DOWN else 128) for name in weights
     )
     theirs = torch.nn.Module.float(theirs)  # what was dequantised too
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
-    register()
-    try:
-        ours = AutoModelForCausalLM.from_pretrained(mixed.path, dtype=torch.float32).eval()
-    finally:
-        unregister()
+    ours = AutoModelForCausalLM.from_pretrained(mixed.path, dtype=torch.float32).eval()
     assert not hasattr(ours.get_submodule(DOWN[0]), "quantization_scheme")
     for model in (ours, load(mixed, device="cpu", backend="reference")):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

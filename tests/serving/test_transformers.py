@@ -27,6 +27,12 @@ CONFIG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    """Whatever tests of other files have left behind."""
+    marlin_tools.transformers.register()
+
+
 @pytest.fixture
 def stored(tmp_path, make):
     """A small Llama in a format; also its weights in the neutral form."""
