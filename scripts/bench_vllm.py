@@ -1,34 +1,39 @@
-"""Milliseconds per token inside vLLM, of one kind of weights: what the table in docs/serving.md was measured with.
+"""Milliseconds per token inside vLLM, of one kind of weights: what the tables in docs/serving.md were measured with.
 
     python scripts/bench_vllm.py fp16      # needs a GPU, and vLLM beside marlin-tools
     python scripts/bench_vllm.py machete   # vLLM's own kernel: the plugin is off
     python scripts/bench_vllm.py dense
     python scripts/bench_vllm.py sparse
+    python scripts/bench_vllm.py dense --profile kernels.json
+    python scripts/bench_vllm.py dense --shape llama2-70b --layers 8 --tensor-parallel 2
 
-A Llama of the shapes of llama2-7b with random weights, so nothing is downloaded. A process each, because vLLM keeps its GPU
-memory until it ends. Prints one line of JSON.
+Llamas of true shapes with random weights, so nothing is downloaded. A process each, because vLLM keeps its GPU memory until it
+ends. Prints one line of JSON. With --profile it measures nothing else, and writes the time of every kernel of a token.
 """
 
+import argparse
 import json
 import os
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 KINDS = ("fp16", "machete", "dense", "sparse")
 BATCHES = (1, 8, 16, 32, 64, 128)
+PROFILED = (1, 16, 64)
 TIMES = 3
-SHAPE = {
+SHAPES = {
+    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama2-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+KEY_VALUE_HEADS = {"llama2-7b": 32, "llama2-70b": 8}
+CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
@@ -68,60 +73,104 @@ def fill_at_random(*, sparse: bool) -> None:
     DummyModelLoader.load_weights = load_weights
 
 
-def measure(folder: str) -> dict[str, float]:
-    """Milliseconds per token by batch, 64 tokens in and 64 out, and of prompts of 2048 tokens."""
-    from vllm import LLM, SamplingParams
+class Engine:
+    """vLLM with one model, asked for tokens that end nothing."""
 
-    sizes = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}
-    model = LLM(
-        folder,
-        load_format="dummy",
-        dtype="float16",
-        skip_tokenizer_init=True,
-        max_model_len=2304,
-        gpu_memory_utilization=0.6,
-        max_num_seqs=128,
-        compilation_config=sizes,
-    )
-    draw = random.Random(0)
+    def __init__(self, folder: str, ranks: int) -> None:
+        from vllm import LLM
 
-    def seconds(prompts: int, length: int, new: int) -> float:
-        asked = [{"prompt_token_ids": [draw.randrange(3, 31000) for _ in range(length)]} for _ in range(prompts)]
+        self.draw = random.Random(0)
+        self.model = LLM(
+            folder,
+            load_format="dummy",
+            dtype="float16",
+            skip_tokenizer_init=True,
+            max_model_len=2304,
+            gpu_memory_utilization=0.6,
+            max_num_seqs=128,
+            tensor_parallel_size=ranks,
+            compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
+        )
+        self.seconds(128, 64, 8)
+
+    def seconds(self, prompts: int, length: int, new: int) -> float:
+        """How long `new` tokens after each of some prompts take."""
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": [self.draw.randrange(3, 31000) for _ in range(length)]} for _ in range(prompts)]
         how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         begin = time.perf_counter()
-        model.generate(asked, how, use_tqdm=False)
+        self.model.generate(asked, how, use_tqdm=False)
         return time.perf_counter() - begin
 
-    seconds(128, 64, 8)
-    found: dict[str, float] = {}
-    for batch in BATCHES:
-        whole = min(seconds(batch, 64, 64) for _ in range(TIMES))
-        first = min(seconds(batch, 64, 1) for _ in range(TIMES))
-        found[f"batch {batch}"] = (whole - first) / 63 * 1e3
-    for prompts in (1, 4):
-        seconds(prompts, 2048, 1)
-        found[f"{prompts} x 2048"] = min(seconds(prompts, 2048, 1) for _ in range(TIMES)) * 1e3
-    return {name: round(value, 3) for name, value in found.items()}
+    def measure(self) -> dict[str, float]:
+        """Milliseconds per token by batch, 64 tokens in and 64 out, and of prompts of 2048 tokens."""
+        found: dict[str, float] = {}
+        for batch in BATCHES:
+            whole = min(self.seconds(batch, 64, 64) for _ in range(TIMES))
+            first = min(self.seconds(batch, 64, 1) for _ in range(TIMES))
+            found[f"batch {batch}"] = (whole - first) / 63 * 1e3
+        for prompts in (1, 4):
+            self.seconds(prompts, 2048, 1)
+            found[f"{prompts} x 2048"] = min(self.seconds(prompts, 2048, 1) for _ in range(TIMES)) * 1e3
+        return {name: round(value, 3) for name, value in found.items()}
+
+    def profile(self) -> dict[str, dict[str, Any]]:
+        """For each batch, microseconds of a token: each kernel's, their number, and the gaps between them."""
+        return {f"batch {batch}": self._kernels(batch) for batch in PROFILED}
+
+    def _kernels(self, batch: int, tokens: int = 16) -> dict[str, Any]:
+        from torch.profiler import ProfilerActivity, profile
+
+        spent: Counter[str] = Counter()
+        started: Counter[str] = Counter()
+        between = 0.0
+        for new, sign in ((1 + tokens, 1), (1, -1)):
+            self.seconds(batch, 64, new)
+            with profile(activities=[ProfilerActivity.CUDA]) as record:
+                self.seconds(batch, 64, new)
+            events = sorted((event.time_range.start, event.time_range.end, event.name) for event in record.events())
+            reached = events[0][0]
+            for begin, end, name in events:
+                spent[name] += sign * (end - begin)
+                started[name] += sign
+                between += sign * max(begin - reached, 0)
+                reached = max(reached, end)
+        kernels = [
+            [name[:160], round(spent[name] / tokens, 2), round(started[name] / tokens, 2)]
+            for name in sorted(spent, key=lambda name: -spent[name])
+        ]
+        return {"gaps": round(between / tokens, 1), "kernels": kernels}
 
 
 def main() -> int:
     """The kind that is asked for."""
-    if len(sys.argv) != 2 or sys.argv[1] not in KINDS:
-        print(f"usage: python scripts/bench_vllm.py {'|'.join(KINDS)}", file=sys.stderr)
-        return 2
-    kind = sys.argv[1]
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are filled in this very process
-    if kind == "machete":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama2-7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="GPUS")
+    parser.add_argument("--profile", type=Path, metavar="FILE")
+    asked = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are filled in this very process,
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # or in those that are made of it
+    if asked.kind == "machete":
         os.environ["MARLIN_TOOLS_VLLM"] = "0"
-    config: dict[str, Any] = dict(SHAPE)
-    if kind != "fp16":
+    config: dict[str, Any] = {**CONFIG, **SHAPES[asked.shape], "num_key_value_heads": KEY_VALUE_HEADS[asked.shape]}
+    if asked.layers:
+        config["num_hidden_layers"] = asked.layers
+    if asked.kind != "fp16":
         from marlin_tools.formats import FORMATS
 
         config["quantization_config"] = FORMATS["compressed-tensors"].quantization_config(128, ["lm_head"])
-    fill_at_random(sparse=kind == "sparse")
+    fill_at_random(sparse=asked.kind == "sparse")
     with TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
-        print(json.dumps({"kind": kind, **measure(folder)}))
+        engine = Engine(folder, asked.tensor_parallel)
+        if asked.profile:
+            asked.profile.write_text(json.dumps({"kind": asked.kind, **engine.profile()}, indent=1))
+        else:
+            print(json.dumps({"kind": asked.kind, **engine.measure()}), flush=True)
     return 0
 
 
