@@ -8,7 +8,7 @@
     python scripts/bench_vllm.py dense --shape llama2-70b --layers 8 --tensor-parallel 2
 
 Llamas of true shapes with random weights, so nothing is downloaded. A process each, because vLLM keeps its GPU memory until it
-ends. Prints one line of JSON. With --profile it measures nothing else, and writes the time of every kernel of a token.
+ends. Prints one line of JSON, and with --profile writes the time of every kernel of a token.
 """
 
 import argparse
@@ -120,6 +120,7 @@ class Engine:
         return {f"batch {batch}": self._kernels(batch) for batch in PROFILED}
 
     def _kernels(self, batch: int, tokens: int = 16) -> dict[str, Any]:
+        from torch._C._autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         spent: Counter[str] = Counter()
@@ -129,7 +130,8 @@ class Engine:
             self.seconds(batch, 64, new)
             with profile(activities=[ProfilerActivity.CUDA]) as record:
                 self.seconds(batch, 64, new)
-            events = sorted((event.time_range.start, event.time_range.end, event.name) for event in record.events())
+            ran = [event for event in record.events() if event.device_type == DeviceType.CUDA]
+            events = sorted((event.time_range.start, event.time_range.end, event.name) for event in ran)
             reached = events[0][0]
             for begin, end, name in events:
                 spent[name] += sign * (end - begin)
@@ -167,10 +169,9 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         engine = Engine(folder, asked.tensor_parallel)
+        print(json.dumps({"kind": asked.kind, **engine.measure()}), flush=True)
         if asked.profile:
             asked.profile.write_text(json.dumps({"kind": asked.kind, **engine.profile()}, indent=1))
-        else:
-            print(json.dumps({"kind": asked.kind, **engine.measure()}), flush=True)
     return 0
 
 

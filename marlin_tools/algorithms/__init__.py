@@ -21,12 +21,13 @@ PRESETS: dict[str, RTN | GPTQ] = {
     "marlin": GPTQ(damp=0.1, order="natural", scales="conditional", signed=False, polish=0, sequential=False, drift=0),
     "fast": GPTQ(polish=0, drift=0),
     "default": GPTQ(),
+    "max": GPTQ(),  # and each block is tuned afterwards, see `compress/quantize.py`
 }
 
 Preset = Annotated[str, one_of("preset", PRESETS)]
 """What a setting that names one of them holds."""
 
-PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default"}
+PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default", "max": "default"}
 """Which of `PRUNERS` finds the mask when a preset is to make a dense model 2:4 on the way."""
 
 __all__ = [

@@ -118,7 +118,7 @@ def bench_quantize(
         str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...", words=one_of(SHAPES))
     ] = None,
     layers: Annotated[int | None, option(of="N", text="Blocks of it; all, if not said.")] = None,
-    preset: Annotated[str | None, option(of="NAME", text="default, fast, marlin, rtn.", words=one_of(PRESETS))] = None,
+    preset: Annotated[str | None, option(of="NAME", text="default, fast, marlin, max, rtn.", words=one_of(PRESETS))] = None,
     samples: Annotated[int | None, option("--num-samples", of="N", text="Calibration windows of random tokens.")] = None,
     seqlen: Annotated[int | None, option(of="N", text="Tokens of a window.")] = None,
     device: Device = None,

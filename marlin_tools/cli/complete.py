@@ -19,7 +19,7 @@ ALIASES = (
     "qwen3-8b qwen3-30b-a3b qwen3-235b-a22b gpt-oss-20b gpt-oss-120b mixtral-8x7b phi-4 qwen3.5-9b llama4-scout gemma2-9b "
     "gemma3-4b gemma3-27b"
 ).split()
-PRESETS = "default fast marlin rtn".split()
+PRESETS = "default fast marlin max rtn".split()
 PRUNERS = "default sparsegpt wanda magnitude".split()
 FORMATS = "compressed-tensors gptq marlin marlin-24".split()
 ACTIVATIONS = "16bit fp8".split()

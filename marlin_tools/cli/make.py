@@ -42,7 +42,7 @@ def quantize(
     model: Model,
     output: Output = None,
     preset: Annotated[
-        str, option(of="NAME", text="default, fast, marlin (the paper's recipe) or rtn.", words=one_of(PRESETS))
+        str, option(of="NAME", text="default, max (tuned), fast, marlin (the paper's recipe) or rtn.", words=one_of(PRESETS))
     ] = "default",
     tune: Annotated[int | None, option(of="N", text="Steps of tuning for each block; helps 2:4.")] = None,
     format: Annotated[str | None, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))] = None,

@@ -55,6 +55,9 @@ TUNED = 2
 CHOSEN = 1
 """The same for which linears stay dense."""
 
+MOST = Tuning(iters=400)
+"""What the preset `max` does after `default`."""
+
 
 _ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations", "keep_dense"}
 """Settings that a fingerprint has in another place, or only where they change something."""
@@ -81,7 +84,7 @@ GroupSize = Annotated[
 class QuantizeSettings(BlockStage):
     """What to quantise with.
 
-    preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn
+    preset            a name in `algorithms.PRESETS`: default, fast, marlin (the paper's recipe), rtn; max is default, and tuned
     algorithm         all settings of an algorithm, instead of a preset
     tuning            train the codes and scales of each block afterwards, and how
     damp              overrides the preset's damping
@@ -108,6 +111,11 @@ class QuantizeSettings(BlockStage):
     activations: ActivationType = "16bit"
     sparsity: Literal["2:4", "keep"] | None = None
     keep_dense: Share | None = None
+
+    @property
+    def tuned(self) -> Tuning | None:
+        """How each block is trained once it is solved, if it is."""
+        return self.tuning or (MOST if self.preset == "max" and self.algorithm is None else None)
 
     @property
     def pruner(self) -> Pruner:
@@ -161,7 +169,7 @@ class QuantizeSettings(BlockStage):
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
-            *([("tuning", f"{self.tuning.iters} steps for each block")] if self.tuning else []),
+            *([("tuning", f"{self.tuned.iters} steps for each block")] if self.tuned else []),
             *(
                 [("stays dense", f"at most {100 * self.keep_dense:.4g} % of the weights, chosen first")]
                 if self.keep_dense
@@ -201,7 +209,7 @@ def prepare_quantize(
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
-    if settings.tuning:
+    if settings.tuned:
         _check_tuning(settings.solver, tokens, longest)
         forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
     elif settings.keep_dense:
@@ -251,7 +259,7 @@ def quantize(
         }
         if settings.keep_dense:
             identity["keep_dense"] = {"share": settings.keep_dense, "revision": CHOSEN}
-        how = settings.tuning
+        how = settings.tuned
         if how:
             identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)
@@ -311,7 +319,7 @@ def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:
             "round-to-nearest looks at no data, tuning needs some", hint="choose another `--preset`, or do not tune"
         )
     if expected().cuts:
-        raise RecipeError("tuning runs in one process", hint="start it without `torchrun`, or leave `--tune` out")
+        raise RecipeError("tuning runs in one process", hint="start it without `torchrun`, or do without `--tune` and `max`")
     if 0 < tokens <= longest:
         raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
 

@@ -40,8 +40,8 @@ class Tuning(Settings):
     """
 
     iters: int = Field(200, ge=1, le=100_000)
-    lr: float = Field(0.002, ge=0, le=1)
-    minmax_lr: float = Field(0.002, ge=0, le=1)
+    lr: float = Field(0.005, ge=0, le=1)
+    minmax_lr: float = Field(0.005, ge=0, le=1)
 
 
 def held_out(sequences: int) -> int:

@@ -8,6 +8,7 @@ from marlin_tools.ops.linear.sparse_tiles import sparse_kernels
 from marlin_tools.ops.linear.tiles import dense_kernels
 from marlin_tools.ops.model.decode import decode_kernels
 from marlin_tools.ops.model.rotation import rotate_kernels
+from marlin_tools.ops.runtime.ahead import side_by_side
 from marlin_tools.ops.runtime.compiler import Resources
 from marlin_tools.ops.runtime.cubin_cache import CubinCache
 from marlin_tools.ops.runtime.kernel import Kernel
@@ -52,9 +53,12 @@ def kernels(target: str | None = None) -> list[tuple[str, Kernel]]:
 
 
 def build(targets: tuple[str, ...], cache: CubinCache) -> Iterator[BuildReport]:
-    """Compile every kernel for every target into the cache, one after another. Needs no GPU."""
-    for target in targets:
-        for family, kernel in kernels(target):
-            cached = cache.has(kernel)
-            resources = cache.get(kernel).resources
-            yield BuildReport(family, kernel.name, target, resources, kernel.shared_bytes, cached)
+    """Compile every kernel for every target into the cache. Needs no GPU."""
+
+    def built(wanted: tuple[str, Kernel]) -> BuildReport:
+        family, kernel = wanted
+        cached = cache.has(kernel)
+        resources = cache.get(kernel).resources
+        return BuildReport(family, kernel.name, kernel.target, resources, kernel.shared_bytes, cached)
+
+    return side_by_side(built, [each for target in targets for each in kernels(target)])

@@ -22,7 +22,7 @@ CASES = [
         ("quantize", "demo", "--preset", "defualt", "--num-samples", "0", "--format", "gptqq"),
         (
             "error: `--num-samples 0`: must be greater than or equal to 1\n"
-            "error: --preset: unknown preset `defualt`; did you mean `default`? known: rtn, marlin, fast, default\n"
+            "error: --preset: unknown preset `defualt`; did you mean `default`? known: rtn, marlin, fast, default, max\n"
             "error: --format: unknown format `gptqq`; did you mean `gptq`? known: gptq, compressed-tensors, marlin, marlin-24\n"
         ),
     ),

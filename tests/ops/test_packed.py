@@ -1,6 +1,8 @@
 """`packed_linear`: tensors alone say what to compute. And what engines do before they use it: compile ahead, share scratch."""
 
+import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,23 @@ def test_only_what_is_missing_is_compiled_ahead():
     assert ahead.compile_ahead(["a", "b", "c"], cache) == 2
     assert ahead.compile_ahead(["a", "b", "c"], cache) == 0
     assert cache.held == {"a", "b", "c"}
+
+
+def test_whoever_stops_asking_waits_for_what_is_in_work_alone(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    begun, go_on = [], threading.Event()
+
+    def make(number):
+        begun.append(number)
+        if number > 1:
+            go_on.wait(60)
+        return number * 10
+
+    made = ahead.side_by_side(make, range(100))
+    assert [next(made), next(made)] == [0, 10]
+    threading.Timer(0.2, go_on.set).start()
+    made.close()
+    assert len(begun) < 10
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.stream.layer_stream import Block
 
 Run = Callable[..., Checkpoint]
-FEW = {"iters": 12}
+FEW = {"iters": 12, "lr": 0.002, "minmax_lr": 0.002}
 
 
 def records(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -172,6 +172,16 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
     again = run(tiny_llama, "killed", preset="default", tuning=FEW)
     assert [1] == solved_blocks
     assert shards(whole) == shards(again)
+
+
+def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("marlin_tools.compress.quantize.MOST", Tuning(**FEW))
+    out = run(tiny_llama, "max", preset="max")
+    same = run(tiny_llama, "same", preset="default", tuning=FEW)
+    assert shards(out) == shards(same)
+    assert all("block_error" in record for record in records(out))
+    assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned == Tuning(iters=3)
+    assert QuantizeSettings(preset="default").tuned is None
 
 
 def test_one_sequence_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

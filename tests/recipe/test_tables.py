@@ -111,7 +111,7 @@ def test_a_file_may_have_a_bundled_control(tmp_path):
         (
             "preset: fast",
             "preset: fats",
-            "12:35: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default",
+            "12:35: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default, max",
         ),
         ("value: 2.0", "valu: 2.0", "19:33: unknown key `valu`; did you mean `value`? "),
         ("preset: rtn", "preset: rtn, damp: -1", "24:51: `damp: -1`: must be greater than 0"),
