@@ -22,7 +22,7 @@ from marlin_tools.algorithms import Preset
 from marlin_tools.checkpoint.cards import Card, shapes_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
-from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
 from marlin_tools.distributed.team import assembled
@@ -31,6 +31,7 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.settings import Settings
 from marlin_tools.stopwatch import Stopwatch
+from marlin_tools.stream.inventory import take_linears
 
 BESIDE = frozenset({"read", "write"})
 """Parts that threads of their own do while the device computes."""
@@ -192,7 +193,7 @@ def _parts(
 ) -> list[Part]:
     """What was measured beside what it must take."""
     quantizing = QuantizeSettings(preset=settings.preset, device=settings.device)
-    inventory = prepare_quantize(checkpoint, quantizing, 1, 1).inventory
+    inventory = take_linears(checkpoint, quantizing.ignore)
     hidden = int(checkpoint.config["hidden_size"])
     work = Work(inventory.reads_same_input(), hidden, settings.samples * settings.seqlen, settings.seqlen)
     rate = matmul_rate(device, checkpoint.dtype if device.type == "cuda" else torch.float32)

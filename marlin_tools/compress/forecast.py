@@ -2,7 +2,8 @@
 
 Time is the floor of each part (`floor.py`), taken at the rate that this machine shows for a matrix product at this moment,
 times what the part was measured to take of its floor; what is not arithmetic, the walk along the columns and the search for
-scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4, tuning) no time is foretold.
+scales, has constants of its own. Where nobody has measured that (round-to-nearest, pruning, 2:4, tuning) no time is foretold,
+nor of a mixture of experts, whose time goes to starting kernels.
 Memory is that of the moment at which most is alive.
 """
 
@@ -137,7 +138,8 @@ def forecast_quantize(
     sparse: bool = False,
 ) -> Forecast:
     """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
-    load = _Load(tokens, longest, 0.52, "quantised", timed=isinstance(solver, GPTQ) and not sparse, team=expected())
+    timed = isinstance(solver, GPTQ) and not sparse and all(target.share == 1 for target in inventory.targets)
+    load = _Load(tokens, longest, 0.52, "quantised", timed=timed, team=expected())
     return _forecast(checkpoint, inventory, solver, load, device)
 
 

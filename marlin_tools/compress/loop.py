@@ -90,7 +90,8 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                     group.replace(name, solutions[name].value(group.weight(name).dtype))
             found: dict[str, Any] = {}
             if method.refine and entering is not None:
-                solutions, found = method.refine(block, entering, solutions)
+                with span("train"):
+                    solutions, found = method.refine(block, entering, solutions)
             if team.leads:
                 records = [
                     record_of(name, each) | method.note(name, each) | facts[name] | found for name, each in solutions.items()

@@ -49,4 +49,5 @@ def _facts(bench: QuantizeBench) -> Iterator[tuple[str, str]]:
     names = {"seconds": ("stage", "s"), "host_gb": ("host memory", "GB"), "gpu_gb": ("GPU memory", "GB")}
     for key, (name, unit) in names.items():
         if key in bench.real:
-            yield name, f"{bench.real[key]:.1f} {unit}, forecast {bench.forecast[key]:.1f} {unit}"
+            foretold = f", forecast {bench.forecast[key]:.1f} {unit}" if key in bench.forecast else ""
+            yield name, f"{bench.real[key]:.1f} {unit}{foretold}"

@@ -1,6 +1,7 @@
 """`bench quantize`: options reach the stage, numbers are printed and written; and the stage itself, on a model of no size."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from marlin_tools.bench import quantizing as stage
 from marlin_tools.bench.quantizing import BenchQuantizeSettings, Part, QuantizeBench
 from marlin_tools.checkpoint import cards
+from marlin_tools.compress.tune import Tuning
 from marlin_tools.report.quantizing import quantize_table
 
 MEASURED = QuantizeBench(
@@ -76,15 +78,21 @@ def test_table():
     assert any("GPU memory" in line and "15.0 GB, forecast 15.5 GB" in line for line in lines)
 
 
-def test_a_model_of_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A shape of no size, on one thread."""
     card = cards.CARDS["meta-llama/Llama-2-7b-hf"] | {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 512}
     card |= {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
     monkeypatch.setitem(cards.CARDS, "nobody/tiny", card)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    settings = BenchQuantizeSettings(shape="nobody/tiny", layers=2, samples=2, seqlen=64, device="cpu")
-    bench = stage.bench_quantize(settings, folder=tmp_path)
+    yield "nobody/tiny"
     torch.set_num_threads(threads)
+
+
+def test_a_model_of_no_size(nobody: str, tmp_path: Path) -> None:
+    settings = BenchQuantizeSettings(shape=nobody, layers=2, samples=2, seqlen=64, device="cpu")
+    bench = stage.bench_quantize(settings, folder=tmp_path)
 
     assert (bench.layers, bench.of, bench.tokens, len(bench.blocks)) == (2, 5, 128, 2)
     parts = {part.name: part for part in bench.parts}
@@ -94,3 +102,16 @@ def test_a_model_of_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(part.seconds for name, part in parts.items() if name not in stage.BESIDE) <= bench.process
     assert bench.whole == pytest.approx(bench.process + 3 * bench.blocks[1])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_whose_time_is_not_foretold(nobody: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("marlin_tools.compress.quantize.MOST", Tuning(iters=2))
+    parts = {}
+    for preset in ("rtn", "max"):
+        settings = BenchQuantizeSettings(shape=nobody, layers=1, samples=2, seqlen=64, preset=preset, device="cpu")
+        bench = stage.bench_quantize(settings, folder=tmp_path)
+        assert "seconds" not in bench.forecast
+        assert "forecast" in quantize_table(bench)  # of memory
+        parts[preset] = {part.name for part in bench.parts}
+    assert "train" in parts["max"]
+    assert "sweep" not in parts["rtn"]

@@ -60,7 +60,8 @@ def test_what_nobody_has_measured_is_not_foretold() -> None:
     inventory = take_linears(card, ())
     sparse = forecast_quantize(card, inventory, PRESETS["default"], 128 * 2048, 2048, H100, sparse=True)
     pruned = forecast_prune(card, inventory, PRUNERS["default"], 128 * 2048, 2048, H100)
-    for found in (expected("meta-llama/Llama-2-7b-hf", 32, "rtn"), sparse, pruned):
+    mixture = expected("Qwen/Qwen3-30B-A3B", 2)
+    for found in (expected("meta-llama/Llama-2-7b-hf", 32, "rtn"), sparse, pruned, mixture):
         assert found.seconds is None
         assert "time" not in dict(found.lines())
 

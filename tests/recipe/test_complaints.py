@@ -92,7 +92,10 @@ def test_known_keys_are_those_of_the_model(complaints):
             "1:1: `expect` names task `mmlu`, which no stage measures; measured: nothing",
         ),
         (GOOD + "expect: [{task: mmlu, value: x}]\n", "7:30: `value: x`: must be a valid number"),
-        (GOOD.replace("fast", "fats"), "5:13: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default, max"),
+        (
+            GOOD.replace("fast", "fats"),
+            "5:13: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default, max",
+        ),
         (GOOD.replace("fast", "no"), "5:13: unknown preset `no`; "),  # YAML 1.1 would read False
     ),
 )
