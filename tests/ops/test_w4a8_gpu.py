@@ -129,6 +129,16 @@ def test_outliers_zeros_and_what_is_not_finite(tile):
     assert torch.equal(z[others], y[others])
 
 
+@pytest.mark.parametrize("tile", FP8_TILES)
+@pytest.mark.parametrize("size", [100, 500, 3000, 60000])
+def test_sums_beside_one_outlier(tile, size):
+    """Tensor cores cut what is small beside the largest product: the more outputs, the worse the worst of them."""
+    packed = ops.pack(random_weight(4096, 512))
+    x = random_x(130, 512)
+    x[torch.arange(130), torch.arange(130) * 3] = size
+    assert_close(w4a8.multiply_with(tile, x, packed), x, packed)
+
+
 def test_scales_of_weights_that_are_not_finite_stay_in_their_rows():
     weight = random_weight(128, 512)
     weight.scales[4, 1], weight.scales[5, 2], weight.scales[6] = float("inf"), float("nan"), 0
