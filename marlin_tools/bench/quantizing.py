@@ -95,6 +95,11 @@ class QuantizeBench:
         """Seconds of the whole model, from the start of the process: measured, or with more blocks of the same kind."""
         return self.process + (self.of - self.layers) * self.block
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"bench-quantize-{self.settings.shape.rpartition('/')[2]}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         facts = asdict(self) | {"settings": self.settings.model_dump(), "tokens": self.tokens}

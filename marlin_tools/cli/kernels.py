@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import list_of, one_of
 from marlin_tools.cli.options import PLAIN, Json, option
 from marlin_tools.errors import RecipeError
@@ -24,7 +25,6 @@ def list_kernels(
 ) -> int:
     """Name every kernel and what it is for."""
     from marlin_tools import ops, report
-    from marlin_tools.cli import ui
     from marlin_tools.ops.catalog import PURPOSES
 
     members: dict[str, list[str]] = {}
@@ -57,7 +57,6 @@ def build_kernels(
     Copy the cache to where no compiler is, and point MARLIN_TOOLS_CACHE at it.
     """
     from marlin_tools import ops, report
-    from marlin_tools.cli import ui
     from marlin_tools.events import Event
     from marlin_tools.ops.runtime.cubin_cache import CubinCache
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import ACTIVATIONS, BACKENDS, TASKS, list_of, models, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, flag, option
 from marlin_tools.cli.perform import given, perform, recipe_of, short_name
@@ -71,7 +72,6 @@ def generate(
 
 
 def _newest() -> str:
-    from marlin_tools.cli import ui
     from marlin_tools.run.execute import newest_run
 
     newest = newest_run()

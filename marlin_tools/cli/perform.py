@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlin_tools.cli import ui
+
 if TYPE_CHECKING:
     from marlin_tools.recipe.recipe import Recipe
 
@@ -43,7 +45,6 @@ def perform(
 ) -> int:
     """Plan and, unless it is a dry run, execute; then print."""
     from marlin_tools import report
-    from marlin_tools.cli import ui
     from marlin_tools.distributed.device import leads
     from marlin_tools.events import silent
     from marlin_tools.run.execute import execute
@@ -57,8 +58,7 @@ def perform(
         return 0
     if result is None:
         stages = planned.describe()
-        ui.write_json({"steps": stages, "notes": planned.notes}) if as_json else ui.write(report.plan(stages, planned.notes))
-        return 0
+        return ui.show({"steps": stages, "notes": planned.notes}, report.plan(stages, planned.notes), as_json=as_json)
     parts = result.outputs, result.evaluation, result.verifications, result.text
     ui.write_json(result.describe()) if as_json else ui.write(report.summary(*parts))
     for what, command in [step for path in result.outputs[-1:] for step in steps[path][:1]]:

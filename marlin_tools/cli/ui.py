@@ -49,6 +49,12 @@ def write_json(document: Any) -> None:
     write(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
+def show(document: Any, text: str, *, as_json: bool) -> int:
+    """A result in one of its two forms; 0, the exit code of what was done."""
+    write_json(document) if as_json else write(text)
+    return 0
+
+
 def note(text: str) -> None:
     """A fact worth a line, on stderr."""
     _stderr().print(plain(text, _LINE))

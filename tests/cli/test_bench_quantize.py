@@ -9,7 +9,7 @@ import torch
 from marlin_tools.bench import quantizing as stage
 from marlin_tools.bench.quantizing import BenchQuantizeSettings, Part, QuantizeBench
 from marlin_tools.checkpoint import cards
-from marlin_tools.report.quantizing import quantize_table
+from marlin_tools.report.benchmarks import quantize_table
 
 MEASURED = QuantizeBench(
     settings=BenchQuantizeSettings(layers=3),
