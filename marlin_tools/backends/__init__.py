@@ -57,7 +57,7 @@ class Backend:
     def function(self, activations: ActivationType = "16bit") -> Build:
         """Import what builds a linear that reads these."""
         build: Build = _imported(self.build_fp8 if activations == "fp8" and self.build_fp8 else self.build)
-        return _rounding_first(build) if activations == "fp8" and not self.build_fp8 else build
+        return (lambda *what: round_inputs(build(*what))) if activations == "fp8" and not self.build_fp8 else build
 
     def refuses(self, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> str | None:
         """Why it cannot run this model here, or None."""
@@ -67,10 +67,6 @@ class Backend:
             reason: str | None = _imported(self.obstacle)(model, linears, device)
             return reason
         return None
-
-
-def _rounding_first(build: Build) -> Build:
-    return lambda *what: round_inputs(build(*what))
 
 
 def _imported(place: str) -> Any:
@@ -90,7 +86,7 @@ BACKENDS = {
     ),
     "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
     "reference-packed": Backend(
-        "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
+        "marlin_tools.backends.reference:PackedLinear", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
     ),
     "torch-int4": Backend(
         "marlin_tools.backends.torch_int4:build",
@@ -149,8 +145,8 @@ _SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--devi
 def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
     """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
     if name != "auto" and name not in BACKENDS:
-        near = get_close_matches(name, BACKENDS, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: auto, {', '.join(BACKENDS)}"
+        close = get_close_matches(name, BACKENDS, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known: auto, {', '.join(BACKENDS)}"
         if name == "vllm":
             hint = "only `marlin-tools eval` runs through vLLM; to serve, `vllm serve DIR`"
         raise RecipeError(f"unknown backend `{name}`", hint=hint)

@@ -22,7 +22,7 @@ from marlin_tools.checkpoint.contract import Tensors, agree, check_config
 from marlin_tools.checkpoint.headers import TensorInfo, check_inside, read_headers
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
-from marlin_tools.errors import ErrorTranslation, ModelError, first_line
+from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.resources import demo_dir
 
 if TYPE_CHECKING:
@@ -100,15 +100,9 @@ class Checkpoint:
         from transformers import AutoConfig
 
         known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
-        try:
-            config = AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"`{self.path / 'config.json'}` is not understood by transformers: {first_line(error)}",
-                hint="update transformers, or check config.json",
-            ) from error
-        assert isinstance(config, dict)
-        return config
+        what = f"`{self.path / 'config.json'}` is not understood by transformers"
+        with ErrorTranslation(ModelError, what, "update transformers, or check config.json"):
+            return dict(AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict())
 
     @property
     def dtype(self) -> torch.dtype:
