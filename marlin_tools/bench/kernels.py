@@ -148,12 +148,12 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     return place
 
 
-def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, float]:
-    """Speed-up over the baseline per M, over all shapes."""
+def geometric_means(results: Sequence[Measurement], kernel: str, of: str = "speedup") -> dict[int, float]:
+    """Of the speed-up over the baseline, or of the roofline's share, per M, over all shapes."""
     logs: dict[int, list[float]] = {}
     for r in results:
         if r.kernel == kernel:
-            logs.setdefault(r.m, []).append(log(r.speedup))
+            logs.setdefault(r.m, []).append(log(getattr(r, of)))
     return {m: exp(sum(values) / len(values)) for m, values in sorted(logs.items())}
 
 
@@ -217,12 +217,17 @@ class _Kind:
     bits: float
     density: float
     tables: dispatch.Tables
-    tokens: Mapping[str, int]
+    tiles: Mapping[str, Any]
     groups: tuple[int, ...]
     random: Callable[[int, int, torch.device, int], Any]
     linear: Callable[[Tensor, Any], Tensor]
     multiply_with: Callable[[str, Tensor, Any], Tensor]
     exact: Callable[[Tensor, Any], Tensor]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many tokens a tile of each choice has."""
+        return {name: tile.tokens for name, tile in self.tiles.items()}
 
     def exists_on(self, gpu: str) -> bool:
         """Whether a GPU has the instructions."""
@@ -349,41 +354,11 @@ def _tinygemm_weight(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor
     return packed, scales
 
 
+_DENSE = w4a16.linear, w4a16.multiply_with, reference.exact
+_SPARSE = w24a16.sparse_linear, w24a16.multiply_with, sparse_reference.exact
+_FP8 = w4a8.fp8_linear, w4a8.multiply_with, fp8_reference.exact
 _KINDS = (
-    _Kind(
-        DENSE,
-        4.0,
-        1.0,
-        dispatch.DENSE,
-        {name: tile.tokens for name, tile in TILES.items()},
-        GROUP_SIZES,
-        random_weight,
-        w4a16.linear,
-        w4a16.multiply_with,
-        reference.exact,
-    ),
-    _Kind(
-        SPARSE,
-        3.0,
-        0.5,
-        sparse_dispatch.SPARSE,
-        {name: tile.tokens for name, tile in SPARSE_TILES.items()},
-        SPARSE_GROUP_SIZES,
-        _random_sparse,
-        w24a16.sparse_linear,
-        w24a16.multiply_with,
-        sparse_reference.exact,
-    ),
-    _Kind(
-        FP8,
-        4.0,
-        0.5,
-        w4a8.FP8,
-        {name: tile.tokens for name, tile in FP8_TILES.items()},
-        FP8_GROUP_SIZES,
-        random_weight,
-        w4a8.fp8_linear,
-        w4a8.multiply_with,
-        fp8_reference.exact,
-    ),
+    _Kind(DENSE, 4.0, 1.0, dispatch.DENSE, TILES, GROUP_SIZES, random_weight, *_DENSE),
+    _Kind(SPARSE, 3.0, 0.5, sparse_dispatch.SPARSE, SPARSE_TILES, SPARSE_GROUP_SIZES, _random_sparse, *_SPARSE),
+    _Kind(FP8, 4.0, 0.5, w4a8.FP8, FP8_TILES, FP8_GROUP_SIZES, random_weight, *_FP8),
 )

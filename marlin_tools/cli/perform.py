@@ -59,8 +59,7 @@ def perform(
     if result is None:
         stages = planned.describe()
         return ui.show({"steps": stages, "notes": planned.notes}, report.plan(stages, planned.notes), as_json=as_json)
-    parts = result.outputs, result.evaluation, result.verifications, result.text
-    ui.write_json(result.describe()) if as_json else ui.write(report.summary(*parts))
+    ui.show(result.describe(), report.summary(result), as_json=as_json)
     for what, command in [step for path in result.outputs[-1:] for step in steps[path][:1]]:
         ui.hint(f"{what[:1].lower()}{what[1:]}: {command}")
     doubtful = result.warnings or any(each.skipped for each in result.verifications.values())

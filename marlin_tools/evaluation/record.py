@@ -49,12 +49,13 @@ class Record:
         asked = self.settings
         texts = [Path(task.removeprefix("ppl:")) for task in asked.tasks if task.startswith("ppl:")]
         folders = (demo_dir() / "tasks", *asked.include_path)
+        device = pick_device(asked.device)
         files = [*texts, *(path for each in folders for path in sorted(each.rglob("*")))]
         return fingerprint_of(
             model=self.model.fingerprint,
             baseline=Checkpoint.open(self.baseline).fingerprint if self.baseline else None,
             settings=asked.model_dump(mode="json", exclude={"stage", "baseline"}),
-            device=_device(asked.device),
+            device=describe_device(device) if device.type == "cuda" else device.type,  # however many threads it has
             files={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
             versions=versions(),
         )
@@ -67,9 +68,3 @@ def read_record(home: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _device(name: str) -> str:
-    """What computes, however many threads it has."""
-    device = pick_device(name)
-    return describe_device(device) if device.type == "cuda" else device.type

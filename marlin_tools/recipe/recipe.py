@@ -28,7 +28,7 @@ from marlin_tools.recipe.yaml_reader import Document
 from marlin_tools.settings import Settings
 from marlin_tools.stage import Stage
 from marlin_tools.training.finetune import FinetuneSettings
-from marlin_tools.verification.stages import VerifyStage
+from marlin_tools.verification.verify import VerifyStage
 
 PAPER_DOCUMENTS = 256
 """How many documents the paper calibrates on."""

@@ -6,7 +6,6 @@ them; `advice.py` says what to do next. `comparison.py` shows the verdicts of `r
 """
 
 from pathlib import Path
-from typing import Protocol
 
 from marlin_tools.checkpoint.output import put
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -15,18 +14,10 @@ from marlin_tools.report.advice import Step, next_steps, serving
 from marlin_tools.report.page import markdown, page
 from marlin_tools.report.result import gather
 from marlin_tools.report.text import diagnosis, facts, plan, summary, table
+from marlin_tools.run.execute import RunResult
 from marlin_tools.verification.verify import Verification
 
 __all__ = ["diagnosis", "facts", "pages", "plan", "summary", "table", "write_pages"]
-
-
-class RunResult(Protocol):
-    """What a run has led to, as far as pages show it; `shown` are the directories that were measured."""
-
-    outputs: list[Path]
-    shown: list[Path]
-    evaluation: Evaluation | None
-    verifications: dict[Path, Verification]
 
 
 def write_pages(run: RunResult) -> dict[Path, list[Step]]:

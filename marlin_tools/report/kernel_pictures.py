@@ -6,7 +6,7 @@ What belongs together has one colour: a contestant and its ideal, or the dense a
 
 import json
 from collections.abc import Callable, Sequence
-from math import exp, log
+from dataclasses import replace
 from typing import Any
 
 from marlin_tools.bench.decoding import ModelBench
@@ -55,8 +55,7 @@ def peak(measured: FigureData) -> str:
 
 def sustained(measured: FigureData) -> str:
     """The same on a GPU that is warm from work."""
-    busy = f"{measured.gpu}, kept busy before every measurement"
-    return peak(FigureData(measured.figure, busy, measured.settings, measured.rates, measured.host, measured.results))
+    return peak(replace(measured, gpu=f"{measured.gpu}, kept busy before every measurement"))
 
 
 def models(measured: FigureData) -> str:
@@ -99,23 +98,13 @@ FIGURES: dict[str, Callable[[FigureData], str]] = {"peak": peak, "sustained": su
 
 def speedup(measured: FigureData) -> str:
     """Geometric means over the shapes against the batch size, beside what others reach."""
-    results = measured.results
-    lines = _curves(measured, lambda kernel: geometric_means(results, kernel))
-    peers = _peers("speedup", measured)
+    lines, peers = _curves(measured, "speedup"), _peers("speedup", measured)
     return chart("Speed-up over FP16, geometric mean", _about(measured, peers), _BATCH, Axis("speed-up"), lines + peers)
 
 
 def share_of_roofline(measured: FigureData) -> str:
     """The least time that bytes or arithmetic need over the time taken: geometric means over the shapes."""
-
-    def means(kernel: str) -> dict[int, float]:
-        logs: dict[int, list[float]] = {}
-        for r in measured.results:
-            if r.kernel == kernel:
-                logs.setdefault(r.m, []).append(log(r.roofline))
-        return {m: exp(sum(each) / len(each)) for m, each in logs.items()}
-
-    lines, peers = _curves(measured, means), _peers("roofline", measured)
+    lines, peers = _curves(measured, "roofline"), _peers("roofline", measured)
     title = "Share of the roofline, geometric mean"
     return chart(title, _about(measured, peers), _BATCH, Axis("least time / time taken"), lines + peers)
 
@@ -153,24 +142,21 @@ def _about(measured: FigureData, peers: Sequence[Line]) -> str:
     return f"{', '.join(settings.models)}, {settings.dtype}, {group}; {measured.gpu}{others}"
 
 
-def _curves(measured: FigureData, means: Callable[[str], dict[int, float]]) -> list[Line]:
+def _curves(measured: FigureData, what: str) -> list[Line]:
     """One for every contestant but the fallback, which is for many rows only."""
-    shown = [kernel for kernel in timed_kernels(measured.results) if kernel != DEQUANTIZED]
+    curves = {each: geometric_means(measured.results, each, what) for each in timed_kernels(measured.results)}
     return [
-        Line(kernel, [(float(m), mean) for m, mean in sorted(means(kernel).items())], hue=_HUES.get(kernel, 2))
-        for kernel in shown
+        Line(kernel, [(float(m), mean) for m, mean in curve.items()], hue=_HUES.get(kernel, 2))
+        for kernel, curve in curves.items()
+        if kernel != DEQUANTIZED
     ]
 
 
 def _peers(what: str, measured: FigureData) -> list[Line]:
     """Curves of other projects' kernels, as `kernels/peers.json` has them, where this run can be compared with them."""
     known: dict[str, Any] = json.loads((kernels_dir() / "peers.json").read_text(encoding="utf-8"))
-    standard = BenchSettings()
-    same = (measured.settings.models, measured.settings.dtype, measured.settings.group_size) == (
-        standard.models,
-        standard.dtype,
-        standard.group_size,
-    )
+    keys = ("models", "dtype", "group_size")
+    same = all(getattr(measured.settings, key) == getattr(BenchSettings(), key) for key in keys)
     if not same or known["gpu"] not in measured.gpu:
         return []
     return [

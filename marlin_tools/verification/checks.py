@@ -98,7 +98,6 @@ class Subject:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = checkpoint.config
         self.layout = Layout(checkpoint)
         self.stored = StoredLinears(checkpoint)
         self.contents = Contents(checkpoint)

@@ -51,27 +51,19 @@ def _python() -> Iterator[Fact]:
     recent = sys.version_info >= (3, 11)
     yield Fact("python", platform.python_version(), *(() if recent else ("problem", "Python 3.11 or newer is needed")))
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    if torch.version.cuda is None and _driver():
-        hint = "there is an NVIDIA driver: install a CUDA build of torch to use the GPU"
-        yield Fact("torch", f"{torch.__version__}, {build}", "problem", hint)
-    else:
-        yield Fact("torch", f"{torch.__version__}, {build}")
+    hint = "there is an NVIDIA driver: install a CUDA build of torch to use the GPU"
+    lacking = torch.version.cuda is None and _driver()
+    yield Fact("torch", f"{torch.__version__}, {build}", *(("problem", hint) if lacking else ()))
 
 
 def _packages() -> Iterator[Fact]:
-    for package in NEEDED:
-        found = _version(package)
-        yield Fact(package, found) if found else Fact(package, "absent", "problem", f"`pip install {package}`")
-    for package, use in OPTIONAL.items():
-        found = _version(package)
-        yield Fact(package, found) if found else Fact(package, "absent", "note", use)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    absent: dict[str, tuple[Status, str]] = {package: ("problem", f"`pip install {package}`") for package in NEEDED}
+    absent |= {package: ("note", use) for package, use in OPTIONAL.items()}
+    for package, what in absent.items():
+        try:
+            yield Fact(package, version(package))
+        except PackageNotFoundError:
+            yield Fact(package, "absent", *what)
 
 
 def _serving() -> Iterator[Fact]:
@@ -92,10 +84,8 @@ def _driver() -> str | None:
 
 def _gpus() -> Iterator[Fact]:
     driver = _driver()
-    if driver is None:
-        yield Fact("driver", "none", "note", "without an NVIDIA GPU everything runs on the CPU")
-    else:
-        yield Fact("driver", driver)
+    hint = "without an NVIDIA GPU everything runs on the CPU"
+    yield Fact("driver", driver) if driver else Fact("driver", "none", "note", hint)
     try:
         properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except RuntimeError as error:
@@ -161,10 +151,8 @@ def _hub() -> Iterator[Fact]:
         return
     yield _disk("hub cache", Path(constants.HF_HUB_CACHE))
     flags = [flag for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(flag)]
-    if flags:
-        yield Fact("offline", ", ".join(flags), "note", "only cached models and data can be used; unset to download")
-    else:
-        yield Fact("offline", "no")
+    hint = "only cached models and data can be used; unset to download"
+    yield Fact("offline", ", ".join(flags), "note", hint) if flags else Fact("offline", "no")
 
 
 def _demo() -> Iterator[Fact]:
@@ -177,7 +165,5 @@ def _demo() -> Iterator[Fact]:
     except (OSError, ValueError) as error:
         yield Fact("demo model", f"unreadable: {error}", "problem", hint)
         return
-    if damaged:
-        yield Fact("demo model", f"damaged: {', '.join(damaged)}", "problem", hint)
-    else:
-        yield Fact("demo model", f"intact, {len(listed)} files")
+    found = f"damaged: {', '.join(damaged)}"
+    yield Fact("demo model", found, "problem", hint) if damaged else Fact("demo model", f"intact, {len(listed)} files")
