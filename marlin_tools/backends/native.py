@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools import ops
-from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.ops.linear import w4a8, w4a16, w24a16
@@ -96,18 +95,10 @@ def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.dev
 
 
 def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module that multiplies with `weight` on a GPU, with its kernels loaded. Activations are expected in `dtype`."""
-    if dtype not in {torch.float16, torch.bfloat16}:
-        raise DeviceError(
-            f"the native kernels multiply float16 or bfloat16 activations, not {dtype}",
-            hint="load the model in one of these, or use `--backend reference`",
-        )
-    n, k = weight.shape
-    if reason := ops.limits(k, weight.group_size):
-        raise ModelError(f"a linear of {n} x {k}: {reason}", hint="use `--backend reference`")
+    """The module that multiplies with `weight` on a GPU, its kernels loaded; that they can is known by then (`obstacle`)."""
     weight = weight.to(device)
     bias = None if bias is None else bias.detach().to(device, dtype)
-    if weight.is_2_4() and not ops.limits(k, weight.group_size, sparse=True):
+    if weight.is_2_4() and not ops.limits(weight.shape[1], weight.group_size, sparse=True):
         sparse = ops.pack_sparse(weight)
         if device.type == "cuda":
             ops.prepare_sparse(sparse, dtype)

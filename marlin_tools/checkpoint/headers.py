@@ -24,9 +24,6 @@ INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit that the format's own library sets."""
 
-READ_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
-"""What we or a tokenizer may open, or copy into a result."""
-
 DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -64,7 +61,7 @@ def check_inside(directory: Path) -> None:
     home = directory.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in sorted((*directory.iterdir(), *directory.glob("verify/*"))):
-        if file.name.startswith(".") or not _is_read(file.name):
+        if file.name.startswith(".") or not is_read(file.name):
             continue
         try:
             target = file.resolve(strict=True)
@@ -77,8 +74,11 @@ def check_inside(directory: Path) -> None:
             raise ModelError(f"`{file}` is not an ordinary file", hint="remove it")
 
 
-def _is_read(name: str) -> bool:
-    return Path(name).suffix in READ_SUFFIXES or name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
+def is_read(name: str) -> bool:
+    """Whether we or a tokenizer may open a file of this name, or copy it into a result."""
+    return Path(name).suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"} or name.startswith(
+        ("LICENSE", "NOTICE", "USE_POLICY")
+    )
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:

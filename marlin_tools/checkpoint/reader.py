@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
-from marlin_tools.checkpoint.headers import TensorInfo, check_inside, read_headers
+from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
+from marlin_tools.checkpoint.output import BESIDE
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError
@@ -185,14 +186,9 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """The files that make it a complete model besides weights and config: tokenizer, generation settings, licence."""
-        skipped = {"config.json", "model.safetensors.index.json", "manifest.json", "recipe.yaml", "report.html", "README.md"}
-        skipped |= {"evaluation.json", "quantize_config.json"}  # other weights, another format
-        return [
-            file
-            for file in sorted(self.path.iterdir())
-            if file.is_file() and not file.name.startswith(".") and file.name not in skipped
-            if file.suffix in {".json", ".model", ".txt", ".jinja"} or file.name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
-        ]
+        own = {"config.json", INDEX, "quantize_config.json", *BESIDE}  # of these weights in this format
+        found = [file for file in sorted(self.path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        return [each for each in found if is_read(each.name) and each.suffix != ".safetensors" and each.name not in own]
 
 
 def hub_name(ref: str) -> tuple[str, str | None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from marlin_tools.errors import DataError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,3 +126,18 @@ def _with_transformers(
 def _ends(model: "PreTrainedModel") -> list[int]:
     end: int | list[int] | None = model.generation_config.eos_token_id
     return [] if end is None else end if isinstance(end, list) else [end]
+
+
+class GenerateStage(GenerateSettings, Stage):
+    """Continue a text."""
+
+    stage: Literal["generate"] = "generate"
+    prompt: str
+
+    def plan(self, outlook: Outlook) -> StagePlan:
+        """The prompt."""
+        return StagePlan((("prompt", self.prompt),))
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Continue it."""
+        return {"text": generate(work.model, self.prompt, self, emit=work.emit)}

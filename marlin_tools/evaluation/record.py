@@ -1,13 +1,16 @@
-"""evaluation.json: a measurement beside the weights that were measured, taken over while nothing that decides it changes."""
+"""Stage `evaluate` in a recipe, and evaluation.json: a measurement beside the weights that were measured.
+
+It is taken over while nothing that decides it changes.
+"""
 
 import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from marlin_tools.checkpoint.journal import fingerprint_of
-from marlin_tools.checkpoint.manifest import versions
+from marlin_tools.checkpoint.manifest import read_manifest, versions
 from marlin_tools.checkpoint.output import folder, put
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -15,6 +18,7 @@ from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.resources import demo_dir
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 NAME = "evaluation.json"
 
@@ -68,3 +72,30 @@ def read_record(home: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+class EvaluateStage(EvaluateSettings, Stage):
+    """Measure the model, and `baseline` as well, if one is named."""
+
+    stage: Literal["evaluate"] = "evaluate"
+    baseline: str | None = None
+
+    def plan(self, outlook: Outlook) -> StagePlan:
+        """What is measured, and what that takes."""
+        facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
+        if outlook.dry:
+            size = outlook.model.nbytes / 1e9
+            facts.append(("memory", f"{size:.1f} GB of weights for each model, if they run in 16 bits"))
+        return StagePlan(tuple(facts))
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Measure, or take over an earlier measurement of the same weights on the same text."""
+        checkpoint = work.model
+        own = read_manifest(checkpoint.path) is not None
+        work.shown += [checkpoint.path] if own else []
+        record = Record(checkpoint.path if own else work.home, checkpoint, self, self.baseline)
+        found = None if work.overwrite else record.found(work.emit)
+        if found is None:
+            with work.clock("evaluate", *([checkpoint.path] if own else []), device=self.device, always=True):
+                found = record.measure(work.emit)
+        return {"evaluation": found}

@@ -29,24 +29,19 @@ def write_pages(run: RunResult) -> dict[Path, list[Step]]:
     measured = run.evaluation if {*run.shown} & {*quantized} else None
     steps: dict[Path, list[Step]] = {}
     for path in dict.fromkeys((*run.outputs, *run.shown)):
-        files, steps[path] = _shown(path, run.verifications.get(path), measured if path in quantized else None)
+        files, steps[path] = pages(path, run.verifications.get(path), measured if path in quantized else None)
         for name, text in files.items():
             put(path / name, text)
     return steps
 
 
-def pages(directory: Path, verification: Verification | None = None, evaluation: Evaluation | None = None) -> dict[str, str]:
-    """The files that show a model directory, by name: its report and, if it is quantised, its model card.
+def pages(
+    directory: Path, verification: Verification | None = None, evaluation: Evaluation | None = None
+) -> tuple[dict[str, str], list[Step]]:
+    """The report of a model directory and, if it is quantised, its model card, by file name; and what to do next with it.
 
     `evaluation` is one of the same weights in another format, for a directory that holds none of its own.
     """
-    return _shown(directory, verification, evaluation)[0]
-
-
-def _shown(
-    directory: Path, verification: Verification | None, evaluation: Evaluation | None
-) -> tuple[dict[str, str], list[Step]]:
-    """The files of a directory, and what to do next with it."""
     result = gather(directory, verification, evaluation)
     steps = next_steps(result, directory)
     files = {"report.html": page("model.html.j2", result=result, steps=steps)}

@@ -17,7 +17,7 @@ from marlin_tools.checkpoint.output import explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
-from marlin_tools.evaluation.stages import EvaluateStage
+from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import load_all

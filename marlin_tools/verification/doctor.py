@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -48,8 +47,7 @@ def diagnose() -> list[Fact]:
 
 
 def _python() -> Iterator[Fact]:
-    recent = sys.version_info >= (3, 11)
-    yield Fact("python", platform.python_version(), *(() if recent else ("problem", "Python 3.11 or newer is needed")))
+    yield Fact("python", platform.python_version())
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     hint = "there is an NVIDIA driver: install a CUDA build of torch to use the GPU"
     lacking = torch.version.cuda is None and _driver()
@@ -144,11 +142,8 @@ def _disk(name: str, path: Path) -> Fact:
 
 
 def _hub() -> Iterator[Fact]:
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        yield Fact("hub cache", "huggingface_hub is absent", "problem", "`pip install huggingface_hub`")
-        return
+    from huggingface_hub import constants
+
     yield _disk("hub cache", Path(constants.HF_HUB_CACHE))
     flags = [flag for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(flag)]
     hint = "only cached models and data can be used; unset to download"
