@@ -76,9 +76,8 @@ def check_inside(directory: Path) -> None:
 
 def is_read(name: str) -> bool:
     """Whether we or a tokenizer may open a file of this name, or copy it into a result."""
-    return Path(name).suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"} or name.startswith(
-        ("LICENSE", "NOTICE", "USE_POLICY")
-    )
+    suffixes = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+    return Path(name).suffix in suffixes or name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
