@@ -35,7 +35,11 @@ def draw(measured: FigureData) -> dict[str, str]:
     """SVG documents by what follows the name of the measurement in their file names."""
     if measured.figure is not None:
         return {"": FIGURES[measured.figure](measured)}
-    return {"-speedup": speedup(measured), "-roofline": share_of_roofline(measured)}
+    # the share of the roofline is the least time that bytes or arithmetic need over the time taken
+    return {
+        "-speedup": _overview(measured, "speedup", "Speed-up over FP16", "speed-up"),
+        "-roofline": _overview(measured, "roofline", "Share of the roofline", "least time / time taken"),
+    }
 
 
 def peak(measured: FigureData) -> str:
@@ -96,17 +100,16 @@ def roofline(measured: FigureData) -> str:
 FIGURES: dict[str, Callable[[FigureData], str]] = {"peak": peak, "sustained": sustained, "models": models, "roofline": roofline}
 
 
-def speedup(measured: FigureData) -> str:
-    """Geometric means over the shapes against the batch size, beside what others reach."""
-    lines, peers = _curves(measured, "speedup"), _peers("speedup", measured)
-    return chart("Speed-up over FP16, geometric mean", _about(measured, peers), _BATCH, Axis("speed-up"), lines + peers)
-
-
-def share_of_roofline(measured: FigureData) -> str:
-    """The least time that bytes or arithmetic need over the time taken: geometric means over the shapes."""
-    lines, peers = _curves(measured, "roofline"), _peers("roofline", measured)
-    title = "Share of the roofline, geometric mean"
-    return chart(title, _about(measured, peers), _BATCH, Axis("least time / time taken"), lines + peers)
+def _overview(measured: FigureData, what: str, title: str, axis: str) -> str:
+    """Geometric means over the shapes of a column against the batch size, beside what others reach."""
+    curves = {each: geometric_means(measured.results, each, what) for each in timed_kernels(measured.results)}
+    lines = [
+        Line(kernel, [(float(m), mean) for m, mean in curve.items()], hue=_HUES.get(kernel, 2))
+        for kernel, curve in curves.items()
+        if kernel != DEQUANTIZED  # the fallback, which is for many rows only
+    ]
+    peers = _peers(what, measured)
+    return chart(f"{title}, geometric mean", _about(measured, peers), _BATCH, Axis(axis), lines + peers)
 
 
 def model(bench: ModelBench) -> str:
@@ -140,16 +143,6 @@ def _about(measured: FigureData, peers: Sequence[Line]) -> str:
     group = "per column" if settings.group_size == -1 else f"group size {settings.group_size}"
     others = "; * measured on another one" if peers else ""
     return f"{', '.join(settings.models)}, {settings.dtype}, {group}; {measured.gpu}{others}"
-
-
-def _curves(measured: FigureData, what: str) -> list[Line]:
-    """One for every contestant but the fallback, which is for many rows only."""
-    curves = {each: geometric_means(measured.results, each, what) for each in timed_kernels(measured.results)}
-    return [
-        Line(kernel, [(float(m), mean) for m, mean in curve.items()], hue=_HUES.get(kernel, 2))
-        for kernel, curve in curves.items()
-        if kernel != DEQUANTIZED
-    ]
 
 
 def _peers(what: str, measured: FigureData) -> list[Line]:

@@ -110,11 +110,8 @@ def _attempt(
 def _missing(recipe: Recipe) -> dict[str, str]:
     """The tasks whose data cannot be had, before hours are spent on the others."""
     checkpoint = Checkpoint.open(recipe.model, accept=find_family)
-    found: dict[str, str] = {}
-    for stage in recipe.stages:
-        if isinstance(stage, EvaluateStage):
-            found |= unavailable(checkpoint, stage)
-    return found
+    stages = [stage for stage in recipe.stages if isinstance(stage, EvaluateStage)]
+    return unavailable(checkpoint, stages[0]) if stages else {}
 
 
 def _outcome(
@@ -133,11 +130,9 @@ def _outcome(
 
 def _without(recipe: Recipe, missing: dict[str, str]) -> Recipe:
     """The recipe without the tasks that cannot be had; a stage that has none left is not run."""
-    if not missing:
-        return recipe
     stages: list[Any] = []
     for stage in recipe.stages:
-        if isinstance(stage, EvaluateStage):
+        if missing and isinstance(stage, EvaluateStage):
             tasks = tuple(task for task in stage.tasks if task not in missing)
             stages += [stage.model_copy(update={"tasks": tasks})] if tasks else []
         else:

@@ -48,7 +48,7 @@ def judge(name: str, problems: list[str], fine: str) -> Check:
 
 
 def check_files(checkpoint: Checkpoint) -> Check:
-    """Opening has found every shard as long as its header says, and every tensor where an index has it; here, whether that is all."""
+    """Opening has found every shard as long as its header says, and every tensor where the index has it."""
     index, names = checkpoint.path / INDEX, checkpoint.names()
     known = read_object(index)["weight_map"] if index.is_file() else names
     problems = [f"the index does not know `{name}`" for name in names if name not in known]
