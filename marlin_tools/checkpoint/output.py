@@ -7,6 +7,7 @@ finished is noted in `<out>.partial/state`. Nothing half-written loads as a mode
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -280,6 +281,12 @@ def folder(path: Path, hint: str = ELSEWHERE) -> Path:
     except OSError as error:
         raise explained(error, path, hint) from error
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """Of the content of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def explained(error: OSError, path: Path, hint: str = ELSEWHERE) -> MarlinToolsError:

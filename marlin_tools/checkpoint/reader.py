@@ -20,7 +20,7 @@ from torch import Tensor
 
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
-from marlin_tools.checkpoint.output import BESIDE
+from marlin_tools.checkpoint.output import BESIDE, sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError
@@ -254,7 +254,4 @@ def _read_all(file: FileIO, into: memoryview) -> None:
 def _content_hash(file: Path) -> str:
     """sha256 of a file; the hub's cache already names its blobs by it."""
     blob = file.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)

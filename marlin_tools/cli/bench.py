@@ -9,7 +9,7 @@ import typer
 from marlin_tools.cli import ui
 from marlin_tools.cli.complete import PRESETS, SHAPES, list_of, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, flag, option
-from marlin_tools.cli.perform import given
+from marlin_tools.cli.perform import given, words
 from marlin_tools.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def bench_kernels(
         )
     if tune and (figure or output):
         raise RecipeError("--tune writes a table for this machine, no figure and no numbers", hint="run it on its own")
-    asked = given(models=_words(shapes), rows=_numbers("--batch", batch), dtype=dtype, group_size=group_size, peers=peers)
+    asked = given(models=words(shapes), rows=_numbers("--batch", batch), dtype=dtype, group_size=group_size, peers=peers)
     settings = _settings(stage.BenchSettings, known[figure].settings(asked) if figure else asked)
     if tune:
         with ui.Display() as display:
@@ -93,7 +93,7 @@ def bench_model(
     from marlin_tools.report.benchmarks import model_table
 
     asked = given(shape=shape, tokens_in=tokens_in, tokens_out=tokens_out)
-    asked |= given(batches=_numbers("--batch", batch), schemes=_words(schemes))
+    asked |= given(batches=_numbers("--batch", batch), schemes=words(schemes))
     settings = _settings(stage.BenchModelSettings, asked)
     return _measure(lambda emit: stage.bench_model(settings, emit), model_table, output, as_json=json)
 
@@ -160,16 +160,11 @@ def _measure(run: "Callable[[Emit], Any]", table: Callable[[Any], str], output: 
     return ui.show(measured.as_dict(), table(measured), as_json=as_json)
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
-    """What stands between commas."""
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    words = _words(text)
-    if words is not None and not (words and all(word.isdecimal() and int(word) > 0 for word in words)):
+    said = words(text)
+    if said is not None and not (said and all(word.isdecimal() and int(word) > 0 for word in said)):
         raise RecipeError(f"{name}: `{text}` is not a list of positive numbers", hint=f"for example: {name} 1,8,64")
-    return None if words is None else tuple(map(int, words))
+    return None if said is None else tuple(map(int, said))
 
 
 def _settings(kind: type[Checked], asked: dict[str, Any]) -> Checked:

@@ -9,6 +9,7 @@ import typer
 from marlin_tools.cli import ui
 from marlin_tools.cli.complete import list_of, one_of
 from marlin_tools.cli.options import PLAIN, Json, option
+from marlin_tools.cli.perform import words
 from marlin_tools.errors import RecipeError
 
 kernels = typer.Typer(help="The bundled CUDA kernels.", **PLAIN)
@@ -84,7 +85,7 @@ def build_kernels(
 def _known(text: str) -> tuple[str, ...]:
     from marlin_tools.ops import TARGETS
 
-    asked = tuple(word.strip() for word in text.split(",") if word.strip())
+    asked = words(text) or ()
     for target in asked:
         if target not in TARGETS:
             raise RecipeError(f"--arch: no kernels are made for `{target}`", hint=f"there are: {', '.join(TARGETS)}")

@@ -34,6 +34,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
+def words(text: str | None) -> tuple[str, ...] | None:
+    """What stands between commas."""
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def perform(
     recipe: "Recipe",
     output: Path | None = None,

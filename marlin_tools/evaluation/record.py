@@ -3,7 +3,6 @@
 It is taken over while nothing that decides it changes.
 """
 
-import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
-from marlin_tools.checkpoint.output import folder, put
+from marlin_tools.checkpoint.output import folder, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
@@ -60,7 +59,7 @@ class Record:
             baseline=Checkpoint.open(self.baseline).fingerprint if self.baseline else None,
             settings=asked.model_dump(mode="json", exclude={"stage", "baseline"}),
             device=describe_device(device) if device.type == "cuda" else device.type,  # however many threads it has
-            files={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
+            files={str(path): sha256_of(path) for path in files if path.is_file()},
             versions=versions(),
         )
 

@@ -1,6 +1,5 @@
 """Stage `doctor`: what is installed here, what of it works, and what to do about the rest. Never fails, needs no network."""
 
-import hashlib
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from typing import Literal
 import torch
 
 from marlin_tools import ops
+from marlin_tools.checkpoint.output import sha256_of
 from marlin_tools.distributed.device import matmul_rate
 from marlin_tools.errors import MarlinToolsError, first_line
 from marlin_tools.resources import demo_dir
@@ -156,7 +156,7 @@ def _demo() -> Iterator[Fact]:
     folder = demo_dir()
     try:
         listed = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text(encoding="ascii").splitlines())
-        damaged = [name for name, value in listed.items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != value]
+        damaged = [name for name, value in listed.items() if sha256_of(folder / name) != value]
     except (OSError, ValueError) as error:
         yield Fact("demo model", f"unreadable: {error}", "problem", hint)
         return
