@@ -7,6 +7,7 @@ Names come from files that anybody may have made, so a message is made plain whe
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from types import TracebackType
 
@@ -94,7 +95,7 @@ class DeviceError(MarlinToolsError):
     """The device asked for is not there, too small, or cannot run this."""
 
 
-class ErrorTranslation:
+class ErrorTranslation(AbstractContextManager["ErrorTranslation"]):
     """`with ErrorTranslation(ModelError, message, hint)`: whatever a library raises over a user's file becomes ours.
 
     For a single call of a library that reads foreign files and raises any class, panics of its Rust parts included. Our own
@@ -103,9 +104,6 @@ class ErrorTranslation:
 
     def __init__(self, kind: type[MarlinToolsError], what: str, hint: str) -> None:
         self.kind, self.what, self.hint = kind, what, hint
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if value is None or isinstance(value, MarlinToolsError | MemoryError):

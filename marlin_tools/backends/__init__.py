@@ -3,19 +3,19 @@
     model = load("runs/demo-int4")          # dense checkpoints too: a baseline takes the same path
 
 A backend is one function that builds the module of one quantised linear; everything else of the model is transformers' own
-code. `BACKENDS` is a table of names, so that choosing one imports no other. Read next: `fill.py`, `reference.py`.
+code. Read next: `fill.py`, `reference.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from marlin_tools.backends import native, reference, torch_int4
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -39,66 +39,40 @@ Build = Callable[[QuantizedLinear, Tensor | None, torch.device, torch.dtype], nn
 class Backend:
     """One way to run quantised linears.
 
-    build      "module:function" of a `Build`
+    build      makes one of them
     devices    device types that it runs on
     bits       memory per quantised weight, 0 for as much as the dtype of the activations takes
     what       how it works, for people
-    build_fp8  the same for a linear that rounds its input to FP8 by itself; "" where that is done before it
-    obstacle   "module:function" that says why it cannot run a model: (model, its quantised linears, device) -> str | None
+    build_fp8  the same for a linear that rounds its input to FP8 by itself; None where that is done before it
+    obstacle   why it cannot run a model, or None: (model, its quantised linears, device) -> str | None
     """
 
-    build: str
+    build: Build
     devices: tuple[str, ...]
     bits: float
     what: str
-    build_fp8: str = ""
-    obstacle: str = ""
+    build_fp8: Build | None = None
+    obstacle: "Callable[[PreTrainedModel, StoredLinears, torch.device], str | None] | None" = None
 
-    def function(self, activations: ActivationType = "16bit") -> Build:
-        """Import what builds a linear that reads these."""
-        build: Build = _imported(self.build_fp8 if activations == "fp8" and self.build_fp8 else self.build)
-        return _rounding_first(build) if activations == "fp8" and not self.build_fp8 else build
+    def function(self, activations: ActivationType) -> Build:
+        """What builds a linear that reads these."""
+        if activations == "16bit":
+            return self.build
+        return self.build_fp8 or (lambda *what: round_inputs(self.build(*what)))
 
     def refuses(self, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> str | None:
         """Why it cannot run this model here, or None."""
         if device.type not in self.devices:
             return f"does not run on {device.type}"
-        if self.obstacle and linears is not None:
-            reason: str | None = _imported(self.obstacle)(model, linears, device)
-            return reason
-        return None
-
-
-def _rounding_first(build: Build) -> Build:
-    return lambda *what: round_inputs(build(*what))
-
-
-def _imported(place: str) -> Any:
-    module, name = place.split(":")
-    return getattr(import_module(module), name)
+        return self.obstacle(model, linears, device) if self.obstacle and linears is not None else None
 
 
 # In order of preference: `auto` is the first that runs the model on the device and fits into its memory.
 BACKENDS = {
-    "native": Backend(
-        "marlin_tools.backends.native:build",
-        ("cuda",),
-        4.25,
-        "our kernels",
-        "marlin_tools.backends.native:build_fp8",
-        "marlin_tools.backends.native:obstacle",
-    ),
-    "reference": Backend("marlin_tools.backends.reference:at_load", ("cpu", "cuda"), 0, "torch, dequantised once at load"),
-    "reference-packed": Backend(
-        "marlin_tools.backends.reference:at_call", ("cpu", "cuda"), 4.25, "torch, dequantised per call"
-    ),
-    "torch-int4": Backend(
-        "marlin_tools.backends.torch_int4:build",
-        ("cpu",),
-        4.25,
-        "torch's INT4 product",
-        obstacle="marlin_tools.backends.torch_int4:obstacle",
-    ),
+    "native": Backend(native.build, ("cuda",), 4.25, "our kernels", native.build_fp8, native.obstacle),
+    "reference": Backend(reference.at_load, ("cpu", "cuda"), 0, "torch, dequantised once at load"),
+    "reference-packed": Backend(reference.PackedLinear, ("cpu", "cuda"), 4.25, "torch, dequantised per call"),
+    "torch-int4": Backend(torch_int4.build, ("cpu",), 4.25, "torch's INT4 product", obstacle=torch_int4.obstacle),
 }
 
 
@@ -149,8 +123,8 @@ _SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--devi
 def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
     """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
     if name != "auto" and name not in BACKENDS:
-        near = get_close_matches(name, BACKENDS, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: auto, {', '.join(BACKENDS)}"
+        close = get_close_matches(name, BACKENDS, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known: auto, {', '.join(BACKENDS)}"
         if name == "vllm":
             hint = "only `marlin-tools eval` runs through vLLM; to serve, `vllm serve DIR`"
         raise RecipeError(f"unknown backend `{name}`", hint=hint)

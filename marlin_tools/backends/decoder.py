@@ -36,35 +36,20 @@ def refusal(model: "PreTrainedModel", capacity: int) -> str | None:
     if config.model_type not in MODEL_TYPES:
         return f"model type `{config.model_type}` is not one of {', '.join(MODEL_TYPES)}"
     attention, on_gpu = model.model.layers[0].self_attn, model.device.type == "cuda"
+    rotation: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rotation.get("rope_type", "default")
+    share = rotation.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     checks = {
         f"its activations are {model.dtype}": on_gpu and model.dtype not in {torch.float16, torch.bfloat16},
         f"its MLP uses {config.hidden_act}": config.hidden_act not in {"silu", "swish"},
         f"its heads have {attention.head_dim} elements": on_gpu and attention.head_dim not in decode.HEAD_SIZES,
-        f"its rotary embedding is {_rotation_type(config)}": _rotation_type(config) in _GROWING_ROTATIONS,
-        "only a part of each head is rotated": _rotated_share(config) != 1,
-        f"its attention sees {_window(config)} tokens, fewer than {capacity}": _window(config) < capacity,
+        f"its rotary embedding is {kind}": kind in _GROWING_ROTATIONS,
+        "only a part of each head is rotated": share != 1,
+        f"its attention sees {window} tokens, fewer than {capacity}": 0 < (window or 0) < capacity,
         f"it has {config.max_position_embeddings} positions, fewer than {capacity}": config.max_position_embeddings < capacity,
     }
     return next((reason for reason, holds in checks.items() if holds), None)
-
-
-def _rotation(config: Any) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-
-
-def _rotation_type(config: Any) -> str:
-    return str(_rotation(config).get("rope_type", "default"))
-
-
-def _rotated_share(config: Any) -> float:
-    return float(_rotation(config).get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)))
-
-
-def _window(config: Any) -> int:
-    """Tokens that attention reaches back; a model without a window reaches all."""
-    uses = getattr(config, "use_sliding_window", True)
-    window = getattr(config, "sliding_window", None)
-    return window if uses and window else 1 << 30
 
 
 @dataclass(frozen=True)

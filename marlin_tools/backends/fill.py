@@ -40,6 +40,8 @@ def fill(
     emit: Emit,
 ) -> "PreTrainedModel":
     """Give a model on the meta device its weights, in place; quantised linears become what `build` makes of them."""
+    from transformers import GenerationConfig
+
     places = _places(model, checkpoint)
     homes = {ref.tensor.removesuffix(".weight"): name.removesuffix(".weight") for name, ref in places.items() if ref.whole}
     quantized = {name: homes.get(name, name) for name in (linears.names if linears is not None else ())}
@@ -52,14 +54,13 @@ def fill(
     for done, (stored, name) in enumerate(quantized.items(), start=1):
         assert linears is not None
         weight, linear = linears.read(stored), modules[name]
-        if weight.shape != (linear.out_features, linear.in_features):
-            asked = (linear.out_features, linear.in_features)
+        if weight.shape != (asked := (linear.out_features, linear.in_features)):
             raise ModelError(f"`{name}` is {weight.shape} in the checkpoint, config.json asks for {asked}", hint=_MISMATCH)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, build(weight, linear.bias, device, dtype))
+        model.set_submodule(name, build(weight, linear.bias, device, dtype))
         emit(Event("progress", "linears", done, len(modules)))
     compute_buffers(model, device)
-    _read_generation_settings(model, checkpoint)
+    if (checkpoint.path / "generation_config.json").is_file():  # end-of-text tokens and the like
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model.eval()
 
 
@@ -86,17 +87,14 @@ def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
 
 def _ties(model: "PreTrainedModel", quantized: set[str]) -> list[list[str]]:
     """The names of all parameters and stored buffers that are not quantised; names of one tensor stand together."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **_stored_buffers(model)}
+    stored = model.state_dict(keep_vars=True)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     shared: dict[int, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if name not in quantized:
             shared[id(tensor)].append(name)
     return list(shared.values())
-
-
-def _stored_buffers(model: "PreTrainedModel") -> dict[str, Tensor]:
-    stored = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def _account(
@@ -170,11 +168,3 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
             parameter._is_hf_initialized = True  # noqa: SLF001 (transformers' protocol)
         module._is_hf_initialized = not waiting  # noqa: SLF001
     model.initialize_weights()
-
-
-def _read_generation_settings(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
-    """End-of-text tokens and the like lie in a file of their own."""
-    from transformers import GenerationConfig
-
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)

@@ -6,14 +6,13 @@ generation, static caches, CUDA graphs and `torch.compile` work as they do for t
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from marlin_tools import ops
-from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.ops.linear import w4a8, w4a16, w24a16
@@ -96,13 +95,7 @@ def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.dev
 
 
 def build(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module that multiplies with `weight` on a GPU, with its kernels loaded. Activations are expected in `dtype`."""
-    if dtype not in {torch.float16, torch.bfloat16}:
-        raise DeviceError(
-            f"the native kernels multiply float16 or bfloat16 activations, not {dtype}",
-            hint="load the model in one of these, or use `--backend reference`",
-        )
-    _check_limits(f"a linear of {weight.shape[0]} x {weight.shape[1]}", weight)
+    """The module that multiplies with `weight` on a GPU, its kernels loaded; that they can is known by then (`obstacle`)."""
     weight = weight.to(device)
     bias = None if bias is None else bias.detach().to(device, dtype)
     if weight.is_2_4() and not ops.limits(weight.shape[1], weight.group_size, sparse=True):
@@ -127,19 +120,6 @@ def build_fp8(weight: QuantizedLinear, bias: Tensor | None, device: torch.device
     return NativeFp8Linear(packed, built.bias)
 
 
-def replace(model: nn.Module, weights: Mapping[str, QuantizedLinear], dtype: torch.dtype = torch.float16) -> None:
-    """Swap the linears named in `weights` in place, each on the device where it was; shapes are checked before the first."""
-    for name, weight in weights.items():
-        linear = _linear(model, name)
-        if weight.shape != (linear.out_features, linear.in_features):
-            raise ModelError(f"`{name}` is {linear.out_features} x {linear.in_features} in the model, {weight.shape} quantised")
-        _check_limits(f"`{name}`", weight)
-    for name, weight in weights.items():
-        linear = _linear(model, name)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, build(weight, linear.bias, linear.weight.device, dtype))
-
-
 def join(linears: Sequence[NativeLinear]) -> NativeLinear | None:
     """One linear that computes the outputs of several side by side, or None if they are too different.
 
@@ -158,18 +138,3 @@ def join(linears: Sequence[NativeLinear]) -> NativeLinear | None:
         for linear, piece in zip(linears, joined.split([len(each[name]) for each in tensors]), strict=True):
             setattr(linear, name, piece)
     return whole
-
-
-def _check_limits(what: str, weight: QuantizedLinear) -> None:
-    if reason := ops.limits(weight.shape[1], weight.group_size):
-        raise ModelError(f"{what}: {reason}", hint="use `--backend reference`")
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        raise ModelError(f"the model has no layer `{name}`") from error
-    if not isinstance(module, nn.Linear):
-        raise ModelError(f"`{name}` is a {type(module).__name__}, not a linear layer")
-    return module

@@ -2,8 +2,8 @@
 
 Both forms multiply with `QuantizedLinear.dequantize()` and nothing else; they differ in when they do it.
 
-    at_load    once: a plain `nn.Linear` in the dtype of the activations, as large and as fast as the original model
-    at_call    at each call: the codes stay packed two per byte beside their scales, so the model takes the memory of INT4
+    at_load       once: a plain `nn.Linear` in the dtype of the activations, as large and as fast as the original model
+    PackedLinear  at each call: the codes stay packed two per byte beside their scales, so the model takes the memory of INT4
 """
 
 import torch
@@ -21,11 +21,6 @@ def at_load(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, 
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
     return linear
-
-
-def at_call(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A linear that holds the codes and dequantises them for every product."""
-    return PackedLinear(weight, bias, device, dtype)
 
 
 class PackedLinear(nn.Module):

@@ -10,11 +10,12 @@ One engine takes most of a GPU, so the two models of a comparison are read one a
 import gc
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,14 @@ class SequenceScore:
     likeliest: list[dict[int, float]]
 
 
-class VllmEngine:
+class VllmEngine(AbstractContextManager["VllmEngine"]):
     """An engine for one checkpoint; `judge` is the model that lm-eval asks. Use it in a `with`, which ends the engine."""
 
     def __init__(self, checkpoint: Checkpoint, longest: int, seed: int, emit: Emit) -> None:
-        self._check()
+        if find_spec("vllm") is None:
+            raise DeviceError("backend `vllm`: vLLM is not installed", hint="`pip install vllm` beside marlin-tools")
+        if not torch.cuda.is_available():
+            raise DeviceError("backend `vllm` needs a GPU", hint="use `--backend reference` on a CPU")
         from lm_eval.models.vllm_causallms import VLLM
 
         positions = int(checkpoint.text_config.get("max_position_embeddings", longest))
@@ -53,9 +57,6 @@ class VllmEngine:
         self.how = {"backend": "vllm", "device": torch.cuda.get_device_name(), "vllm": version("vllm")}
         emit(Event("note", f"`{checkpoint.origin}` in vLLM {self.how['vllm']} on {self.how['device']}", data=self.how))
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End the engine, so that the next one finds the memory free."""
         engine = self.judge.model.llm_engine
@@ -65,13 +66,6 @@ class VllmEngine:
         del engine, core
         gc.collect()
         torch.cuda.empty_cache()
-
-    @staticmethod
-    def _check() -> None:
-        if find_spec("vllm") is None:
-            raise DeviceError("backend `vllm`: vLLM is not installed", hint="`pip install vllm` beside marlin-tools")
-        if not torch.cuda.is_available():
-            raise DeviceError("backend `vllm` needs a GPU", hint="use `--backend reference` on a CPU")
 
     def read(self, name: str, sequences: Sequence[Tensor], emit: Emit) -> list[SequenceScore]:
         """What the model makes of every sequence."""

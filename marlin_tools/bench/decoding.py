@@ -6,26 +6,26 @@ the rest (norms, rotation, cache, attention, the greedy choice), which is measur
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from pydantic import Field
+from torch import nn
 
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.backends.fill import compute_buffers
 from marlin_tools.backends.native import NativeLinear, NativeSparseLinear
+from marlin_tools.bench import timing
+from marlin_tools.bench.kernels import random_weight
 from marlin_tools.checkpoint.cards import shapes_of
 from marlin_tools.checkpoint.reader import ALIASES
 from marlin_tools.distributed.device import describe_device
-from marlin_tools.errors import DeviceError, ModelError
+from marlin_tools.errors import ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.ops import PackedWeight
-from marlin_tools.ops.linear.layout import TILE_K, TILE_N, exponent_of
 from marlin_tools.ops.linear.sparse_layout import random_sparse
-from marlin_tools.settings import Settings
+from marlin_tools.settings import Settings, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,16 +47,8 @@ class BenchModelSettings(Settings):
     tokens_in: int = Field(default=64, ge=1)
     tokens_out: int = Field(default=64, ge=2)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    schemes: tuple[str, ...] = Field(default=SCHEMES, min_length=1)
+    schemes: tuple[Annotated[str, one_of("scheme", SCHEMES)], ...] = Field(default=SCHEMES, min_length=1)
     device: str = "cuda"
-
-    @field_validator("schemes")
-    @classmethod
-    def _known_schemes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in SCHEMES:
-                raise ValueError(f"unknown scheme `{name}`; known: {', '.join(SCHEMES)}")
-        return names
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,16 @@ class ModelBench:
     settings: BenchModelSettings
     measurements: tuple[ModelMeasurement, ...]
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"bench-{self.shape}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        about = {"shape": self.shape, "gpu": self.device, "torch": torch.__version__, "cuda": torch.version.cuda}
+        return {**about, "settings": self.settings.model_dump(), "results": [asdict(each) for each in self.measurements]}
+
     def find(self, scheme: str, batch: int) -> ModelMeasurement:
         """One of them."""
         return next(m for m in self.measurements if (m.scheme, m.batch) == (scheme, batch))
@@ -97,9 +99,7 @@ class ModelBench:
 
 def bench_model(settings: BenchModelSettings, emit: Emit = silent) -> ModelBench:
     """Decode every scheme at every batch size."""
-    if not torch.cuda.is_available():
-        raise DeviceError("decoding is timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
-    device = torch.device("cuda", torch.device(settings.device).index or 0)
+    device = timing.gpu(settings.device, "decoding is")
     card = card_for(settings)
     results: list[ModelMeasurement] = []
     with torch.cuda.device(device), torch.inference_mode():
@@ -116,22 +116,27 @@ def bench_model(settings: BenchModelSettings, emit: Emit = silent) -> ModelBench
 
 def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "PreTrainedModel":
     """A model of these shapes with random weights of a usual size; its blocks' linears are of the scheme."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**{key: value for key, value in card.items() if key != "dtype"})
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float16, attn_implementation="sdpa")
+    model = empty_model(card, torch.float16, attn_implementation="sdpa")
     if (reason := refusal(model, 1)) is not None:
         raise ModelError(f"this shape cannot be decoded: {reason}", hint=f"models with a built-in shape: {', '.join(ALIASES)}")
     family = find_family(card)
     if scheme in {"int4", SPARSE}:
         for block in model.get_submodule(f"{family.decoder}.{family.blocks}").children():
             for name in family.linears:
-                parent, _, child = name.rpartition(".")
                 linear = block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                setattr(block.get_submodule(parent), child, _random_linear(linear, device, sparse=scheme == SPARSE))
+                block.set_submodule(name, _random_linear(linear, device, sparse=scheme == SPARSE))
     fill_randomly(model, device)
+    return model
+
+
+def empty_model(card: dict[str, Any], dtype: torch.dtype, **how: Any) -> "PreTrainedModel":
+    """A model of these shapes without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**{key: value for key, value in card.items() if key != "dtype"})
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
     return model.eval()
 
 
@@ -143,7 +148,9 @@ def fill_randomly(model: "PreTrainedModel", device: torch.device) -> None:
         if not parameter.is_meta:
             continue
         if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(_random_values(parameter, device), requires_grad=False)
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            values = values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
+            made[id(parameter)] = nn.Parameter(values, requires_grad=False)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, made[id(parameter)])
 
@@ -160,21 +167,12 @@ def card_for(settings: BenchModelSettings) -> dict[str, Any]:
 
 
 def _random_linear(linear: nn.Linear, device: torch.device, *, sparse: bool) -> NativeLinear:
-    """Any bits are codes; scales as those of a quantised normal weight."""
     n, k = linear.out_features, linear.in_features
     biased = "bias" in dict(linear.named_parameters())
     bias = torch.zeros(n, dtype=torch.float16, device=device) if biased else None
     if sparse:
         return NativeSparseLinear(random_sparse(n, k, device), bias)
-    tiles, groups = -(-n // TILE_N), k // TILE_K
-    codes = torch.randint(-(2**31), 2**31 - 1, (tiles, groups, TILE_N * TILE_K // 8), dtype=torch.int32, device=device)
-    scales = torch.rand((tiles, groups, TILE_N), device=device) * 0.004 + 0.004
-    return NativeLinear(PackedWeight(codes, scales.half(), n, exponent_of(scales)), bias)
-
-
-def _random_values(parameter: Tensor, device: torch.device) -> Tensor:
-    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-    return values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
+    return NativeLinear(random_weight(n, k, device), bias)
 
 
 def _measure(model: "PreTrainedModel", scheme: str, batch: int, settings: BenchModelSettings) -> ModelMeasurement:
@@ -206,14 +204,14 @@ def _products(decoder: Decoder, batch: int) -> float:
     with torch.cuda.graph(graph):
         held = [product(x) for product, x in inputs.items()]
     graph.replay()
-    times = sorted(_milliseconds(lambda: _repeat(graph.replay, 10)) / 10 for _ in range(_REPETITIONS))
+
+    def ten_times() -> None:
+        for _ in range(10):
+            graph.replay()
+
+    best = min(_milliseconds(ten_times) / 10 for _ in range(_REPETITIONS))
     del held
-    return times[0]
-
-
-def _repeat(action: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        action()
+    return best
 
 
 def _milliseconds(action: Callable[[], object]) -> float:

@@ -6,15 +6,15 @@ instead, so that power and heat settle where a busy server has them; who wants a
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from marlin_tools.bench import timing
 from marlin_tools.bench.kernels import PAPER_SHAPES, BenchSettings, Measurement, Rates, bench_kernels, host_costs, measure_rates
 from marlin_tools.distributed.device import describe_device
-from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, silent
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -58,12 +58,22 @@ class FigureData:
     host: dict[str, float]
     results: tuple[Measurement, ...]
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"bench-{self.figure or 'kernels'}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        own = {"figure": self.figure, "gpu": self.gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
+        results = [asdict(each) for each in self.results]
+        more = {"rates": asdict(self.rates), "settings": self.settings.model_dump(), "host_microseconds": self.host}
+        return own | more | {"results": results}
+
 
 def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) -> FigureData:
     """Run the benchmark for a figure, or the plain one."""
-    if not torch.cuda.is_available():
-        raise DeviceError("kernels are timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
-    device = torch.device("cuda", torch.device(settings.device).index or 0)
+    device = timing.gpu(settings.device, "kernels are")
     rates = measure_rates(device)
     busy = figure is not None and FIGURES[figure].busy
     if busy:

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from marlin_tools.algorithms.masks import magnitude
-from marlin_tools.bench.decoding import fill_randomly
+from marlin_tools.bench.decoding import empty_model, fill_randomly
 from marlin_tools.checkpoint.cards import shapes_of
 from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
 from marlin_tools.distributed.team import Team
@@ -120,6 +120,11 @@ class FinetuneBench:
         """Tokens per second."""
         return self.settings.tokens / step.seconds
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"bench-finetune-{self.settings.shape.rpartition('/')[2]}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         facts = asdict(self) | {"settings": self.settings.model_dump(), "seconds_per_block": self.block}
@@ -167,7 +172,7 @@ def _measure(
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        teacher = _empty(card, dtype)
+        teacher = empty_model(card, dtype)
         fill_randomly(teacher, device)
         emit(Event("note", f"made {settings.shape} with random weights; the tokens are random, too"))
         student = _student(settings, card, family, teacher, every)
@@ -188,21 +193,11 @@ def _measure(
     return found[0], found[1]
 
 
-def _empty(card: dict[str, Any], dtype: torch.dtype) -> "PreTrainedModel":
-    """A model of these shapes without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**{key: value for key, value in card.items() if key != "dtype"})
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
-
-
 def _student(
     settings: BenchFinetuneSettings, card: dict[str, Any], family: Family, teacher: "PreTrainedModel", every: int
 ) -> Student:
     """A model of the same shapes that has something to learn."""
-    device, model = teacher.device, _empty(card, torch.float32)
+    device, model = teacher.device, empty_model(card, torch.float32)
     names = [name for name, _ in _linears(model, family)]
     if settings.student != "2:4":
         for name, linear in _linears(model, family):

@@ -112,7 +112,7 @@ def bench_kernels(
     settings: BenchSettings, emit: Emit = silent, rates: Rates | None = None, before: Callable[[], None] = lambda: None
 ) -> list[Measurement]:
     """Time every shape and number of rows; results are checked before they are timed. `before` each, something may be done."""
-    device = _device(settings.device)
+    device = timing.gpu(settings.device, "kernels are")
     rates = rates or measure_rates(device)
     emit(Event("note", f"{rates.bandwidth / 1e12:.2f} TB/s read, {rates.flops / 1e12:.0f} TFLOP/s in a large product"))
     shapes = _shapes(settings.models, device)
@@ -128,7 +128,7 @@ def bench_kernels(
 
 def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     """Measure every tile on every shape and write the tables that `ops.dispatch` reads on this machine; the folder."""
-    device = _device(settings.device)
+    device = timing.gpu(settings.device, "kernels are")
     place = folder(default_dir(), hint="point `MARLIN_TOOLS_CACHE` at a folder of your own")
     gpu = dispatch.gpu_of(device)
     shapes = list({(s.k, s.n): s for s in _shapes(settings.models, device)}.values())
@@ -148,12 +148,12 @@ def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     return place
 
 
-def geometric_means(results: Sequence[Measurement], kernel: str) -> dict[int, float]:
-    """Speed-up over the baseline per M, over all shapes."""
+def geometric_means(results: Sequence[Measurement], kernel: str, of: str = "speedup") -> dict[int, float]:
+    """Of the speed-up over the baseline, or of the roofline's share, per M, over all shapes."""
     logs: dict[int, list[float]] = {}
     for r in results:
         if r.kernel == kernel:
-            logs.setdefault(r.m, []).append(log(r.speedup))
+            logs.setdefault(r.m, []).append(log(getattr(r, of)))
     return {m: exp(sum(values) / len(values)) for m, values in sorted(logs.items())}
 
 
@@ -173,7 +173,7 @@ def measure_rates(device: torch.device) -> Rates:
 def host_costs(device: torch.device) -> dict[str, float]:
     """Microseconds that one eager call costs the host, which a CUDA graph saves: our dense operator, torch's own product."""
     size = 4096
-    packed = _random_weight(Shape("", "", size, size), TILE_K, device)
+    packed = random_weight(size, size, device)
     x, weight = (torch.randn((rows, size), dtype=torch.float16, device=device) for rows in (1, size))
     calls = {DENSE: partial(w4a16.linear, x, packed), BASELINE: partial(torch.mm, x, weight)}
     return {name: timing.host_microseconds(call) for name, call in calls.items()}
@@ -183,12 +183,6 @@ def ideal_microseconds(m: int, k: int, n: int, bits: float, rates: Rates, *, den
     """The least a product can take: its bytes at `bits` per weight, or its arithmetic, of which a sparse one has a part."""
     moved = k * n * bits / 8 + 2 * m * (k + n)
     return max(moved / rates.bandwidth, 2 * m * n * k * density / rates.flops) * 1e6
-
-
-def _device(name: str) -> torch.device:
-    if not torch.cuda.is_available():
-        raise DeviceError("kernels are timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
-    return torch.device("cuda", torch.device(name).index or 0)
 
 
 def _shapes(models: Sequence[str], device: torch.device) -> list[Shape]:
@@ -202,19 +196,17 @@ def _shapes(models: Sequence[str], device: torch.device) -> list[Shape]:
         elif model in SHAPES:
             found += [Shape(model, layer, k, n) for layer, (k, n) in SHAPES[model].items()]
         elif size := re.fullmatch(r"(\d+)x(\d+)", model):
-            found.append(_one_shape(model, *map(int, size.groups())))
+            k, n = map(int, size.groups())
+            if not k or not n or k % TILE_K or n % TILE_N:
+                hint = f"K x N, K a multiple of {TILE_K} and N of {TILE_N}"
+                raise DeviceError(f"`{model}` is no shape of the kernels", hint=hint)
+            found.append(Shape(model, "", k, n))
         else:
             known = ", ".join([*SHAPES, *PAPER_SHAPES, "peak"])
             raise DeviceError(
                 f"no shapes are known for `{model}`", hint=f"known: {known}, or a size such as 4096x12288 (K x N)"
             )
     return found
-
-
-def _one_shape(name: str, k: int, n: int) -> Shape:
-    if not k or not n or k % TILE_K or n % TILE_N:
-        raise DeviceError(f"`{name}` is no shape of the kernels", hint=f"K x N, K a multiple of {TILE_K} and N of {TILE_N}")
-    return Shape(name, "", k, n)
 
 
 @dataclass(frozen=True)
@@ -225,12 +217,17 @@ class _Kind:
     bits: float
     density: float
     tables: dispatch.Tables
-    tokens: Mapping[str, int]
+    tiles: Mapping[str, Any]
     groups: tuple[int, ...]
-    random: Callable[[Shape, int, torch.device], Any]
+    random: Callable[[int, int, torch.device, int], Any]
     linear: Callable[[Tensor, Any], Tensor]
     multiply_with: Callable[[str, Tensor, Any], Tensor]
     exact: Callable[[Tensor, Any], Tensor]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many tokens a tile of each choice has."""
+        return {name: tile.tokens for name, tile in self.tiles.items()}
 
     def exists_on(self, gpu: str) -> bool:
         """Whether a GPU has the instructions."""
@@ -268,11 +265,11 @@ class _Problem:
 
     @staticmethod
     def make(shape: Shape, settings: BenchSettings, rates: Rates) -> "_Problem":
-        device, dtype = _device(settings.device), getattr(torch, settings.dtype)
+        device, dtype = timing.gpu(settings.device, "kernels are"), getattr(torch, settings.dtype)
         copies = range(timing.copies_past_l2(device, shape.k * shape.n * 3 // 8))
         group = settings.group_size
         kinds = [kind for kind in _KINDS if group in {*kind.groups, -1} and kind.exists_on(dispatch.gpu_of(device))]
-        ours = {kind.name: [kind.random(shape, group, device) for _ in copies] for kind in kinds}
+        ours = {kind.name: [kind.random(shape.n, shape.k, device, group) for _ in copies] for kind in kinds}
         peer = [_tinygemm_weight(shape, device) for _ in copies] if settings.peers else []
         scales = 1 if group == -1 else shape.k // group
         return _Problem(shape, ours, [w4a16.dequantize(p, dtype) for p in ours[DENSE]], peer, scales, rates)
@@ -337,16 +334,16 @@ def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
-def _random_weight(shape: Shape, group_size: int, device: torch.device) -> PackedWeight:
+def random_weight(n: int, k: int, device: torch.device, group_size: int = TILE_K) -> PackedWeight:
     """Any bits are codes; scales as those of a quantised normal weight: zeros would run faster than real weights do."""
-    tiles, groups = shape.n // TILE_N, shape.k // TILE_K
+    tiles, groups = -(-n // TILE_N), k // TILE_K
     codes = torch.randint(-(2**31), 2**31 - 1, (tiles, groups, 1024), dtype=torch.int32, device=device)
-    scales = torch.randn((tiles, 1 if group_size == -1 else shape.k // group_size, TILE_N), device=device).abs() * 0.002 + 0.004
-    return PackedWeight(codes, scales.to(torch.float16), shape.n, exponent_of(scales))
+    scales = torch.randn((tiles, 1 if group_size == -1 else k // group_size, TILE_N), device=device).abs() * 0.002 + 0.004
+    return PackedWeight(codes, scales.to(torch.float16), n, exponent_of(scales))
 
 
-def _random_sparse(shape: Shape, group_size: int, device: torch.device) -> PackedSparse:
-    return random_sparse(shape.n, shape.k, device, per_column=group_size == -1)
+def _random_sparse(n: int, k: int, device: torch.device, group_size: int) -> PackedSparse:
+    return random_sparse(n, k, device, per_column=group_size == -1)
 
 
 def _tinygemm_weight(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -357,41 +354,11 @@ def _tinygemm_weight(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor
     return packed, scales
 
 
+_DENSE = w4a16.linear, w4a16.multiply_with, reference.exact
+_SPARSE = w24a16.sparse_linear, w24a16.multiply_with, sparse_reference.exact
+_FP8 = w4a8.fp8_linear, w4a8.multiply_with, fp8_reference.exact
 _KINDS = (
-    _Kind(
-        DENSE,
-        4.0,
-        1.0,
-        dispatch.DENSE,
-        {name: tile.tokens for name, tile in TILES.items()},
-        GROUP_SIZES,
-        _random_weight,
-        w4a16.linear,
-        w4a16.multiply_with,
-        reference.exact,
-    ),
-    _Kind(
-        SPARSE,
-        3.0,
-        0.5,
-        sparse_dispatch.SPARSE,
-        {name: tile.tokens for name, tile in SPARSE_TILES.items()},
-        SPARSE_GROUP_SIZES,
-        _random_sparse,
-        w24a16.sparse_linear,
-        w24a16.multiply_with,
-        sparse_reference.exact,
-    ),
-    _Kind(
-        FP8,
-        4.0,
-        0.5,
-        w4a8.FP8,
-        {name: tile.tokens for name, tile in FP8_TILES.items()},
-        FP8_GROUP_SIZES,
-        _random_weight,
-        w4a8.fp8_linear,
-        w4a8.multiply_with,
-        fp8_reference.exact,
-    ),
+    _Kind(DENSE, 4.0, 1.0, dispatch.DENSE, TILES, GROUP_SIZES, random_weight, *_DENSE),
+    _Kind(SPARSE, 3.0, 0.5, sparse_dispatch.SPARSE, SPARSE_TILES, SPARSE_GROUP_SIZES, _random_sparse, *_SPARSE),
+    _Kind(FP8, 4.0, 0.5, w4a8.FP8, FP8_TILES, FP8_GROUP_SIZES, random_weight, *_FP8),
 )

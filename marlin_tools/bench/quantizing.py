@@ -96,6 +96,11 @@ class QuantizeBench:
         """Seconds of the whole model, from the start of the process: measured, or with more blocks of the same kind."""
         return self.process + (self.of - self.layers) * self.block
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"bench-quantize-{self.settings.shape.rpartition('/')[2]}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         facts = asdict(self) | {"settings": self.settings.model_dump(), "tokens": self.tokens}
@@ -122,7 +127,13 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
         team.wait()
         making = time.perf_counter() - begin
         emit(Event("note", f"made {settings.shape} with random weights in {making:.0f} s; the tokens are random, too"))
-        checkpoint, watch, manifest = _measure(settings, model, Path(place) / "out", device, emit)
+        checkpoint, out = Checkpoint.open(model), Path(place) / "out"
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, int(checkpoint.config["vocab_size"]), (settings.samples, settings.seqlen), generator=generator)
+        tokens = TokenSet(tuple(ids), "random tokens", packed=True, documents=settings.samples)
+        with Stopwatch(device) as watch:
+            quantize(checkpoint, tokens, QuantizeSettings(preset=settings.preset, device=settings.device), out, emit=emit)
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         process = before + time.perf_counter() - begin - making
         parts = tuple(_parts(checkpoint, settings, watch.seconds(), device))
         team.lines("done")  # nobody takes anything away before all have read it
@@ -137,19 +148,6 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
         real=manifest["times"]["real"],
         forecast=manifest["times"]["forecast"],
     )
-
-
-def _measure(
-    settings: BenchQuantizeSettings, model: Path, out: Path, device: torch.device, emit: Emit
-) -> tuple[Checkpoint, Stopwatch, dict[str, Any]]:
-    """The stage itself."""
-    checkpoint = Checkpoint.open(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, int(checkpoint.config["vocab_size"]), (settings.samples, settings.seqlen), generator=generator)
-    tokens = TokenSet(tuple(ids), "random tokens", packed=True, documents=settings.samples)
-    with Stopwatch(device) as watch:
-        quantize(checkpoint, tokens, QuantizeSettings(preset=settings.preset, device=settings.device), out, emit=emit)
-    return checkpoint, watch, json.loads((out / "manifest.json").read_text(encoding="utf-8"))
 
 
 def write_random_model(config: dict[str, Any], folder: Path, device: torch.device) -> None:

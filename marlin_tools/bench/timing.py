@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from marlin_tools.errors import DeviceError
+
 Call = Callable[[], object]
 
 _WARM_UP_SECONDS = 0.15
@@ -24,6 +26,13 @@ class Timing:
 
     microseconds: float
     spread: float
+
+
+def gpu(name: str, what: str) -> torch.device:
+    """The GPU of this name; `what` "is" or "are" timed there alone."""
+    if not torch.cuda.is_available():
+        raise DeviceError(f"{what} timed on a GPU, and torch finds none", hint="`marlin-tools doctor` says why")
+    return torch.device("cuda", torch.device(name).index or 0)
 
 
 def copies_past_l2(device: torch.device, weight_bytes: int) -> int:
@@ -49,7 +58,8 @@ def time_calls(contestants: Mapping[str, Sequence[Call]], *, replays: int = 12, 
             end.record()
             end.synchronize()
             samples[name].append(begin.elapsed_time(end) * 1e3 / count)
-    return {name: _summary(values) for name, values in samples.items()}
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in samples.items()}
+    return {name: Timing(middle, (high - low) / 2) for name, (low, middle, high) in quartiles.items()}
 
 
 def host_microseconds(call: Call, count: int = 2000) -> float:
@@ -77,8 +87,3 @@ def _capture(calls: Sequence[Call], times: int) -> tuple[torch.cuda.CUDAGraph, i
             for call in calls:
                 call()
     return graph, times * len(calls)
-
-
-def _summary(values: list[float]) -> Timing:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return Timing(middle, (high - low) / 2)

@@ -23,7 +23,9 @@ def plain_name(name: str) -> str:
     return name
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """An object some keys of which have these types; others pass."""
+
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
@@ -32,7 +34,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=200)]
 
 
-class Weights(_Part):
+class Weights(Part):
     """The scheme of one group of `compressed-tensors`."""
 
     num_bits: int | None = None
@@ -42,7 +44,7 @@ class Weights(_Part):
     type: Name | None = None
 
 
-class Group(_Part):
+class Group(Part):
     """One of `config_groups`."""
 
     targets: list[str] | None = None
@@ -50,7 +52,7 @@ class Group(_Part):
     input_activations: dict[str, Any] | None = None
 
 
-class Quantization(_Part):
+class Quantization(Part):
     """`quantization_config`, in either dialect."""
 
     quant_method: Name | None = None
@@ -69,7 +71,7 @@ class Quantization(_Part):
     transform_config: dict[str, Any] | None = None
 
 
-class Config(_Part):
+class Config(Part):
     """config.json, or the part of it that describes the text model."""
 
     model_type: Name | None = None
@@ -97,27 +99,27 @@ class Config(_Part):
     text_config: "Config | None" = None
 
 
-class Index(_Part):
+class Index(Part):
     """model.safetensors.index.json."""
 
     weight_map: Annotated[dict[str, Annotated[str, AfterValidator(plain_name)]], Field(min_length=1)]
 
 
-class Tool(_Part):
+class Tool(Part):
     """Who wrote a manifest."""
 
     name: str
     version: str
 
 
-class Origin(_Part):
+class Origin(Part):
     """The model that a result was made from."""
 
     origin: str
     fingerprint: str
 
 
-class Linear(_Part):
+class Linear(Part):
     """What was noted about one linear."""
 
     name: str
@@ -127,7 +129,7 @@ class Linear(_Part):
     damp: float | None = None
 
 
-class Stage(_Part):
+class Stage(Part):
     """What a manifest says of a stage, its own or one that came before."""
 
     stage: Name | None = None
@@ -135,7 +137,7 @@ class Stage(_Part):
     settings: dict[str, Any] | None = None
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """The text that was looked at."""
 
     source: str
@@ -145,7 +147,7 @@ class Calibration(_Part):
     notes: list[str] = Field(default_factory=list)
 
 
-class Times(_Part):
+class Times(Part):
     """What it took."""
 
     stages: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -170,13 +172,13 @@ class Manifest(Stage):
     device: str | None = None
 
 
-class RunState(_Part):
+class RunState(Part):
     """state/run.json."""
 
     fingerprint: str
 
 
-class BlockEntry(_Part):
+class BlockEntry(Part):
     """state/block-00000.json."""
 
     sha256: str

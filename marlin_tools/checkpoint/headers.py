@@ -24,22 +24,21 @@ INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit that the format's own library sets."""
 
-READ_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
-"""What we or a tokenizer may open, or copy into a result."""
-
-_DTYPES = {
+DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By what safetensors calls them, in the order in which its own writer puts them into a file: every tensor is aligned."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -62,7 +61,7 @@ def check_inside(directory: Path) -> None:
     home = directory.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in sorted((*directory.iterdir(), *directory.glob("verify/*"))):
-        if file.name.startswith(".") or not _is_read(file.name):
+        if file.name.startswith(".") or not is_read(file.name):
             continue
         try:
             target = file.resolve(strict=True)
@@ -75,8 +74,10 @@ def check_inside(directory: Path) -> None:
             raise ModelError(f"`{file}` is not an ordinary file", hint="remove it")
 
 
-def _is_read(name: str) -> bool:
-    return Path(name).suffix in READ_SUFFIXES or name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
+def is_read(name: str) -> bool:
+    """Whether we or a tokenizer may open a file of this name, or copy it into a result."""
+    suffixes = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+    return Path(name).suffix in suffixes or name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
@@ -160,9 +161,9 @@ def _entries(file: Path, header: dict[str, Any], begin: int) -> Iterator[tuple[s
             raise ModelError(f"{where} has no usable name", hint=HINT)
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ModelError(f"{where} is not described by `dtype`, `shape` and `data_offsets`", hint=HINT)
-        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
-            raise ModelError(f"{where} has type {str(entry['dtype'])[:20]}", hint=f"readable: {', '.join(_DTYPES)}")
+            raise ModelError(f"{where} has type {str(entry['dtype'])[:20]}", hint=f"readable: {', '.join(DTYPES)}")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not _are_sizes(shape) or len(shape) > 8:
             raise ModelError(f"{where}: `shape` is not a list of at most 8 sizes", hint=HINT)

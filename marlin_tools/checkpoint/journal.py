@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from marlin_tools.checkpoint.contract import BlockEntry, RunState
-from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.output import OutputDirectory, sha256_of
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.errors import ModelError, OutputError
 
@@ -47,7 +47,7 @@ class Journal:
         if not entry.is_file() or not shard.is_file():
             return None
         content = self._read(entry, BlockEntry)
-        return content if content and content["sha256"] == _sha256(shard) else None
+        return content if content and content["sha256"] == sha256_of(shard) else None
 
     def entry(self, index: int) -> dict[str, Any]:
         """What a finished block has recorded."""
@@ -56,7 +56,7 @@ class Journal:
 
     def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
         """Block `index` is done; from here on a resumed run skips it."""
-        complete = {**entry, "sha256": _sha256(shard)}
+        complete = {**entry, "sha256": sha256_of(shard)}
         self._output.write_state(self._name(index), json.dumps(complete))
         return complete
 
@@ -73,8 +73,3 @@ class Journal:
     @staticmethod
     def _name(index: int) -> str:
         return f"block-{index:05d}.json"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

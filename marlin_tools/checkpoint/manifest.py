@@ -4,7 +4,6 @@
 long it took and how much memory the process had used by its end.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from marlin_tools import __version__
 from marlin_tools.checkpoint.contract import Manifest
 from marlin_tools.checkpoint.output import MANIFEST as NAME
-from marlin_tools.checkpoint.output import TOOL, OutputDirectory, clear_published, put
+from marlin_tools.checkpoint.output import TOOL, OutputDirectory, clear_published, put, sha256_of
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.errors import ModelError
 
@@ -35,12 +34,8 @@ def versions() -> dict[str, str]:
 
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of what makes a result a model, by path inside it: all its files but the manifest, and the stored reference."""
-    hashes = {}
-    for file in sorted((*directory.glob("*"), *directory.glob("verify/*"))):
-        if file.is_file() and file.name != NAME:
-            with file.open("rb") as stream:
-                hashes[file.relative_to(directory).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    files = sorted((*directory.glob("*"), *directory.glob("verify/*")))
+    return {file.relative_to(directory).as_posix(): sha256_of(file) for file in files if file.is_file() and file.name != NAME}
 
 
 def write_manifest(

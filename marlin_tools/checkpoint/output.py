@@ -7,6 +7,7 @@ finished is noted in `<out>.partial/state`. Nothing half-written loads as a mode
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,25 +21,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from marlin_tools.checkpoint.headers import DTYPES
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import MarlinToolsError, OutputError
 
 ELSEWHERE = "choose another `-o DIR`"
 
-_TYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""What safetensors calls them, in the order in which its own writer puts them into a file: every tensor is aligned."""
-
+_TYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 MANIFEST, TOOL = "manifest.json", "marlin-tools"
 """What a directory that we wrote is known by: this file, and who it says wrote it."""
@@ -255,10 +244,6 @@ class OutputDirectory:
             temporary.unlink(missing_ok=True)
             raise explained(error, final) from error
 
-    def copy(self, source: Path) -> None:
-        """Take a file over unchanged."""
-        self.write_bytes(source.name, source.read_bytes())
-
     def publish(self) -> Path:
         """Make the finished directory visible under its final name."""
         check_output(self.out, self.sources, overwrite=self.overwrite)  # it may have been filled meanwhile
@@ -296,6 +281,12 @@ def folder(path: Path, hint: str = ELSEWHERE) -> Path:
     except OSError as error:
         raise explained(error, path, hint) from error
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """Of the content of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def explained(error: OSError, path: Path, hint: str = ELSEWHERE) -> MarlinToolsError:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
-from marlin_tools.checkpoint.headers import TensorInfo, check_inside, read_headers
+from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
+from marlin_tools.checkpoint.output import BESIDE, sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
-from marlin_tools.errors import ErrorTranslation, ModelError, first_line
+from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.resources import demo_dir
 
 if TYPE_CHECKING:
@@ -100,15 +101,9 @@ class Checkpoint:
         from transformers import AutoConfig
 
         known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
-        try:
-            config = AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"`{self.path / 'config.json'}` is not understood by transformers: {first_line(error)}",
-                hint="update transformers, or check config.json",
-            ) from error
-        assert isinstance(config, dict)
-        return config
+        what = f"`{self.path / 'config.json'}` is not understood by transformers"
+        with ErrorTranslation(ModelError, what, "update transformers, or check config.json"):
+            return dict(AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,14 +186,9 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """The files that make it a complete model besides weights and config: tokenizer, generation settings, licence."""
-        skipped = {"config.json", "model.safetensors.index.json", "manifest.json", "recipe.yaml", "report.html", "README.md"}
-        skipped |= {"evaluation.json", "quantize_config.json"}  # other weights, another format
-        return [
-            file
-            for file in sorted(self.path.iterdir())
-            if file.is_file() and not file.name.startswith(".") and file.name not in skipped
-            if file.suffix in {".json", ".model", ".txt", ".jinja"} or file.name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
-        ]
+        own = {"config.json", INDEX, "quantize_config.json", *BESIDE}  # of these weights in this format
+        found = [file for file in sorted(self.path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        return [each for each in found if is_read(each.name) and each.suffix != ".safetensors" and each.name not in own]
 
 
 def hub_name(ref: str) -> tuple[str, str | None]:
@@ -264,7 +254,4 @@ def _read_all(file: FileIO, into: memoryview) -> None:
 def _content_hash(file: Path) -> str:
     """sha256 of a file; the hub's cache already names its blobs by it."""
     blob = file.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)

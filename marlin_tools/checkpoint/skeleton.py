@@ -13,7 +13,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ErrorTranslation, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
@@ -59,7 +59,9 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
     nested = config.get_text_config() is not config
     maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     with refused, torch.device("meta"), _without_warnings():
-        model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=_attention(config))
+        # eagerly where nothing else caps the logits of attention, else as transformers likes best for the model
+        how = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+        model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=how)
     return model, nested
 
 
@@ -75,11 +77,6 @@ def _without_warnings() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _attention(config: "PreTrainedConfig") -> str | None:
-    """How attention is computed: eagerly where nothing else caps its logits, else as transformers likes best for the model."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def read_weight(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Tensor:

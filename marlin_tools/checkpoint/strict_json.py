@@ -74,10 +74,8 @@ def parse(content: bytes | str, where: str, kind: type[MarlinToolsError] = Model
     return value
 
 
-def conforms(
-    model: type[BaseModel], value: Any, where: str, kind: type[MarlinToolsError] = ModelError, hint: str = HINT
-) -> None:
-    """Raise `kind` with the first key of `value` that is not what `model` says."""
+def conforms(model: type[BaseModel], value: Any, where: str, hint: str = HINT) -> None:
+    """Raise ModelError with the first key of `value` that is not what `model` says."""
     try:
         model.model_validate(value)
     except ValidationError as error:
@@ -85,8 +83,9 @@ def conforms(
         key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained", "function-")))
         rule = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
         if first["type"] == "missing":
-            raise kind(f"`{where}`: `{key}` is missing", hint=hint) from error
-        raise kind(f"`{where}`: `{key}` {rule[:1].lower()}{rule[1:]}, not `{_shown(first['input'])}`", hint=hint) from error
+            raise ModelError(f"`{where}`: `{key}` is missing", hint=hint) from error
+        shown = _shown(first["input"])
+        raise ModelError(f"`{where}`: `{key}` {rule[:1].lower()}{rule[1:]}, not `{shown}`", hint=hint) from error
 
 
 def _shown(value: object) -> str:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from marlin_tools.checkpoint.contract import Part
 from marlin_tools.checkpoint.strict_json import HINT, conforms, read_object
 from marlin_tools.errors import ModelError
 
@@ -18,20 +19,16 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.j
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _AddedToken(_Part):
+class _AddedToken(Part):
     id: Id
     content: str
 
 
-class _Model(_Part):
+class _Model(Part):
     vocab: dict[str, Id] | list[Any]
 
 
-class TokenizerFile(_Part):
+class TokenizerFile(Part):
     """What is taken for granted about tokenizer.json."""
 
     model: _Model

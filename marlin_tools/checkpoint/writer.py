@@ -40,7 +40,7 @@ class ModelWriter:
         index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.output.write_text("model.safetensors.index.json", json.dumps(index_json, indent=1) + "\n")
         for companion in source.companions():
-            self.output.copy(companion)
+            self.output.write_bytes(companion.name, companion.read_bytes())
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         if quantization_config is not None:
             config["quantization_config"] = quantization_config

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from marlin_tools import __version__
-from marlin_tools.cli import bench, complete, kernels, look, make, measure, recipes
+from marlin_tools.cli import bench, complete, kernels, look, make, measure, recipes, ui
 from marlin_tools.cli.options import PLAIN, SETTINGS, flag
 from marlin_tools.errors import MarlinToolsError
 
@@ -82,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _complain(error: MarlinToolsError) -> int:
-    from marlin_tools.cli import ui
 
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:  # several processes write to one terminal
         error.lines = tuple(f"process {os.environ['RANK']}: {line}" for line in error.lines)

@@ -55,12 +55,12 @@ def list_of(words: Iterable[str]) -> Complete:
 
 def models(incomplete: str) -> list[str]:
     """Aliases, and results under runs/; the shell itself knows all other directories."""
-    return [name for name in (*ALIASES, *results()) if name.startswith(incomplete)]
+    return one_of((*ALIASES, *results()))(incomplete)
 
 
 def directories(incomplete: str) -> list[str]:
     """Results under runs/."""
-    return [name for name in results() if name.startswith(incomplete)]
+    return one_of(results())(incomplete)
 
 
 def results() -> list[str]:

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import list_of, one_of
 from marlin_tools.cli.options import PLAIN, Json, option
+from marlin_tools.cli.perform import words
 from marlin_tools.errors import RecipeError
 
 kernels = typer.Typer(help="The bundled CUDA kernels.", **PLAIN)
@@ -24,7 +26,6 @@ def list_kernels(
 ) -> int:
     """Name every kernel and what it is for."""
     from marlin_tools import ops, report
-    from marlin_tools.cli import ui
     from marlin_tools.ops.catalog import PURPOSES
 
     members: dict[str, list[str]] = {}
@@ -57,7 +58,6 @@ def build_kernels(
     Copy the cache to where no compiler is, and point MARLIN_TOOLS_CACHE at it.
     """
     from marlin_tools import ops, report
-    from marlin_tools.cli import ui
     from marlin_tools.events import Event
     from marlin_tools.ops.runtime.cubin_cache import CubinCache
 
@@ -85,7 +85,7 @@ def build_kernels(
 def _known(text: str) -> tuple[str, ...]:
     from marlin_tools.ops import TARGETS
 
-    asked = tuple(word.strip() for word in text.split(",") if word.strip())
+    asked = words(text) or ()
     for target in asked:
         if target not in TARGETS:
             raise RecipeError(f"--arch: no kernels are made for `{target}`", hint=f"there are: {', '.join(TARGETS)}")

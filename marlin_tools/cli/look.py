@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import directories as directories_of_results
 from marlin_tools.cli.options import PLAIN, Directory, Json, Model, argument, flag, option
 from marlin_tools.cli.perform import perform, recipe_of, short_name
@@ -41,7 +42,6 @@ def compare(
 ) -> int:
     """Say what differs between results: sizes, scores, losses, settings."""
     from marlin_tools.checkpoint.output import put
-    from marlin_tools.cli import ui
     from marlin_tools.report import difference as show
     from marlin_tools.run.plan import RUNS
 
@@ -50,30 +50,25 @@ def compare(
     place = output or RUNS / "compare" / f"{names}.html"
     put(place, show.as_page(found))
     ui.note(f"`{place}` shows it")
-    ui.write_json(found.describe()) if json else ui.write(show.as_text(found))
-    return 0
+    return ui.show(found.describe(), show.as_text(found), as_json=json)
 
 
 @app.command()
 def inspect(model: Model, json: Json = False) -> int:
     """Say what a model directory holds."""
     from marlin_tools import report
-    from marlin_tools.cli import ui
     from marlin_tools.verification.inspect import inspect as look
     from marlin_tools.verification.inspect import rows
 
     document = look(model)
-    ui.write_json(document) if json else ui.write(report.facts(rows(document)))
-    return 0
+    return ui.show(document, report.facts(rows(document)), as_json=json)
 
 
 @app.command()
 def doctor(json: Json = False) -> int:
     """Say what this machine and this installation can do, and why."""
     from marlin_tools import report
-    from marlin_tools.cli import ui
     from marlin_tools.verification.doctor import diagnose
 
     document = [asdict(fact) for fact in diagnose()]
-    ui.write_json(document) if json else ui.write(report.diagnosis(document))
-    return 0
+    return ui.show(document, report.diagnosis(document), as_json=json)

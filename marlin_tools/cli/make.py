@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import ACTIVATIONS, PRESETS, PRUNERS, list_of, models, one_of
 from marlin_tools.cli.complete import FORMATS as LAYOUTS
 from marlin_tools.cli.options import (
@@ -185,7 +186,6 @@ def export(
 
 def _preview(recipe: "Recipe", *, as_json: bool) -> int:
     from marlin_tools.checkpoint.reader import Checkpoint
-    from marlin_tools.cli import ui
     from marlin_tools.data.calibrate import preview
     from marlin_tools.recipe.recipe import settle
 
@@ -193,5 +193,4 @@ def _preview(recipe: "Recipe", *, as_json: bool) -> int:
     if settled.calibrate is None:
         raise RecipeError("there is nothing to preview: this preset looks at no data", hint="choose another `--preset`")
     samples = preview(settled.calibrate, Checkpoint.open(recipe.model))
-    ui.write_json(samples) if as_json else ui.write("\n\n".join(samples))
-    return 0
+    return ui.show(samples, "\n\n".join(samples), as_json=as_json)

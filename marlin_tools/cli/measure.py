@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import ACTIVATIONS, BACKENDS, TASKS, list_of, models, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, Model, Strict, argument, flag, option
 from marlin_tools.cli.perform import given, perform, recipe_of, short_name
@@ -43,11 +44,15 @@ def evaluate(
     json: Json = False,
 ) -> int:
     """Measure a model, beside the original if it is named."""
+    from marlin_tools.run.execute import newest_run
+
     how = given(backend=backend, activations=activations, batch_size=batch_size, device=device, baseline=baseline)
     what = given(num_fewshot=num_fewshot, limit=limit, seqlen=seqlen, include_path=include_path)
     what |= given(allow_task_code=allow_task_code or None)
     stage = {"stage": "evaluate", "tasks": tasks.split(","), **how, **what}
-    model = model or _newest()
+    if model is None:
+        model = str(newest_run())
+        ui.note(f"evaluating `{model}`, the newest model under runs/")
     return perform(recipe_of(short_name(model), model, [stage]), overwrite=True, strict=strict, as_json=json)
 
 
@@ -68,12 +73,3 @@ def generate(
     how |= given(activations=activations)
     stage = {"stage": "generate", "prompt": prompt, **how}
     return perform(recipe_of(short_name(model), model, [stage]), as_json=json)
-
-
-def _newest() -> str:
-    from marlin_tools.cli import ui
-    from marlin_tools.run.execute import newest_run
-
-    newest = newest_run()
-    ui.note(f"evaluating `{newest}`, the newest model under runs/")
-    return str(newest)

@@ -70,5 +70,4 @@ DryRun = Annotated[bool, flag("--dry-run", "Print what would be done, and what i
 Resume = Annotated[bool, flag("--resume/--no-resume", "Continue an interrupted run (which is the default), or start over.")]
 Overwrite = Annotated[bool, flag("--overwrite", "Replace what is in the way.")]
 Strict = Annotated[bool, flag("--strict", "Exit with 1 if there was any warning.")]
-Version = Annotated[bool, flag("--version", "Print the version and exit.")]
 Json = Annotated[bool, flag("--json", "Print one JSON document.")]

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlin_tools.cli import ui
+
 if TYPE_CHECKING:
     from marlin_tools.recipe.recipe import Recipe
 
@@ -32,6 +34,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
+def words(text: str | None) -> tuple[str, ...] | None:
+    """What stands between commas."""
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def perform(
     recipe: "Recipe",
     output: Path | None = None,
@@ -43,7 +50,6 @@ def perform(
 ) -> int:
     """Plan and, unless it is a dry run, execute; then print."""
     from marlin_tools import report
-    from marlin_tools.cli import ui
     from marlin_tools.distributed.device import leads
     from marlin_tools.events import silent
     from marlin_tools.run.execute import execute
@@ -57,10 +63,8 @@ def perform(
         return 0
     if result is None:
         stages = planned.describe()
-        ui.write_json({"steps": stages, "notes": planned.notes}) if as_json else ui.write(report.plan(stages, planned.notes))
-        return 0
-    parts = result.outputs, result.evaluation, result.verifications, result.text
-    ui.write_json(result.describe()) if as_json else ui.write(report.summary(*parts))
+        return ui.show({"steps": stages, "notes": planned.notes}, report.plan(stages, planned.notes), as_json=as_json)
+    ui.show(result.describe(), report.summary(result), as_json=as_json)
     for what, command in [step for path in result.outputs[-1:] for step in steps[path][:1]]:
         ui.hint(f"{what[:1].lower()}{what[1:]}: {command}")
     doubtful = result.warnings or any(each.skipped for each in result.verifications.values())

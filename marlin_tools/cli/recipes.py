@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from marlin_tools.cli import ui
 from marlin_tools.cli.complete import recipes as recipe_words
 from marlin_tools.cli.options import PLAIN, DryRun, Json, Output, Overwrite, Resume, Strict, argument, flag, option
 from marlin_tools.cli.perform import perform
@@ -53,7 +54,6 @@ def reproduce(
     Exits with 1 if a number is outside its tolerance, with 2 if something could not be run.
     """
     from marlin_tools import report
-    from marlin_tools.cli import ui
     from marlin_tools.report.comparison import as_text, write_comparison
     from marlin_tools.run.plan import plan
     from marlin_tools.run.reproduce import collect
@@ -63,8 +63,7 @@ def reproduce(
         planned = [plan(recipe, dry=True) for recipe in collect(refs, set_ or ())]
         steps = {each.recipe.name: each.describe() for each in planned}
         texts = [f"{each.recipe.name}\n{report.plan(each.describe(), each.notes)}" for each in planned]
-        ui.write_json(steps) if json else ui.write("\n\n".join(texts))
-        return 0
+        return ui.show(steps, "\n\n".join(texts), as_json=json)
     with ui.Display() as display:
         shown = report.write_pages
         comparison = compare(refs, output, overrides=set_ or (), emit=display, overwrite=overwrite, finished=shown)
@@ -80,18 +79,15 @@ Name = Annotated[str, argument("NAME", "A bundled recipe.", recipe_words)]
 def recipes_list(json: Json = False) -> int:
     """The bundled recipes."""
     from marlin_tools import report
-    from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
     found = list(recipe_files.overview())
-    ui.write_json(dict(found)) if json else ui.write(report.facts(found))
-    return 0
+    return ui.show(dict(found), report.facts(found), as_json=json)
 
 
 @recipes.command(name="show")
 def recipes_show(name: Name, json: Json = False) -> int:
     """Print a recipe as it is."""
-    from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
     if not json:
@@ -108,7 +104,6 @@ def recipes_copy(
 ) -> int:
     """Copy a recipe, to be changed."""
     from marlin_tools.checkpoint.output import put
-    from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
     text = recipe_files.show(name)
@@ -116,14 +111,12 @@ def recipes_copy(
     if target.exists():
         raise OutputError(f"`{target}` exists", hint="choose another name: marlin-tools recipes copy NAME FILE")
     put(target, text)
-    ui.write_json({"file": str(target)}) if json else ui.write(str(target))
-    return 0
+    return ui.show({"file": str(target)}, str(target), as_json=json)
 
 
 @recipes.command(name="validate")
 def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe files.")], json: Json = False) -> int:
     """Check recipes and report all that is wrong with them."""
-    from marlin_tools.cli import ui
     from marlin_tools.recipe import files as recipe_files
 
     problems: list[str] = []
@@ -136,8 +129,7 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
             problems += error.lines
     if problems:
         raise RecipeError.of(problems, hint="`marlin-tools recipes schema` describes every key")
-    ui.write_json({"ok": files}) if json else ui.write("\n".join(fine))
-    return 0
+    return ui.show({"ok": files}, "\n".join(fine), as_json=json)
 
 
 @recipes.command(name="schema")
@@ -146,7 +138,6 @@ def recipes_schema(
     json: Annotated[bool, flag("--json", "Print one JSON document, as it does anyway.")] = False,  # noqa: ARG001
 ) -> int:
     """Print the JSON Schema of recipes, for editors."""
-    from marlin_tools.cli import ui
     from marlin_tools.recipe.recipe import Recipe
     from marlin_tools.recipe.table import Table
     from marlin_tools.recipe.yaml_reader import json_schema

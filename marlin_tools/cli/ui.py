@@ -4,7 +4,6 @@ Bars appear on a terminal only; elsewhere a long count is reported at every quar
 Results are written as they are, without colour or wrapping, so that what a script reads is what a person sees.
 """
 
-import json
 import os
 import re
 import sys
@@ -13,11 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from marlin_tools.errors import MarlinToolsError, OutputError, plain
-from marlin_tools.events import Event
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
+
+    from marlin_tools.events import Event
 
 _STYLES = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
 
@@ -46,7 +46,15 @@ def write(text: str) -> None:
 
 def write_json(document: Any) -> None:
     """A result as the one JSON document on stdout."""
+    import json
+
     write(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def show(document: Any, text: str, *, as_json: bool) -> int:
+    """A result in one of its two forms; 0, the exit code of what was done."""
+    write_json(document) if as_json else write(text)
+    return 0
 
 
 def note(text: str) -> None:
@@ -109,7 +117,7 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: "Event") -> None:
         """Show one event."""
         if event.kind == "progress":
             self._advance(event)
@@ -121,7 +129,7 @@ class Display:
         else:
             self._console.print(f"  {plain(event.text, _LINE)}")
 
-    def _advance(self, event: Event) -> None:
+    def _advance(self, event: "Event") -> None:
         if not event.total:  # what is being worked on, within the count that runs, or before there is one
             if self._live and not self._tasks:
                 self._tasks[""] = self._bars.add_task("", total=None, detail="")

@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_text(ref: str) -> str:
-    """The running text of `ppl:wikitext2` or `ppl:FILE`."""
-    return _running_text(ref.removeprefix("ppl:"))[0]
-
-
 def evaluation_documents(
     ref: str, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int = LONGEST_DOCUMENT, vocab_size: int | None = None
 ) -> TokenSet:

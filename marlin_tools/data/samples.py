@@ -12,7 +12,6 @@ and length, starts behind them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -62,46 +61,32 @@ def divide(corpus: Corpus, encode: Encoder) -> tuple[list[Tensor], list[Document
     return held_out, list(documents)
 
 
-@dataclass
-class _DocumentCounter(Iterable[Document]):
-    """Documents, and how many of them have been read."""
-
-    documents: Iterable[Document]
-    read: int = 0
-
-    def __iter__(self) -> Iterator[Document]:
-        for document in self.documents:
-            self.read += 1
-            yield document
-
-
 def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, seed: int = 0) -> TokenSet:
     """`num_samples` windows of a corpus, or all of them."""
     if corpus.text is not None:
-        source = _DocumentCounter([corpus.text])
+        source: Iterable[Document] = [corpus.text]
     elif corpus.held_out:
-        source = _DocumentCounter(divide(corpus, encode)[1])
+        source = divide(corpus, encode)[1]
     else:
-        source = _DocumentCounter(islice(corpus.documents, corpus.pool if seed else None))
-    tokens = 0
+        source = islice(corpus.documents, corpus.pool if seed else None)
+    lengths: list[int] = []
 
     def stream() -> Iterator[Tensor]:
-        nonlocal tokens
         for ids in map(encode, source):
-            tokens += len(ids)
+            lengths.append(len(ids))
             yield ids
 
     found = list(windows(stream(), seqlen) if seed else islice(windows(stream(), seqlen), num_samples))
     wanted = num_samples or 1
     if len(found) < wanted:
-        message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {tokens} tokens, {wanted} asked for"
+        message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {sum(lengths)} tokens, {wanted} asked for"
         raise DataError(message, hint=_remedy(len(found), "a smaller `--seqlen`, or a longer text"))
     drawn = seed != 0 or corpus.held_out > 0
     return TokenSet(
         sequences=tuple(permuted(found, seed)[:num_samples] if seed else found),
         source=corpus.name,
         packed=True,
-        documents=source.read,
+        documents=len(lengths),
         seed=seed,
         order="shuffled" if drawn else "first",
         notes=_notes(corpus, encode, drawn=drawn),
@@ -111,16 +96,17 @@ def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, 
 def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed: int = 0) -> TokenSet:
     """`num_samples` documents of a corpus, each a sequence of its own."""
     _, left = divide(corpus, encode)
-    source = _DocumentCounter(permuted(left, seed) if seed else left)
-    chosen = list(islice(kept(source, encode, seqlen), num_samples))
+    numbered = enumerate(map(encode, permuted(left, seed) if seed else left), start=1)
+    fitting = ((read, ids) for read, ids in numbered if 1 < len(ids) <= seqlen)
+    chosen = dict(islice(fitting, num_samples))  # by how many documents had been read
     if len(chosen) < num_samples:
         message = f"`{corpus.name}`: {len(chosen)} of {len(left)} documents have 2 to {seqlen} tokens, {num_samples} asked for"
         raise DataError(message, hint=_remedy(len(chosen), "a larger `--seqlen`, or `shape: packed`"))
     return TokenSet(
-        sequences=tuple(chosen),
+        sequences=tuple(chosen.values()),
         source=corpus.name,
         packed=False,
-        documents=source.read,
+        documents=max(chosen),
         seed=seed,
         order="shuffled",
         notes=_notes(corpus, encode, drawn=True),

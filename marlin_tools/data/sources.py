@@ -7,7 +7,6 @@ Hub datasets are plain data files, streamed: no dataset script runs and nothing 
 dataset that the user names is read as it is, and the notes of its corpus say so.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from marlin_tools.data.offline import give_up_early
 from marlin_tools.data.rows import TABLES, Document, Rows, documents, paragraphs, read_rows, read_text, texts
-from marlin_tools.errors import DataError, first_line
+from marlin_tools.errors import DataError, first_line, near
 from marlin_tools.resources import demo_dir
 
 POOL = 10_000
@@ -125,11 +124,6 @@ def wikitext(split: str) -> Corpus:
     return replace(dataset.corpus(), text=text, documents=paragraphs(text), pool=None)
 
 
-def wikitext2() -> Corpus:
-    """The training split; the test split belongs to evaluation."""
-    return wikitext("train")
-
-
 def c4() -> Corpus:
     """The first of the 1024 training files of English C4."""
     file = "en/c4-train.00000-of-01024.json.gz"
@@ -156,7 +150,7 @@ def ultrachat() -> Corpus:
 
 SOURCES: dict[str, Callable[[], Corpus]] = {
     "demo": demo,
-    "wikitext2": wikitext2,
+    "wikitext2": partial(wikitext, "train"),  # the test split belongs to evaluation
     "c4": c4,
     "redpajama": redpajama,
     "pile": pile,
@@ -174,19 +168,14 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
     if source in SOURCES:
         return SOURCES[source]
     if source.startswith("hf:"):
-        return _parse_hub(source).corpus
+        match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", source)
+        if match is None:
+            hint = "write `hf:owner/name`, `hf:owner/name:config@split`"
+            raise DataError(f"`{source}`: not a dataset of the hub", hint=hint)
+        return HubDataset(match[1], match[2], match[3] or "train").corpus
     if Path(source).is_file():
         return partial(local_file, Path(source))
-    known = ", ".join(SOURCES)
-    close = difflib.get_close_matches(source, SOURCES, n=1)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        close = [f"hf:{source}"]
-    hint = f"did you mean `{close[0]}`? " if close else ""
-    raise DataError(f"`{source}`: no such file or source", hint=f"{hint}known sources: {known}, a file, `hf:owner/name`")
-
-
-def _parse_hub(source: str) -> HubDataset:
-    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", source)
-    if match is None:
-        raise DataError(f"`{source}`: not a dataset of the hub", hint="write `hf:owner/name`, `hf:owner/name:config@split`")
-    return HubDataset(match[1], match[2], match[3] or "train")
+    known = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
+    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    hint = f"did you mean `hf:{source}`? {known}" if is_hub else near(source, SOURCES, known)
+    raise DataError(f"`{source}`: no such file or source", hint=hint)

@@ -57,7 +57,10 @@ class TokenSet:
                 raise ValueError(f"a sequence is int64 [L], L > 0, not {sequence.dtype} {tuple(sequence.shape)}")
         if self.packed and len(set(self._lengths)) > 1:
             raise ValueError(f"packed windows have one length, not {sorted(set(self._lengths))}")
-        object.__setattr__(self, "fingerprint", self._digest())
+        digest = hashlib.sha256(torch.tensor([len(self.sequences), *self._lengths]).numpy().tobytes())
+        for sequence in self.sequences:
+            digest.update(sequence.contiguous().numpy().tobytes())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
 
     @property
     def _lengths(self) -> list[int]:
@@ -88,10 +91,6 @@ class TokenSet:
             "notes": list(self.notes),
         }
 
-    def chunks(self, max_tokens: int) -> list[Tensor]:
-        """All sequences, see `chunks_of`."""
-        return chunks_of(self.sequences, max_tokens)
-
     def save(self, path: Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         derived = ("sequences", "tokens", "seqlen")
@@ -118,12 +117,6 @@ class TokenSet:
         if tokens.fingerprint != expected:
             raise DataError(f"`{path}`: its tokens do not match its fingerprint", hint="make it again with `TokenSet.save`")
         return tokens
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256(torch.tensor([len(self.sequences), *self._lengths]).numpy().tobytes())
-        for sequence in self.sequences:
-            digest.update(sequence.contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 def chunks_of(sequences: Sequence[Tensor], max_tokens: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ are checked before any model is loaded. Read next: `scores.py` for what comes ou
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,9 +120,10 @@ def evaluate(
     checkpoint = Checkpoint.open(model)
     original = Checkpoint.open(baseline) if baseline is not None else None
     run = _Run(settings, checkpoint, original, remember)
-    scores = run.scores()
+    # as the user named the tasks; the parts of groups and tags follow in lm-eval's order
+    place = {name: number for number, name in enumerate(settings.tasks)}
     result = Evaluation(
-        scores=tuple(_in_order(scores, settings)),
+        scores=tuple(sorted(run.scores(), key=lambda score: place.get(score.task, len(place)))),
         model=run.subject.describe(),
         baseline=run.original.describe() if run.original is not None else None,
         settings=settings.model_dump(mode="json", exclude={"stage", "baseline"}),
@@ -139,17 +140,12 @@ def unavailable(model: str | Path | Checkpoint, settings: EvaluateSettings, emit
     checkpoint = Checkpoint.open(model)
     try:
         _Run(settings, checkpoint, None, emit)
-    except DataError:
-        return dict(_missing_data(checkpoint, settings, emit))
+    except DataError as error:
+        if len(tasks := dict.fromkeys(settings.tasks)) == 1:
+            return {settings.tasks[0]: error.message}
+        each = (settings.model_copy(update={"tasks": (task,)}) for task in tasks)
+        return {task: reason for alone in each for task, reason in unavailable(checkpoint, alone, emit).items()}
     return {}
-
-
-def _missing_data(checkpoint: Checkpoint, settings: EvaluateSettings, emit: Emit) -> Iterator[tuple[str, str]]:
-    for task in dict.fromkeys(settings.tasks):
-        try:
-            _Run(settings.model_copy(update={"tasks": (task,)}), checkpoint, None, emit)
-        except DataError as error:
-            yield task, error.message
 
 
 @dataclass
@@ -178,7 +174,12 @@ class _Run:
 
     def __init__(self, settings: EvaluateSettings, checkpoint: Checkpoint, original: Checkpoint | None, emit: Emit) -> None:
         self.settings, self.emit = settings, emit
-        _check_activations(settings, checkpoint)
+        if settings.activations and settings.backend == "vllm":
+            raise RecipeError(
+                "backend `vllm` rounds activations as config.json says",
+                hint="leave `--activations` out, or use another `--backend`",
+            )
+        check_activations(checkpoint, settings.activations)
         self.subject = _Side(checkpoint)
         self.original = _Side(original) if original is not None else None
         self.code: list[str] = []
@@ -192,7 +193,9 @@ class _Run:
     def scores(self) -> list[Score]:
         """Ask the model and the baseline, let both read the texts, and count."""
         traces = self._through_vllm() if self.settings.backend == "vllm" else self._through_torch()
-        found = [score for name, tokens in self.texts.items() for score in self._text_scores(name, traces[name], tokens)]
+        found = [
+            score for name, tokens in self.texts.items() for score in score_text(name, traces[name], self._text_details(tokens))
+        ]
         if self.harness is not None:
             from marlin_tools.evaluation.harness import read_scores
 
@@ -200,12 +203,6 @@ class _Run:
             other = self.original.answers if self.original is not None else None
             found += read_scores(self.harness, self.subject.answers, other, common)
         return found
-
-    def _text_scores(self, name: str, traces: Traces, tokens: TokenSet) -> list[Score]:
-        details = self._text_details(tokens)
-        if self.settings.backend == "vllm":
-            details["kl"] = "a lower bound: the likeliest words of both models, and all others as one"
-        return score_text(name, traces, details)
 
     def _through_torch(self) -> dict[str, Traces]:
         """The texts are read with both models in memory; without texts only one is there at a time."""
@@ -232,7 +229,7 @@ class _Run:
             with VllmEngine(side.checkpoint, longest, self.settings.seed, self.emit) as served:
                 side.how = served.how
                 if self.harness is not None:
-                    side.answers = self.harness.ask_judge(served.judge, self.settings.limit, self.emit)
+                    side.answers = self.harness.answers(served.judge, self.settings.limit, self.emit)
                 readings.append({name: served.read(name, t.sequences, self.emit) for name, t in self.texts.items()})
         traces = {}
         for name, ours in readings[0].items():
@@ -301,6 +298,7 @@ class _Run:
     def _text_details(self, tokens: TokenSet) -> dict[str, object]:
         """Everything that a perplexity depends on besides the model."""
         count = len(tokens.sequences)
+        coarse = {"kl": "a lower bound: the likeliest words of both models, and all others as one"}
         return {
             "on": f"{count} windows of {tokens.longest} tokens" if tokens.packed else f"{count} documents",
             "what": "token perplexity: exp(mean over sequences of the mean token loss), float32 loss",
@@ -312,17 +310,7 @@ class _Run:
             "bos": ("one at the start" if tokens.packed else "one per document") if self.bos else "none",
             "fingerprint": tokens.fingerprint,
             "notes": list(tokens.notes),
-        }
-
-
-def _check_activations(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
-    """Refuse a choice of activations that nobody would follow."""
-    if settings.activations and settings.backend == "vllm":
-        raise RecipeError(
-            "backend `vllm` rounds activations as config.json says",
-            hint="leave `--activations` out, or use another `--backend`",
-        )
-    check_activations(checkpoint, settings.activations)
+        } | (coarse if self.settings.backend == "vllm" else {})
 
 
 def choose_batch(model: "PreTrainedModel", emit: Emit) -> int:
@@ -341,12 +329,5 @@ def _first(tokens: TokenSet, limit: float | None) -> TokenSet:
     if limit is None:
         return tokens
     count = int(limit) if limit >= 1 else -int(-limit * len(tokens.sequences) // 1)
-    return TokenSet(
-        tokens.sequences[:count], tokens.source, tokens.packed, tokens.documents, notes=(*tokens.notes, f"limit {limit:g}")
-    )
-
-
-def _in_order(scores: list[Score], settings: EvaluateSettings) -> list[Score]:
-    """As the user named the tasks; the parts of groups and tags follow in lm-eval's order."""
-    place = {name: number for number, name in enumerate(settings.tasks)}
-    return sorted(scores, key=lambda score: place.get(score.task, len(place)))
+    notes = (*tokens.notes, f"limit {limit:g}")
+    return TokenSet(tokens.sequences[:count], tokens.source, tokens.packed, tokens.documents, notes=notes)

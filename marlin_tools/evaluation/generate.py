@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from marlin_tools.errors import DataError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,12 +63,11 @@ def generate(
     reads = settings.activations
     loaded = load(checkpoint, device=settings.device, backend=settings.backend, activations=reads, emit=emit)
     new = min(room, settings.max_new_tokens)
-    ends = _ends(loaded)
     with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         if loaded.device.type == "cuda" and (reason := refusal(loaded, len(ids) + new)) is None:
             written = ids.tolist()
-            for token in _decode(Decoder(loaded, 1, len(ids) + new), ids, new, ends, settings.temperature):
+            for token in _decode(Decoder(loaded, 1, len(ids) + new), ids, new, _ends(loaded), settings.temperature):
                 written.append(token)
                 _tell(len(written) - len(ids), new, emit)
         else:
@@ -75,17 +75,14 @@ def generate(
                 emit(Event("note", f"without a CUDA graph, slowly: {reason}"))
             written = _with_transformers(loaded, ids, new, tokenizer, settings.temperature, emit)
     # Decoded together with the prompt, because some tokenizers drop the space before the first word that they are given.
-    before, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (written[: len(ids)], written))
-    text = (
-        whole.removeprefix(before)
-        if whole.startswith(before)
-        else str(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
-    )
+    parts = written[: len(ids)], written, written[len(ids) :]
+    before, whole, alone = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
+    text = whole.removeprefix(before) if whole.startswith(before) else alone
     emit(Event("result", f"{len(written) - len(ids)} tokens", data={"tokens": len(written) - len(ids)}))
     return text
 
 
-def _decode(decoder: Decoder, ids: Tensor, new: int, ends: set[int], temperature: float) -> Iterator[int]:
+def _decode(decoder: Decoder, ids: Tensor, new: int, ends: list[int], temperature: float) -> Iterator[int]:
     """Token by token, until one of `ends` or so many."""
     logits = decoder.read(ids[None].to(decoder.device))
     for left in range(new - 1, -1, -1):
@@ -113,26 +110,34 @@ def _with_transformers(
         return torch.zeros(len(written), dtype=torch.bool, device=written.device)
 
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    end = model.generation_config.eos_token_id
     how = GenerationConfig(
         max_new_tokens=new,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _one(end),
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(_ends(model)), None),
         **draws,
     )
     given = ids[None].to(model.device)
     mask = torch.ones_like(given)
-    written: list[int] = model.generate(given, attention_mask=mask, generation_config=how, stopping_criteria=[count])[
-        0
-    ].tolist()
-    return written
+    (written,) = model.generate(given, attention_mask=mask, generation_config=how, stopping_criteria=[count]).tolist()
+    return list(written)
 
 
-def _ends(model: "PreTrainedModel") -> set[int]:
-    end = model.generation_config.eos_token_id
-    return set() if end is None else set(end) if isinstance(end, list) else {end}
+def _ends(model: "PreTrainedModel") -> list[int]:
+    end: int | list[int] | None = model.generation_config.eos_token_id
+    return [] if end is None else end if isinstance(end, list) else [end]
 
 
-def _one(end: int | list[int] | None) -> int | None:
-    return end[0] if isinstance(end, list) else end
+class GenerateStage(GenerateSettings, Stage):
+    """Continue a text."""
+
+    stage: Literal["generate"] = "generate"
+    prompt: str
+
+    def plan(self, outlook: Outlook) -> StagePlan:
+        """The prompt."""
+        return StagePlan((("prompt", self.prompt),))
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Continue it."""
+        return {"text": generate(work.model, self.prompt, self, emit=work.emit)}

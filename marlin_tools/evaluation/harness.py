@@ -165,7 +165,7 @@ class Harness:
 
         while True:
             try:
-                return self._answers(partial(Judge, model, tokenizer, batch), limit, emit)
+                return self.answers(partial(Judge, model, tokenizer, batch), limit, emit)
             except torch.OutOfMemoryError as error:
                 if batch == 1:
                     raise DeviceError(
@@ -175,15 +175,13 @@ class Harness:
                 batch //= 2
                 emit(Event("warning", f"out of memory: starting the tasks again with batch size {batch}"))
 
-    def ask_judge(self, judge: LM, limit: float | None, emit: Emit) -> Answers:
-        """Every item of every task, put to a model that lm-eval itself made."""
-        return self._answers(lambda _: judge, limit, emit)
-
-    def _answers(self, judge: Callable[[Emit], LM], limit: float | None, emit: Emit) -> Answers:
+    def answers(self, judge: LM | Callable[[Emit], LM], limit: float | None, emit: Emit) -> Answers:
+        """The same, put to a model that lm-eval knows, or that is made around what it may tell."""
         self._draw_from_seed()
         try:
             with _subdued(emit) as aloud:
-                results = evaluate(judge(aloud), self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
+                asked = judge if isinstance(judge, LM) else judge(aloud)
+                results = evaluate(asked, self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
             return Answers(results, _items(results["samples"]))
         except _FOREIGN as error:
             raise DataError(

@@ -7,7 +7,6 @@ follows is float32, a slice of positions at a time: 128 thousand words at 4096 p
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.device import free_memory
 from marlin_tools.errors import DeviceError
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
@@ -45,7 +44,7 @@ def trace(
     model: "PreTrainedModel", baseline: "PreTrainedModel | None", tokens: TokenSet, max_tokens: int, emit: Emit
 ) -> Traces:
     """Run every sequence through the model, and the baseline if there is one. Halves its batches when memory runs out."""
-    waiting = deque(tokens.chunks(max_tokens))
+    waiting = deque(chunks_of(tokens.sequences, max_tokens))
     limit = max(len(batch) for batch in waiting)
     rows: list[Tensor] = []
     while waiting:
@@ -114,16 +113,9 @@ def score_text(name: str, traces: Traces, details: dict[str, object]) -> list[Sc
     base_loss, base_error = mean_and_error(traces.base_loss)
     base = exponential(base_loss)
     _, error = mean_and_error([value * a - base * b for a, b in zip(traces.loss, traces.base_loss, strict=True)])
-    return [
-        perplexity.against(base, _times(base, base_error), error),
-        _plain(name, "kl", traces.kl, details, higher_is_better=False),
-        _plain(name, "top1", traces.top1, details, higher_is_better=True),
-    ]
-
-
-def _plain(name: str, metric: str, values: Sequence[float], details: dict[str, object], *, higher_is_better: bool) -> Score:
-    value, error = mean_and_error(values)
-    return Score(name, metric, value, error, higher_is_better=higher_is_better, details=details)
+    kl = Score(name, "kl", *mean_and_error(traces.kl), higher_is_better=False, details=details)
+    top1 = Score(name, "top1", *mean_and_error(traces.top1), higher_is_better=True, details=details)
+    return [perplexity.against(base, _times(base, base_error), error), kl, top1]
 
 
 def _times(factor: float, error: float | None) -> float | None:

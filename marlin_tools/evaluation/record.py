@@ -1,20 +1,23 @@
-"""evaluation.json: a measurement beside the weights that were measured, taken over while nothing that decides it changes."""
+"""Stage `evaluate` in a recipe, and evaluation.json: a measurement beside the weights that were measured.
 
-import hashlib
+It is taken over while nothing that decides it changes.
+"""
+
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from marlin_tools.checkpoint.journal import fingerprint_of
-from marlin_tools.checkpoint.manifest import versions
-from marlin_tools.checkpoint.output import folder, put
+from marlin_tools.checkpoint.manifest import read_manifest, versions
+from marlin_tools.checkpoint.output import folder, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.resources import demo_dir
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 NAME = "evaluation.json"
 
@@ -49,13 +52,14 @@ class Record:
         asked = self.settings
         texts = [Path(task.removeprefix("ppl:")) for task in asked.tasks if task.startswith("ppl:")]
         folders = (demo_dir() / "tasks", *asked.include_path)
+        device = pick_device(asked.device)
         files = [*texts, *(path for each in folders for path in sorted(each.rglob("*")))]
         return fingerprint_of(
             model=self.model.fingerprint,
             baseline=Checkpoint.open(self.baseline).fingerprint if self.baseline else None,
             settings=asked.model_dump(mode="json", exclude={"stage", "baseline"}),
-            device=_device(asked.device),
-            files={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
+            device=describe_device(device) if device.type == "cuda" else device.type,  # however many threads it has
+            files={str(path): sha256_of(path) for path in files if path.is_file()},
             versions=versions(),
         )
 
@@ -69,7 +73,28 @@ def read_record(home: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _device(name: str) -> str:
-    """What computes, however many threads it has."""
-    device = pick_device(name)
-    return describe_device(device) if device.type == "cuda" else device.type
+class EvaluateStage(EvaluateSettings, Stage):
+    """Measure the model, and `baseline` as well, if one is named."""
+
+    stage: Literal["evaluate"] = "evaluate"
+    baseline: str | None = None
+
+    def plan(self, outlook: Outlook) -> StagePlan:
+        """What is measured, and what that takes."""
+        facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
+        if outlook.dry:
+            size = outlook.model.nbytes / 1e9
+            facts.append(("memory", f"{size:.1f} GB of weights for each model, if they run in 16 bits"))
+        return StagePlan(tuple(facts))
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Measure, or take over an earlier measurement of the same weights on the same text."""
+        checkpoint = work.model
+        own = read_manifest(checkpoint.path) is not None
+        work.shown += [checkpoint.path] if own else []
+        record = Record(checkpoint.path if own else work.home, checkpoint, self, self.baseline)
+        found = None if work.overwrite else record.found(work.emit)
+        if found is None:
+            with work.clock("evaluate", *([checkpoint.path] if own else []), device=self.device, always=True):
+                found = record.measure(work.emit)
+        return {"evaluation": found}

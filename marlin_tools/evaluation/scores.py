@@ -1,6 +1,5 @@
 """What an evaluation found: one `Score` per task and metric and, beside a baseline, what is left of the original."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,13 +39,8 @@ class Score:
 
     def against(self, baseline: float, stderr: float | None, difference_stderr: float | None) -> "Score":
         """The same score beside the original model's."""
-        return replace(
-            self,
-            baseline=baseline,
-            baseline_stderr=stderr,
-            difference=self.value - baseline,
-            difference_stderr=difference_stderr,
-        )
+        beside = replace(self, baseline=baseline, baseline_stderr=stderr)
+        return replace(beside, difference=self.value - baseline, difference_stderr=difference_stderr)
 
     @property
     def recovery(self) -> float | None:
@@ -133,10 +127,6 @@ class Evaluation:
             "notes": list(self.notes),
             "times": {"seconds": round(self.seconds, 2)},
         }
-
-    def to_json(self) -> str:
-        """One JSON document."""
-        return json.dumps(self.describe(), indent=1, allow_nan=False) + "\n"
 
     def table(self, *, parts: bool = False) -> tuple[list[str], list[list[str]]]:
         """(columns, rows) for people; the parts of a group only if asked for."""

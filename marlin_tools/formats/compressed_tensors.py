@@ -12,14 +12,13 @@ Loaded by vLLM, SGLang and, with compressed-tensors installed, transformers. K n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from marlin_tools.errors import FormatError
-from marlin_tools.formats.config import Spelling, grouped_config
+from marlin_tools.formats.config import Spelling
 from marlin_tools.formats.format import Format, cast_exactly, expect, group_size_of, matrix_size, ungroupable
 from marlin_tools.quantized import ActivationType, QuantizedLinear, pack_nibbles, unpack_nibbles
 
@@ -67,10 +66,6 @@ class CompressedTensors(Format):
         expect("weight_shape", tensors["weight_shape"], (2,), torch.int64)
         n, k = tensors["weight_shape"].tolist()
         return n, k
-
-    def quantization_config(self, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
-        """What vLLM and compressed-tensors look for."""
-        return grouped_config(self.spellings[0][1], group_size, ignore)
 
 
 COMPRESSED_TENSORS = CompressedTensors()

@@ -46,7 +46,8 @@ def check_readable(config: Mapping[str, Any]) -> None:
     """Raise FormatError unless these are symmetric 4-bit weights under activations that we know."""
     if config.get("quant_method") == "compressed-tensors":
         for key in ("sparsity_config", "transform_config"):
-            if _is_active(config.get(key)):
+            section = config.get(key)  # writers leave empty ones, and ones with the format `dense`, which change no weights
+            if section and section.get("format") != "dense":
                 raise FormatError(f"`quantization_config`: `{key}` is not supported", hint="start from the unquantized model")
         for name, group in (config.get("config_groups") or {}).items():
             _check_group(f"config_groups.{name}", group)
@@ -153,11 +154,6 @@ def _grain(group_size: int) -> dict[str, Any]:
     """How a scheme says what shares a scale."""
     per_column = group_size == -1
     return {"strategy": "channel" if per_column else "group", "group_size": None if per_column else group_size}
-
-
-def _is_active(section: Mapping[str, Any] | None) -> bool:
-    """Writers leave empty sections, and sections with the format `dense`, behind; neither changes the weights."""
-    return section is not None and len(section) > 0 and section.get("format") != "dense"
 
 
 def _check_group(where: str, group: object) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.errors import FormatError
-from marlin_tools.formats.config import Spelling, spelling_of
+from marlin_tools.formats.config import Spelling, flat_config, grouped_config, spelling_of
 from marlin_tools.quantized import ActivationType, QuantizedLinear, dtype_name
 
 _BROKEN = "the tensors do not follow the format that config.json names; download or export the checkpoint again"
@@ -52,9 +52,11 @@ class Format(ABC):
     def shape_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """(N, K) of the linear that these tensors store."""
 
-    @abstractmethod
     def quantization_config(self, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` for config.json. `group_size` -1 is per column, `ignore` names the unquantized linears."""
+        method, layout = self.spellings[0]
+        grouped = method == "compressed-tensors"
+        return grouped_config(layout, group_size, ignore) if grouped else flat_config(method, layout, group_size, ignore)
 
     def recognize(self, quantization_config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this `quantization_config` says that it is laid out like this."""

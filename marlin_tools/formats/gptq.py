@@ -14,13 +14,12 @@ Loaded by vLLM, SGLang, GPTQModel and, with gptqmodel installed, transformers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import FormatError
-from marlin_tools.formats.config import Spelling, flat_config
+from marlin_tools.formats.config import Spelling
 from marlin_tools.formats.format import Format, cast_exactly, expect, group_size_of, indivisible, matrix_size, ungroupable
 from marlin_tools.quantized import ZERO, QuantizedLinear, pack_nibbles, unpack_nibbles
 
@@ -74,10 +73,6 @@ class Gptq(Format):
         """From `qweight`."""
         rows, n = matrix_size("qweight", tensors["qweight"])
         return n, 8 * rows
-
-    def quantization_config(self, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
-        """What vLLM, GPTQModel and transformers look for."""
-        return flat_config(*self.spellings[0], group_size, ignore)
 
     def _check_zeros(self, zeros: Tensor) -> None:
         wrong = zeros[zeros != self.stored_zero]

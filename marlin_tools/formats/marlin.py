@@ -22,13 +22,12 @@ Read by IST-DASLab/marlin and by vLLM up to 0.10.1, and by our runtime. N % 256,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_tools.formats.bits import Shuffle
-from marlin_tools.formats.config import Spelling, flat_config
+from marlin_tools.formats.config import Spelling
 from marlin_tools.formats.format import Format, expect, group_size_of, indivisible, matrix_size, ungroupable
 from marlin_tools.quantized import QuantizedLinear, pack_nibbles, unpack_nibbles
 
@@ -76,10 +75,6 @@ class Marlin(Format):
         """From `B`."""
         rows, columns = matrix_size("B", tensors["B"])
         return columns // 2, 16 * rows
-
-    def quantization_config(self, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
-        """What vLLM up to 0.10.1 looks for."""
-        return flat_config(*self.spellings[0], group_size, ignore)
 
 
 def _scale_order(groups: int) -> Shuffle:

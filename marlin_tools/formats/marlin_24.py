@@ -22,14 +22,13 @@ Read by vLLM up to 0.15 and by our runtime. N % 64, K % 32, groups of 128 or per
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import FormatError
 from marlin_tools.formats.bits import Shuffle
-from marlin_tools.formats.config import Spelling, flat_config, grouped_config
+from marlin_tools.formats.config import Spelling
 from marlin_tools.formats.format import Format, expect, group_size_of, indivisible, matrix_size, ungroupable
 from marlin_tools.quantized import ZERO, QuantizedLinear, pack_nibbles, unpack_nibbles
 
@@ -98,13 +97,6 @@ class Marlin24(Format):
         words_name = self.suffixes[0]
         rows, columns = matrix_size(words_name, tensors[words_name])
         return columns // 2, 32 * rows
-
-    def quantization_config(self, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
-        """What vLLM up to 0.15 looks for."""
-        method, layout = self.spellings[0]
-        if method == "gptq":
-            return flat_config(method, layout, group_size, ignore)
-        return grouped_config(layout, group_size, ignore)
 
 
 def _kept_positions(quads: Tensor) -> Tensor:

@@ -28,15 +28,13 @@ class Place:
 def load(ref: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """One recipe, with `a.b=value` overrides; reports all that is wrong with it at once."""
     place = find(ref)
-    document = _read(place.path)
-    if is_table(document):
-        table = check_table(document)
-        if place.row is None:
-            names = ", ".join(row.name for row in table.rows)
-            hint = f"run one of its rows ({names}), or all of them: marlin-tools reproduce {ref}"
-            raise RecipeError(f"`{ref}` is a table of {len(table.rows)} recipes", hint=hint)
-        return _row(document, table, place.row, overrides)
-    return _recipe(document, overrides)
+    table, documents = _documents(place.path)
+    if table is not None and place.row is None:
+        hint = (
+            f"run one of its rows ({', '.join(row.name for row in table.rows)}), or all of them: marlin-tools reproduce {ref}"
+        )
+        raise RecipeError(f"`{ref}` is a table of {len(documents)} recipes", hint=hint)
+    return _recipe(documents[place.row], overrides)
 
 
 def load_all(ref: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
@@ -72,20 +70,14 @@ def _fitting(document: Document, overrides: Iterable[str]) -> list[str]:
 
 def _with_controls(place: Place, overrides: tuple[str, ...]) -> dict[str, Recipe]:
     """By name, in the order in which they have to run."""
-    document = _read(place.path)
-    if not is_table(document):
-        recipe = _recipe(document, _fitting(document, overrides))
-        before = {} if recipe.control is None else _with_controls(_control(recipe), overrides)
-        return before | {recipe.name: recipe}
-    table = check_table(document)
-    names = [row.name for row in table.rows]
+    _, documents = _documents(place.path)
     found: dict[str, Recipe] = {}
-    for name in [place.row] if place.row else names:
-        recipe = _row(document, table, name, overrides, fitting=True)
+    for row in [place.row] if place.row else documents:
+        recipe = _recipe(documents[row], _fitting(documents[row], overrides))
         if recipe.control is not None and recipe.control not in found:
-            above = Place(place.path, recipe.control) if recipe.control in names else _control(recipe)
+            above = Place(place.path, recipe.control) if recipe.control in documents else _control(recipe)
             found |= _with_controls(above, overrides)
-        found.setdefault(name, recipe)
+        found.setdefault(recipe.name, recipe)
     return found
 
 
@@ -102,11 +94,8 @@ def _control(recipe: Recipe) -> Place:
 
 def check(ref: str | Path) -> int:
     """Read a file or a bundled recipe and everything in it; how many recipes that are, or all that is wrong with them."""
-    document = _read(find(ref).path)
-    if not is_table(document):
-        return len([_recipe(document, ())])
-    check_table(document)
-    return len(load_all(ref))
+    table, documents = _documents(find(ref).path)
+    return len(load_all(ref) if table else [_recipe(each, ()) for each in documents.values()])
 
 
 def find(ref: str | Path) -> Place:
@@ -128,8 +117,7 @@ def bundled() -> dict[str, Path]:
 
 def tables() -> dict[str, Table]:
     """The bundled tables by name."""
-    documents = {name: _read(path) for name, path in bundled().items()}
-    return {name: check_table(document) for name, document in documents.items() if is_table(document)}
+    return {name: table for name, path in bundled().items() if (table := _documents(path)[0])}
 
 
 @cache
@@ -159,13 +147,18 @@ def show(ref: str | Path) -> str:
     return place.path.read_text(encoding="utf-8") if place.row is None else load(ref).dump()
 
 
-def _read(path: Path) -> Document:
+def _documents(path: Path) -> tuple[Table | None, dict[str | None, Document]]:
+    """The table that a file is, if it is one, and every recipe in it by the name of its row."""
     hint = "recipes are UTF-8 text files"
     try:
         text = read_bounded(path, RecipeError, hint, limit=4 * recipe_yaml.LARGEST).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"`{path}` cannot be read: no UTF-8 at byte {error.start}", hint=hint) from error
-    return recipe_yaml.parse(text, str(path))
+    document = recipe_yaml.parse(text, str(path))
+    if not is_table(document):
+        return None, {None: document}
+    table = check_table(document)
+    return table, {row.name: extract(document, table, number) for number, row in enumerate(table.rows)}
 
 
 def _recipe(document: Document, overrides: Iterable[str]) -> Recipe:
@@ -175,11 +168,6 @@ def _recipe(document: Document, overrides: Iterable[str]) -> Recipe:
     if recipe.control == recipe.name:
         raise RecipeError(f"{document.origin(('control',), key=True)}: recipe `{recipe.name}` is its own control")
     return recipe
-
-
-def _row(document: Document, table: Table, name: str, overrides: Iterable[str], *, fitting: bool = False) -> Recipe:
-    recipe = extract(document, table, [row.name for row in table.rows].index(name))
-    return _recipe(recipe, _fitting(recipe, overrides) if fitting else overrides)
 
 
 def _override(document: Document, text: str) -> None:

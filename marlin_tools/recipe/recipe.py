@@ -22,13 +22,14 @@ from marlin_tools.compress.export import ExportStage
 from marlin_tools.compress.prune import PruneSettings
 from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.data.calibrate import CalibrationSettings
-from marlin_tools.evaluation.stages import EvaluateStage, GenerateStage
+from marlin_tools.evaluation.generate import GenerateStage
+from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.yaml_reader import Document
 from marlin_tools.settings import Settings
 from marlin_tools.stage import Stage
 from marlin_tools.training.finetune import FinetuneSettings
-from marlin_tools.verification.stages import VerifyStage
+from marlin_tools.verification.verify import VerifyStage
 
 PAPER_DOCUMENTS = 256
 """How many documents the paper calibrates on."""

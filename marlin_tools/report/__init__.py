@@ -6,7 +6,6 @@ them; `advice.py` says what to do next. `comparison.py` shows the verdicts of `r
 """
 
 from pathlib import Path
-from typing import Protocol
 
 from marlin_tools.checkpoint.output import put
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -15,18 +14,10 @@ from marlin_tools.report.advice import Step, next_steps, serving
 from marlin_tools.report.page import markdown, page
 from marlin_tools.report.result import gather
 from marlin_tools.report.text import diagnosis, facts, plan, summary, table
+from marlin_tools.run.execute import RunResult
 from marlin_tools.verification.verify import Verification
 
 __all__ = ["diagnosis", "facts", "pages", "plan", "summary", "table", "write_pages"]
-
-
-class RunResult(Protocol):
-    """What a run has led to, as far as pages show it; `shown` are the directories that were measured."""
-
-    outputs: list[Path]
-    shown: list[Path]
-    evaluation: Evaluation | None
-    verifications: dict[Path, Verification]
 
 
 def write_pages(run: RunResult) -> dict[Path, list[Step]]:
@@ -38,24 +29,19 @@ def write_pages(run: RunResult) -> dict[Path, list[Step]]:
     measured = run.evaluation if {*run.shown} & {*quantized} else None
     steps: dict[Path, list[Step]] = {}
     for path in dict.fromkeys((*run.outputs, *run.shown)):
-        files, steps[path] = _shown(path, run.verifications.get(path), measured if path in quantized else None)
+        files, steps[path] = pages(path, run.verifications.get(path), measured if path in quantized else None)
         for name, text in files.items():
             put(path / name, text)
     return steps
 
 
-def pages(directory: Path, verification: Verification | None = None, evaluation: Evaluation | None = None) -> dict[str, str]:
-    """The files that show a model directory, by name: its report and, if it is quantised, its model card.
+def pages(
+    directory: Path, verification: Verification | None = None, evaluation: Evaluation | None = None
+) -> tuple[dict[str, str], list[Step]]:
+    """The report of a model directory and, if it is quantised, its model card, by file name; and what to do next with it.
 
     `evaluation` is one of the same weights in another format, for a directory that holds none of its own.
     """
-    return _shown(directory, verification, evaluation)[0]
-
-
-def _shown(
-    directory: Path, verification: Verification | None, evaluation: Evaluation | None
-) -> tuple[dict[str, str], list[Step]]:
-    """The files of a directory, and what to do next with it."""
     result = gather(directory, verification, evaluation)
     steps = next_steps(result, directory)
     files = {"report.html": page("model.html.j2", result=result, steps=steps)}

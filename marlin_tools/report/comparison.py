@@ -1,7 +1,7 @@
 """What `reproduce` found, for people: a table for the terminal, report.md for an issue or a wiki, report.html to look at."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,11 @@ def as_markdown(comparison: Comparison) -> str:
 
 def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """A line for each finding, in the order of `COLUMNS`."""
-    return [line for outcome in outcomes for line in _lines(outcome)]
-
-
-def _lines(outcome: Outcome) -> Iterator[list[str]]:
-    for finding in outcome.findings:
-        yield [outcome.name, finding.task, finding.metric, *_numbers(finding), finding.verdict]
-    if not outcome.findings:
-        yield [outcome.name, "", "", "", "", "", "", outcome.verdict]
+    lines = []
+    for outcome in outcomes:
+        lines += [[outcome.name, each.task, each.metric, *_numbers(each), each.verdict] for each in outcome.findings]
+        lines += [] if outcome.findings else [[outcome.name, *[""] * 6, outcome.verdict]]
+    return lines
 
 
 def _numbers(finding: Finding) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from marlin_tools.errors import RecipeError
 from marlin_tools.evaluation.scores import Score, finite, spell
-from marlin_tools.report.page import duration, page, size
+from marlin_tools.report.page import duration, page
 from marlin_tools.report.result import Result, gather
 from marlin_tools.report.text import table
+from marlin_tools.verification.inspect import size
 
 TOLD = 10
 """Linears on the terminal: those whose losses differ most. The page and the JSON have all."""
@@ -42,7 +43,7 @@ class Difference:
     @property
     def facts(self) -> list[tuple[str, list[str]]]:
         """What they are and what they take."""
-        of = list(self.results.values())
+        of = self._all
         rows = [
             ("model", [each.base for each in of]),
             ("format", [each.facts["format"] or each.facts["dtype"] for each in of]),
@@ -57,7 +58,7 @@ class Difference:
     @property
     def settings(self) -> list[tuple[str, list[str]]]:
         """What was set, read or used otherwise: only what is not the same for all that tell how they were made."""
-        flat = [dict(_flat(_made_with(each))) if each.manifest else {} for each in self.results.values()]
+        flat = [dict(_flat(_made_with(each))) if each.manifest else {} for each in self._all]
         told = [each for each in flat if each]
         keys = dict.fromkeys(key for each in told for key in each)
         return [(key, [each.get(key, "") for each in flat]) for key in keys if len({each.get(key, "") for each in told}) > 1]
@@ -123,12 +124,11 @@ def as_text(found: Difference) -> str:
     if found.settings:
         parts.append(table(("setting", *found.labels), [(what, *cells) for what, cells in found.settings]))
     if found.scores:
-        parts.append(
-            table(("task", "metric", "on", *found.labels), [(*_asked(first), *_told(row)) for first, row in found.scores])
-        )
+        rows = [(first.task, first.metric, str(first.details.get("on", "")), *_told(row)) for first, row in found.scores]
+        parts.append(table(("task", "metric", "on", *found.labels), rows))
     if found.linears:
-        rows = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
-        parts.append(table((f"linear: {found.of} lost", *found.labels), rows))
+        losses = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
+        parts.append(table((f"linear: {found.of} lost", *found.labels), losses))
     return "\n\n".join(parts)
 
 
@@ -154,10 +154,6 @@ def _scores(result: Result) -> Sequence[Score]:
 
 def _told(row: Sequence[Score | None]) -> Iterator[str]:
     yield from ("" if score is None else spell(score.value, score.stderr) for score in row)
-
-
-def _asked(score: Score) -> tuple[str, str, str]:
-    return score.task, score.metric, str(score.details.get("on", ""))
 
 
 def _plain_bits(result: Result) -> str:

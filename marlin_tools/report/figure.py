@@ -3,7 +3,7 @@
 One file, no script, no font of its own; legible on a white and on a dark page, and on paper.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import count
@@ -74,16 +74,14 @@ def chart(title: str, remark: str, x: Axis, y: Axis, lines: Sequence[Line]) -> s
     height = (_TOP + HEIGHT - _BOTTOM) / 2
     parts.append(f'<text transform="translate(16 {height}) rotate(-90)" text-anchor="middle">{escape(y.title)}</text>')
     hues = count()
-    places = {id(line): (_color(line, hues), _TOP + 8 + 20 * index) for index, line in enumerate(lines)}
-    for line in sorted(lines, key=lambda each: not each.ideal):  # the ideal behind the real
-        parts += _drawn(line, *places[id(line)], across, up)
+    drawn = []
+    for index, line in enumerate(lines):
+        grey = line.hue is None and line.ideal
+        color = _IDEAL if grey else _COLORS[(next(hues) if line.hue is None else line.hue) % len(_COLORS)]
+        drawn.append((not line.ideal, _drawn(line, color, _TOP + 8 + 20 * index, across, up)))
+    for _, part in sorted(drawn, key=lambda each: each[0]):  # the ideal behind the real
+        parts += part
     return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _color(line: Line, hues: Iterator[int]) -> str:
-    if line.hue is None and line.ideal:
-        return _IDEAL
-    return _COLORS[(next(hues) if line.hue is None else line.hue) % len(_COLORS)]
 
 
 def _drawn(line: Line, color: str, legend: float, across: "_Scale", up: "_Scale") -> list[str]:
@@ -107,7 +105,8 @@ class _Scale:
     def __init__(self, values: Sequence[float], base: int | None, first: float, last: float) -> None:
         self._base, self._first, self._last = base, first, last
         if base is None:
-            self._step = _round_step(max(values) / 6)
+            power = 10.0 ** floor(log10(max(values) / 6))  # the step is the next of 1, 2, 5, 10 times a power of ten
+            self._step = next(m * power for m in (1, 2, 5, 10) if m * power >= max(values) / 6 * (1 - 1e-9))
             self._low, self._high = 0.0, self._step * ceil(max(values) / self._step - 1e-9)
         else:
             logs = [self._log(value) for value in values]
@@ -128,12 +127,6 @@ class _Scale:
 
     def _log(self, value: float) -> float:
         return log2(value) if self._base == 2 else log10(value)
-
-
-def _round_step(least: float) -> float:
-    """The next of 1, 2, 5, 10, ... times a power of ten."""
-    power = 10.0 ** floor(log10(least))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
 
 
 def _spell(value: float) -> str:

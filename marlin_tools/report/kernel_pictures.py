@@ -6,7 +6,7 @@ What belongs together has one colour: a contestant and its ideal, or the dense a
 
 import json
 from collections.abc import Callable, Sequence
-from math import exp, log
+from dataclasses import replace
 from typing import Any
 
 from marlin_tools.bench.decoding import ModelBench
@@ -35,7 +35,11 @@ def draw(measured: FigureData) -> dict[str, str]:
     """SVG documents by what follows the name of the measurement in their file names."""
     if measured.figure is not None:
         return {"": FIGURES[measured.figure](measured)}
-    return {"-speedup": speedup(measured), "-roofline": share_of_roofline(measured)}
+    # the share of the roofline is the least time that bytes or arithmetic need over the time taken
+    return {
+        "-speedup": _overview(measured, "speedup", "Speed-up over FP16", "speed-up"),
+        "-roofline": _overview(measured, "roofline", "Share of the roofline", "least time / time taken"),
+    }
 
 
 def peak(measured: FigureData) -> str:
@@ -55,8 +59,7 @@ def peak(measured: FigureData) -> str:
 
 def sustained(measured: FigureData) -> str:
     """The same on a GPU that is warm from work."""
-    busy = f"{measured.gpu}, kept busy before every measurement"
-    return peak(FigureData(measured.figure, busy, measured.settings, measured.rates, measured.host, measured.results))
+    return peak(replace(measured, gpu=f"{measured.gpu}, kept busy before every measurement"))
 
 
 def models(measured: FigureData) -> str:
@@ -97,27 +100,16 @@ def roofline(measured: FigureData) -> str:
 FIGURES: dict[str, Callable[[FigureData], str]] = {"peak": peak, "sustained": sustained, "models": models, "roofline": roofline}
 
 
-def speedup(measured: FigureData) -> str:
-    """Geometric means over the shapes against the batch size, beside what others reach."""
-    results = measured.results
-    lines = _curves(measured, lambda kernel: geometric_means(results, kernel))
-    peers = _peers("speedup", measured)
-    return chart("Speed-up over FP16, geometric mean", _about(measured, peers), _BATCH, Axis("speed-up"), lines + peers)
-
-
-def share_of_roofline(measured: FigureData) -> str:
-    """The least time that bytes or arithmetic need over the time taken: geometric means over the shapes."""
-
-    def means(kernel: str) -> dict[int, float]:
-        logs: dict[int, list[float]] = {}
-        for r in measured.results:
-            if r.kernel == kernel:
-                logs.setdefault(r.m, []).append(log(r.roofline))
-        return {m: exp(sum(each) / len(each)) for m, each in logs.items()}
-
-    lines, peers = _curves(measured, means), _peers("roofline", measured)
-    title = "Share of the roofline, geometric mean"
-    return chart(title, _about(measured, peers), _BATCH, Axis("least time / time taken"), lines + peers)
+def _overview(measured: FigureData, what: str, title: str, axis: str) -> str:
+    """Geometric means over the shapes of a column against the batch size, beside what others reach."""
+    curves = {each: geometric_means(measured.results, each, what) for each in timed_kernels(measured.results)}
+    lines = [
+        Line(kernel, [(float(m), mean) for m, mean in curve.items()], hue=_HUES.get(kernel, 2))
+        for kernel, curve in curves.items()
+        if kernel != DEQUANTIZED  # the fallback, which is for many rows only
+    ]
+    peers = _peers(what, measured)
+    return chart(f"{title}, geometric mean", _about(measured, peers), _BATCH, Axis(axis), lines + peers)
 
 
 def model(bench: ModelBench) -> str:
@@ -153,24 +145,11 @@ def _about(measured: FigureData, peers: Sequence[Line]) -> str:
     return f"{', '.join(settings.models)}, {settings.dtype}, {group}; {measured.gpu}{others}"
 
 
-def _curves(measured: FigureData, means: Callable[[str], dict[int, float]]) -> list[Line]:
-    """One for every contestant but the fallback, which is for many rows only."""
-    shown = [kernel for kernel in timed_kernels(measured.results) if kernel != DEQUANTIZED]
-    return [
-        Line(kernel, [(float(m), mean) for m, mean in sorted(means(kernel).items())], hue=_HUES.get(kernel, 2))
-        for kernel in shown
-    ]
-
-
 def _peers(what: str, measured: FigureData) -> list[Line]:
     """Curves of other projects' kernels, as `kernels/peers.json` has them, where this run can be compared with them."""
     known: dict[str, Any] = json.loads((kernels_dir() / "peers.json").read_text(encoding="utf-8"))
-    standard = BenchSettings()
-    same = (measured.settings.models, measured.settings.dtype, measured.settings.group_size) == (
-        standard.models,
-        standard.dtype,
-        standard.group_size,
-    )
+    keys = ("models", "dtype", "group_size")
+    same = all(getattr(measured.settings, key) == getattr(BenchSettings(), key) for key in keys)
     if not same or known["gpu"] not in measured.gpu:
         return []
     return [

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from marlin_tools import __version__
 from marlin_tools.evaluation.scores import Score, spell
 from marlin_tools.report.text import table
+from marlin_tools.verification.inspect import size
 
 TIMES = ("<!-- times -->", "<!-- /times -->")
 """Between these stands what differs from run to run and from place to place; a comparison of two pages leaves it out."""
@@ -40,32 +41,23 @@ def markdown(template: str, **values: Any) -> str:
 
 @cache
 def _html() -> Environment:
-    return _with_filters(
-        Environment(autoescape=True, **_HOW),
-        {"words": words, "number": number, "named": named, "cells": score_cells, "metric": metric_name}
-        | {"size": size, "duration": duration},
-    )
+    filters = {"words": words, "number": number, "named": named, "cells": score_cells, "metric": metric_name}
+    return _environment(filters | {"size": size, "duration": duration}, autoescape=True)
 
 
 @cache
 def _markdown() -> Environment:
-    found = Environment(autoescape=False, finalize=plain, **_HOW)  # noqa: S701 (`finalize` escapes, for Markdown)
-    return _with_filters(found, {"code": code, "words": marked, "table": _table, "asis": Markdown})
+    filters = {"code": code, "words": marked, "table": _table, "asis": Markdown}
+    return _environment(filters, autoescape=False, finalize=plain)  # `finalize` escapes, for Markdown
 
 
-_HOW: dict[str, Any] = {
-    "loader": FileSystemLoader(Path(__file__).with_name("templates")),
-    "undefined": StrictUndefined,
-    "trim_blocks": True,
-    "lstrip_blocks": True,
-    "keep_trailing_newline": True,
-}
-
-
-def _with_filters(environment: Environment, filters: dict[str, Any]) -> Environment:
-    environment.filters |= filters
-    environment.globals |= {"version": __version__, "TIMES": [*map(Markup, TIMES)]}
-    return environment
+def _environment(filters: dict[str, Any], **how: Any) -> Environment:
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    how |= {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    found = Environment(loader=loader, undefined=StrictUndefined, **how)  # noqa: S701 (each caller says how it escapes)
+    found.filters |= filters
+    found.globals |= {"version": __version__, "TIMES": [*map(Markup, TIMES)]}
+    return found
 
 
 # ---- HTML -------------------------------------------------------------------------------------------------------------
@@ -112,11 +104,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # ---- Markdown ---------------------------------------------------------------------------------------------------------

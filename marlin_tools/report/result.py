@@ -348,18 +348,11 @@ def _weights(checkpoint: Checkpoint) -> Weights:
         for index, count in zip(found.tolist(), counts.tolist(), strict=True):
             bins[index] = bins.get(index, 0) + count
     total = int(codes.sum())
+    span = range(min(bins), max(bins) + 1) if bins else ()  # empty bins between them, too
     return Weights(
         codes=tuple(count / total for count in codes.tolist()),
-        scales=_filled(bins, groups),
+        scales=tuple((2 ** (index / OCTAVE), bins.get(index, 0) / groups) for index in span),
         negative=negative / groups,
         read=len(chosen),
         linears=len(names),
     )
-
-
-def _filled(bins: Mapping[int, int], groups: int) -> tuple[tuple[float, float], ...]:
-    """All bins between the lowest and the highest, empty ones too."""
-    if not bins:
-        return ()
-    span: Sequence[int] = range(min(bins), max(bins) + 1)
-    return tuple((2 ** (index / OCTAVE), bins.get(index, 0) / groups) for index in span)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marlin_tools.evaluation.scores import Evaluation
+from marlin_tools.run.execute import RunResult
 from marlin_tools.verification.verify import Verification
 
 
@@ -12,7 +12,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; columns that hold numbers are aligned to the right."""
     cells = [list(columns), *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    right = [_numeric(column[1:]) for column in zip(*cells, strict=True)]
+    # what begins like a number
+    right = [any(column[1:]) and all(c[0] in "+-.0123456789" for c in column[1:] if c) for column in zip(*cells, strict=True)]
     ruler = ["-" * (width - 1) + ":" if number else "-" * width for width, number in zip(widths, right, strict=True)]
     return "\n".join(_line(row, widths, right) for row in (cells[0], ruler, *cells[1:]))
 
@@ -43,23 +44,17 @@ def plan(steps: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def summary(
-    outputs: Sequence[Path], evaluation: Evaluation | None, verifications: Mapping[Path, Verification], text: str | None
-) -> str:
+def summary(run: RunResult) -> str:
     """What a run has led to: the text it wrote, the scores, the checks, and the directories that it made."""
-    parts = [text] if text is not None else []
-    if evaluation is not None:
-        parts.append(comparison(evaluation))
-    if outputs and verifications:
-        parts.append(
-            table(
-                ("model", "checks", "loads in"),
-                [_verdict(path, verifications[path]) for path in outputs if path in verifications],
-            )
-        )
-    elif outputs:
-        parts.append("\n".join(map(str, outputs)))
-    parts += [f"{path}\n{checks(each)}" for path, each in verifications.items() if not (outputs and each.ok)]
+    parts = [run.text] if run.text is not None else []
+    if run.evaluation is not None:
+        parts.append(table(*run.evaluation.table()))
+    if run.outputs and run.verifications:
+        rows = [_verdict(path, run.verifications[path]) for path in run.outputs if path in run.verifications]
+        parts.append(table(("model", "checks", "loads in"), rows))
+    elif run.outputs:
+        parts.append("\n".join(map(str, run.outputs)))
+    parts += [f"{path}\n{_checks(each)}" for path, each in run.verifications.items() if not (run.outputs and each.ok)]
     return "\n\n".join(parts)
 
 
@@ -69,22 +64,11 @@ def _verdict(path: Path, verification: Verification) -> tuple[str, str, str]:
     return str(path), verification.counted if verification.ok else "FAILED", loads
 
 
-def comparison(evaluation: Evaluation) -> str:
-    """The scores, beside those of the original if it was measured too."""
-    columns, rows = evaluation.table()
-    return table(columns, rows)
-
-
-def checks(verification: Verification) -> str:
+def _checks(verification: Verification) -> str:
     """What was looked at, then which engine will load it."""
     rows = [(check.name, check.result, check.detail) for check in verification.checks]
     rows += [(f"{each.engine} {each.version}", "loads" if each.loads else "no", str(each)) for each in verification.engines]
     return table(("check", "result", "detail"), rows)
-
-
-def _numeric(column: Sequence[str]) -> bool:
-    """Whether what is in a column begins like a number, which is aligned to the right."""
-    return any(column) and all(cell[0] in "+-.0123456789" for cell in column if cell)
 
 
 def _line(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

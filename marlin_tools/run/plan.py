@@ -81,8 +81,7 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
         if outputs and not (recipe.quantize and not stage.remakes):  # whose results are the same model once more
             source = Source(next(iter(outputs.values())))
         first, quantized = first and not stage.remakes, quantized or stage is recipe.quantize
-    said = (*_resolved(recipe.model), *_unread(original), *notes)
-    return Plan(recipe, tuple(steps), said, home=None if recipe.made else out)
+    return Plan(recipe, tuple(steps), (*_about(recipe.model, original), *notes), home=None if recipe.made else out)
 
 
 def _engines(recipe: Recipe, source: Source, known: Preparation) -> Iterator[tuple[str, str]]:
@@ -96,17 +95,13 @@ def _engines(recipe: Recipe, source: Source, known: Preparation) -> Iterator[tup
             yield f"{name} in {verdict.engine} {verdict.version}", str(verdict)
 
 
-def _resolved(model: str) -> Iterator[str]:
+def _about(model: str, source: Source) -> Iterator[str]:
+    """What its name means, and what a dry run has not looked at."""
     repository, revision = hub_name(model)
     if model == "demo":
         yield "`demo` is the embedded model"
     elif repository != model and not Path(model).exists():
         yield f"`{model}` is `{repository}`" + (f" at revision {revision}" if revision else "")
-
-
-def _unread(source: Source) -> Iterator[str]:
-    """What a dry run has not looked at."""
     if isinstance(source.opened, Card):
-        repository, _ = hub_name(str(source.name))
         size = source.opened.nbytes / 1e9
         yield f"`{repository}` is not on this machine: planned from its shapes; a run downloads {size:.1f} GB"

@@ -8,7 +8,7 @@ here, a model, a dataset, memory, is said with its reason and never passes. Stag
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from marlin_tools.checkpoint.output import explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
-from marlin_tools.evaluation.stages import EvaluateStage
+from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import load_all
@@ -59,7 +59,7 @@ def reproduce(
     for recipe in recipes:
         emit(Event("stage", f"{recipe.name} ({len(outcomes) + 1} of {len(recipes)})"))
         with _log(home / f"{recipe.name}.log", emit) as heard:
-            outcome = _Row(recipe, heard, finished, overwrite=overwrite).run(outcomes.get(recipe.control or ""))
+            outcome = _attempt(recipe, outcomes.get(recipe.control or ""), heard, finished, overwrite=overwrite)
             for finding in outcome.findings:
                 heard(Event("note", str(finding)))
         outcomes[recipe.name] = outcome
@@ -86,87 +86,53 @@ def _log(path: Path, emit: Emit) -> Iterator[Emit]:
         yield heard
 
 
-class _Row:
-    """One recipe on its way to an outcome."""
-
-    def __init__(self, recipe: Recipe, emit: Emit, finished: Callable[[RunResult], object], *, overwrite: bool) -> None:
-        self.recipe, self.emit, self.finished, self.overwrite = recipe, emit, finished, overwrite
-
-    def run(self, control: Outcome | None) -> Outcome:
-        """Measure what can be measured; a failure of the mathematics fails, anything that cannot be had is not run."""
-        if control is not None and not control.stands:
-            return self._outcome(problem=f"its control `{control.name}` does not stand: {control.verdict}")
-        try:
-            missing = self._missing()
-            recipe = _without(self.recipe, missing)
-            if not recipe.tasks and self.recipe.tasks:
-                return self._outcome(problem="; ".join(missing.values()), missing=missing)
-            home = None if recipe.formats else RUNS / recipe.name
-            result = execute(plan(recipe, home), self.emit, overwrite=self.overwrite)
-            self.finished(result)
-        except NumericalError as error:
-            return self._outcome(problem=_told(error), failed=True)
-        except MarlinToolsError as error:
-            return self._outcome(problem=_told(error))
-        damaged = [
-            f"`{path}` fails {_failed(verification)}"
-            for path, verification in result.verifications.items()
-            if not verification.ok
-        ]
-        return self._outcome(result, missing, problem="; ".join(damaged), failed=bool(damaged))
-
-    def _missing(self) -> dict[str, str]:
-        """The tasks whose data cannot be had, before hours are spent on the others."""
-        checkpoint = Checkpoint.open(self.recipe.model, accept=find_family)
-        found: dict[str, str] = {}
-        for stage in self.recipe.stages:
-            if isinstance(stage, EvaluateStage):
-                found |= unavailable(checkpoint, stage)
-        return found
-
-    def _outcome(
-        self,
-        result: RunResult | None = None,
-        missing: dict[str, str] | None = None,
-        *,
-        problem: str = "",
-        failed: bool = False,
-    ) -> Outcome:
-        recipe = self.recipe
-        evaluation = result.evaluation if result else None
-        return Outcome(
-            name=recipe.name,
-            model=recipe.model,
-            description=recipe.description,
-            source=recipe.source,
-            deviations=recipe.deviations,
-            findings=tuple(findings(recipe, evaluation, missing or {}, problem)),
-            log=f"{recipe.name}.log",
-            problem=problem,
-            failed=failed,
-            control=recipe.control,
-            outputs=tuple(map(str, result.outputs)) if result else (),
-            warnings=tuple(result.warnings) if result else (),
-            evaluation=evaluation,
-        )
+def _attempt(
+    recipe: Recipe, control: Outcome | None, emit: Emit, finished: Callable[[RunResult], object], *, overwrite: bool
+) -> Outcome:
+    """Measure what can be measured; a failure of the mathematics fails, anything that cannot be had is not run."""
+    if control is not None and not control.stands:
+        return _outcome(recipe, f"its control `{control.name}` does not stand: {control.verdict}")
+    try:
+        missing = _missing(recipe)
+        possible = _without(recipe, missing)
+        if not possible.tasks and recipe.tasks:
+            return _outcome(recipe, "; ".join(missing.values()), missing)
+        result = execute(plan(possible, None if possible.formats else RUNS / possible.name), emit, overwrite=overwrite)
+        finished(result)
+    except MarlinToolsError as error:
+        told = error.message + (f"; {error.hint}" if error.hint else "")
+        return _outcome(recipe, told, failed=isinstance(error, NumericalError))
+    damaged = [(path, found.checks) for path, found in result.verifications.items() if not found.ok]
+    failed = [f"`{path}` fails {', '.join(f'`{each.name}`' for each in checks if not each.ok)}" for path, checks in damaged]
+    return _outcome(recipe, "; ".join(failed), missing, result, failed=bool(failed))
 
 
-def _told(error: MarlinToolsError) -> str:
-    """What happened, and what can be done."""
-    return error.message + (f"; {error.hint}" if error.hint else "")
+def _missing(recipe: Recipe) -> dict[str, str]:
+    """The tasks whose data cannot be had, before hours are spent on the others."""
+    checkpoint = Checkpoint.open(recipe.model, accept=find_family)
+    stages = [stage for stage in recipe.stages if isinstance(stage, EvaluateStage)]
+    return unavailable(checkpoint, stages[0]) if stages else {}
 
 
-def _failed(verification: object) -> str:
-    return ", ".join(f"`{check.name}`" for check in getattr(verification, "checks", ()) if not check.ok)
+def _outcome(
+    recipe: Recipe,
+    problem: str,
+    missing: Mapping[str, str] | None = None,
+    result: RunResult | None = None,
+    *,
+    failed: bool = False,
+) -> Outcome:
+    result = result or RunResult()
+    found = tuple(findings(recipe, result.evaluation, missing or {}, problem))
+    outputs = tuple(map(str, result.outputs))
+    return Outcome(recipe, found, problem, failed, outputs, tuple(result.warnings), result.evaluation)
 
 
 def _without(recipe: Recipe, missing: dict[str, str]) -> Recipe:
     """The recipe without the tasks that cannot be had; a stage that has none left is not run."""
-    if not missing:
-        return recipe
     stages: list[Any] = []
     for stage in recipe.stages:
-        if isinstance(stage, EvaluateStage):
+        if missing and isinstance(stage, EvaluateStage):
             tasks = tuple(task for task in stage.tasks if task not in missing)
             stages += [stage.model_copy(update={"tasks": tasks})] if tasks else []
         else:

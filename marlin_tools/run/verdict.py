@@ -58,22 +58,25 @@ class Outcome:
     problem      why it was not run to its end, or what failed although it was
     failed       whether that is a failure of ours, rather than something that could not be had
     evaluation   everything that was measured
-    log          the file beside the report that holds every event of the run
     """
 
-    name: str
-    model: str
-    description: str
-    source: str
-    deviations: tuple[str, ...]
+    recipe: Recipe
     findings: tuple[Finding, ...]
-    log: str
     problem: str = ""
     failed: bool = False
-    control: str | None = None
     outputs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     evaluation: Evaluation | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the recipe."""
+        return self.recipe.name
+
+    @property
+    def log(self) -> str:
+        """The file beside the report that holds every event of the run."""
+        return f"{self.name}.log"
 
     @property
     def verdict(self) -> Verdict:
@@ -99,7 +102,7 @@ class Outcome:
         ]
         evaluation = self.evaluation.describe() if self.evaluation else None
         names = ("name", "model", "source", "deviations", "problem", "control", "outputs")
-        own = {name: getattr(self, name) for name in names}
+        own = {name: getattr(self if hasattr(self, name) else self.recipe, name) for name in names}
         return {**own, "verdict": self.verdict, "warnings": self.warnings, "findings": findings, "evaluation": evaluation}
 
 

@@ -11,8 +11,8 @@ kernels on a GPU, torch's INT4 product on a CPU in bfloat16, else the packed ref
 
 import copy
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from marlin_tools import ops
 from marlin_tools.backends import native, reference, torch_int4
+from marlin_tools.checkpoint.headers import TensorInfo, read_header
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.formats import READABLE, find_format
 from marlin_tools.formats.config import activations_of
@@ -98,11 +99,11 @@ def unregister() -> None:
 class PendingLinear(nn.Module):
     """A quantised linear while the checkpoint's tensors for it arrive."""
 
-    def __init__(self, linear: nn.Linear, stored: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
+    def __init__(self, linear: nn.Linear, stored: Mapping[str, TensorInfo]) -> None:
         super().__init__()
         self.shape = linear.out_features, linear.in_features
-        for suffix, (shape, dtype) in stored.items():
-            empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        for suffix, info in stored.items():
+            empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
         self.bias: nn.Parameter | None = linear.bias
 
@@ -131,23 +132,24 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> None:
-        self._files = tuple(checkpoint_files or ())
-        stored = dict(_headers(self._files, self._format))
+        self._headers: dict[str, TensorInfo] = {}
+        for file in checkpoint_files or ():
+            self._headers |= read_header(Path(file))
+        stored = dict(_quantized(self._headers, self._format))
         if not stored:
             raise ModelError(
                 f"the checkpoint holds no tensors of format `{self._format.name}`, which its config.json names",
                 hint="only *.safetensors are read; download or export the checkpoint again",
             )
-        self._types = {f"{name}.{suffix}": dtype for name, parts in stored.items() for suffix, (_, dtype) in parts.items()}
         for name, tensors in stored.items():
-            _set(model, name, PendingLinear(_linear(model, name), tensors))
+            model.set_submodule(name, PendingLinear(_linear(model, name), tensors))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
         waiting = {name: module for name, module in model.named_modules() if isinstance(module, PendingLinear)}
         devices = {getattr(module, self._format.suffixes[0]).device.type for module in waiting.values()}
         _check_places(devices)
         for name, module in waiting.items():
-            _set(model, name, self._built(name, module, model.dtype))
+            model.set_submodule(name, self._built(name, module, model.dtype))
         return model
 
     def _built(self, name: str, module: PendingLinear, dtype: torch.dtype) -> nn.Module:
@@ -165,7 +167,7 @@ class PackedQuantizer(HfQuantizer):
             _log.warning("`%s` runs on the reference: %s", name, reason or f"activations are {dtype}")
         bias = None if module.bias is None else module.bias.detach()
         native_build = native.build_fp8 if self._reads == "fp8" else native.build
-        build = native_build if fits else torch_int4.build if device.type == "cpu" else reference.at_call
+        build = native_build if fits else torch_int4.build if device.type == "cpu" else reference.PackedLinear
         built = build(weight, bias, device, dtype)
         if self._reads == "fp8" and not fits:
             round_inputs(built)
@@ -177,8 +179,12 @@ class PackedQuantizer(HfQuantizer):
 
     def _exact(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor as it is stored: what has been cast to the type of the model, as scales are, is read once more."""
-        stored = self._types[name]
-        return tensor if tensor.dtype == stored else _read(self._files, name).to(tensor.device)
+        stored = self._headers[name]
+        if tensor.dtype == stored.dtype:
+            return tensor
+        with safe_open(stored.file, framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(name)
+            return found.to(tensor.device)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of the checkpoint, and not those that our linears hold."""
@@ -207,36 +213,13 @@ def _weight(module: nn.Module) -> QuantizedLinear | None:
     return module.weight() if isinstance(module, reference.PackedLinear | torch_int4.TorchInt4Linear) else None
 
 
-def _headers(files: Sequence[str], stored_as: Format) -> Iterator[tuple[str, dict[str, tuple[Sequence[int], torch.dtype]]]]:
-    """The quantised linears of a checkpoint: shapes and types of their tensors by suffix."""
-    found: dict[str, tuple[Sequence[int], torch.dtype]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dictionary)
-                if name.rpartition(".")[2] in stored_as.suffixes:
-                    part = tensors.get_slice(name)
-                    found[name] = part.get_shape(), _dtype(part.get_dtype())
+def _quantized(headers: Mapping[str, TensorInfo], stored_as: Format) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """The quantised linears of a checkpoint with their tensors by suffix."""
     marker = f".{stored_as.suffixes[0]}"
-    for name in [name.removesuffix(marker) for name in found if name.endswith(marker)]:
-        parts = {suffix: found.get(f"{name}.{suffix}") for suffix in stored_as.suffixes}
-        if missing := [suffix for suffix, part in parts.items() if part is None]:
+    for name in [name.removesuffix(marker) for name in headers if name.endswith(marker)]:
+        if missing := [suffix for suffix in stored_as.suffixes if f"{name}.{suffix}" not in headers]:
             raise FormatError(f"`{name}` has no `{missing[0]}`", hint="download or export the checkpoint again")
-        yield name, {suffix: part for suffix, part in parts.items() if part is not None}
-
-
-def _read(files: Sequence[str], name: str) -> Tensor:
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118  (not a dictionary)
-                found: Tensor = tensors.get_tensor(name)
-                return found
-    raise AssertionError(name)
-
-
-def _dtype(spelled: str) -> torch.dtype:
-    kind, bits = re.fullmatch(r"([A-Z]+)(\d+)", spelled).groups()  # type: ignore[union-attr]
-    dtype: torch.dtype = getattr(torch, {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}[kind] + bits)
-    return dtype
+        yield name, {suffix: headers[f"{name}.{suffix}"] for suffix in stored_as.suffixes}
 
 
 def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
@@ -247,11 +230,6 @@ def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise ModelError(f"`{name}` is quantised, but a {type(module).__name__} in the model", hint=_ELSEWHERE)
     return module
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _check_places(places: Any) -> None:

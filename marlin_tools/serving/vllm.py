@@ -10,7 +10,6 @@ import os
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import TracebackType
-from typing import Self
 
 SWITCH = "MARLIN_TOOLS_VLLM"
 """Environment variable; 0 leaves vLLM as it is."""
@@ -32,9 +31,6 @@ class Attempt(AbstractContextManager["Attempt"]):
     def __init__(self, instead: str) -> None:
         self.failure: str | None = None
         self._instead = instead
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         """Swallow what a program may handle; an interrupt is not ours to stop."""

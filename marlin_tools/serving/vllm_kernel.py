@@ -177,14 +177,10 @@ def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
 def _read(words: Any, scales: Any, shape: tuple[int, int]) -> QuantizedLinear:
     """The weight [N, K] of a layer as it was loaded; `output_dim` says which way its tensors lie, codes are packed along K."""
     k, n = shape
-    words, scales = (tensor.detach() if _outputs_first(tensor) else tensor.detach().t() for tensor in (words, scales))
+    # [N, ...], as compressed-tensors stores them, or [..., N], as gptq does
+    words, scales = (each.detach() if each.output_dim == 0 else each.detach().t() for each in (words, scales))
     codes = unpack_nibbles(words.contiguous()).view(n, k)
     return QuantizedLinear(codes, _float16(scales.contiguous()), k // scales.shape[1])
-
-
-def _outputs_first(parameter: Any) -> bool:
-    """[N, ...], as compressed-tensors stores them, or [..., N], as gptq does."""
-    return bool(parameter.output_dim == 0)
 
 
 def _float16(scales: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ class _Work:
     def run(self, tokens: TokenSet | None, fingerprint: str) -> None:
         """Train, write, publish."""
         begin = time.perf_counter()
-        teacher = self._model(self.plan.teacher, self._teaching_type())
+        teacher = self._model(self.plan.teacher, torch.float32 if self.team.device.type == "cpu" else self.plan.teacher.dtype)
         text = self._text(tokens, teacher)
         every = self.settings.every if self.settings.square_head else 0
         model = self._model(self.plan.student, torch.float32, self.plan.stored)
@@ -211,10 +211,6 @@ class _Work:
         self._write(student)
         if self.team.leads:
             self._publish(trainer, text, fingerprint, time.perf_counter() - begin)
-
-    def _teaching_type(self) -> torch.dtype:
-        """The teacher computes in its own type; on a CPU in float32."""
-        return torch.float32 if self.team.device.type == "cpu" else self.plan.teacher.dtype
 
     def _model(self, checkpoint: Checkpoint, dtype: torch.dtype, stored: StoredLinears | None = None) -> "PreTrainedModel":
         def learning(weight: QuantizedLinear, bias: Any, device: torch.device, _dtype: torch.dtype) -> nn.Module:

@@ -7,7 +7,6 @@ the way. So a run that is continued from a saved state takes the very steps that
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -83,21 +82,13 @@ def schedule(step: int, steps: int, settings: TrainingSettings) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-@dataclass(frozen=True)
-class BatchOrder:
-    """Which sequences each step reads: permutation after permutation of all of them, cut into batches."""
-
-    sequences: int
-    batch: int
-    seed: int
-
-    def of(self, step: int) -> list[int]:
-        """The sequences of one step."""
-        first = step * self.batch
-        rounds = range(first // self.sequences, (first + self.batch - 1) // self.sequences + 1)
-        order = np.concatenate([np.random.RandomState((self.seed, part)).permutation(self.sequences) for part in rounds])
-        start = first - rounds[0] * self.sequences
-        return [int(index) for index in order[start : start + self.batch]]
+def sequences_of(step: int, count: int, batch: int, seed: int) -> list[int]:
+    """Which of `count` sequences a step reads: permutation after permutation of all of them, cut into batches."""
+    first = step * batch
+    rounds = range(first // count, (first + batch - 1) // count + 1)
+    order = np.concatenate([np.random.RandomState((seed, part)).permutation(count) for part in rounds])
+    start = first - rounds[0] * count
+    return [int(index) for index in order[start : start + batch]]
 
 
 class Trainer:
@@ -108,7 +99,6 @@ class Trainer:
     ) -> None:
         self.student, self.teacher, self.settings, self.team = student, teacher, settings, team
         self._train, self._held_out = texts
-        self._course = BatchOrder(len(self._train), settings.batch, settings.seed)
         self.steps = max(1, round(settings.tokens / (settings.batch * self._train.shape[1])))
         self.step = 0
         self._trained = student.trained()
@@ -146,14 +136,14 @@ class Trainer:
         measure_at, save_at = _marks(self.steps, self.settings.evaluations), _marks(self.steps, self.settings.saves)
         if not self.measured:
             self.measure(heads, emit)
-        pace = _Pace(self.settings.batch * self._train.shape[1], self.step)
+        first, begin = self.step, time.perf_counter()
         losses = torch.zeros(3, device=self.team.device)
         since = 0
         while self.step < self.steps:
             losses += self.take(heads)
             self.step, since = self.step + 1, since + 1
             if since == _SPEAK_EVERY or self.step in save_at | measure_at:
-                self._speak(losses / since, pace, emit)
+                self._speak(losses / since, (self.step - first) / max(time.perf_counter() - begin, 1e-9), emit)
                 losses, since = torch.zeros_like(losses), 0
             if self.step in measure_at:
                 self.measure(heads, emit)
@@ -167,7 +157,7 @@ class Trainer:
     def take(self, heads: tuple[Head, Head]) -> Tensor:
         """One step; returns its KL, CE and SquareHead."""
         settings, team = self.settings, self.team
-        chosen = self._train[self._course.of(self.step)]
+        chosen = self._train[sequences_of(self.step, len(self._train), settings.batch, settings.seed)]
         parts = list(chosen.split(settings.micro))[team.rank :: team.size]
         total = torch.zeros(3, device=team.device)
         for index, ids in enumerate(parts):
@@ -218,11 +208,11 @@ class Trainer:
         said = f"step {self.step} of {self.steps}: held-out KL {kl:.4f}{self._said}"
         emit(Event("note", said, data={"step": self.step, "held_out_kl": kl}))
 
-    def _speak(self, losses: Tensor, pace: "_Pace", emit: Emit) -> None:
-        """Say how it goes; a loss that is no number ends the run, with the last saved state intact."""
+    def _speak(self, losses: Tensor, rate: float, emit: Emit) -> None:
+        """Say how it goes, at `rate` steps a second; a loss that is no number ends the run, the last saved state intact."""
         kl, ce, square = self.team.mean(losses).tolist()
         self._check(kl, ce, square)
-        seconds, speed = pace.of(self.step, self.steps)
+        seconds, speed = (self.steps - self.step) / rate, rate * self.settings.batch * self._train.shape[1]
         data = {"kl": kl, "ce": ce, "square_head": square, "tokens_per_s": speed, "eta_s": seconds}
         emit(Event("progress", "steps", self.step, self.steps, data))
         told = f"KL {kl:.4f}, {speed:.0f} tokens/s"
@@ -267,18 +257,6 @@ class Trainer:
             if (best := tensors.get(f"{name}|best")) is not None:
                 self._best[name] = parameter.detach().clone()
                 fill_share(self._best[name], best)
-
-
-class _Pace:
-    """How fast it goes, from the steps of this process."""
-
-    def __init__(self, tokens_per_step: int, step: int) -> None:
-        self._tokens, self._begin, self._first = tokens_per_step, time.perf_counter(), step
-
-    def of(self, step: int, steps: int) -> tuple[float, float]:
-        """(seconds left, tokens per second)."""
-        rate = (step - self._first) / max(time.perf_counter() - self._begin, 1e-9)
-        return (steps - step) / rate, rate * self._tokens
 
 
 def _marks(steps: int, count: int) -> frozenset[int]:

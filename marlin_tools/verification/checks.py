@@ -1,6 +1,5 @@
 """What `verify` finds in the files of a quantised checkpoint, without running the model."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marlin_tools.checkpoint.headers import INDEX
 from marlin_tools.checkpoint.manifest import file_hashes, read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
+from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError
 from marlin_tools.families import find_family
 from marlin_tools.families.experts import stored_shapes
@@ -47,23 +48,11 @@ def judge(name: str, problems: list[str], fine: str) -> Check:
 
 
 def check_files(checkpoint: Checkpoint) -> Check:
-    """Opening has found every shard as long as its header says; here, the index is held against the headers."""
-    index = checkpoint.path / "model.safetensors.index.json"
-    if not index.is_file():
-        return Check("files", ok=True, detail=_extent(checkpoint))
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-    names = set(checkpoint.names())
-    problems = [
-        f"`{name}` is not in `{file}`, where the index has it"
-        for name, file in places.items()
-        if name not in names or checkpoint.stored(name).file.name != file
-    ]
-    problems += [f"the index does not know `{name}`" for name in sorted(names - set(places))]
-    return judge("files", problems, _extent(checkpoint))
-
-
-def _extent(checkpoint: Checkpoint) -> str:
-    return f"{len(checkpoint.names())} tensors, {checkpoint.nbytes / 1e6:.1f} MB"
+    """Opening has found every shard as long as its header says, and every tensor where the index has it."""
+    index, names = checkpoint.path / INDEX, checkpoint.names()
+    known = read_object(index)["weight_map"] if index.is_file() else names
+    problems = [f"the index does not know `{name}`" for name in names if name not in known]
+    return judge("files", problems, f"{len(names)} tensors, {checkpoint.nbytes / 1e6:.1f} MB")
 
 
 def check_config(checkpoint: Checkpoint) -> Check:
@@ -98,7 +87,6 @@ class Subject:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = checkpoint.config
         self.layout = Layout(checkpoint)
         self.stored = StoredLinears(checkpoint)
         self.contents = Contents(checkpoint)

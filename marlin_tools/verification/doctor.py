@@ -1,11 +1,9 @@
 """Stage `doctor`: what is installed here, what of it works, and what to do about the rest. Never fails, needs no network."""
 
-import hashlib
 import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +13,7 @@ from typing import Literal
 import torch
 
 from marlin_tools import ops
+from marlin_tools.checkpoint.output import sha256_of
 from marlin_tools.distributed.device import matmul_rate
 from marlin_tools.errors import MarlinToolsError, first_line
 from marlin_tools.resources import demo_dir
@@ -48,30 +47,21 @@ def diagnose() -> list[Fact]:
 
 
 def _python() -> Iterator[Fact]:
-    recent = sys.version_info >= (3, 11)
-    yield Fact("python", platform.python_version(), *(() if recent else ("problem", "Python 3.11 or newer is needed")))
+    yield Fact("python", platform.python_version())
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    if torch.version.cuda is None and _driver():
-        hint = "there is an NVIDIA driver: install a CUDA build of torch to use the GPU"
-        yield Fact("torch", f"{torch.__version__}, {build}", "problem", hint)
-    else:
-        yield Fact("torch", f"{torch.__version__}, {build}")
+    hint = "there is an NVIDIA driver: install a CUDA build of torch to use the GPU"
+    lacking = torch.version.cuda is None and _driver()
+    yield Fact("torch", f"{torch.__version__}, {build}", *(("problem", hint) if lacking else ()))
 
 
 def _packages() -> Iterator[Fact]:
-    for package in NEEDED:
-        found = _version(package)
-        yield Fact(package, found) if found else Fact(package, "absent", "problem", f"`pip install {package}`")
-    for package, use in OPTIONAL.items():
-        found = _version(package)
-        yield Fact(package, found) if found else Fact(package, "absent", "note", use)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    absent: dict[str, tuple[Status, str]] = {package: ("problem", f"`pip install {package}`") for package in NEEDED}
+    absent |= {package: ("note", use) for package, use in OPTIONAL.items()}
+    for package, what in absent.items():
+        try:
+            yield Fact(package, version(package))
+        except PackageNotFoundError:
+            yield Fact(package, "absent", *what)
 
 
 def _serving() -> Iterator[Fact]:
@@ -92,10 +82,8 @@ def _driver() -> str | None:
 
 def _gpus() -> Iterator[Fact]:
     driver = _driver()
-    if driver is None:
-        yield Fact("driver", "none", "note", "without an NVIDIA GPU everything runs on the CPU")
-    else:
-        yield Fact("driver", driver)
+    hint = "without an NVIDIA GPU everything runs on the CPU"
+    yield Fact("driver", driver) if driver else Fact("driver", "none", "note", hint)
     try:
         properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except RuntimeError as error:
@@ -154,17 +142,12 @@ def _disk(name: str, path: Path) -> Fact:
 
 
 def _hub() -> Iterator[Fact]:
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        yield Fact("hub cache", "huggingface_hub is absent", "problem", "`pip install huggingface_hub`")
-        return
+    from huggingface_hub import constants
+
     yield _disk("hub cache", Path(constants.HF_HUB_CACHE))
     flags = [flag for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(flag)]
-    if flags:
-        yield Fact("offline", ", ".join(flags), "note", "only cached models and data can be used; unset to download")
-    else:
-        yield Fact("offline", "no")
+    hint = "only cached models and data can be used; unset to download"
+    yield Fact("offline", ", ".join(flags), "note", hint) if flags else Fact("offline", "no")
 
 
 def _demo() -> Iterator[Fact]:
@@ -173,11 +156,9 @@ def _demo() -> Iterator[Fact]:
     folder = demo_dir()
     try:
         listed = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text(encoding="ascii").splitlines())
-        damaged = [name for name, value in listed.items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != value]
+        damaged = [name for name, value in listed.items() if sha256_of(folder / name) != value]
     except (OSError, ValueError) as error:
         yield Fact("demo model", f"unreadable: {error}", "problem", hint)
         return
-    if damaged:
-        yield Fact("demo model", f"damaged: {', '.join(damaged)}", "problem", hint)
-    else:
-        yield Fact("demo model", f"intact, {len(listed)} files")
+    found = f"damaged: {', '.join(damaged)}"
+    yield Fact("demo model", found, "problem", hint) if damaged else Fact("demo model", f"intact, {len(listed)} files")

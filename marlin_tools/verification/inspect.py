@@ -59,12 +59,12 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
 def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people: what and how much."""
     sparsity, total = facts["sparsity"], facts["bytes"]["total"]
-    parts = ", ".join(f"{kind} {_mega(size)}" for kind, size in facts["bytes"].items() if size and kind != "total")
+    parts = ", ".join(f"{kind} {size(count)}" for kind, count in facts["bytes"].items() if count and kind != "total")
     table = [
         ("model", facts["model"]),
         ("family", f"{facts['family']}, {facts['blocks']} blocks" + ("" if facts["supported"] else ", not supported")),
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M, {facts['dtype']}"),
-        ("size", f"{_mega(total)}: {parts}"),
+        ("size", f"{size(total)}: {parts}"),
         ("format", facts["format"] or "dense"),
     ]
     if facts["quantized"]:
@@ -145,5 +145,6 @@ def _verdict(verdict: EngineVerdict) -> dict[str, Any]:
     }
 
 
-def _mega(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

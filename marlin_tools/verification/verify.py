@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats.contents import Contents
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 from marlin_tools.verification.checks import Check, Subject, check_config, check_files
 from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint
 from marlin_tools.verification.trial import try_model
@@ -111,3 +112,22 @@ def _looks_like_a_model(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and any(path.glob("*.safetensors"))
+
+
+class VerifyStage(Stage):
+    """Check every directory that the run has written, or the model itself if it has written none."""
+
+    stage: Literal["verify"] = "verify"
+
+    def plan(self, outlook: Outlook) -> StagePlan:
+        """What is looked at."""
+        return StagePlan((("checks", "shapes, bytes and numbers of every directory written"),))
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """One directory after the other."""
+        made = [path for path in work.made if Checkpoint.open(path).quantization is not None]
+        found = {}
+        for path in made or [Path(work.source.name)]:
+            with work.clock("verify", *([path] if made else []), always=True):
+                found[path] = verify(path, emit=work.emit)
+        return {"verifications": found}

@@ -7,7 +7,7 @@ from torch import nn
 from marlin_tools.backends import decoder as module
 from marlin_tools.backends import load
 from marlin_tools.backends.decoder import Decoder, refusal
-from marlin_tools.backends.native import NativeFp8Linear, NativeLinear, build_fp8, join, replace
+from marlin_tools.backends.native import NativeFp8Linear, NativeLinear, build, build_fp8, join
 from marlin_tools.ops import pack
 from marlin_tools.ops.model import decode
 from marlin_tools.quantized import QuantizedLinear, round_inputs, rounded, rounds_inputs
@@ -18,6 +18,13 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
 }
+
+
+def replace(network, weights, dtype=torch.float16):
+    """Our linears in the place of those that `weights` names."""
+    for name, weight in weights.items():
+        linear = network.get_submodule(name)
+        network.set_submodule(name, build(weight, linear.bias, linear.weight.device, dtype))
 
 
 def worst_difference(model, batch=2, read=5, steps=4, capacity=16):

@@ -201,4 +201,4 @@ def test_an_unknown_backend_is_answered_with_the_nearest(tiny_llama):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_row_of_the_table_can_be_imported(name):
-    assert callable(BACKENDS[name].function())
+    assert callable(BACKENDS[name].function("16bit"))

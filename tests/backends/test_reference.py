@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlin_tools.backends import load
-from marlin_tools.backends.reference import PackedLinear, at_call, at_load
+from marlin_tools.backends.reference import PackedLinear, at_load
 from marlin_tools.formats import FORMATS
 from marlin_tools.quantized import QuantizedLinear
 
@@ -90,7 +90,7 @@ def test_packed_codes_take_half_a_byte_each(tiny_llama, write_int4):
     assert weights // 128 * 2 == sum(linear.scales.nbytes for linear in linears)
 
 
-@pytest.mark.parametrize("build", (at_load, at_call))
+@pytest.mark.parametrize("build", (at_load, PackedLinear))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(("n", "k"), ((1, 1), (3, 5), (8, 12)))
 def test_a_single_linear_of_any_size(build, dtype, n, k):

@@ -8,7 +8,7 @@ import torch
 from marlin_tools.bench import finetuning as stage
 from marlin_tools.bench.finetuning import BenchFinetuneSettings, FinetuneBench, Measured
 from marlin_tools.checkpoint import cards
-from marlin_tools.report.finetuning import finetune_table
+from marlin_tools.report.benchmarks import finetune_table
 
 MEASURED = FinetuneBench(
     settings=BenchFinetuneSettings(layers=4, batch=8, seqlen=1000),

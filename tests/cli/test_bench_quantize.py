@@ -11,7 +11,7 @@ from marlin_tools.bench import quantizing as stage
 from marlin_tools.bench.quantizing import BenchQuantizeSettings, Part, QuantizeBench
 from marlin_tools.checkpoint import cards
 from marlin_tools.compress.tune import Tuning
-from marlin_tools.report.quantizing import quantize_table
+from marlin_tools.report.benchmarks import quantize_table
 
 MEASURED = QuantizeBench(
     settings=BenchQuantizeSettings(layers=3),

@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from marlin_tools.cli import app
 from marlin_tools.compress.quantize import QuantizeSettings
-from marlin_tools.data import SOURCES
+from marlin_tools.data.sources import SOURCES
 from marlin_tools.formats import FORMATS
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from marlin_tools.data import samples
 from marlin_tools.data.calibrate import calibrate
-from marlin_tools.data.evaluation import evaluation_documents, load_text
+from marlin_tools.data.evaluation import _running_text, evaluation_documents
 from marlin_tools.errors import DataError
 
 Write = Callable[..., Path]
@@ -21,7 +21,7 @@ def decoded(tokenizer: Any, tokens: Any) -> list[str]:
 def test_wikitext_is_the_test_split_joined_with_two_newlines(hub: Any) -> None:
     hub.rows["Salesforce/wikitext", "test"] = [{"text": ""}, {"text": " = A = \n"}, {"text": "b"}]
 
-    assert "\n\n = A = \n\n\nb" == load_text("ppl:wikitext2") == load_text("wikitext2")
+    assert "\n\n = A = \n\n\nb" == _running_text("wikitext2")[0]
     assert {"test"} == {options["split"] for _, options in hub.calls}
 
 
@@ -29,11 +29,11 @@ def test_text_files_are_taken_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "held.txt"
     path.write_bytes(b" one\r\n\r\ntwo ")
 
-    assert " one\r\n\r\ntwo " == load_text(f"ppl:{path}")
+    assert " one\r\n\r\ntwo " == _running_text(str(path))[0]
 
 
 def test_table_files_are_their_text_joined_with_two_newlines(write_jsonl: Write) -> None:
-    assert "one\n\n\n\ntwo" == load_text(f"ppl:{write_jsonl([{'text': 'one'}, {'text': ''}, {'text': 'two'}])}")
+    assert "one\n\n\n\ntwo" == _running_text(str(write_jsonl([{"text": "one"}, {"text": ""}, {"text": "two"}])))[0]
 
 
 def test_a_stream_is_every_full_window_behind_one_bos(tokenizer: Any, write_jsonl: Write) -> None:
@@ -86,7 +86,7 @@ def test_held_out_documents_that_all_exceed_the_length_are_an_error(hub: Any, to
 
 def test_an_unknown_reference_is_refused() -> None:
     with pytest.raises(DataError, match="`ppl:wikitext3`: no such file or evaluation text"):
-        load_text("ppl:wikitext3")
+        _running_text("wikitext3")
 
 
 def test_a_wrong_tokenizer_is_noticed(tokenizer: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.errors import DataError
 
 ragged = st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), min_size=1, max_size=12)
@@ -27,14 +27,14 @@ def as_lists(tokens: TokenSet) -> list[list[int]]:
 
 @given(ragged, st.integers(1, 20))
 def test_chunks_keep_order_and_content_and_stay_within_the_limit(lists: list[list[int]], max_tokens: int) -> None:
-    chunks = make(lists).chunks(max_tokens)
+    chunks = chunks_of(make(lists).sequences, max_tokens)
 
     assert lists == [row.tolist() for chunk in chunks for row in chunk]
     assert all(chunk.numel() <= max_tokens or len(chunk) == 1 for chunk in chunks)
 
 
 def test_chunks_are_as_large_as_allowed() -> None:
-    chunks = make([[1, 2]] * 5 + [[1, 2, 3]] + [[4, 5]]).chunks(4)
+    chunks = chunks_of(make([[1, 2]] * 5 + [[1, 2, 3]] + [[4, 5]]).sequences, 4)
 
     assert [(2, 2), (2, 2), (1, 2), (1, 3), (1, 2)] == [tuple(chunk.shape) for chunk in chunks]
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_what_was_measured_is_taken_over_until_something_changes(measure, monkey
     assert (True, False) == (fresh, measured)
     assert first.scores == again.scores
     assert measure(limit=2)[1]
-    monkeypatch.setattr(record, "_device", lambda _name: "another device")
+    monkeypatch.setattr(record, "pick_device", lambda _name: SimpleNamespace(type="another"))
     assert measure(limit=2)[1]
 
 

@@ -11,6 +11,7 @@ from marlin_tools.backends import load, vllm
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.judge import Judge
+from marlin_tools.events import silent
 
 
 def _given(logits, ids, count):
@@ -63,7 +64,7 @@ def test_with_fewer_words_it_is_a_lower_bound(predictions, count):
 def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match="vLLM is not installed"):
-        vllm.VllmEngine._check()
+        vllm.VllmEngine(None, 8, 0, silent)
 
 
 def test_only_evaluation_goes_through_vllm(int4):

@@ -79,7 +79,7 @@ def test_the_plain_benchmark_has_two_pictures():
 
 
 def test_means_are_over_the_shapes():
-    svg = pictures.speedup(measured([*RESULTS, result(1, "ours", 12.0, n=512)]))
+    svg = pictures.draw(measured([*RESULTS, result(1, "ours", 12.0, n=512)]))["-speedup"]
 
     assert told(svg, "ours") == ["1, 6", "16, 18"]
 
@@ -88,17 +88,17 @@ def test_others_are_shown_where_they_were_measured():
     """The same shapes, type and groups on the same kind of GPU; nowhere else."""
     same = measured(RESULTS, gpu="NVIDIA H100 80GB HBM3")
 
-    assert len(told(pictures.speedup(same), "Machete *")) == 12
-    assert "measured on another one" in pictures.speedup(same)
-    assert "Sparse-Marlin *" in pictures.share_of_roofline(same)
+    assert len(told(pictures.draw(same)["-speedup"], "Machete *")) == 12
+    assert "measured on another one" in pictures.draw(same)["-speedup"]
+    assert "Sparse-Marlin *" in pictures.draw(same)["-roofline"]
     for other in (
         measured(RESULTS, gpu="NVIDIA A100"),
         measured(RESULTS, gpu="NVIDIA H100", dtype="bfloat16"),
         measured(RESULTS, gpu="NVIDIA H100", models=("peak",)),
         measured(RESULTS, gpu="NVIDIA H100", group_size=-1),
     ):
-        assert "*" not in pictures.speedup(other)
-        assert "*" not in pictures.share_of_roofline(other)
+        assert "*" not in pictures.draw(other)["-speedup"]
+        assert "*" not in pictures.draw(other)["-roofline"]
 
 
 def test_ideal_of_a_memory_bound_product_is_the_ratio_of_bytes():

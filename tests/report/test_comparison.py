@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.report.comparison import as_markdown, as_text, write_comparison
 from marlin_tools.run.verdict import Comparison, Finding, Outcome
 
@@ -13,8 +14,8 @@ def finding(measured=5.0, expected=5.0, tolerance=0.1, **more):
 
 
 def outcome(*findings, name="row", **more):
-    known = {"model": "demo", "description": "", "source": "a paper", "deviations": ("another tokenizer",), "log": "row.log"}
-    return Outcome(name=name, findings=findings, **(known | more))
+    known = {"name": name, "model": "demo", "source": "a paper", "deviations": ("another tokenizer",)}
+    return Outcome(Recipe.model_construct(**known), findings, **more)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_everything_is_said_in_words_in_markdown_and_on_the_page(tmp_path):
     assert "third: not run: <no> model" in text
     assert text.endswith("1 FAIL, 2 not run")
     for each in (markdown, page):
-        for word in ("first", "second", "third", "no data", "evaluate.limit=3", "another tokenizer", "a paper", "row.log"):
+        for word in ("first", "second", "third", "no data", "evaluate.limit=3", "another tokenizer", "a paper", "third.log"):
             assert word in each
     assert {"report.html", "report.json", "report.md"} == {path.name for path in tmp_path.iterdir()}
     assert "\\<no\\> model" in markdown

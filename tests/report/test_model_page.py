@@ -56,7 +56,7 @@ def read(page):
 
 
 def card(directory):
-    return report.pages(directory)["README.md"]
+    return report.pages(directory)[0]["README.md"]
 
 
 def changed(result, **manifest):
@@ -214,13 +214,13 @@ def test_page_without_an_evaluation_says_so(made, tmp_path):
 
     bare = Path(shutil.copytree(made / "compressed-tensors", tmp_path / "bare"))
     (bare / "evaluation.json").unlink()
-    page = report.pages(bare)["report.html"]
+    page = report.pages(bare)[0]["report.html"]
 
     assert "Nobody has measured this model yet." in page
     assert f"marlin-tools eval {bare} --tasks ppl:demo,demo_qa --baseline demo" in page
     assert "Not verified in this run" in page
     assert f"marlin-tools verify {bare}" in page
-    assert "Not measured yet." in report.pages(bare)["README.md"]
+    assert "Not measured yet." in report.pages(bare)[0]["README.md"]
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,23 @@
 
 import pytest
 
-from marlin_tools.training.loop import BatchOrder, TrainingSettings, schedule
+from marlin_tools.training.loop import TrainingSettings, schedule, sequences_of
 
 
 def test_every_sequence_is_read_once_a_round() -> None:
-    course = BatchOrder(sequences=10, batch=4, seed=3)
-    read = [index for step in range(5) for index in course.of(step)]
+    read = [index for step in range(5) for index in sequences_of(step, 10, 4, 3)]
     assert sorted(read[:10]) == sorted(read[10:]) == list(range(10))
     assert read[:10] != read[10:]
 
 
 def test_a_batch_may_be_larger_than_the_text() -> None:
-    batch = BatchOrder(sequences=3, batch=8, seed=0).of(0)
+    batch = sequences_of(0, 3, 8, 0)
     assert len(batch) == 8
     assert sorted(batch[:3]) == [0, 1, 2]
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    assert BatchOrder(50, 8, 1).of(7) == BatchOrder(50, 8, 1).of(7) != BatchOrder(50, 8, 2).of(7)
+    assert sequences_of(7, 50, 8, 1) == sequences_of(7, 50, 8, 1) != sequences_of(7, 50, 8, 2)
 
 
 def test_the_rate_rises_and_falls_to_a_tenth() -> None:
