@@ -55,8 +55,8 @@ TUNED = 2
 CHOSEN = 1
 """The same for which linears stay dense."""
 
-MOST = Tuning(iters=400)
-"""What the preset `max` does after `default`."""
+MOST, TOKENS_A_STEP = 400, 640
+"""What the preset `max` does after `default`: so many steps of tuning, fewer where there is less text."""
 
 
 _ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations", "keep_dense"}
@@ -112,10 +112,11 @@ class QuantizeSettings(BlockStage):
     sparsity: Literal["2:4", "keep"] | None = None
     keep_dense: Share | None = None
 
-    @property
-    def tuned(self) -> Tuning | None:
-        """How each block is trained once it is solved, if it is."""
-        return self.tuning or (MOST if self.preset == "max" and self.algorithm is None else None)
+    def tuned(self, tokens: int) -> Tuning | None:
+        """How each block is trained on so much text once it is solved, if it is."""
+        if self.tuning or self.preset != "max" or self.algorithm:
+            return self.tuning
+        return Tuning(iters=min(MOST, max(1, tokens // TOKENS_A_STEP)))
 
     @property
     def pruner(self) -> Pruner:
@@ -161,7 +162,7 @@ class QuantizeSettings(BlockStage):
 
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be solved, stored or exported later; forecast the rest."""
-        prepared = prepare_quantize(outlook.model, self, *outlook.tokens, outlook.formats)
+        prepared, how = prepare_quantize(outlook.model, self, *outlook.tokens, outlook.formats), self.tuned(outlook.tokens[0])
         inventory = prepared.inventory
         shapes = {target.name: (target.n, target.k) for target in inventory.targets}
         counts = Counter(shapes.values()).items()
@@ -169,7 +170,7 @@ class QuantizeSettings(BlockStage):
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
-            *([("tuning", f"{self.tuned.iters} steps for each block")] if self.tuned else []),
+            *([("tuning", f"{how.iters} steps for each block")] if how else []),
             *(
                 [("stays dense", f"at most {100 * self.keep_dense:.4g} % of the weights, chosen first")]
                 if self.keep_dense
@@ -209,7 +210,7 @@ def prepare_quantize(
     device = pick_device(settings.device)
     needs_data = settings.solver.needs_data
     seen = tokens if needs_data else 0
-    if settings.tuned:
+    if settings.tuned(tokens):
         _check_tuning(settings.solver, tokens, longest)
         forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)
     elif settings.keep_dense:
@@ -259,7 +260,7 @@ def quantize(
         }
         if settings.keep_dense:
             identity["keep_dense"] = {"share": settings.keep_dense, "revision": CHOSEN}
-        how = settings.tuned
+        how = settings.tuned(tokens.tokens if tokens else 0)
         if how:
             identity["tuning"] = how.model_dump() | {"revision": TUNED}
         store = CodeStore(FORMATS[settings.format], plan.checkpoint)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
-from marlin_tools.compress.tune import Tuning
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import MarlinToolsError
 from marlin_tools.verification.verify import verify
@@ -75,9 +74,8 @@ def tokens() -> TokenSet:
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: " ".join(map(str, cell)))
 def test_a_cell_works_and_verifies_or_is_refused_before_the_work(
-    cell: Cell, sources: dict[str, Path], tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cell: Cell, sources: dict[str, Path], tokens: TokenSet, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("marlin_tools.compress.quantize.MOST", Tuning(iters=1))
     chosen = dict(zip(SETTINGS, cell, strict=True))
     source = sources[str(chosen.pop("source"))]
     worked: list[str] = []

@@ -174,14 +174,17 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
     assert shards(whole) == shards(again)
 
 
-def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("marlin_tools.compress.quantize.MOST", Tuning(**FEW))
+def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, tokens: TokenSet) -> None:
+    steps = max(1, tokens.tokens // 640)
     out = run(tiny_llama, "max", preset="max")
-    same = run(tiny_llama, "same", preset="default", tuning=FEW)
+    same = run(tiny_llama, "same", preset="default", tuning={"iters": steps})
     assert shards(out) == shards(same)
     assert all("block_error" in record for record in records(out))
-    assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned == Tuning(iters=3)
-    assert QuantizeSettings(preset="default").tuned is None
+    assert json.loads((out.path / "manifest.json").read_text())["tuning"]["iters"] == steps
+    assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned(10**9) == Tuning(iters=3)
+    assert QuantizeSettings(preset="max").tuned(64 * 1024) == Tuning(iters=102)
+    assert QuantizeSettings(preset="max").tuned(128 * 2048) == Tuning(iters=400)
+    assert QuantizeSettings(preset="default").tuned(128 * 2048) is None
 
 
 def test_one_sequence_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
