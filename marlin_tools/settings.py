@@ -1,4 +1,4 @@
-"""The base of every settings class: frozen, and unknown keys are errors."""
+"""The base of every settings class: frozen, unknown keys are errors, and numbers are finite."""
 
 from collections.abc import Collection
 
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 class Settings(BaseModel):
     """What a stage can be told. Lives beside the code that it configures; a recipe is made of these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def one_of(kind: str, known: Collection[str]) -> AfterValidator:

@@ -193,6 +193,9 @@ class Tensors(NamedTuple):
     dtypes: Mapping[str, torch.dtype]
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Where a config.json says how many experts there are."""
+
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|blocks|h))\.(?P<index>\d{1,9})\.")
 _OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|mtp")
 """Parts of a model that are not its text decoder."""
@@ -207,6 +210,7 @@ def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
     """Refuse a config.json that describes another model than the tensors beside it: other blocks, sizes or types."""
     text = config.get("text_config") or config
     _check_blocks(text, tensors, where)
+    _check_experts(text, where)
     wanted = text.get("vocab_size"), text.get("hidden_size")
     for name, shape in tensors.shapes.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")) and not _OTHER.search(name):
@@ -236,6 +240,14 @@ def _check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> N
             missing = next((i for i in range(count) if i not in there), None)
             fact = f"there are {len(there)}" if missing is None else f"there is no `{prefix}.{missing}`"
             raise _disagreement(where, f"`num_hidden_layers` is {count}, but {fact} under `{prefix}`")
+
+
+def _check_experts(config: Mapping[str, Any], where: Path) -> None:
+    """A router calls some of the experts that there are, each once for a token."""
+    count, called = next((config[key] for key in EXPERTS if config.get(key)), None), config.get("num_experts_per_tok")
+    if isinstance(count, int) and isinstance(called, int) and not 1 <= called <= count:
+        hint = "correct it, or download the model again"
+        raise ModelError(f"`{where}`: `num_experts_per_tok` is {called}, of {count} experts", hint=hint)
 
 
 def _disagreement(where: Path, fact: str) -> ModelError:

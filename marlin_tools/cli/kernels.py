@@ -10,7 +10,7 @@ from marlin_tools.cli import ui
 from marlin_tools.cli.complete import list_of, one_of
 from marlin_tools.cli.options import PLAIN, Json, option
 from marlin_tools.cli.perform import words
-from marlin_tools.errors import RecipeError
+from marlin_tools.errors import DeviceError, RecipeError
 
 kernels = typer.Typer(help="The bundled CUDA kernels.", **PLAIN)
 
@@ -62,6 +62,8 @@ def build_kernels(
     from marlin_tools.ops.runtime.cubin_cache import CubinCache
 
     targets, cache = _known(arch), CubinCache(output)
+    if reason := cache.obstacle():
+        raise DeviceError(f"cannot write `{cache.folder}`: {reason}", hint="choose another `-o DIR`")
     total = sum(len(ops.kernels(target)) for target in targets)
     built = []
     with ui.Display() as display:

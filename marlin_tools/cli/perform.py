@@ -9,7 +9,13 @@ from marlin_tools.cli import ui
 if TYPE_CHECKING:
     from marlin_tools.recipe.recipe import Recipe
 
-_FLAGS = {"source": "--calib", "formats": "--format", "negative_scales": "--no-negative-scales", "model": "MODEL"}
+_FLAGS = {
+    "source": "--calib",
+    "formats": "--format",
+    "negative_scales": "--no-negative-scales",
+    "tuning": "--tune",
+    "model": "MODEL",
+}
 """Settings whose option has another name than theirs."""
 
 

@@ -92,7 +92,7 @@ def check_dense(sparsity: str | None, formats: Sequence[str], *, needs_data: boo
             "round-to-nearest looks at no data, what 2:4 costs is measured on some", hint="choose another `--preset`"
         )
     for name in formats:
-        if reason := FORMATS[name].limits(128, 128, 128, sparse=False):  # a shape that every format knows
+        if reason := FORMATS[name].limits(256, 256, 128, sparse=False):  # a shape that every format knows
             raise FormatError(
                 f"format `{name}` cannot hold the linears that stay dense: {reason}",
                 hint="use `--format compressed-tensors`, or leave out `--keep-dense`",

@@ -186,9 +186,6 @@ NESTED = {
 }
 """Types that hold a language model among other things: its own type if config.json does not say, and its module."""
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Where a config.json says how many experts there are."""
-
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that describes the language model: all of it, or `text_config` beside that of other parts."""

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_tools.checkpoint.contract import EXPERTS
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
-from marlin_tools.families import EXPERTS, NESTED, Branch, Experts, Family, find_family
+from marlin_tools.families import NESTED, Branch, Experts, Family, find_family
 
 _MISMATCH = "config.json and weights do not belong together; download the model again"
 

@@ -344,7 +344,8 @@ def _weights(checkpoint: Checkpoint) -> Weights:
         codes += torch.bincount(linear.codes.flatten().int(), minlength=LEVELS)
         scales = linear.scales.float().flatten()
         negative, groups = negative + int((scales < 0).sum()), groups + scales.numel()
-        found, counts = torch.unique((OCTAVE * scales[scales != 0].abs().log2()).floor().int(), return_counts=True)
+        shown = scales[(scales != 0) & scales.isfinite()]  # `verify` speaks of the others
+        found, counts = torch.unique((OCTAVE * shown.abs().log2()).floor().int(), return_counts=True)
         for index, count in zip(found.tolist(), counts.tolist(), strict=True):
             bins[index] = bins.get(index, 0) + count
     total = int(codes.sum())

@@ -38,6 +38,7 @@ from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.events import Emit, Event, silent
+from marlin_tools.families import text_config
 from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
@@ -96,7 +97,9 @@ class FinetuneSettings(TrainingSettings, Stage):
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
         name = self.teacher or outlook.model.origin
         quantized = outlook.quantized or outlook.model.quantization is not None
-        check_pair(outlook.model, outlook.find(name), self, quantized=quantized)
+        teacher = outlook.find(name)
+        check_pair(outlook.model, teacher, self, quantized=quantized)
+        _check_window(teacher, self)
         if outlook.first and outlook.model.quantization is None and not isinstance(outlook.model, Card):
             check_mask(outlook.model)
         facts = [("teacher", name)]
@@ -137,6 +140,7 @@ def finetune(
         plan = pair(model, settings.teacher, settings)
         settings = settings.fitted(quantized=plan.stored is not None)
         _check_sizes(tokens, settings)
+        _check_window(plan.teacher, settings)
         run = fingerprint_of(
             stage="finetune",
             revision=REVISION,
@@ -176,7 +180,18 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
     count = (len(tokens.sequences) if tokens else 0) + settings.sampled
     if count <= settings.held_out:
         raise DataError(
-            f"{count} windows of text, of which {settings.held_out} are held out", hint="use more text (`--num-samples`)"
+            f"{count} windows of text, of which {settings.held_out} are held out",
+            hint=f"use `--num-samples {settings.held_out + 1}` or more",
+        )
+
+
+def _check_window(teacher: Checkpoint, settings: FinetuneSettings) -> None:
+    """Refuse windows that are longer than what the teacher can write."""
+    longest = text_config(teacher.config).get("max_position_embeddings")
+    if settings.sampled and longest and settings.seqlen > longest:
+        raise DataError(
+            f"windows of {settings.seqlen} tokens are more than the {longest} positions of `{teacher.origin}`",
+            hint=f"use `--seqlen {longest}`",
         )
 
 

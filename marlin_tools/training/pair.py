@@ -5,16 +5,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marlin_tools.checkpoint.contract import EXPERTS
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import processes
 from marlin_tools.errors import ModelError, RecipeError
-from marlin_tools.families import find_family
+from marlin_tools.families import find_family, text_config
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import is_2_4
 from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.loop import TrainingSettings
+
+_SHAPES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""What a model and its original have in common."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,14 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
         raise RecipeError(f"`{student.origin}` is not quantised: `code_rate` means nothing to it", hint="leave it out")
     if teacher.quantization is not None:
         raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")
+    if any(text_config(student.config).get(key) for key in EXPERTS):
+        raise ModelError(
+            f"`{student.origin}` is a mixture of experts, which cannot be finetuned here",
+            hint="`marlin-tools quantize --preset max` trains it block by block",
+        )
     check_vocabulary(student, teacher)
+    if settings.code_rate:
+        _check_shapes(student, teacher)
     if settings.square_head:
         for key in ("hidden_size", "num_hidden_layers"):
             if student.config.get(key) != teacher.config.get(key):
@@ -91,6 +110,17 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
                     f"`{key}` is {student.config.get(key)} in `{student.origin}` and {teacher.config.get(key)} in its teacher",
                     hint="hidden states cannot be compared: set `square_head` to 0",
                 )
+
+
+def _check_shapes(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Codes learn from where the original's weights lie between them, so every linear needs its original."""
+    for key in _SHAPES:
+        found = [text_config(each.config).get(key) for each in (student, teacher)]
+        if found[0] != found[1]:
+            raise ModelError(
+                f"`{key}` is {found[0]} in `{student.origin}` and {found[1]} in its teacher `{teacher.origin}`",
+                hint="the teacher must be the model that was quantised; another one teaches with `--code-rate 0`",
+            )
 
 
 def _check_learning(settings: TrainingSettings) -> None:

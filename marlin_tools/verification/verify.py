@@ -7,7 +7,6 @@ finds something names the tensor. A bad checkpoint fails checks; only what is no
 Read next: `checks.py` for what lies on disk, `trial.py` for what the model computes, `engines.py` for who loads it.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats.contents import Contents
@@ -108,10 +108,10 @@ def _checks(directory: str | Path | Checkpoint, device: str) -> Iterator[Check]:
 
 def _looks_like_a_model(path: Path) -> bool:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_object(path / "config.json")
+    except (OSError, ModelError):
         return False
-    return isinstance(config, dict) and any(path.glob("*.safetensors"))
+    return any(path.glob("*.safetensors"))
 
 
 class VerifyStage(Stage):

@@ -148,6 +148,10 @@ def test_model_as_json_and_as_a_table(cli, decoded, tmp_path):
         (("bench", "model", "--out", "1"), "error: `--out 1`: must be greater than or equal to 2\n"),
         (("kernels", "list", "--arch", "sm_70"), "error: --arch: no kernels are made for `sm_70`\nhint: there are: sm_80, "),
         (("kernels", "build", "--arch", ","), "error: --arch: no architecture is named\n"),
+        (
+            ("kernels", "build", "-o", "/dev/null/x"),
+            "error: cannot write `/dev/null/x`: Not a directory\nhint: choose another ",
+        ),
     ),
     ids=" ".join,
 )

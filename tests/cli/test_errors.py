@@ -27,6 +27,7 @@ CASES = [
         ),
     ),
     (("quantize", "demo", "--format", "gptq,gptq"), "error: command line: format `gptq` would be written twice\n"),
+    (("quantize", "demo", "--tune", "0"), "error: `--tune 0`: must be greater than or equal to 1\n"),
     (("quantize", "demo", "--damp", "-1"), "error: `--damp -1.0`: must be greater than 0\n"),
     (
         ("quantize", "demo", "--calib", "redpyjama"),

@@ -151,10 +151,12 @@ def cut(name: str) -> Callable[[dict[str, Tensor]], object]:
             {"num_experts": 3, "num_local_experts": 3},
             "holds 4 experts, config.json asks for 3",
         ),
+        ("mixtral", lambda _tensors: None, {"num_experts_per_tok": 9}, "`num_experts_per_tok` is 9, of 4 experts"),
+        ("mixtral", lambda _tensors: None, {"num_experts_per_tok": 0}, "`num_experts_per_tok` is 0, of 4 experts"),
         ("gpt_oss", cut("model.layers.0.mlp.experts.gate_up_proj"), {}, "config.json asks for"),
         ("mixtral", lambda t: t["model.layers.1.block_sparse_moe.gate.weight"].fill_(torch.nan), {}, "gate.weight` holds NaN"),
     ],
-    ids=["count", "shape", "router"],
+    ids=["count", "called", "not called", "shape", "router"],
 )
 def test_what_does_not_fit_is_refused_before_work(
     made: Callable[[str], Path],

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.errors import RecipeError
+from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.training.finetune import FinetuneSettings
 from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Product
 
 Run = Callable[..., Checkpoint]
@@ -202,3 +203,37 @@ def test_the_gradient_is_that_of_the_products(biased: bool) -> None:
     ]
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"model_type": "llama", "intermediate_size": 320}, "`intermediate_size` is .* and 320 in its teacher"),
+        ({"model_type": "qwen2"}, "`model_type` is llama .* and qwen2 in its teacher"),
+    ],
+)
+def test_a_teacher_of_another_shape(
+    run: Run, quantized: Make, tiny_model: Make, tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        run(model=quantized(), teacher=str(tiny_model(**other)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_cannot_write_more_than_it_has_positions_for(run: Run, quantized: Make) -> None:
+    with pytest.raises(DataError, match="windows of 4096 tokens are more than the"):
+        run(model=quantized(), text=None, sampled=12, seqlen=4096)
+
+
+def test_a_mixture_of_experts_is_refused_for_what_it_is(run: Run, tiny_model: Make) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    model = tiny_model("qwen3_moe", **experts)
+    with pytest.raises(ModelError, match="is a mixture of experts"):
+        run(model=model, teacher=str(model))
+
+
+@pytest.mark.parametrize("weight", ["kl", "ce", "square_head", "clip"])
+def test_weights_are_finite(weight: str) -> None:
+    """An infinite one would be written into a manifest that nobody can read."""
+    with pytest.raises(ValueError, match="finite"):
+        FinetuneSettings(**{weight: float("inf")})

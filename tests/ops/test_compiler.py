@@ -306,6 +306,16 @@ def test_interrupted_write_leaves_nothing_to_read(tmp_path, compilations, monkey
     assert not list(tmp_path.glob("*.kernel"))
 
 
+def test_a_full_disk_leaves_nothing(tmp_path, compilations, monkeypatch):
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    assert CubinCache(tmp_path).get(SMALL).symbol == "symbol"
+    assert not list(tmp_path.glob("*.new"))
+
+
 def _get_slowly(folder, log):
     def slow(_kernel):
         with Path(log).open("a") as file:

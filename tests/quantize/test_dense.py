@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress import dense, job
-from marlin_tools.compress.dense import Unit, choose
+from marlin_tools.compress.dense import Unit, check_dense, choose
 from marlin_tools.compress.export import export
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
@@ -222,3 +222,7 @@ def test_refused_before_work(
 ) -> None:
     with pytest.raises(kind, match=said):
         prepare_quantize(model, QuantizeSettings(keep_dense=0.1, device="cpu", **settings), 1000, 64, formats)
+
+
+def test_marlin_holds_what_stays_dense() -> None:
+    check_dense("2:4", ("marlin",), needs_data=True)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from marlin_tools.compress.export import export
 from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.report.result import gather
 from marlin_tools.verification.verify import verify
 
 LINEAR = "model.layers.1.mlp.up_proj"
@@ -283,7 +284,7 @@ def test_a_tensor_that_the_index_does_not_know(damaged, failures):
     assert {"files": "the index does not know `model.norm.weight`"} == failures(damaged)
 
 
-@pytest.mark.parametrize("content", (None, "{", "[]"))
+@pytest.mark.parametrize("content", (None, "{", "[]", pytest.param('{"a":' * 3000 + "1" + "}" * 3000, id="deep")))
 def test_what_is_no_model_directory_is_an_error(tmp_path, content):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     if content is not None:
@@ -302,3 +303,13 @@ def test_a_model_without_weights_is_an_error(damaged):
 def test_a_dense_model_is_an_error(tiny_llama):
     with pytest.raises(FormatError, match="is not quantised"):
         verify(tiny_llama)
+
+
+@pytest.mark.timeout(60)
+def test_a_page_has_no_bin_for_a_scale_that_is_no_number(copy, edit):
+    """Bins reach from the smallest scale to the largest, and there is no end to those of infinity."""
+    directory = copy()
+    with edit(directory, f"{LINEAR}.scales") as tensors:
+        tensors[f"{LINEAR}.scales"][0, 0], tensors[f"{LINEAR}.scales"][0, 1] = torch.nan, torch.inf
+
+    assert len(gather(directory, None).weights.scales) < 1000

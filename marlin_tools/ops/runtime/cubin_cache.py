@@ -55,6 +55,15 @@ class CubinCache:
         self._in_memory[key] = binary
         return binary
 
+    def obstacle(self) -> str | None:
+        """Why nothing could be kept in the folder, or None."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                return None
+        except OSError as error:
+            return error.strerror
+
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.kernel"
 
@@ -89,13 +98,18 @@ class CubinCache:
             "resources": asdict(binary.resources),
             "sha256": hashlib.sha256(binary.image).hexdigest(),
         }
+        name = None
         try:
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{key}.", suffix=".new", delete=False) as file:
+                name = Path(file.name)
                 file.write(json.dumps(head).encode() + b"\n" + binary.image)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(file.name).replace(self._path(key))
+            name.replace(self._path(key))
         except OSError as error:
+            if name is not None:  # half of a kernel helps nobody, on a full disk least of all
+                with contextlib.suppress(OSError):
+                    name.unlink()
             _log.info("`%s` cannot be written (%s): compiled kernels stay in memory", self.folder, error.strerror)
 
 
