@@ -29,7 +29,7 @@ from marlin_tools.cli.options import (
     flag,
     option,
 )
-from marlin_tools.cli.perform import given, perform, recipe_of, short_name
+from marlin_tools.cli.perform import given, perform, recipe_of, short_name, words
 from marlin_tools.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def quantize(
 
     Started by `torchrun`, 2, 4 or 8 processes share the work; with --tune it is one.
     """
-    first, *others = format.split(",") if format else (None,)
+    first, *others = words(format) or (None,)
     signed = False if no_negative_scales else None
     tuning = given(iters=tune) or None
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
@@ -180,7 +180,7 @@ def export(
 
     The original model is not needed.
     """
-    stage = {"stage": "export", "formats": format.split(",")}
+    stage = {"stage": "export", "formats": words(format)}
     return perform(recipe_of(short_name(str(directory)), str(directory), [stage]), output, overwrite=overwrite, as_json=json)
 
 

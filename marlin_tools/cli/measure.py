@@ -12,7 +12,9 @@ from marlin_tools.cli.perform import given, perform, recipe_of, short_name
 app = typer.Typer(**PLAIN)
 
 _RUNNING = [name for name in BACKENDS if name != "vllm"]
-Backend = Annotated[str | None, option(of="NAME", text="auto, native, reference or reference-packed.", words=one_of(_RUNNING))]
+Backend = Annotated[
+    str | None, option(of="NAME", text="auto, native, reference, reference-packed or torch-int4.", words=one_of(_RUNNING))
+]
 Reads = Annotated[
     str | None,
     option("--activations", of="16bit|fp8", text="What the linears read, if not as stored.", words=one_of(ACTIVATIONS)),
@@ -30,7 +32,8 @@ def evaluate(
     ] = None,
     baseline: Annotated[str | None, option(of="MODEL", text="The original, measured on the same items.", words=models)] = None,
     backend: Annotated[
-        str | None, option(of="NAME", text="auto, native, reference, reference-packed or vllm.", words=one_of(BACKENDS))
+        str | None,
+        option(of="NAME", text="auto, native, reference, reference-packed, torch-int4 or vllm.", words=one_of(BACKENDS)),
     ] = None,
     activations: Reads = None,
     num_fewshot: Annotated[int | None, option("-f", "--num-fewshot", of="N", text="Examples in the prompt.")] = None,

@@ -46,7 +46,7 @@ def _known_share(share: object) -> object:
         number = float(found[1]) / (100 if found[2] else 1)
     if isinstance(number, float) and 0 < number < 1:
         return number
-    raise ValueError("it is a share of the weights, such as 10% or 0.1")
+    raise ValueError("it is a share of the weights above 0 and below 100%, such as 10% or 0.1")
 
 
 Share = Annotated[float, PlainValidator(_known_share), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})]

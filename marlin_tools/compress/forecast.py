@@ -90,7 +90,7 @@ class Forecast:
         rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak{each}"))
         if self.gpu_gb is not None:
             rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak{each}"))
-        rows.append(("disk", f"{self.disk_gb:.1f} GB" if self.disk_gb >= 1 else f"{self.disk_gb * 1000:.0f} MB"))
+        rows.append(("disk", _gigabytes(self.disk_gb)))
         return rows if self.seconds is None else [*rows, ("time", _spell(self.seconds))]
 
     def check(self, out: Path) -> None:
@@ -99,7 +99,8 @@ class Forecast:
         free = shutil.disk_usage(parent).free / 1e9
         if free < self.disk_gb:
             raise OutputError(
-                f"`{out}` needs {self.disk_gb:.1f} GB, {free:.1f} GB are free", hint="free some disk or choose another `-o DIR`"
+                f"`{out}` needs {_gigabytes(self.disk_gb)}, {_gigabytes(free)} are free",
+                hint="free some disk or choose another `-o DIR`",
             )
         if self.gpu_gb is not None:
             available = torch.cuda.mem_get_info(self.device)[0] / 1e9
@@ -171,6 +172,10 @@ def forecast_prune(
 ) -> Forecast:
     """The same for pruning; `trained` if each block is trained afterwards."""
     return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", trained=trained), device)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.0f} MB"
 
 
 def _spell(seconds: float) -> str:

@@ -8,6 +8,7 @@ are checked before any model is loaded. Read next: `scores.py` for what comes ou
 """
 
 import gc
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -122,8 +123,13 @@ def evaluate(
     run = _Run(settings, checkpoint, original, remember)
     # as the user named the tasks; the parts of groups and tags follow in lm-eval's order
     place = {name: number for number, name in enumerate(settings.tasks)}
+    scores = tuple(sorted(run.scores(), key=lambda score: place.get(score.task, len(place))))
+    for score in scores:
+        if not math.isfinite(score.value):
+            told = f"`{score.task}`: {score.metric} is not finite; `marlin-tools verify` says whether the weights are"
+            remember(Event("warning", told))
     result = Evaluation(
-        scores=tuple(sorted(run.scores(), key=lambda score: place.get(score.task, len(place)))),
+        scores=scores,
         model=run.subject.describe(),
         baseline=run.original.describe() if run.original is not None else None,
         settings=settings.model_dump(mode="json", exclude={"stage", "baseline"}),

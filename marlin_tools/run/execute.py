@@ -75,7 +75,7 @@ def execute(
 
     for note in planned.notes:
         emit(Event("note", note))
-    first = _position(planned, start)
+    first = position(planned, start)
     for index, step in enumerate(planned.steps):
         if index < first:
             _check_kept(step, recipe)
@@ -120,7 +120,8 @@ def _check_outputs(planned: Plan) -> None:
             check_output(path, there, overwrite=True)  # whether a result of ours may go is asked for stage by stage
 
 
-def _position(planned: Plan, start: str | None) -> int:
+def position(planned: Plan, start: str | None) -> int:
+    """The number of the stage to start with."""
     stages = [step.stage.stage for step in planned.steps]
     if start is None:
         return 0

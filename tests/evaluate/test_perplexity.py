@@ -1,10 +1,12 @@
 """Perplexity, divergence and agreement against their plainest forms."""
 
 import math
+import shutil
 from statistics import fmean, stdev
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlin_tools.backends import load
@@ -38,6 +40,20 @@ def test_perplexity_is_that_of_the_plain_formula(model, text, run):
     assert len(parts) > 5
     assert pytest.approx(math.exp(fmean(losses)), rel=1e-6) == score.value
     assert pytest.approx(score.value * stdev(losses) / math.sqrt(len(losses)), rel=1e-4) == score.stderr
+
+
+def test_a_score_that_is_no_number_is_a_warning(int4, text, run, tmp_path):
+    broken, events = shutil.copytree(int4, tmp_path / "broken"), []
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name].fill_(math.nan)
+        save_file(tensors, file)
+    result = run(broken, text, seqlen=32, emit=events.append)
+
+    assert not math.isfinite(result.score(text).value)
+    (told,) = [event.text for event in events if event.kind == "warning" and "perplexity is not finite" in event.text]
+    assert told in result.notes
 
 
 def test_the_number_carries_how_it_was_measured(model, text, run):
