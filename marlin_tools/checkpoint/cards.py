@@ -15,16 +15,17 @@ from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint, hub_name, read_config
 from marlin_tools.errors import ErrorTranslation, ModelError
 
-_KEYS = (
+SIZES = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
 )
+"""What decides the shapes of a dense model's linears."""
+
+_KEYS = (*SIZES, "vocab_size", "max_position_embeddings")
 
 
 def _card(model_type: str, dtype: str, sizes: tuple[int, ...], *, tied: bool = False, **more: Any) -> dict[str, Any]:

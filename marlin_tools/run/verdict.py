@@ -101,9 +101,19 @@ class Outcome:
             for each in self.findings
         ]
         evaluation = self.evaluation.describe() if self.evaluation else None
-        names = ("name", "model", "source", "deviations", "problem", "control", "outputs")
-        own = {name: getattr(self if hasattr(self, name) else self.recipe, name) for name in names}
-        return {**own, "verdict": self.verdict, "warnings": self.warnings, "findings": findings, "evaluation": evaluation}
+        return {
+            "name": self.name,
+            "model": self.recipe.model,
+            "source": self.recipe.source,
+            "deviations": self.recipe.deviations,
+            "problem": self.problem,
+            "control": self.recipe.control,
+            "outputs": self.outputs,
+            "verdict": self.verdict,
+            "warnings": self.warnings,
+            "findings": findings,
+            "evaluation": evaluation,
+        }
 
 
 @dataclass(frozen=True)

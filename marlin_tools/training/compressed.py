@@ -48,10 +48,7 @@ def expand(values: Tensor, positions: Tensor) -> Tensor:
 
 
 def _places(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K/4, 2] each: the columns of a quad as gather and scatter want them, and which of the two must stay zero.
-
-    Computed: looking so many positions up in a table takes a GPU ten times as long as the products.
-    """
+    """[N, K/4, 2] each: the columns of a quad as gather and scatter want them, and which of the two must stay zero."""
     first = torch.stack((positions, positions >> 2), dim=2)
     dead = torch.stack((positions & _DEAD[0], positions & _DEAD[1]), dim=2)
     return first.bitwise_and_(3).long(), dead.bool()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marlin_tools.checkpoint.cards import SIZES
 from marlin_tools.checkpoint.contract import EXPERTS
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -16,17 +17,6 @@ from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import is_2_4
 from marlin_tools.stream.inventory import Inventory, take_linears
 from marlin_tools.training.loop import TrainingSettings
-
-_SHAPES = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-"""What a model and its original have in common."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
 
 def _check_shapes(student: Checkpoint, teacher: Checkpoint) -> None:
     """Codes learn from where the original's weights lie between them, so every linear needs its original."""
-    for key in _SHAPES:
+    for key in ("model_type", *SIZES):
         found = [text_config(each.config).get(key) for each in (student, teacher)]
         if found[0] != found[1]:
             raise ModelError(
