@@ -21,8 +21,8 @@ import torch
 from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Problem, Solution, slabs
 from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.compress.solving import Solve, solve
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import Pairs, Team
 from marlin_tools.errors import FormatError, RecipeError
@@ -31,7 +31,7 @@ from marlin_tools.formats import FORMATS
 from marlin_tools.quantized import is_2_4
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.inventory import Inventory
-from marlin_tools.stream.layer_stream import Block, Group, LayerStream
+from marlin_tools.stream.layer_stream import Block, LayerStream
 
 LOOKED_AT = 65_536
 """Calibration tokens that the choice is made from, in whole windows."""
@@ -51,8 +51,6 @@ def _known_share(share: object) -> object:
 
 Share = Annotated[float, PlainValidator(_known_share), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})]
 """A part of the weights, more than none and less than all."""
-
-Solve = Callable[[Group], Problem]
 
 
 @dataclass(frozen=True)
@@ -181,27 +179,20 @@ Version = dict[str, Tensor]
 def _solved(block: Block, ways: tuple[Solve, Solve], team: Team) -> dict[tuple[str, ...], tuple[Version, Version]]:
     """Every unit of a block dense and 2:4, by its linears. Those that are 2:4 already stay so, and are left out."""
     found: dict[str, tuple[Version, Version]] = {}
-    for group in block.groups():
-        if not group.names or all(is_2_4(group.weight(name)) for name in group.names):
-            continue
-        weight = group.stacked()
-        versions = found.setdefault(_unit(group.names), ({}, {}))
-        for version, way in zip(versions, ways, strict=True):
-            value = _solution(way(group), weight, team).value(weight.dtype)
-            version.update((name, value[rows]) for name, rows in group.rows())
+    for batch in block.batches():
+        todo = {group.names for group in batch if not all(is_2_4(group.weight(name)) for name in group.names)}
+        for number, way in enumerate(ways if todo else ()):
+            for group, solution in solve(batch, way, team):
+                if group.names in todo:
+                    value = solution.value(group.weight(group.names[0]).dtype)
+                    version = found.setdefault(_unit(group.names), ({}, {}))[number]
+                    version.update((name, value[rows]) for name, rows in group.rows())
     return {tuple(versions[0]): versions for versions in found.values()}
 
 
 def _unit(names: Sequence[str]) -> str:
     """The same for the same linears of all experts."""
     return " ".join(re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in names)
-
-
-def _solution(problem: Problem, weight: Tensor, team: Team) -> Solution:
-    """As the loop solves: processes share the rows."""
-    n, k = weight.shape
-    own = [rows for part in team.rows(n) for rows in slabs(part, k, on_gpu=weight.is_cuda, size=problem.slab)]
-    return Solution.join([problem.solve(weight[rows], rows) for rows in own]).map(lambda part: team.gather(part, n))
 
 
 def _error(block: Block, entering: Activations, leaving: Activations, version: Version, team: Team) -> float:

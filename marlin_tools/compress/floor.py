@@ -62,8 +62,9 @@ def least_seconds(work: Work, solver: RTN | GPTQ | Pruner, rate: float, device: 
         "judge": 4 * square / rate,
     }
     if solver.drift:
-        closing = [(group[0].n, group[0].k) for group in work.groups if len(group) == 1]
-        entering = [(sum(t.n for t in group), group[0].k) for group in work.groups if len(group) > 1]
+        seen_by_all = [group for group in work.groups if group and group[0].share == 1]  # experts' drift is not measured
+        closing = [(group[0].n, group[0].k) for group in seen_by_all if len(group) == 1]
+        entering = [(sum(t.n for t in group), group[0].k) for group in seen_by_all if len(group) > 1]
         pairs = sum(n * k for n, k in closing) + sum(k * k for _, k in entering)
         one_more = 2 * sum(n * k * k for n, k in closing)
         parts["drift"] = 2 * work.tokens * pairs / rate + one_more / half_exact

@@ -25,6 +25,7 @@ from marlin_tools.errors import DeviceError, OutputError
 from marlin_tools.stream.activations import MemoryBudget
 from marlin_tools.stream.inventory import Inventory, Target
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS
+from marlin_tools.stream.routed import hessians_room
 
 _TAKES = {
     "cuda": {
@@ -255,13 +256,22 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         k = group[0].k if group else 0
         inner = min(room.inner, tokens * k * element)
         kept = inner if len(group) == 1 else residual if room.inputs else 0
-        solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.team.cuts else 1) if group else 0
+        expert = bool(group) and group[0].share < 1
+        if expert:
+            kept += max(1, sums) * _waiting(work, k, device, load.team)
+        solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.team.cuts and not expert else 1) if group else 0
         summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
     if load.tuned:
         passed = sum(group[0].k + sum(t.n for t in group) for group in work.groups if group)
         most = max(most, residual + _TUNED_WEIGHT * work.weights + 8 * chunk // element * passed)
     return weights + most
+
+
+def _waiting(work: Work, k: int, device: torch.device, team: Team) -> int:
+    """Hessians of experts with so many inputs: all that are looked at together wait to be solved."""
+    experts = sum(bool(group) and group[0].share < 1 and group[0].k == k for group in work.groups)
+    return min(experts * 4 * k * k, hessians_room(device, cuts=team.cuts))
 
 
 def _solver_bytes(group: Sequence[Target], *, on_gpu: bool, slabs: int = 1) -> int:

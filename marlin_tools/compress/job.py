@@ -35,6 +35,9 @@ from marlin_tools.stopwatch import span
 from marlin_tools.stream.inventory import Inventory
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
 
+CUT = 2
+"""Raised when processes that share the work would give other bytes, so that old unfinished runs are not continued."""
+
 LARGE_ERROR = 0.25
 """A linear that loses more than this share of its output's energy is worth a warning."""
 
@@ -113,7 +116,7 @@ class Job:
             solver=self.solver.model_dump(),
             device=self.device.type,
             torch=torch.__version__,
-            **({"cut": True} if self.team.cuts else {}),
+            **({"cut": CUT} if self.team.cuts else {}),
             **self.identity,
         )
 

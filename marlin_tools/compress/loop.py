@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Problem, Solution, slabs
+from marlin_tools.algorithms.solution import Solution
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.shards import Shards
+from marlin_tools.compress.solving import Solve, solve
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
@@ -33,13 +34,15 @@ class Method:
     """What is done to the linears.
 
     problem   makes a group ready to be solved, row by row
+    before    looks at a group that is going to be solved, here or by another process
     staged    later groups of a block see the new outputs of earlier ones
     note      what the record of a linear says besides
     refine    what is left to do once all groups of a block are solved
     dense     the choice of linears that stay dense, to be made before the first block
     """
 
-    problem: Callable[[Group], Problem]
+    problem: Solve
+    before: Callable[[Group], None] = lambda _group: None
     staged: bool = True
     note: Callable[[str, Solution], dict[str, Any]] = lambda _name, _solution: {}
     refine: Refine | None = None
@@ -62,7 +65,7 @@ class Store(Protocol):
 
 @torch.no_grad()
 def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: Shards, team: Team, emit: Emit) -> None:
-    """For each block, for each group: solve, replace, write. Processes share the rows of every weight; the first one writes."""
+    """For each block, for each group: solve, replace, write. Processes solve together; the first one writes."""
     with Background("writer") as behind:
         for block in stream:
             if team.decide(choice=shards.finished(block.index)):
@@ -73,21 +76,17 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
             entering = stream.hidden.copy() if method.refine and stream.hidden is not None else None
             solutions: dict[str, Solution] = {}
             facts: dict[str, dict[str, Any]] = {}
-            for group in block.groups(staged=method.staged):
-                if not group.names:
+            for batch in block.batches(staged=method.staged):
+                if not batch[0].names:
                     continue
-                emit(Event("progress", group.names[-1]))
-                problem, weight = method.problem(group), group.stacked()
-                n, k = weight.shape
-                parts = []
-                for own in team.rows(n):
-                    for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
-                        parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
-                solution = Solution.join(parts).map(lambda own, n=n: team.gather(own, n))  # type: ignore[misc]
-                for name, rows in group.rows():
-                    facts[name] = group.facts
-                    solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
-                    group.replace(name, solutions[name].value(group.weight(name).dtype))
+                emit(Event("progress", batch[-1].names[-1]))
+                for group in batch:
+                    method.before(group)
+                for group, solution in solve(batch, method.problem, team):
+                    for name, rows in group.rows():
+                        facts[name] = group.facts
+                        solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
+                        group.replace(name, solutions[name].value(group.weight(name).dtype))
             found: dict[str, Any] = {}
             if method.refine and entering is not None:
                 with span("train"):

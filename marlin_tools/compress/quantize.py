@@ -26,6 +26,7 @@ from marlin_tools.algorithms import (
     Pruner,
     Solution,
 )
+from marlin_tools.algorithms.hessian import ALONE
 from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.dense import DenseChoice, Share, check_dense
@@ -337,7 +338,7 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
         first = group.names[0]
         size = plan.group_sizes[first]
         group_size = size if size > 0 else group.weight(first).shape[1]
-        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team)
+        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team if group.tokens is None else ALONE)
 
     def sparse(group: Group) -> Problem:
         fixed = torch.cat([(group.weight(name) != 0) & is_2_4(group.weight(name)) for name in group.names])
@@ -348,8 +349,10 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
     def stays_dense(name: str) -> bool:
         return not settings.sparsity or (choice is not None and name in choice.names)
 
-    def problem(group: Group) -> Problem:
+    def before(group: Group) -> None:
         were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
+
+    def problem(group: Group) -> Problem:
         return dense(group) if stays_dense(group.names[0]) else sparse(group)
 
     def note(name: str, solution: Solution) -> dict[str, Any]:
@@ -363,7 +366,7 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
             said["mask"] = "none"
         return said
 
-    return Method(problem, staged=solver.staged, note=note, refine=refine, dense=choice)
+    return Method(problem, before, staged=solver.staged, note=note, refine=refine, dense=choice)
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,29 @@ class Team:
                 dist.all_to_all_single(theirs.flatten(0, 1), tensor, [own] * self.size, counts)
             tensor[start : start + own] = _sum(theirs)
 
+    def own(self, things: Sequence[object]) -> int:
+        """Which of these, one for each process, is this process's; if they are fewer, the last one is of all that are left."""
+        return min(self.rank, len(things) - 1)
+
+    def own_sum(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Of tensors of one shape, one for each process: the sum of what all have in the place of this process's own."""
+        if self.size == 1:
+            return tensors[0]
+        mine = torch.stack([tensors[min(rank, len(tensors) - 1)] for rank in range(self.size)])
+        theirs = torch.empty_like(mine)
+        with _talking():
+            dist.all_to_all_single(theirs, mine)
+        return _sum(theirs)
+
+    def each(self, own: Tensor) -> Tensor:
+        """What every process has, one under the other; all have as many rows."""
+        if self.size == 1:
+            return own
+        whole = own.new_empty(self.size * len(own), *own.shape[1:])
+        with _talking():
+            dist.all_gather_into_tensor(whole.view(-1).view(torch.uint8), own.contiguous().view(-1).view(torch.uint8))
+        return whole
+
     def tell(self, tensor: Tensor, rank: int) -> None:
         """What the process of this rank has in `tensor`, all have from now on."""
         if self.size > 1:

@@ -22,21 +22,21 @@ from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.watch import TextShare, Watch
 
-Wanted = Callable[[tuple[str, ...]], bool]
-"""Whether a group of linears, by their names in the body, is to be observed."""
+Wanted = Callable[[tuple[str, ...]], int]
+"""How many linears of a group, by their names in the body, are to be observed."""
 
 
 @dataclass(frozen=True)
 class Observation:
     """Linears of a branch that read one tensor, and what that looks like. Before they are replaced, nothing after them is read.
 
-    hessian   None if nobody wanted it
-    routed    tokens that were sent to this expert; None for linears that see all
+    hessian   None if nobody wanted it, or if another process solves this expert
+    routed    how many tokens were sent to this expert, and how many it has seen; None for linears that see all
     """
 
     names: tuple[str, ...]
     hessian: Hessian | None
-    routed: int | None = None
+    routed: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,21 +146,21 @@ class BranchWalk:
         self._inputs_0: dict[int, Tensor] = {}
         self._inner: dict[int, Tensor] = {}
 
-    def steps(self, wanted: Wanted) -> Iterator[Observation]:
+    def steps(self, wanted: Wanted) -> Iterator[list[Observation]]:
         """Group after group; to be exhausted, so that the activations are past the branch."""
         branch = self._branch
         with span("forward"):
-            hessian = self.enter(observed=wanted(branch.entry))
-        yield Observation(branch.entry, hessian)
+            hessian = self.enter(observed=bool(wanted(branch.entry)))
+        yield [Observation(branch.entry, hessian)]
         del hessian
         if inner := [name for name in branch.inner if wanted((name,))]:
             with span("forward"):
                 hessians = self.between(inner)
             for name in inner:
-                yield Observation((name,), hessians.pop(name))
+                yield [Observation((name,), hessians.pop(name))]
         with span("forward"):
-            hessian = self.advance(observed=wanted((branch.exit,)))
-        yield Observation((branch.exit,), hessian)
+            hessian = self.advance(observed=bool(wanted((branch.exit,))))
+        yield [Observation((branch.exit,), hessian)]
         del hessian
         with span("forward"):
             self.close()

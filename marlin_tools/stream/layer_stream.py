@@ -30,7 +30,7 @@ from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.quantized import ActivationType, round_inputs, rounded
 from marlin_tools.stream.activations import Activations, MemoryBudget
-from marlin_tools.stream.branch import BranchWalk, Flow
+from marlin_tools.stream.branch import BranchWalk, Flow, Observation
 from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest, read_weights
 from marlin_tools.stream.routed import FEW, RoutedWalk
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
@@ -68,21 +68,21 @@ def _weights_of(module: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
 class Group:
     """Linears that read the same tensor: one Hessian (None when the stream carries no activations), one factorisation.
 
-    tokens   how many tokens were sent to this expert; None for linears that are no expert's
+    tokens   how many tokens were sent to this expert, and how many it has seen; None for linears that are no expert's
     """
 
     names: tuple[str, ...]
     hessian: Hessian | None
     _modules: dict[str, nn.Linear] = field(repr=False)
-    tokens: int | None = None
+    tokens: tuple[int, int] | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the record of each of these linears says besides: of an expert, how many tokens it was sent and has seen."""
-        if self.tokens is None or self.hessian is None:
+        if self.tokens is None:
             return {}
-        few = {"scales_only": True} if self.hessian.tokens < FEW else {}
-        return {"tokens": self.tokens, "tokens_seen": self.hessian.tokens, **few}
+        sent, seen = self.tokens
+        return {"tokens": sent, "tokens_seen": seen, **({"scales_only": True} if seen < FEW else {})}
 
     def weight(self, name: str) -> Tensor:
         """The weight [N, K] as it is now."""
@@ -146,8 +146,13 @@ class Block:
 
     def groups(self, *, staged: bool = True) -> Iterator[Group]:
         """The groups in solving order. Unstaged, all Hessians come from the block's original weights (two forwards)."""
+        for batch in self.batches(staged=staged):
+            yield from batch
+
+    def batches(self, *, staged: bool = True) -> Iterator[list[Group]]:
+        """The same as processes solve them: a group whose rows they share, or an expert for each, which has its Hessian."""
         if self.stream.hidden is None:
-            yield from self.all_groups()
+            yield from ([group] for group in self.all_groups())
         elif staged:
             yield from self._walk(self.stream.hidden)
         else:
@@ -176,7 +181,7 @@ class Block:
         self.skip()
         self._original = original
 
-    def _walk(self, hidden: Activations, *, observe: bool = True) -> Iterator[Group]:
+    def _walk(self, hidden: Activations, *, observe: bool = True) -> Iterator[list[Group]]:
         """Advance `hidden` through every branch, stopping where a group's input is ready.
 
         The original model's activations, if they flow alongside, go through the original weights in step. They wait for nobody:
@@ -190,16 +195,17 @@ class Block:
             if following is not None and self.stream.stands_beside(following):
                 reads = hidden.copy(), flow.original.copy() if flow.original is not None else None
 
-            def wanted(names: tuple[str, ...], body: str = branch.body) -> bool:
-                return observe and bool(self._group(tuple(f"{body}.{name}" for name in names)).names)
+            def wanted(names: tuple[str, ...], body: str = branch.body) -> int:
+                return len(self._group(tuple(f"{body}.{name}" for name in names)).names) if observe else 0
 
-            for seen in self._walk_of(branch, flow, reads if beside else None).steps(wanted):
+            for batch in self._walk_of(branch, flow, reads if beside else None).steps(wanted):
                 if observe:
-                    group = self._group(tuple(f"{branch.body}.{name}" for name in seen.names))
-                    yield replace(group, hessian=seen.hessian, tokens=seen.routed)
-                    del group
-                del seen
+                    yield [self._seen(branch, batch.pop(0)) for _ in range(len(batch))]
         self._scale(hidden, flow.original)
+
+    def _seen(self, branch: Branch, seen: Observation) -> Group:
+        group = self._group(tuple(f"{branch.body}.{name}" for name in seen.names))
+        return replace(group, hessian=seen.hessian, tokens=seen.routed)
 
     def _walk_of(
         self, branch: Branch, flow: Flow, reads: tuple[Activations, Activations | None] | None

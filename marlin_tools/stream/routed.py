@@ -52,26 +52,49 @@ class RoutedWalk:
         self._experts = experts
         self._steps = branch.steps(experts.count)
 
-    def steps(self, wanted: Wanted) -> Iterator[Observation]:
-        """Group after group; to be exhausted, so that the activations are past the branch."""
+    def steps(self, wanted: Wanted) -> Iterator[list[Observation]]:
+        """Groups after groups, experts by as many as there are processes; to be exhausted, so that the activations are past."""
         for step in self._steps:
             groups = [names for names in step if wanted(names)]
             for batch in self._batches(groups):
                 with span("forward"):
-                    seen = self._look(batch)
-                while seen:
-                    yield seen.pop(0)
+                    watches = {names: Watch(self._flow.share) for names in batch}
+                    sent = self._look(watches)
+                for names in self._rounds(batch, wanted):
+                    yield self._observed({each: watches.pop(each) for each in names}, sent)
         with span("forward"):
             self._close()
 
+    def _rounds(self, groups: list[tuple[str, ...]], wanted: Wanted) -> list[list[tuple[str, ...]]]:
+        """Experts of one shape, one for each process; what all tokens go through stays alone, as processes share its rows."""
+        rounds: list[list[tuple[str, ...]]] = []
+        like = None
+        for names in groups:
+            alone, this = _number(self._spec, names[0]) is None, wanted(names)
+            if alone or this != like or len(rounds[-1]) == self._flow.share.team.size:
+                rounds.append([])
+            rounds[-1].append(names)
+            like = None if alone else this
+        return rounds
+
+    def _observed(self, watches: dict[tuple[str, ...], Watch], sent: list[int]) -> list[Observation]:
+        """What was seen of the groups of one round; of experts, only that which is this process's own."""
+        groups, seen = list(watches), list(watches.values())
+        watches.clear()
+        if _number(self._spec, groups[0][0]) is None:
+            return [Observation(groups[0], seen.pop().hessian())]
+        found = []
+        for names, watch in zip(groups, seen, strict=True):
+            number = _number(self._spec, names[0])
+            assert number is not None, names
+            found.append(Observation(names, None, (sent[number], watch.tokens)))
+        mine = self._flow.share.team.own(groups)
+        found[mine] = replace(found[mine], hessian=_enough(Watch.own_hessian(seen)))
+        return found
+
     def _batches(self, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
         """As many groups at a time as there is memory for their Hessians."""
-        weight = next(self._experts.parameters())
-        room = _HOST_BYTES
-        if weight.is_cuda:
-            room = int(_MEMORY_SHARE * torch.cuda.get_device_properties(weight.device).total_memory)
-        if self._flow.share.team.cuts:
-            room //= 4  # sums of several parts wait for each other
+        room = hessians_room(next(self._experts.parameters()).device, cuts=self._flow.share.team.cuts)
         while groups:
             count, left = 0, room
             while count < len(groups) and (count == 0 or left > 0):
@@ -86,10 +109,10 @@ class RoutedWalk:
         assert isinstance(linear, nn.Linear), name
         return linear
 
-    def _look(self, groups: list[tuple[str, ...]]) -> list[Observation]:
-        """What these groups read."""
-        share, numbers = self._flow.share, {names: _number(self._spec, names[0]) for names in groups}
-        watches = {names: Watch(share) for names in groups}
+    def _look(self, watches: dict[tuple[str, ...], Watch]) -> list[int]:
+        """Let these watches see what their groups read; how many tokens were sent to each expert."""
+        groups = list(watches)
+        numbers = {names: _number(self._spec, names[0]) for names in groups}
         routed = torch.zeros(self._experts.count, dtype=torch.float64, device=next(self._experts.parameters()).device)
         through = [names[0] for names in groups if numbers[names] is None]
         for chunks in self._together():
@@ -112,16 +135,12 @@ class RoutedWalk:
             for names in groups:
                 if numbers[names] is None:
                     watches[names].see(i, seen[names[0]], None)
-        share.team.add_up([routed])
-        counts = [int(count) for count in routed.tolist()]
-        found = []
-        for names in groups:
-            number = numbers[names]
-            hessian = watches.pop(names).hessian()
-            found.append(
-                Observation(names, hessian) if number is None else Observation(names, _enough(hessian), counts[number])
-            )
-        return found
+        counts = torch.cat([routed, routed.new_tensor([watch.tokens for watch in watches.values()])])
+        self._flow.share.team.add_up([counts])
+        told = [int(count) for count in counts.tolist()]
+        for watch, count in zip(watches.values(), told[len(routed) :], strict=True):
+            watch.tokens = count
+        return told[: len(routed)]
 
     def _through(self, x: Tensor, i: int, names: list[str]) -> dict[str, Tensor]:
         """The whole body, and what these linears, which all tokens go through, read on the way."""
@@ -174,6 +193,14 @@ class RoutedWalk:
                 out = path.join(path.compute(path.enter(_joined(hidden, chunks)), chunks[0]))
                 for i, part in zip(chunks, out.split(len(out) // len(chunks)), strict=True):
                     hidden[i] = hidden[i].add_(part)
+
+
+def hessians_room(device: torch.device, *, cuts: bool) -> int:
+    """Bytes that the Hessians of experts may take at a time; `cuts`: sums of several parts of the text wait for each other."""
+    room = _HOST_BYTES
+    if device.type == "cuda":
+        room = int(_MEMORY_SHARE * torch.cuda.mem_get_info(device)[1])
+    return room // 4 if cuts else room
 
 
 def _joined(hidden: Activations, chunks: list[int]) -> Tensor:

@@ -49,12 +49,12 @@ class Watch:
     With `closing`, the owed outputs are seen without what that linear puts out by itself. That follows from the inputs:
     the mean of (W x + b) xᵀ is W H + b mean(x)ᵀ, which costs nothing beside computing W x for every token.
 
-    tokens   how many were seen, where that is not all of them: `see_some` counts
+    tokens   how many `see_some` has seen
     """
 
     def __init__(self, share: TextShare, closing: nn.Linear | None = None) -> None:
         self._share, self._closing = share, closing
-        self.tokens: int | None = None
+        self.tokens = 0
         self._pairs = Pairs()
         self._first: _Seen | None = None
         self._now: _Seen | None = None
@@ -76,7 +76,7 @@ class Watch:
 
     def see_some(self, chunk: int, x: Tensor) -> None:
         """Some tokens of a chunk, perhaps none; to be told of every chunk."""
-        self.tokens = (self.tokens or 0) + len(x)
+        self.tokens += len(x)
         with span("hessian"):
             now = self._seen(chunk, x)
             if len(x):
@@ -96,34 +96,42 @@ class Watch:
             self._pairs.add(self._now.tensors())
             self._now = None
 
-    def _add_up(self, seen: _Seen) -> None:
-        """What this process has seen, and then what all have: as much of it as each needs."""
-        team = self._share.team
+    def _sums(self) -> _Seen:
+        """What this process has seen; nothing is left here."""
+        seen, self._first = self._first, None
+        assert seen is not None, "no activations"
+        self._end_part()
         self._pairs.total()
+        self._pairs = Pairs()
+        return seen
+
+    def _add_up(self, seen: _Seen) -> None:
+        """What all processes have seen: as much of it as each needs."""
+        team = self._share.team
         team.add_up(lower(seen.gram.total))
         if seen.cross is not None:
             team.add_up_rows(seen.cross.total)
         if seen.inputs is not None:
             team.add_up([seen.inputs])
 
-    def _counted(self, device: torch.device) -> int:
-        """Tokens that all processes have seen."""
-        count = torch.tensor([float(self.tokens or 0)], dtype=torch.float64, device=device)
-        self._share.team.add_up([count])
-        return int(count)
+    @staticmethod
+    def own_hessian(watches: Sequence["Watch"]) -> Hessian:
+        """Of experts, one for each process, whose `tokens` are those of all processes: what this process's own has seen."""
+        team = watches[0]._share.team  # noqa: SLF001
+        with span("hessian"):
+            total = team.own_sum([watch._sums().gram.total for watch in watches])  # noqa: SLF001
+            gram = Gram(0, total.device)
+            gram.total, gram.tokens = total, watches[team.own(watches)].tokens
+            return gram.hessian() if gram.tokens else Hessian(torch.eye(len(total), device=total.device), 0)
 
     def hessian(self) -> Hessian:
         """All that was seen, by all processes."""
-        seen, self._first = self._first, None
-        assert seen is not None, "no activations"
         with span("hessian"):
-            self._end_part()
+            seen = self._sums()
             self._add_up(seen)
-        gram, cross, inputs, self._pairs = seen.gram, seen.cross, seen.inputs, Pairs()
-        gram.tokens = self._share.tokens if self.tokens is None else self._counted(gram.total.device)
+        gram, cross, inputs = seen.gram, seen.cross, seen.inputs
+        gram.tokens = self._share.tokens
         del seen
-        if not gram.tokens:
-            return Hessian(torch.eye(len(gram.total), device=gram.total.device), 0)
         hessian = gram.hessian()
         del gram
         if cross is None:

@@ -35,7 +35,9 @@ def expert_groups(path: Path, tokens: TokenSet, chunk: int = CHUNK_TOKENS) -> di
     for block in stream:
         for group in block.groups():
             assert group.hessian is not None
-            found[group.names[0]] = group.hessian.matrix, group.hessian.tokens, group.tokens
+            sent, seen = group.tokens or (None, group.hessian.tokens)
+            assert seen == group.hessian.tokens
+            found[group.names[0]] = group.hessian.matrix, seen, sent
     return found
 
 

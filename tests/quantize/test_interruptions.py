@@ -30,13 +30,13 @@ class Killed(BaseException):
 def solved_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that were really solved, in order."""
     seen: list[int] = []
-    groups = Block.groups
+    batches = Block.batches
 
     def spy(self: Block, *, staged: bool) -> object:
         seen.append(self.index)
-        return groups(self, staged=staged)
+        return batches(self, staged=staged)
 
-    monkeypatch.setattr(Block, "groups", spy)
+    monkeypatch.setattr(Block, "batches", spy)
     return seen
 
 

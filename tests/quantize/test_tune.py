@@ -162,13 +162,13 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
         with pytest.raises(Killed):
             run(tiny_llama, "killed", preset="default", tuning=FEW)
     solved_blocks: list[int] = []
-    groups = Block.groups
+    batches = Block.batches
 
     def seen(self: Block, **how: Any) -> Any:
         solved_blocks.append(self.index)
-        return groups(self, **how)
+        return batches(self, **how)
 
-    monkeypatch.setattr(Block, "groups", seen)
+    monkeypatch.setattr(Block, "batches", seen)
     again = run(tiny_llama, "killed", preset="default", tuning=FEW)
     assert [1] == solved_blocks
     assert shards(whole) == shards(again)
