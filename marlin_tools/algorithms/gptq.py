@@ -87,8 +87,7 @@ class GPTQ(Quantizer):
         if hessian is None:
             raise ValueError("GPTQ needs a Hessian")
         self.check_group_size(group_size, len(hessian.matrix))
-        k = len(hessian.matrix)
-        order = hessian.energy_order() if self.order == "energy" else torch.arange(k, device=hessian.matrix.device)
+        order = self._order(hessian)
         with span("factor"):
             factor = hessian.factorize(self.damp, name, order, sharing)
         correction = None
@@ -97,6 +96,19 @@ class GPTQ(Quantizer):
                 correction = Correction(hessian.drift, factor, order, self.drift, sharing)
         damped = hessian.damped(factor.damp) if self.polish else None
         return GPTQProblem(self, hessian, order, factor, group_size, dtype, mask_solver, correction, damped)
+
+    def attempt(self, hessian: Hessian, group_size: int, dtype: torch.dtype) -> "tuple[GPTQProblem, Tensor]":
+        """The same without drift, masks and other dampings, and without waiting for the device; and 0 if that is a problem."""
+        order = self._order(hessian)
+        factor, failed = hessian.attempt(self.damp, order)
+        damped = hessian.damped(self.damp) if self.polish else None
+        return GPTQProblem(self, hessian, order, factor, group_size, dtype, None, None, damped), failed
+
+    def _order(self, hessian: Hessian) -> Tensor:
+        """Stored positions of the columns, as the sweep walks them."""
+        if self.order == "energy":
+            return hessian.energy_order()
+        return torch.arange(len(hessian.matrix), device=hessian.matrix.device)
 
 
 @dataclass(frozen=True)
@@ -119,8 +131,15 @@ class GPTQProblem:
 
     def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
         """Rows never talk to each other: any of them can be solved alone."""
+        codes, scales, aim = self.codes(weight_nk, rows)
+        if not bool(torch.isfinite(scales).all()):
+            raise too_large(aim)
+        return self.judged(weight_nk, codes, scales, aim)
+
+    def codes(self, weight_nk: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and scales, and the weight that they aim at."""
         order, factor = self.order, self.factor
-        original = weight = weight_nk.float()
+        weight = weight_nk.float()
         if self.correction is not None:
             with span("correct"):
                 weight = self.correction.aim(weight_nk, rows)
@@ -137,10 +156,12 @@ class GPTQProblem:
         if self.damped is not None:
             with span("polish"):
                 codes, scales = polish(weight, codes, scales, self.damped, self.dtype, self.settings.polish, mask)
-        if not bool(torch.isfinite(scales).all()):
-            raise too_large(weight)
+        return codes, scales, weight
+
+    def judged(self, weight_nk: Tensor, codes: Tensor, scales: Tensor, aim: Tensor) -> Solution:
+        """What these codes and scales are worth."""
         with span("judge"):
-            return Solution.quantized(original, weight, codes, scales, self.hessian, factor.damp)
+            return Solution.quantized(weight_nk.float(), aim, codes, scales, self.hessian, self.factor.damp)
 
     def _rule(self, weight: Tensor, mask: Tensor | None) -> "_FixedGrid":
         """The rule for the sweep; `mask` as in the stored order of columns."""

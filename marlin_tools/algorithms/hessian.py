@@ -122,14 +122,15 @@ class Hessian:
         return torch.argsort(self.diagonal, descending=True, stable=True)
 
     @cached_property
-    def _mean(self) -> float:
-        """Mean energy of all channels; asking for it waits for the device, so it is asked once."""
-        return float(self.diagonal.mean())
+    def _mean(self) -> Tensor:
+        """Mean energy of all channels."""
+        return self.diagonal.mean()
 
     def ridge(self, damp: float) -> Tensor:
         """What damping adds to the diagonal [K]: `damp` times its mean; a channel that never fired gets the mean besides."""
-        diagonal = self.diagonal
-        return torch.where(diagonal <= 0, self._mean if self._mean > 0 else 1.0, 0.0) + damp * self._mean
+        mean = self._mean
+        silent = torch.where(self.diagonal <= 0, torch.where(mean > 0, mean, 1.0), 0.0)
+        return silent + (damp * mean.double()).float()
 
     def damped(self, damp: float) -> Tensor:
         """H with `ridge` added."""
@@ -149,18 +150,22 @@ class Hessian:
             )
         used = damp
         while used <= _MAX_DAMP:
-            ridge = self.ridge(used)
-            matrix = (self.matrix if order is None else self.matrix[order][:, order]).double()
-            matrix.diagonal().add_(ridge if order is None else ridge[order])
-            upper, corners, info = sharing.cholesky(matrix)
-            del matrix
-            if int(info) == 0:
-                return Factor(upper.float().contiguous(), used, [corner.float() for corner in corners])
+            factor, failed = self.attempt(used, order, sharing)
+            if int(failed) == 0:
+                return factor
             used = max(used * _ESCALATION, 1e-4)
         raise NumericalError(
             f"`{name}`: the Hessian cannot be factorised, even with damping {used / _ESCALATION:g}",
             hint="use more or more varied calibration text (`--num-samples`), or leave the layer out with `--ignore`",
         )
+
+    def attempt(self, damp: float, order: Tensor | None = None, sharing: Sharing = ALONE) -> "tuple[Factor, Tensor]":
+        """The same with this damping and nothing else, without waiting for the device; and 0 if that is a factor."""
+        ridge = self.ridge(damp)
+        matrix = (self.matrix if order is None else self.matrix[order][:, order]).double()
+        matrix.diagonal().add_(ridge if order is None else ridge[order])
+        upper, corners, failed = sharing.cholesky(matrix)
+        return Factor(upper.float().contiguous(), damp, [corner.float() for corner in corners]), failed
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,17 @@ class Solution:
         losses: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in found.items()}
         return Solution(changed, Losses(**losses), self.damp)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that has a row for each output."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
     @staticmethod
     def join(parts: Sequence["Solution"]) -> "Solution":
         """The results for some rows each, put under each other."""

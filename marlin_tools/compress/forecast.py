@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
+from marlin_tools.algorithms.recorded import AT_ONCE, SMALL
 from marlin_tools.algorithms.solution import SLAB
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds
@@ -258,7 +259,7 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         kept = inner if len(group) == 1 else residual if room.inputs else 0
         expert = bool(group) and group[0].share < 1
         if expert:
-            kept += max(1, sums) * _waiting(work, k, device, load.team)
+            kept += max(1, sums) * _waiting(work, k, device, load.team) + (_recorded(work) if on_gpu else 0)
         solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.team.cuts and not expert else 1) if group else 0
         summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
@@ -272,6 +273,12 @@ def _waiting(work: Work, k: int, device: torch.device, team: Team) -> int:
     """Hessians of experts with so many inputs: all that are looked at together wait to be solved."""
     experts = sum(bool(group) and group[0].share < 1 and group[0].k == k for group in work.groups)
     return min(experts * 4 * k * k, hessians_room(device, cuts=team.cuts))
+
+
+def _recorded(work: Work) -> int:
+    """Recordings of how experts are solved."""
+    shapes = {(sum(t.n for t in group), group[0].k): group for group in work.groups if group and group[0].share < 1}
+    return AT_ONCE * sum(_solver_bytes(group, on_gpu=True) for (n, k), group in shapes.items() if n * k <= SMALL)
 
 
 def _solver_bytes(group: Sequence[Target], *, on_gpu: bool, slabs: int = 1) -> int:

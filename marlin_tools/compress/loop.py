@@ -16,7 +16,7 @@ from torch import Tensor
 from marlin_tools.algorithms.solution import Solution
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.shards import Shards
-from marlin_tools.compress.solving import Solve, solve
+from marlin_tools.compress.solving import Solve, SolveAll, solve
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
@@ -34,6 +34,7 @@ class Method:
     """What is done to the linears.
 
     problem   makes a group ready to be solved, row by row
+    experts   solves many experts at once, if there is a faster way than one after the other
     before    looks at a group that is going to be solved, here or by another process
     staged    later groups of a block see the new outputs of earlier ones
     note      what the record of a linear says besides
@@ -42,6 +43,7 @@ class Method:
     """
 
     problem: Solve
+    experts: SolveAll | None = None
     before: Callable[[Group], None] = lambda _group: None
     staged: bool = True
     note: Callable[[str, Solution], dict[str, Any]] = lambda _name, _solution: {}
@@ -82,7 +84,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 emit(Event("progress", batch[-1].names[-1]))
                 for group in batch:
                     method.before(group)
-                for group, solution in solve(batch, method.problem, team):
+                for group, solution in solve(batch, method.problem, team, method.experts):
                     for name, rows in group.rows():
                         facts[name] = group.facts
                         solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]

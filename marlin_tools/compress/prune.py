@@ -5,12 +5,11 @@ The loop over the blocks is `loop.py`, the pruning of one weight `algorithms/pru
 of each block are then trained together towards the outputs of the original block (`reconstruct.py`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from marlin_tools.algorithms import Problem, Solution
 from marlin_tools.algorithms.pruning import PRUNERS, Pruner, PrunerName
@@ -19,6 +18,7 @@ from marlin_tools.compress.forecast import forecast_prune
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.compress.reconstruct import Reconstruction, reconstruct
+from marlin_tools.compress.stores import DenseStore
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import pick_device
 from marlin_tools.errors import RecipeError
@@ -26,7 +26,7 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.activations import Activations
-from marlin_tools.stream.inventory import Inventory, check_quads, take_linears
+from marlin_tools.stream.inventory import check_quads, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
 
 REVISION = 4
@@ -153,19 +153,3 @@ def _training(how: Reconstruction, emit: Emit) -> Any:
         return {name: replace(each, weight=weights[name]) for name, each in solutions.items()}, note
 
     return refine
-
-
-@dataclass(frozen=True)
-class DenseStore:
-    """Linears as the original stores them."""
-
-    inventory: Inventory
-    suffixes: tuple[str, ...] = ("weight",)
-
-    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
-        """In the type that the original has here."""
-        return {"weight": solution.dense.to(self.inventory.dtype(name))}
-
-    def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
-        """As it was written."""
-        return stored["weight"]

@@ -6,13 +6,12 @@ The loop over the blocks is `loop.py`; here is what a user can choose, and how o
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
 from pydantic import PlainValidator, WithJsonSchema
-from torch import Tensor
 
 from marlin_tools.algorithms import (
     GPTQ,
@@ -28,11 +27,14 @@ from marlin_tools.algorithms import (
 )
 from marlin_tools.algorithms.hessian import ALONE
 from marlin_tools.algorithms.pruning import MaskSolver
+from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.dense import DenseChoice, Share, check_dense
 from marlin_tools.compress.forecast import forecast_mixed, forecast_quantize, forecast_tuned
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method, Refine
+from marlin_tools.compress.solving import SolveAll
+from marlin_tools.compress.stores import CodeStore
 from marlin_tools.compress.tune import Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -40,7 +42,7 @@ from marlin_tools.distributed.team import Team, assembled, expected
 from marlin_tools.errors import DataError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.formats import FORMATS, Format, FormatName
+from marlin_tools.formats import FORMATS, FormatName
 from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
@@ -326,6 +328,25 @@ def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:
         raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
 
 
+def _size_of(group: Group, plan: Preparation) -> int:
+    """How many inputs of this group share a scale."""
+    size = plan.group_sizes[group.names[0]]
+    return size if size > 0 else group.weight(group.names[0]).shape[1]
+
+
+def _at_once(solver: RTN | GPTQ, plan: Preparation) -> SolveAll | None:
+    """How a GPU solves experts that need no mask."""
+    if not isinstance(solver, GPTQ):
+        return None
+    recordings = Recordings(solver, plan.checkpoint.dtype)
+
+    def experts(groups: list[Group]) -> list[Solution]:
+        asked = [(group.names[0], group.stacked(), group.hessian) for group in groups if group.hessian]
+        return recordings.solve(asked, _size_of(groups[0], plan))
+
+    return experts
+
+
 def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: Refine | None) -> Method:
     """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask.
 
@@ -335,10 +356,8 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
     mixed = len(set(plan.group_sizes.values())) > 1
 
     def dense(group: Group, mask_solver: MaskSolver | None = None) -> Problem:
-        first = group.names[0]
-        size = plan.group_sizes[first]
-        group_size = size if size > 0 else group.weight(first).shape[1]
-        return solver.problem(first, group.hessian, group_size, dtype, mask_solver, team if group.tokens is None else ALONE)
+        sharing = team if group.tokens is None else ALONE
+        return solver.problem(group.names[0], group.hessian, _size_of(group, plan), dtype, mask_solver, sharing)
 
     def sparse(group: Group) -> Problem:
         fixed = torch.cat([(group.weight(name) != 0) & is_2_4(group.weight(name)) for name in group.names])
@@ -366,29 +385,9 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
             said["mask"] = "none"
         return said
 
-    return Method(problem, before, staged=solver.staged, note=note, refine=refine, dense=choice)
-
-
-@dataclass(frozen=True)
-class CodeStore:
-    """Linears as codes and scales in a format."""
-
-    format: Format
-    checkpoint: Checkpoint
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Those of the format."""
-        return self.format.suffixes
-
-    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
-        """Packed."""
-        return self.format.pack(solution.linear, self.checkpoint.dtype)
-
-    def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
-        """The values of the codes and scales."""
-        n, k = like.shape
-        return self.format.unpack(stored, (n, k)).dequantize(like.dtype)
+    on_gpu = pick_device(settings.device).type == "cuda"
+    experts = _at_once(solver, plan) if on_gpu and not settings.sparsity else None
+    return Method(problem, experts, before, staged=solver.staged, note=note, refine=refine, dense=choice)
 
 
 def _check_masks(plan: Preparation) -> None:

@@ -150,7 +150,7 @@ class Block:
             yield from batch
 
     def batches(self, *, staged: bool = True) -> Iterator[list[Group]]:
-        """The same as processes solve them: a group whose rows they share, or an expert for each, which has its Hessian."""
+        """The same as processes solve them: one group, whose rows they share, or experts, of which each has some Hessians."""
         if self.stream.hidden is None:
             yield from ([group] for group in self.all_groups())
         elif staged:

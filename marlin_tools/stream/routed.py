@@ -31,6 +31,9 @@ ALSO = 64
 FEW = 256
 """An expert that has seen fewer tokens than this is only given scales."""
 
+TOGETHER = 16
+"""Experts that each process is handed at a time."""
+
 _TOGETHER_BYTES = {"cuda": 128 << 20, "cpu": 0}
 """What chunks that go through at once may take, as the residual stream has them, where there is more than one."""
 
@@ -53,7 +56,7 @@ class RoutedWalk:
         self._steps = branch.steps(experts.count)
 
     def steps(self, wanted: Wanted) -> Iterator[list[Observation]]:
-        """Groups after groups, experts by as many as there are processes; to be exhausted, so that the activations are past."""
+        """Groups after groups, experts by the dozen; to be exhausted, so that the activations are past the branch."""
         for step in self._steps:
             groups = [names for names in step if wanted(names)]
             for batch in self._batches(groups):
@@ -66,30 +69,32 @@ class RoutedWalk:
             self._close()
 
     def _rounds(self, groups: list[tuple[str, ...]], wanted: Wanted) -> list[list[tuple[str, ...]]]:
-        """Experts of one shape, one for each process; what all tokens go through stays alone, as processes share its rows."""
+        """Experts of one shape, some for each process; what all tokens go through stays alone, as processes share its rows."""
         rounds: list[list[tuple[str, ...]]] = []
         like = None
         for names in groups:
             alone, this = _number(self._spec, names[0]) is None, wanted(names)
-            if alone or this != like or len(rounds[-1]) == self._flow.share.team.size:
+            if alone or this != like or len(rounds[-1]) == TOGETHER * self._flow.share.team.size:
                 rounds.append([])
             rounds[-1].append(names)
             like = None if alone else this
         return rounds
 
     def _observed(self, watches: dict[tuple[str, ...], Watch], sent: list[int]) -> list[Observation]:
-        """What was seen of the groups of one round; of experts, only that which is this process's own."""
+        """What was seen of the groups of one round; of experts, only what this process solves."""
         groups, seen = list(watches), list(watches.values())
         watches.clear()
         if _number(self._spec, groups[0][0]) is None:
             return [Observation(groups[0], seen.pop().hessian())]
-        found = []
+        found, team = [], self._flow.share.team
         for names, watch in zip(groups, seen, strict=True):
             number = _number(self._spec, names[0])
             assert number is not None, names
             found.append(Observation(names, None, (sent[number], watch.tokens)))
-        mine = self._flow.share.team.own(groups)
-        found[mine] = replace(found[mine], hessian=_enough(Watch.own_hessian(seen)))
+        for start in range(0, len(seen), team.size):
+            one_each = seen[start : start + team.size]
+            mine = start + team.own(one_each)
+            found[mine] = replace(found[mine], hessian=_enough(Watch.own_hessian(one_each)))
         return found
 
     def _batches(self, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:

@@ -1,0 +1,48 @@
+"""How linears are stored while a model is worked on: as codes and scales in a format, or as they were."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from marlin_tools.algorithms.solution import Solution
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.formats import Format
+from marlin_tools.stream.inventory import Inventory
+
+
+@dataclass(frozen=True)
+class CodeStore:
+    """Linears as codes and scales in a format."""
+
+    format: Format
+    checkpoint: Checkpoint
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Those of the format."""
+        return self.format.suffixes
+
+    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
+        """Packed."""
+        return self.format.pack(solution.linear, self.checkpoint.dtype)
+
+    def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
+        """The values of the codes and scales."""
+        n, k = like.shape
+        return self.format.unpack(stored, (n, k)).dequantize(like.dtype)
+
+
+@dataclass(frozen=True)
+class DenseStore:
+    """Linears as the original stores them."""
+
+    inventory: Inventory
+    suffixes: tuple[str, ...] = ("weight",)
+
+    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
+        """In the type that the original has here."""
+        return {"weight": solution.dense.to(self.inventory.dtype(name))}
+
+    def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
+        """As it was written."""
+        return stored["weight"]
