@@ -1,14 +1,20 @@
 """What a recording gives is what the usual way gives, bit for bit, and what it cannot solve is solved in the usual way."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms import GPTQ, PRESETS
+from marlin_tools.algorithms import GPTQ, PRESETS, recorded
 from marlin_tools.algorithms.hessian import Gram, Hessian
 from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.algorithms.solution import Solution, solve_all
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import NumericalError
+from marlin_tools.stream import routed
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +90,22 @@ def test_memory_that_is_given_back_at_once_holds_nothing_of_the_next() -> None:
         torch.full((1 << 24,), torch.nan, device="cuda")
     for pair in zip(found, expected, strict=True):
         assert_same(*pair)
+
+
+def test_a_mixture_comes_out_the_same(tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mixture = tiny_model("qwen3_moe", num_experts=6, num_experts_per_tok=2, decoder_sparse_step=1, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    text = TokenSet(tuple(torch.randint(2, 512, (8, 64), generator=generator)), "random", packed=True, documents=1)
+    monkeypatch.setattr(routed, "FEW", 64)
+    played = []
+    play = recorded._Recording.play
+    monkeypatch.setattr(recorded._Recording, "play", lambda *given: [played.append(1), play(*given)][1])
+    for name in ("recorded", "usual"):
+        quantize(mixture, text, QuantizeSettings(device="cuda"), tmp_path / name)
+        monkeypatch.setattr(recorded, "SMALL", 0)
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("recorded", "usual")
+    )
+    assert one == other
+    assert len(played) == 2 * 2 * 6  # blocks, steps and experts

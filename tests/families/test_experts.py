@@ -10,17 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marlin_tools.algorithms import PRESETS
+from marlin_tools.algorithms.solution import Solution, solve_all
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.solving import solve
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.distributed.team import ALONE
 from marlin_tools.errors import ModelError
 from marlin_tools.families.layout import Layout
 from marlin_tools.stream import routed
 from marlin_tools.stream.inventory import take_linears
-from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group, LayerStream
 
 Load = Callable[[str, Path], torch.nn.Module]
 ROUTER = {"qwen3_moe": "model.layers.1.mlp.gate", "gpt_oss": "model.layers.1.mlp.router"}
@@ -172,3 +176,34 @@ def test_what_does_not_fit_is_refused_before_work(
     with pytest.raises(ModelError, match=message):
         quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_handed_out_by_the_dozen(
+    made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one shape, and none but them: a solver may take them at once, and is told nothing of what comes after."""
+    monkeypatch.setattr(routed, "TOGETHER", 3)
+    checkpoint = Checkpoint.open(made("qwen2_moe"))
+    lacking = "model.layers.1.mlp.experts.1.gate_proj"
+    stream = LayerStream(checkpoint, tokens, frozenset(Layout(checkpoint).linears()) - {lacking}, torch.device("cpu"))
+    sizes, taken = [], []
+    for block in stream:
+        for batch in block.batches():
+            sizes.append([len(group.names) for group in batch])
+            problems = [PRESETS["default"].problem(g.names[0], g.hessian, 32, torch.float16) for g in batch]
+            usual = [solve_all(problem, group.stacked()) for problem, group in zip(problems, batch, strict=True)]
+
+            def at_once(groups: list[Group], batch: list[Group] = batch, usual: list[Solution] = usual) -> list[Solution]:
+                taken.append(len(groups))
+                assert [group.names for group in groups] == [group.names for group in batch]
+                return usual
+
+            found = list(solve(batch, lambda _group, problems=problems: problems[0], ALONE, at_once))
+            assert [group.names for group, _ in found] == [group.names for group in batch]
+            for (_, solution), expected in zip(found, usual, strict=True):
+                assert torch.equal(solution.linear.codes, expected.linear.codes)
+                assert torch.equal(solution.linear.scales, expected.linear.scales)
+    attention = [[3], [1]]
+    assert sizes[:8] == [*attention, [2], [2, 2, 2], [2], [1], [1, 1, 1], [1]]
+    assert sizes[8:] == [*attention, [2], [2], [1], [2, 2], [1], [1, 1, 1], [1]]
+    assert sum(taken) == 16
