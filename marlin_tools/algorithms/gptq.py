@@ -102,7 +102,7 @@ class GPTQ(Quantizer):
         order = self._order(hessian)
         factor, failed = hessian.attempt(self.damp, order)
         damped = hessian.damped(self.damp) if self.polish else None
-        return GPTQProblem(self, hessian, order, factor, group_size, dtype, None, None, damped), failed
+        return GPTQProblem(self, hessian, order, factor, group_size, dtype, None, None, damped, looks=False), failed
 
     def _order(self, hessian: Hessian) -> Tensor:
         """Stored positions of the columns, as the sweep walks them."""
@@ -116,6 +116,7 @@ class GPTQProblem:
     """What all rows share: `order[j]` is the stored position of the sweep's column j, `factor` that of H in this order.
 
     damped   H with its damping, for the polish; None if there is none
+    looks    whether scales are looked at, to refuse what is not finite: that waits for the device
     """
 
     settings: GPTQ
@@ -128,18 +129,12 @@ class GPTQProblem:
     correction: Correction | None
     damped: Tensor | None
     slab: int = SLAB
+    looks: bool = True
 
     def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
         """Rows never talk to each other: any of them can be solved alone."""
-        codes, scales, aim = self.codes(weight_nk, rows)
-        if not bool(torch.isfinite(scales).all()):
-            raise too_large(aim)
-        return self.judged(weight_nk, codes, scales, aim)
-
-    def codes(self, weight_nk: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes and scales, and the weight that they aim at."""
         order, factor = self.order, self.factor
-        weight = weight_nk.float()
+        original = weight = weight_nk.float()
         if self.correction is not None:
             with span("correct"):
                 weight = self.correction.aim(weight_nk, rows)
@@ -156,12 +151,10 @@ class GPTQProblem:
         if self.damped is not None:
             with span("polish"):
                 codes, scales = polish(weight, codes, scales, self.damped, self.dtype, self.settings.polish, mask)
-        return codes, scales, weight
-
-    def judged(self, weight_nk: Tensor, codes: Tensor, scales: Tensor, aim: Tensor) -> Solution:
-        """What these codes and scales are worth."""
+        if self.looks and not bool(torch.isfinite(scales).all()):
+            raise too_large(weight)
         with span("judge"):
-            return Solution.quantized(weight_nk.float(), aim, codes, scales, self.hessian, self.factor.damp)
+            return Solution.quantized(original, weight, codes, scales, self.hessian, factor.damp)
 
     def _rule(self, weight: Tensor, mask: Tensor | None) -> "_FixedGrid":
         """The rule for the sweep; `mask` as in the stored order of columns."""

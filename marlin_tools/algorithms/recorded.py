@@ -67,9 +67,9 @@ class _Recording:
         def solve() -> tuple[Solution, Tensor]:
             hessian = Hessian(self._matrix, 1)
             problem, failed = settings.attempt(hessian, group, dtype)
-            codes, scales, aim = problem.codes(self._weight, slice(0, n))
-            fine = (failed == 0) & torch.isfinite(scales).all() & torch.isfinite(self._matrix).all()
-            return problem.judged(self._weight, codes, scales, aim), fine
+            solution = problem.solve(self._weight, slice(0, n))
+            fine = (failed == 0) & torch.isfinite(solution.linear.scales).all() & torch.isfinite(self._matrix).all()
+            return solution, fine
 
         self.stream.wait_stream(torch.cuda.current_stream())
         with unwatched(), torch.cuda.stream(self.stream):

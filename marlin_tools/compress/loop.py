@@ -6,17 +6,17 @@ the block is on disk before the next one is loaded. What is done to a group is a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Solution
+from marlin_tools.algorithms.solution import Solution, slabs
 from marlin_tools.compress.dense import DenseChoice
+from marlin_tools.compress.experts import Solve, SolveAll, solve_experts
 from marlin_tools.compress.shards import Shards
-from marlin_tools.compress.solving import Solve, SolveAll, solve
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
@@ -35,7 +35,7 @@ class Method:
 
     problem   makes a group ready to be solved, row by row
     experts   solves many experts at once, if there is a faster way than one after the other
-    before    looks at a group that is going to be solved, here or by another process
+    before    looks at groups that are going to be solved, here or by another process
     staged    later groups of a block see the new outputs of earlier ones
     note      what the record of a linear says besides
     refine    what is left to do once all groups of a block are solved
@@ -44,7 +44,7 @@ class Method:
 
     problem: Solve
     experts: SolveAll | None = None
-    before: Callable[[Group], None] = lambda _group: None
+    before: Callable[[list[Group]], None] = lambda _batch: None
     staged: bool = True
     note: Callable[[str, Solution], dict[str, Any]] = lambda _name, _solution: {}
     refine: Refine | None = None
@@ -67,7 +67,7 @@ class Store(Protocol):
 
 @torch.no_grad()
 def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: Shards, team: Team, emit: Emit) -> None:
-    """For each block, for each group: solve, replace, write. Processes solve together; the first one writes."""
+    """For each block, for each group: solve, replace, write. Processes share rows or experts; the first one writes."""
     with Background("writer") as behind:
         for block in stream:
             if team.decide(choice=shards.finished(block.index)):
@@ -82,9 +82,19 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 if not batch[0].names:
                     continue
                 emit(Event("progress", batch[-1].names[-1]))
-                for group in batch:
-                    method.before(group)
-                for group, solution in solve(batch, method.problem, team, method.experts):
+                method.before(batch)
+                if batch[0].tokens is None:
+                    problem, weight = method.problem(batch[0]), batch[0].stacked()
+                    n, k = weight.shape
+                    parts = []
+                    for own in team.rows(n):
+                        for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
+                            parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
+                    solution = Solution.join(parts).map(lambda own, n=n: team.gather(own, n))  # type: ignore[misc]
+                    solved: Iterable[tuple[Group, Solution]] = [(batch[0], solution)]
+                else:
+                    solved = solve_experts(batch, method.problem, team, method.experts)
+                for group, solution in solved:
                     for name, rows in group.rows():
                         facts[name] = group.facts
                         solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]

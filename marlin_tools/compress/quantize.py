@@ -30,10 +30,10 @@ from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.dense import DenseChoice, Share, check_dense
+from marlin_tools.compress.experts import SolveAll
 from marlin_tools.compress.forecast import forecast_mixed, forecast_quantize, forecast_tuned
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method, Refine
-from marlin_tools.compress.solving import SolveAll
 from marlin_tools.compress.stores import CodeStore
 from marlin_tools.compress.tune import Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet
@@ -60,7 +60,6 @@ CHOSEN = 1
 
 MOST, TOKENS_A_STEP = 400, 640
 """What the preset `max` does after `default`: so many steps of tuning, fewer where there is less text."""
-
 
 _ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations", "keep_dense"}
 """Settings that a fingerprint has in another place, or only where they change something."""
@@ -368,8 +367,8 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
     def stays_dense(name: str) -> bool:
         return not settings.sparsity or (choice is not None and name in choice.names)
 
-    def before(group: Group) -> None:
-        were_sparse.update((name, is_2_4(group.weight(name))) for name in group.names)
+    def before(batch: list[Group]) -> None:
+        were_sparse.update((name, is_2_4(group.weight(name))) for group in batch for name in group.names)
 
     def problem(group: Group) -> Problem:
         return dense(group) if stays_dense(group.names[0]) else sparse(group)

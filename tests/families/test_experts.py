@@ -15,9 +15,9 @@ from marlin_tools.algorithms.solution import Solution, solve_all
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.experts import solve_experts
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
-from marlin_tools.compress.solving import solve
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import ALONE
 from marlin_tools.errors import ModelError
@@ -190,6 +190,8 @@ def test_experts_are_handed_out_by_the_dozen(
     for block in stream:
         for batch in block.batches():
             sizes.append([len(group.names) for group in batch])
+            if batch[0].tokens is None:
+                continue
             problems = [PRESETS["default"].problem(g.names[0], g.hessian, 32, torch.float16) for g in batch]
             usual = [solve_all(problem, group.stacked()) for problem, group in zip(problems, batch, strict=True)]
 
@@ -198,7 +200,7 @@ def test_experts_are_handed_out_by_the_dozen(
                 assert [group.names for group in groups] == [group.names for group in batch]
                 return usual
 
-            found = list(solve(batch, lambda _group, problems=problems: problems[0], ALONE, at_once))
+            found = list(solve_experts(batch, lambda _group, problems=problems: problems[0], ALONE, at_once))
             assert [group.names for group, _ in found] == [group.names for group in batch]
             for (_, solution), expected in zip(found, usual, strict=True):
                 assert torch.equal(solution.linear.codes, expected.linear.codes)
