@@ -58,10 +58,10 @@ class GPTQ(Quantizer):
 
     def check_group_size(self, group_size: int, k: int) -> None:
         """Refuse groups that the search for scales cannot follow."""
-        if self.scales == "conditional" and group_size not in (BLOCK, k, -1):
+        if self.scales == "conditional" and group_size not in (k, -1) and BLOCK % group_size:
             raise RecipeError(
-                f"scales `conditional` (preset `marlin`) know groups of {BLOCK} and per column, not of {group_size}",
-                hint=f"choose `--group-size {BLOCK}` or `-1`, or another `--preset`",
+                f"scales `conditional` (preset `marlin`) know groups that divide {BLOCK} and per column, not of {group_size}",
+                hint=f"choose `--group-size {BLOCK}`, `64`, `32` or `-1`, or another `--preset`",
             )
 
     @property
@@ -201,17 +201,19 @@ class _FixedGrid:
 
 
 class _GridAsItGoes(_FixedGrid):
-    """The rule that chooses a group's scale when the sweep reaches it."""
+    """The rule that chooses the scales of a block's groups when the sweep reaches it; the paper has one group in a block."""
 
     looks = True
 
     def __init__(self, scales_ng: Tensor, problem: GPTQProblem, mask: Tensor | None) -> None:
         super().__init__(scales_ng, problem, mask)
-        self.dtype = problem.dtype
-        assert problem.group_size == BLOCK, (problem.group_size, BLOCK)
+        self.dtype, self.size = problem.dtype, problem.group_size
+        assert BLOCK % self.size == 0, (self.size, BLOCK)
 
     def enter(self, start: int, weight_nb: Tensor, factor_bb: Tensor) -> None:
-        """Search the scale on the corrected weights, judged by the error that later columns cannot repair."""
+        """Search each group's scale on the corrected weights, judged by the error that later columns cannot repair."""
         if self.mask is not None:
             weight_nb = weight_nb * self.mask[:, start : start + BLOCK]
-        self.scales[:, start // BLOCK] = conditional(weight_nb, factor_bb, self.dtype)
+        for first in range(0, weight_nb.shape[1], self.size):
+            group = slice(first, first + self.size)
+            self.scales[:, (start + first) // self.size] = conditional(weight_nb[:, group], factor_bb[group, group], self.dtype)

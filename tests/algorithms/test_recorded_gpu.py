@@ -49,8 +49,6 @@ def assert_same(found: Solution, expected: Solution) -> None:
 def test_recordings_give_the_same(preset: str, group: int) -> None:
     settings = PRESETS[preset]
     assert isinstance(settings, GPTQ)
-    if preset == "marlin" and group != 128:
-        pytest.skip("the search of `marlin` knows groups of 128")
     recordings = Recordings(settings, DTYPE)
     for n, k in ((384, 512), (512, 256), (384, 512)):  # the last ones are recorded already
         asked = [case(seed, n, k) for seed in range(11)]
@@ -63,7 +61,7 @@ def test_one_that_needs_more_damping_is_solved_in_the_usual_way() -> None:
     settings = GPTQ()
     asked = [case(seed) for seed in range(6)]
     name, weight, hessian = asked[2]
-    bent = hessian.matrix - 0.05 * hessian.diagonal.mean() * torch.eye(len(hessian.matrix), device="cuda")
+    bent = hessian.matrix - 0.5 * hessian.diagonal.mean() * torch.eye(len(hessian.matrix), device="cuda")
     asked[2] = (name, weight, Hessian(bent, hessian.tokens))
     found, expected = Recordings(settings, DTYPE).solve(asked, 128), [usual(settings, each) for each in asked]
     assert found[2].damp != settings.damp

@@ -106,6 +106,8 @@ def test_damping_and_algorithm_override_the_preset() -> None:
         _ = QuantizeSettings(preset="rtn", damp=0.05).solver
     with pytest.raises(RecipeError, match=r"contradicts|conditional"):
         _ = QuantizeSettings(preset="marlin", negative_scales=True).solver
+    with pytest.raises(RecipeError, match="know groups that divide 128 and per column, not of 96"):
+        PRESETS["marlin"].check_group_size(96, 384)
     with pytest.raises(ValueError, match="unknown preset"):
         QuantizeSettings(preset="defualt")
 

@@ -118,11 +118,12 @@ def test_scale_search(group_size: int, dtype: torch.dtype, signed: bool) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_clip_search(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_clip_search(dtype: torch.dtype, size: int) -> None:
     weight, hessian = problem(n=1000, k=256)
     factor = hessian.factorize(0.1, "layer").upper
-    for start in (0, 128):
-        block = slice(start, start + 128)
+    for start in (0, 128, 256 - size):
+        block = slice(start, start + size)
         cpu = conditional(weight[:, block].contiguous(), factor[block, block], dtype)
         gpu = conditional(weight[:, block].cuda().contiguous(), factor.cuda()[block, block], dtype).cpu()
         assert int((cpu != gpu).sum()) <= 2
