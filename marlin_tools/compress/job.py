@@ -33,7 +33,7 @@ from marlin_tools.settings import Settings
 from marlin_tools.stage import Stage
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.inventory import Inventory
-from marlin_tools.stream.layer_stream import CHUNK_TOKENS, LayerStream
+from marlin_tools.stream.layer_stream import LayerStream
 
 CUT = 2
 """Raised when processes that share the work would give other bytes, so that old unfinished runs are not continued."""
@@ -141,7 +141,7 @@ def compress(
         journal = Journal(output, run) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
         shards = Shards(plan.inventory, writer, journal, job.device)
-        tokens = CHUNK_TOKENS
+        tokens = method.chunk
         while True:
             try:
                 if method.dense is not None:

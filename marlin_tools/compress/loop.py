@@ -23,7 +23,7 @@ from marlin_tools.events import Emit, Event
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.background import Background
-from marlin_tools.stream.layer_stream import Block, Group, LayerStream
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Block, Group, LayerStream
 
 Refine = Callable[[Block, Activations, dict[str, Solution]], tuple[dict[str, Solution], dict[str, Any]]]
 """(a solved block, what it reads, its solutions) -> better ones, and what the record of each says about it."""
@@ -40,6 +40,7 @@ class Method:
     note      what the record of a linear says besides
     refine    what is left to do once all groups of a block are solved
     dense     the choice of linears that stay dense, to be made before the first block
+    chunk     tokens that go through a block at a time
     """
 
     problem: Solve
@@ -49,6 +50,7 @@ class Method:
     note: Callable[[str, Solution], dict[str, Any]] = lambda _name, _solution: {}
     refine: Refine | None = None
     dense: DenseChoice | None = None
+    chunk: int = CHUNK_TOKENS
 
 
 class Store(Protocol):

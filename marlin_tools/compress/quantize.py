@@ -35,7 +35,7 @@ from marlin_tools.compress.forecast import forecast_mixed, forecast_quantize, fo
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method, Refine
 from marlin_tools.compress.stores import CodeStore
-from marlin_tools.compress.tune import Tuning, held_out, tune
+from marlin_tools.compress.tune import STEP_TOKENS, Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team, assembled, expected
@@ -47,12 +47,12 @@ from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_sizes, take_linears
-from marlin_tools.stream.layer_stream import Group
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
 REVISION = 5
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
-TUNED = 2
+TUNED = 3
 """The same for what tuning gives."""
 
 CHOSEN = 1
@@ -289,7 +289,7 @@ def _in_words(sizes: Mapping[str, int]) -> str:
 
 def _introduce(team: Team, seen: TokenSet | None, device: torch.device, emit: Emit) -> None:
     """Say which process does what, if there are several."""
-    windows = sum(len(part) for part in team.share(seen.sequences)) if seen else 0
+    windows = sum(map(len, team.share(seen.sequences))) if seen else 0
     for line in team.lines(f"process {team.rank}: {device}, {describe_device(device)}, {windows} calibration sequences"):
         if team.cuts:
             emit(Event("note", line))
@@ -384,9 +384,9 @@ def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: R
             said["mask"] = "none"
         return said
 
-    on_gpu = pick_device(settings.device).type == "cuda"
-    experts = _at_once(solver, plan) if on_gpu and not settings.sparsity else None
-    return Method(problem, experts, before, staged=solver.staged, note=note, refine=refine, dense=choice)
+    kind = pick_device(settings.device).type
+    experts = _at_once(solver, plan) if kind == "cuda" and not settings.sparsity else None
+    return Method(problem, experts, before, solver.staged, note, refine, choice, STEP_TOKENS[kind] if refine else CHUNK_TOKENS)
 
 
 def _check_masks(plan: Preparation) -> None:

@@ -24,8 +24,11 @@ from marlin_tools.events import Emit, Event
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.settings import Settings
 from marlin_tools.stream.activations import Activations
-from marlin_tools.stream.layer_stream import Block
+from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Block
 from marlin_tools.training.scaled import TunedLinear
+
+STEP_TOKENS = {"cuda": CHUNK_TOKENS, "cpu": 1024}
+"""What goes through a block at a time, and is trained on in a step. A CPU gains as much from less, a GPU would idle."""
 
 _LOOKS = 10
 """How often the held-out windows are measured."""
@@ -34,7 +37,7 @@ _LOOKS = 10
 class Tuning(Settings):
     """How blocks are tuned.
 
-    iters       steps for each block, each on one chunk of about 8192 tokens
+    iters       steps for each block, each on one chunk of about 8192 tokens, or 1024 on a CPU
     lr          highest learning rate of the offsets, in codes; it falls to 0 in a straight line
     minmax_lr   that of the factors of scales
     """

@@ -11,9 +11,9 @@ import torch
 from marlin_tools.algorithms import GPTQ, Gram
 from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress import job, reconstruct, tune
+from marlin_tools.compress import reconstruct, tune
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
-from marlin_tools.compress.tune import TunedLinear, Tuning
+from marlin_tools.compress.tune import STEP_TOKENS, TunedLinear, Tuning
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, OutputError, RecipeError
 from marlin_tools.formats.stored import StoredLinears
@@ -106,7 +106,8 @@ def test_blocks_end_nearer_to_the_original(run: Run, tiny_llama: Path) -> None:
 def test_where_nothing_gets_better_the_result_is_that_of_default(
     run: Run, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "CHUNK_TOKENS", 64)  # chunks that are cut in the same places
+    monkeypatch.setattr("marlin_tools.compress.quantize.CHUNK_TOKENS", 64)  # chunks that are cut in the same places
+    monkeypatch.setitem(STEP_TOKENS, "cpu", 64)
     plain = run(tiny_llama, "plain", preset="default")
     worse = run(tiny_llama, "worse", preset="default", tuning={"iters": 2, "lr": 1.0, "minmax_lr": 1.0})
     assert {0} == {record["best_step"] for record in records(worse)}

@@ -74,7 +74,8 @@ def test_every_bundled_recipe_plans_offline(name):
     if recipe.quantize:
         assert {"linears", "shapes", "host memory", "disk", "blocks"} <= set(facts)
         mixture = int(facts["linears"].split()[0]) > 12 * int(facts["blocks"])  # whose time is not foretold
-        assert ("time" in facts) == (recipe.quantize.sparsity is None and recipe.quantize.preset != "rtn" and not mixture)
+        foretold = recipe.quantize.sparsity is None and recipe.quantize.preset not in {"rtn", "max"} and not mixture
+        assert ("time" in facts) == foretold
         for layout in recipe.formats:
             assert any(key.startswith(f"{layout} in vLLM") for key in facts)
     assert (recipe.model == "demo") == (not any("not on this machine" in note for note in planned.notes))
