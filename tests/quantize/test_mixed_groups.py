@@ -176,8 +176,15 @@ def test_what_fits_nowhere_and_what_the_preset_does_not_know(tiny_model: Callabl
     assert "`--group-size -1`" in str(refusal.value.hint)
     with pytest.raises(FormatError, match="320 inputs are not a multiple of 128"):
         QuantizeSettings(preset="rtn", group_size="auto", format="marlin").sized(take_linears(Checkpoint.open(narrow), ()))
-    with pytest.raises(RecipeError, match="not of 64"):
-        QuantizeSettings(preset="marlin", group_size="auto").sized(take_linears(Checkpoint.open(narrow), ()))
+    with pytest.raises(RecipeError, match="not of 96"):
+        QuantizeSettings(preset="marlin", group_size=96).sized(take_linears(Checkpoint.open(narrow), ()))
+
+
+def test_the_paper_s_recipe_with_two_sizes(run: Callable[..., Checkpoint], narrow: Path) -> None:
+    out = run(narrow, preset="marlin", group_size="auto")
+    records = json.loads((out.path / "manifest.json").read_text())["linears"]
+    assert {(record["shape"][1], record["group_size"]) for record in records} == {(256, 128), (320, 64)}
+    assert all(record["output_error"] < 0.05 for record in records)
 
 
 @pytest.mark.parametrize(("inner", "said"), [(320, "128 for 12 linears, 64 for 2"), (512, "128")])
