@@ -165,6 +165,7 @@ class Hessian:
         matrix = (self.matrix if order is None else self.matrix[order][:, order]).double()
         matrix.diagonal().add_(ridge if order is None else ridge[order])
         upper, corners, failed = sharing.cholesky(matrix)
+        del matrix
         return Factor(upper.float().contiguous(), damp, [corner.float() for corner in corners]), failed
 
 

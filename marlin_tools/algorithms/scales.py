@@ -63,9 +63,9 @@ def absmax(weight_ngb: Tensor, dtype: torch.dtype) -> Tensor:
 def conditional(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Tensor:
     """[N] for one group: clip to 1.00, 0.99 … 0.25 of the largest weight and keep what costs the least output error."""
     if solver.runs_on(weight_nb):
-        missing = solver.BLOCK - weight_nb.shape[1]  # zeros cost nothing
-        padded = F.pad(weight_nb, (0, missing)).contiguous(), F.pad(factor_bb, (0, missing, 0, missing))
-        return solver.clip_scales(*(padded if missing else (weight_nb, factor_bb)), dtype)
+        if missing := solver.BLOCK - weight_nb.shape[1]:  # zeros cost nothing
+            weight_nb, factor_bb = F.pad(weight_nb, (0, missing)), F.pad(factor_bb, (0, missing, 0, missing))
+        return solver.clip_scales(weight_nb, factor_bb, dtype)
     widest = weight_nb.abs().amax(dim=1) * _SYMMETRIC
     best_cost = torch.full_like(widest, torch.inf)
     best = storable(widest, dtype)
