@@ -2,10 +2,14 @@
 
 As linears they are observed, replaced and quantised like all others, and a backend gives each its kernel. What they compute is
 what transformers computes in eager mode: the gating is its own code, and the sums are in the same order.
+
+A GPU computes an expert's few tokens faster than Python starts the kernels for them, so there experts that are called about as
+often are computed side by side, as long as they are plain linears. Others are computed one by one.
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +25,12 @@ if TYPE_CHECKING:
 
 Look = Callable[[Tensor, Tensor, Tensor], None]
 """Told what experts are called with: (tokens [T, H], who is called [T, top k], with which weight [T, top k])."""
+
+_SIDE_BY_SIDE = 512 << 20
+"""Bytes that experts side by side may take: their weights once more, and what they read and put out."""
+
+_FEWEST = 64
+"""Rows that an expert on a GPU is given at least."""
 
 
 class Expert(nn.Module):
@@ -58,13 +68,71 @@ class SplitExperts(nn.Module):
         assert isinstance(expert, Expert)
         return expert
 
-    def gated(self, number: int, x: Tensor) -> Tensor:
-        """What the down projection of an expert reads."""
-        expert = self.expert(number)
-        pair = expert.gate_proj(x), expert.up_proj(x)
+    @property
+    def _plain(self) -> bool:
+        """Whether all are linears with weights and nothing else, which can be multiplied side by side."""
+        return all(
+            type(linear) is nn.Linear and not linear._forward_pre_hooks and not linear._forward_hooks  # noqa: SLF001
+            for expert in self.children()
+            for linear in expert.children()
+        )
+
+    def bundles(self, counts: Sequence[int], *, on_gpu: bool) -> Iterator[tuple[list[int], int]]:
+        """The experts that have rows to read, some side by side, and how many rows each is given: no fewer than it has.
+
+        Where nothing is gained, each has its own. On a GPU there are few different sizes: cuBLAS takes longer to choose a
+        kernel for a product that it has not seen than to compute it.
+        """
+        called = [number for number, count in enumerate(counts) if count]
+        if not (on_gpu and self._plain):
+            yield from (([number], counts[number]) for number in called)
+            return
+        alike: dict[int, list[int]] = {}
+        for number in called:
+            alike.setdefault(_rounded_up(counts[number]), []).append(number)
+        weight = self.expert(0).gate_proj.weight
+        inner, hidden = weight.shape
+        for rows, numbers in alike.items():
+            each = weight.element_size() * (3 * inner * hidden + rows * (2 * hidden + 5 * inner))
+            most, start = max(1, _SIDE_BY_SIDE // each), 0
+            while start < len(numbers):
+                count = 1 << min(most, len(numbers) - start).bit_length() - 1
+                yield numbers[start : start + count], rows
+                start += count
+
+    def handed_out(
+        self, entries: Tensor, counts: Sequence[int], wanted: Container[int] | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Bundles of experts, of those that are wanted, each with its entries [experts, rows], padded with any others.
+
+        `entries` has `counts` of them for one expert after the other.
+        """
+        asked = [count if wanted is None or number in wanted else 0 for number, count in enumerate(counts)]
+        bundles = list(self.bundles(asked, on_gpu=entries.is_cuda))
+        starts = [0, *accumulate(counts)]
+        firsts = [starts[number] for numbers, _ in bundles for number in numbers]
+        first = torch.tensor(firsts, dtype=torch.long, device=entries.device)  # all at once: what is copied there waits for it
+        for (numbers, rows), own in zip(bundles, first.split([len(numbers) for numbers, _ in bundles]), strict=True):
+            places = own[:, None] + torch.arange(rows, device=entries.device)
+            yield numbers, entries[places.clamp_(max=len(entries) - 1)]
+
+    def gated(self, numbers: Sequence[int], x: Tensor) -> Tensor:
+        """What the down projections of a bundle of experts read; x [experts, rows, H]."""
+        pair = self._multiply("gate_proj", numbers, x), self._multiply("up_proj", numbers, x)
         both = torch.stack(pair, dim=-1).flatten(-2) if self._interleaved else torch.cat(pair, dim=-1)
         gated: Tensor = self._gate(both)
         return gated
+
+    def _multiply(self, name: str, numbers: Sequence[int], x: Tensor) -> Tensor:
+        """One projection of each expert, of its own rows."""
+        linears: list[Any] = [getattr(self.expert(number), name) for number in numbers]
+        if len(linears) == 1:
+            out: Tensor = linears[0](x[0])
+            return out[None]
+        weight = torch.stack([linear.weight for linear in linears]).mT
+        if linears[0].bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(torch.stack([linear.bias for linear in linears])[:, None], x, weight)
 
     def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each token through the experts that were chosen for it."""
@@ -75,14 +143,14 @@ class SplitExperts(nn.Module):
         calls = chosen.flatten()
         order = calls.argsort(stable=True)  # expert after expert
         out = torch.empty(len(order), hidden_states.shape[-1], dtype=total.dtype, device=total.device)
-        start = 0
-        for number, count in enumerate(torch.bincount(calls, minlength=self.count).tolist()):
-            if count:
-                mine = order[start : start + count]
-                x, weight = hidden_states[mine // chosen.shape[1]], weights.flatten()[mine, None]
-                x = self.expert(number).down_proj(self.gated(number, x * weight if self.scales_inputs else x))
-                out[start : start + count] = x if self.scales_inputs else x * weight
-                start += count
+        counts = torch.bincount(calls, minlength=self.count).tolist()
+        starts = [0, *accumulate(counts)]
+        for numbers, mine in self.handed_out(order, counts):
+            x, weight = hidden_states[mine // chosen.shape[1]], weights.flatten()[mine, None]
+            x = self._multiply("down_proj", numbers, self.gated(numbers, x * weight if self.scales_inputs else x))
+            x = x if self.scales_inputs else x * weight
+            for number, own in zip(numbers, x, strict=True):
+                out[starts[number] : starts[number + 1]] = own[: counts[number]]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         for places in place.view(chosen.shape).sort(dim=1).values.T:  # a token's experts by their numbers
             total += out[places]
@@ -92,6 +160,12 @@ class SplitExperts(nn.Module):
         gate, up = both.chunk(2, dim=-1)
         gated: Tensor = up * self.act_fn(gate)
         return gated
+
+
+def _rounded_up(rows: int) -> int:
+    """To one of four sizes between two powers of two."""
+    step = max(_FEWEST, (1 << (rows - 1).bit_length()) // 8)
+    return -(-rows // step) * step
 
 
 class InputWeightedExperts(nn.Module):

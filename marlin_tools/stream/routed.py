@@ -126,11 +126,13 @@ class RoutedWalk:
 
             def look(tokens: Tensor, chosen: Tensor, weights: Tensor, i: int = i, also: Tensor = also) -> None:
                 routed.add_(torch.bincount(chosen.flatten(), minlength=len(routed)))
-                rows = _rows(chosen, also, self._experts.count)
-                for names, number in numbers.items():
-                    if number is not None:
-                        x = self._read(names[0], number, tokens, (chosen, weights), rows[number])
-                        watches[names].see_some(i, self._flow.reads(x))
+                rows, counts = _rows(chosen, also, self._experts.count)
+                wanted = {number: names for names, number in numbers.items() if number is not None}
+                for bundle, own in self._experts.handed_out(rows, counts, wanted):
+                    x = self._read(wanted[bundle[0]][0], bundle, own, tokens, (chosen, weights))
+                    for number, each in zip(bundle, x, strict=True):
+                        each[counts[number] :] = 0
+                        watches[wanted[number]].see_some(i, self._flow.reads(each), counts[number])
 
             self._experts.look = look
             try:
@@ -164,14 +166,15 @@ class RoutedWalk:
                 handle.remove()
         return seen
 
-    def _read(self, name: str, number: int, tokens: Tensor, routing: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-        """What a linear of one expert reads of these rows of a chunk."""
-        x = tokens[rows]
+    def _read(self, name: str, numbers: list[int], own: Tensor, tokens: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
+        """What linears like this one read of these rows of a chunk, some for each expert: [experts, rows, K]."""
+        x = tokens[own]
         if self._experts.scales_inputs:
             chosen, weights = routing
-            weight = torch.where(chosen[rows] == number, weights[rows], 0).sum(dim=-1, keepdim=True)
+            called = chosen[own] == torch.tensor(numbers, device=own.device)[:, None, None]
+            weight = torch.where(called, weights[own], 0).sum(dim=-1, keepdim=True)
             x = x * torch.where(weight > 0, weight, weights.mean())
-        return x if name.endswith((".gate_proj", ".up_proj")) else self._experts.gated(number, x)
+        return x if name.endswith((".gate_proj", ".up_proj")) else self._experts.gated(numbers, x)
 
     def _together(self) -> list[list[int]]:
         """Chunks that go through at once. A GPU takes longer to start kernels than to compute few tokens of each expert."""
@@ -220,11 +223,11 @@ def _number(experts: Experts, name: str) -> int | None:
     return int(name.removeprefix(f"{experts.path}.").split(".")[0])
 
 
-def _rows(chosen: Tensor, also: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The rows of a chunk that each expert is calibrated on, found for all at once: each answer waits for the device."""
+def _rows(chosen: Tensor, also: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """The rows of a chunk that each expert is calibrated on, one expert after the other, and how many each has."""
     mine = torch.zeros(count, len(chosen), dtype=torch.bool, device=chosen.device).scatter_(0, chosen.T, value=True)
     mine |= also
-    return mine.nonzero()[:, 1].split(mine.sum(dim=1).tolist())
+    return mine.nonzero()[:, 1], mine.sum(dim=1).tolist()
 
 
 def _enough(hessian: Hessian) -> Hessian:

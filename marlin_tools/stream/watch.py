@@ -74,9 +74,9 @@ class Watch:
                 total = x.flatten(0, -2).sum(dim=0, dtype=torch.float32)
                 now.inputs = total if now.inputs is None else now.inputs + total
 
-    def see_some(self, chunk: int, x: Tensor) -> None:
-        """Some tokens of a chunk, perhaps none; to be told of every chunk."""
-        self.tokens += len(x)
+    def see_some(self, chunk: int, x: Tensor, tokens: int) -> None:
+        """Some tokens of a chunk, perhaps none, and perhaps zeros below them; to be told of every chunk."""
+        self.tokens += tokens
         with span("hessian"):
             now = self._seen(chunk, x)
             if len(x):

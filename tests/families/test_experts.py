@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import ALONE
 from marlin_tools.errors import ModelError
+from marlin_tools.families import experts
+from marlin_tools.families.experts import SplitExperts
 from marlin_tools.families.layout import Layout
 from marlin_tools.stream import routed
 from marlin_tools.stream.inventory import take_linears
@@ -30,11 +32,13 @@ Load = Callable[[str, Path], torch.nn.Module]
 ROUTER = {"qwen3_moe": "model.layers.1.mlp.gate", "gpt_oss": "model.layers.1.mlp.router"}
 
 
-def expert_groups(path: Path, tokens: TokenSet, chunk: int = CHUNK_TOKENS) -> dict[str, tuple[Tensor, int, int | None]]:
+def expert_groups(
+    path: Path, tokens: TokenSet, chunk: int = CHUNK_TOKENS, device: str = "cpu"
+) -> dict[str, tuple[Tensor, int, int | None]]:
     """By the first linear of each group: its Hessian, tokens seen, tokens routed."""
     checkpoint = Checkpoint.open(path)
-    linears, device = frozenset(Layout(checkpoint).linears()), torch.device("cpu")
-    stream = LayerStream(checkpoint, tokens, linears, device, with_original=True, chunk_tokens=chunk)
+    linears = frozenset(Layout(checkpoint).linears())
+    stream = LayerStream(checkpoint, tokens, linears, torch.device(device), with_original=True, chunk_tokens=chunk)
     found = {}
     for block in stream:
         for group in block.groups():
@@ -94,6 +98,61 @@ def test_chunks_that_go_through_at_once(
     for name, (hessian, seen, sent) in alone.items():
         assert together[name][1:] == (seen, sent)
         assert torch.allclose(together[name][0], hessian, rtol=1e-4, atol=1e-5 * float(hessian.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@torch.no_grad()
+def test_experts_side_by_side_compute_what_each_does(
+    made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    monkeypatch.setattr(routed, "FEW", 1)
+    alone = expert_groups(made(model_type), tokens)
+    sizes: set[int] = set()
+    usual = SplitExperts.bundles
+
+    def bundles(self: SplitExperts, counts: Sequence[int], *, on_gpu: bool) -> Iterator[tuple[list[int], int]]:
+        for numbers, rows in usual(self, counts, on_gpu=True):
+            sizes.add(len(numbers))
+            assert not on_gpu
+            assert rows > max(counts[number] for number in numbers) // 64 * 64
+            yield numbers, rows
+
+    monkeypatch.setattr(SplitExperts, "bundles", bundles)
+    for name, (matrix, *counts) in expert_groups(made(model_type), tokens).items():
+        torch.testing.assert_close(matrix, alone[name][0], rtol=1e-4, atol=1e-5 * float(matrix.abs().max()))
+        assert counts == list(alone[name][1:])
+    assert max(sizes) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@torch.no_grad()
+def test_bundles_on_a_gpu(
+    made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    monkeypatch.setattr(routed, "FEW", 1)
+    together = expert_groups(made(model_type), tokens, device="cuda")
+    usual = SplitExperts.bundles
+    monkeypatch.setattr(SplitExperts, "bundles", lambda self, counts, on_gpu: usual(self, counts, on_gpu=not on_gpu))
+    alone = expert_groups(made(model_type), tokens, device="cuda")
+    first = min(name for name in alone if ".experts." in name).split(".experts.")[0]
+    for name, (matrix, *counts) in alone.items():
+        if name.startswith(first):  # later blocks may send a token elsewhere, where two experts are as good
+            assert counts == list(together[name][1:])
+            torch.testing.assert_close(together[name][0], matrix, rtol=1e-2, atol=1e-3 * float(matrix.abs().max()))
+
+
+def test_bundles_hold_experts_that_read_about_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = SplitExperts(torch.nn.Linear(1, 1, dtype=torch.float16), (8, 256, 128), bias=False)
+    counts = [1000, 0, 1024, 10, 64, 65, 900, 1025]
+    assert list(split.bundles(counts, on_gpu=False)) == [([i], n) for i, n in enumerate(counts) if n]
+    expected = [([0, 2], 1024), ([6], 1024), ([3, 4], 64), ([5], 128), ([7], 1280)]
+    assert list(split.bundles(counts, on_gpu=True)) == expected
+    monkeypatch.setattr(experts, "_SIDE_BY_SIDE", 1)
+    assert all(len(numbers) == 1 for numbers, _ in split.bundles(counts, on_gpu=True))
+    monkeypatch.undo()
+    split.expert(0).up_proj.register_forward_pre_hook(lambda *_: None)
+    assert list(split.bundles(counts, on_gpu=True)) == list(split.bundles(counts, on_gpu=False))
 
 
 def test_few_tokens_leave_a_search_for_scales(made: Callable[[str], Path], tokens: TokenSet) -> None:
