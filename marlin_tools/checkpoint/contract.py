@@ -30,6 +30,7 @@ class Part(BaseModel):
 
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, le=2**16)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=200)]
 
@@ -82,6 +83,11 @@ class Config(Part):
     num_attention_heads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     num_key_value_heads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     head_dim: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    num_local_experts: Count | None = None
+    num_experts: Count | None = None
+    n_routed_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Size | list[Size] | None = None
     vocab_size: Annotated[int, Field(ge=1, le=2**26)] | None = None
     max_position_embeddings: Size | None = None
     sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None

@@ -177,12 +177,17 @@ class Checkpoint:
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's own tokenizer; never runs code from the checkpoint."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoTokenizer
 
         check_tokenizer_files(self.path)
         hint = "tokenizer.json or tokenizer.model must lie beside config.json"
         with ErrorTranslation(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", hint), panics_unprinted():
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            try:
+                return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            except StrictDataclassError as error:  # it looks at config.json as well
+                what = f"`{self.path / 'config.json'}` is not understood by transformers: {' '.join(str(error).split())}"
+                raise ModelError(what, hint="correct it, or download the model again") from error
 
     def companions(self) -> list[Path]:
         """The files that make it a complete model besides weights and config: tokenizer, generation settings, licence."""

@@ -12,6 +12,7 @@ what the next norm sees: a first token that is a thousand times as long as the o
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -96,6 +97,23 @@ def check_dense(sparsity: str | None, formats: Sequence[str], *, needs_data: boo
                 f"format `{name}` cannot hold the linears that stay dense: {reason}",
                 hint="use `--format compressed-tensors`, or leave out `--keep-dense`",
             )
+
+
+def check_room(share: float, inventory: Inventory) -> None:
+    """Refuse a share in which no unit has room."""
+    sizes = {target.name: target.n * target.k for target in inventory.targets}
+    units: dict[str, int] = {}
+    for index in range(inventory.blocks):
+        for group in inventory.layout.groups(index):
+            names = [linear for name in group if (linear := inventory.layout.linear(index, name)) in sizes]
+            if names:
+                units[_unit(names)] = units.get(_unit(names), 0) + sum(sizes[name] for name in names)
+    least, weights = min(units.values()), sum(sizes.values())
+    if int(share * weights) < least:
+        raise RecipeError(
+            f"`keep_dense` has room for {share * weights:,.0f} weights, too few for any linear: the smallest has {least:,}",
+            hint=f"use `--keep-dense {math.floor(1e6 * least / weights + 1) / 1e4:g}%` or more, or leave it out",
+        )
 
 
 class DenseChoice:

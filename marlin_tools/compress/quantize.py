@@ -29,7 +29,7 @@ from marlin_tools.algorithms.hessian import ALONE
 from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.dense import DenseChoice, Share, check_dense
+from marlin_tools.compress.dense import DenseChoice, Share, check_dense, check_room
 from marlin_tools.compress.experts import SolveAll
 from marlin_tools.compress.forecast import forecast_mixed, forecast_quantize, forecast_tuned
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
@@ -203,15 +203,15 @@ def prepare_quantize(
     checkpoint = Checkpoint.open(model, accept=find_family)
     sparse = settings.sparsity is not None
     _check_activations(settings, formats)
+    inventory = take_linears(checkpoint, settings.ignore)
     if settings.keep_dense:
         check_dense(settings.sparsity, (settings.format, *formats), needs_data=settings.solver.needs_data)
-    inventory = take_linears(checkpoint, settings.ignore)
+        check_room(settings.keep_dense, inventory)
     group_sizes = settings.sized(inventory, *formats)
     if sparse:
         check_quads(inventory)
     device = pick_device(settings.device)
-    needs_data = settings.solver.needs_data
-    seen = tokens if needs_data else 0
+    seen = tokens if settings.solver.needs_data else 0
     if settings.tuned(tokens):
         _check_tuning(settings.solver, tokens, longest)
         forecast = forecast_tuned(checkpoint, inventory, settings.solver, seen, longest, device)

@@ -13,12 +13,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 
-from marlin_tools.backends import check_activations, load
+from marlin_tools.backends import BACKENDS, check_activations, load
 from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents
@@ -32,7 +32,7 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats import find_format
 from marlin_tools.formats.config import activations_of
 from marlin_tools.quantized import ActivationType, dtype_name
-from marlin_tools.settings import Settings
+from marlin_tools.settings import Settings, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ class EvaluateSettings(Settings):
     seqlen: int | None = Field(default=None, ge=2)
     include_path: tuple[Path, ...] = ()
     allow_task_code: bool = False
-    backend: str = "auto"
+    backend: Annotated[str, one_of("backend", ("auto", *BACKENDS, "vllm"))] = "auto"
     activations: ActivationType | None = None
     device: str = "auto"
     seed: int = Field(default=1234, ge=0, lt=2**32)

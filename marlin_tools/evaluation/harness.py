@@ -154,6 +154,10 @@ class Harness:
             own = task.get_config("num_fewshot")
             if own == 0 and shots:
                 emit(Event("warning", f"`{name}` is defined without examples: {shots} shots do not apply to it"))
+            elif shots and (most := _most_shots(task)) is not None and shots > most:
+                raise DataError(
+                    f"`--num-fewshot {shots}`: `{name}` has {most} examples to show", hint=f"use `--num-fewshot {most}` or less"
+                )
             task.set_config("num_fewshot", (own or 0) if own == 0 or shots is None else shots)
             task.set_fewshot_seed(seed)
 
@@ -210,6 +214,16 @@ def _load(found: Tasks) -> dict[str, Any]:
             f"{', '.join(f'`{name}`' for name in found.names)} cannot be loaded: {first_line(error)}",
             hint="check the network and HF_HUB_OFFLINE, or the task's YAML file and its data files",
         ) from error
+
+
+def _most_shots(task: Any) -> int | None:
+    """How many examples a task can show with a question, which is none of them; None if nobody can tell."""
+    sampler = getattr(task, "sampler", None)
+    examples = getattr(sampler, "df", getattr(sampler, "docs", None))  # as newer and older releases call them
+    if examples is None:
+        return None
+    split = task.fewshot_cfg.split if hasattr(task, "fewshot_cfg") else task.config.fewshot_split
+    return len(examples) - (split == task.config.test_split)
 
 
 def _items(samples: Mapping[str, list[dict[str, Any]]]) -> dict[tuple[str, str], list[Any]]:

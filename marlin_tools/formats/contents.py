@@ -92,9 +92,15 @@ def _header(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def keeps(config: Mapping[str, Any], name: str) -> bool:
     """Whether this quantization_config says that the linear `name` is not quantised."""
+    targets = [target for group in (config.get("config_groups") or {}).values() for target in group.get("targets") or ()]
+    grouped = config.get("quant_method") == "compressed-tensors"
+    return ignores(config, name) or (grouped and not _matches(targets, name))
+
+
+def ignores(config: Mapping[str, Any], name: str) -> bool:
+    """Whether it says so outright, by a rule for what is left out."""
     if config.get("quant_method") == "compressed-tensors":
-        targets = [target for group in (config.get("config_groups") or {}).values() for target in group.get("targets") or ()]
-        return _matches(config.get("ignore") or (), name) or not _matches(targets, name)
+        return _matches(config.get("ignore") or (), name)
     skipped = [rule.removeprefix("-:") for rule in config.get("dynamic") or {} if rule.startswith("-:")]
     return any(_pattern(rule).match(name) for rule in skipped) or name in (config.get("modules_to_not_convert") or ())
 

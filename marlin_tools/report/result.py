@@ -255,9 +255,8 @@ class Result:
     @property
     def learned(self) -> str:
         """What training left alone, or which state it has kept."""
-        if not self.quantized:
-            return "The zeros stayed where they were."
-        return f"Kept is the best state, that after {self.manifest.get('best_step', 0)} steps."
+        zeros = "" if self.quantized else "The zeros stayed where they were. "
+        return f"{zeros}Kept is the best state, that after {self.manifest.get('best_step', 0)} steps."
 
     @property
     def stages(self) -> dict[str, Mapping[str, float]]:

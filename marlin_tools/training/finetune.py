@@ -6,9 +6,10 @@ the teacher has. Embeddings and head stay the original's; norms and biases learn
     of a pruned model     the kept weights of its 2:4 linears. The result is a dense checkpoint of the original's type with
                           exactly the same zeros, ready for `quantize --sparsity keep`
     of a quantised model  scales and codes, each code by one step at most; zeros of 2:4 codes stay. The result has the same
-                          format, in the state that did best on what was not trained on
+                          format
 
-A run that is killed continues from its last saved state, on one CPU with the same bytes in the end.
+The result is the state that did best on what was not trained on. A run that is killed continues from its last saved state, on
+one CPU with the same bytes in the end.
 
 The mathematics is in `marlin_tools/training/`. `torchrun` runs this same function in several processes.
 """
@@ -54,7 +55,7 @@ from marlin_tools.training.student import Reader, Student, recompute
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REVISION = 2
+REVISION = 3
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 _SMALLER = "use `--recompute`, a smaller `--micro`, `--code-rate 0` for a quantised model, or several GPUs with `torchrun`"

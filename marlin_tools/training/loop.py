@@ -115,11 +115,11 @@ class Trainer:
 
     @property
     def best_step(self) -> int:
-        """The step whose state is the result: the last, of a quantised student that of the least held-out KL."""
-        return min(self.measured, key=lambda each: each[1])[0] if self.student.quantized else self.steps
+        """The step whose state is the result: that of the least held-out KL."""
+        return min(self.measured, key=lambda each: each[1])[0]
 
     def run(self, emit: Emit, save: Callable[[], None]) -> None:
-        """Take all steps that are left. A quantised student ends in its best state; a loss that is no number ends it early."""
+        """Take all steps that are left, and end in the best state; a loss that is no number is an early end."""
         try:
             self._run(emit, save)
         except NumericalError as error:
@@ -203,7 +203,7 @@ class Trainer:
         kl = float(total) / len(self._held_out)
         self._check(kl)
         self.measured.append((self.step, kl))
-        if self.student.quantized and self.best_step == self.step:
+        if self.best_step == self.step:
             self._best = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         said = f"step {self.step} of {self.steps}: held-out KL {kl:.4f}{self._said}"
         emit(Event("note", said, data={"step": self.step, "held_out_kl": kl}))

@@ -17,7 +17,7 @@ from marlin_tools.families import find_family
 from marlin_tools.families.experts import stored_shapes
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats import find_format
-from marlin_tools.formats.contents import Contents, declared_sizes, keeps
+from marlin_tools.formats.contents import Contents, declared_sizes, ignores, keeps
 from marlin_tools.formats.gptq import Gptq
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import unpack_nibbles
@@ -67,6 +67,7 @@ def check_config(checkpoint: Checkpoint) -> Check:
     except MarlinToolsError as error:
         return Check("config", ok=False, detail=error.message)
     problems = [] if grids else [f"no linear is stored as `{layout.name}`, which `quantization_config` names"]
+    problems += [f"`{name}` is quantised, `quantization_config` says it is not" for name in grids if ignores(declared, name)]
     problems += [
         f"`{name}` has groups of {grid.group_size}, `quantization_config` says {_listing(sizes)}"
         for name, grid in grids.items()
@@ -111,11 +112,20 @@ class Subject:
         problems += [f"`{name}` is unknown to the model" for name in left if self._matters(name)]
         plain = [name for name in self.layout.linears() if name not in self.grids]
         problems += [f"`{name}` is not quantised and not listed as kept" for name in plain if not self._kept(name)]
+        problems += self._untied()
         try:
             self.checkpoint.tokenizer()
         except ModelError as error:
             problems.append(error.message)
         return judge("inventory", problems, f"{len(self.grids)} linears quantised, {len(plain)} kept, nothing left over")
+
+    def _untied(self) -> Iterator[str]:
+        """A head beside the embedding that it should be: transformers reads it, vLLM does not."""
+        family = self.layout.family
+        head, embedding = f"{family.head}.weight", f"{family.stored or family.decoder}.{family.embedding}.weight"
+        tied = self.layout.config.get("tie_word_embeddings") and head in self.checkpoint and embedding in self.checkpoint
+        if tied and not torch.equal(self.checkpoint.read(head), self.checkpoint.read(embedding)):
+            yield f"`{head}` is not `{embedding}`, `tie_word_embeddings` says it is: vLLM would read the latter"
 
     def _kept(self, name: str) -> bool:
         return name in self.manifest.get("kept", {}) or keeps(self.checkpoint.quantization or {}, name)
@@ -153,7 +163,9 @@ class Subject:
         yield judge("scales", problems["scales"], "all finite and nonzero")
         if isinstance(self.stored.format, Gptq):
             yield judge("zero points", problems["zero points"], f"{self.stored.format.stored_zero} everywhere")
-        yield judge("codes", problems["codes"], f"all legal, {sparse} of {len(self.grids)} linears 2:4 sparse")
+        ordered = isinstance(self.stored.format, Gptq) and (self.checkpoint.quantization or {}).get("desc_act")
+        said = ", `desc_act` is true and `g_idx` permutes nothing" if ordered else ""
+        yield judge("codes", problems["codes"], f"all legal, {sparse} of {len(self.grids)} linears 2:4 sparse{said}")
 
     def _wrong_zeros(self, name: str, tensors: Mapping[str, Tensor]) -> str | None:
         """What stands in the place of the zero point that this version of `gptq` stores."""

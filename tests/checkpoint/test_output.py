@@ -116,6 +116,15 @@ def test_sources_and_what_holds_them_stay() -> None:
     refused("../../source", "is, or holds, the working directory")
 
 
+def test_a_result_with_another_one_inside_stays_while_that_is_there() -> None:
+    make("out")
+    make("out/inner")
+    refused("out", "`inner` in it is no part of a result")
+    make("out/inner", "2", overwrite=True)
+
+    assert ("1", "2") == (Path("out/weights.txt").read_text(), Path("out/inner/weights.txt").read_text())
+
+
 def test_a_partial_that_is_none_of_ours_stays() -> None:
     Path("out.partial/model").mkdir(parents=True)
     Path("out.partial/model/thesis.tex").write_text("years of work")

@@ -131,7 +131,9 @@ WRONG = [
     ("num_attention_heads", 0), ("num_key_value_heads", -1), ("head_dim", []), ("intermediate_size", {}),
     ("vocab_size", 10**12), ("vocab_size", 17), ("vocab_size", None), ("max_position_embeddings", "long"),
     ("rms_norm_eps", -1), ("rms_norm_eps", "x"), ("rope_parameters", []), ("hidden_act", 3), ("dtype", 16),
-    ("tie_word_embeddings", "yes"), ("quantization_config", "gptq"), ("model_type", ["llama"]), ("model_type", "x" * 1000),
+    ("num_experts", "4"), ("num_local_experts", 4.0), ("n_routed_experts", []), ("num_experts_per_tok", "2"),
+    ("moe_intermediate_size", "64"), ("tie_word_embeddings", "yes"), ("quantization_config", "gptq"),
+    ("model_type", ["llama"]), ("model_type", "x" * 1000),
 ]  # fmt: skip
 
 
@@ -139,6 +141,12 @@ WRONG = [
 def test_a_config_says_what_cannot_be(model: Path, key: str, value: object) -> None:
     write_json(model / "config.json", CONFIG | {key: value})
     assert f"`{key}`" in refused(model, "config.json`: ").message
+
+
+def test_what_transformers_refuses_in_a_config_is_not_the_tokenizers_fault(model: Path) -> None:
+    write_json(model / "config.json", CONFIG | {"attention_dropout": "much"})
+    with pytest.raises(ModelError, match=r"config\.json` is not understood by transformers: .*'attention_dropout'"):
+        Checkpoint.open(model).tokenizer()
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])

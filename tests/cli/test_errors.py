@@ -64,6 +64,13 @@ CASES = [
         "error: `--batch-size x`: must be 'auto', or must be a valid integer, unable to parse",
     ),
     (
+        ("eval", "demo", "-t", "x", "--backend", "nativ"),
+        (
+            "error: --backend: unknown backend `nativ`; did you mean `native`? "
+            "known: auto, native, reference, reference-packed, torch-int4, vllm\n"
+        ),
+    ),
+    (
         ("run", "dmo"),
         (
             "error: `dmo` is no recipe file and no bundled recipe\n"

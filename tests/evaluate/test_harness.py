@@ -92,6 +92,18 @@ def test_shots_that_do_not_apply_are_said_aloud(model, write_task, run):
     assert "`fish` is defined without examples: 2 shots do not apply to it" in result.notes
 
 
+@pytest.mark.parametrize(("split", "most"), [("", 10), ("fewshot_split: test\n", 9)])
+def test_more_shots_than_there_are_examples_are_refused(model, write_task, run, split, most):
+    folder = write_task("fish")
+    with (folder / "fish.yaml").open("a") as file:
+        file.write(split)
+    with pytest.raises(DataError) as caught:
+        run(model, "fish", include_path=(folder,), num_fewshot=most + 1)
+
+    assert f"`--num-fewshot {most + 1}`: `fish` has {most} examples to show" == caught.value.message
+    assert most == run(model, "fish", include_path=(folder,), num_fewshot=most).score("fish").details["num_fewshot"]
+
+
 def test_differences_of_accuracy_are_paired(int4, model, write_task, run):
     folder = (write_task("fish"),)
     pair = run(int4, "fish", baseline=model, include_path=folder).score("fish")

@@ -78,6 +78,13 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, stop: int) -> None:
     )
 
 
+def test_what_gets_worse_is_not_kept(run: Run, pruned: Path) -> None:
+    source, out = Checkpoint.open(pruned), run(rate=0.5)
+    facts = json.loads((out.path / "manifest.json").read_text())
+    assert facts["best_step"] == 0 < facts["steps"]
+    assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
+
+
 def test_changed_settings_do_not_continue_another_run(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         run(how={"emit": stop_at(3)})

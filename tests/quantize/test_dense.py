@@ -224,5 +224,15 @@ def test_refused_before_work(
         prepare_quantize(model, QuantizeSettings(keep_dense=0.1, device="cpu", **settings), 1000, 64, formats)
 
 
+def test_a_share_in_which_no_linear_has_room_is_refused_with_the_least_that_has(model: Path) -> None:
+    def prepared(share: str) -> None:
+        prepare_quantize(model, QuantizeSettings(keep_dense=share, device="cpu", preset="fast", sparsity="2:4"), 1000, 64)
+
+    with pytest.raises(RecipeError, match=r"room for 1 weights, too few for any linear: the smallest has 16,384") as refused:
+        prepared("0.0004%")
+    assert refused.value.hint == "use `--keep-dense 5.0001%` or more, or leave it out"
+    prepared("5.0001%")
+
+
 def test_marlin_holds_what_stays_dense() -> None:
     check_dense("2:4", ("marlin",), needs_data=True)

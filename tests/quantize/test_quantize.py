@@ -51,6 +51,18 @@ def test_two_runs_give_the_same_bytes(tiny_llama: Path, run: Run, digest: Digest
     assert digest(run(tiny_llama, "a", preset=preset).path) == digest(run(tiny_llama, "b", preset=preset).path)
 
 
+def test_a_result_inside_of_its_model_harms_neither(tiny_llama: Path, run: Run, digest: Digest) -> None:
+    def source() -> tuple[str, list[Path], set[tuple[str, str]]]:
+        model = Checkpoint.open(tiny_llama)
+        files = {each for each in digest(tiny_llama).items() if not each[0].startswith("out/")}
+        return model.fingerprint, model.companions(), files
+
+    before, beside = source(), digest(run(tiny_llama, "beside").path)
+    assert digest(run(tiny_llama, str(tiny_llama / "out")).path) == beside
+    assert digest(run(tiny_llama, str(tiny_llama / "out"), overwrite=True).path) == beside
+    assert source() == before
+
+
 def test_the_stored_reference_is_what_the_model_computes(tiny_llama: Path, run: Run) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

@@ -224,6 +224,45 @@ def test_quantization_config_that_contradicts_the_tensors(damaged, edit_json, va
     assert detail in failures(damaged)["config"]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    (
+        ("compressed-tensors", {"ignore": ["re:.*"]}),
+        ("compressed-tensors", {"ignore": ["lm_head", "model.layers.0.mlp.down_proj"]}),
+        ("gptq", {"dynamic": {"-:.*down_proj": {}}}),
+    ),
+)
+def test_a_quantized_linear_that_the_config_leaves_out(copy, edit_json, failures, forget_hashes, name, values):
+    """Engines that go by the config look for a weight in 16 bits."""
+    directory = forget_hashes(copy(name))
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    edit_json(directory / "config.json", quantization_config=config | values)
+    found = failures(directory)
+
+    assert ["config"] == list(found)
+    assert found["config"].startswith("`model.layers.0.mlp.down_proj` is quantised, `quantization_config` says it is not")
+
+
+def test_act_order_that_permutes_nothing_is_said(damaged, edit_json):
+    config = json.loads((damaged / "config.json").read_text())["quantization_config"]
+    edit_json(damaged / "config.json", quantization_config=config | {"desc_act": True})
+    verification = verify(damaged)
+
+    assert verification.ok
+    (codes,) = (check.detail for check in verification.checks if check.name == "codes")
+    assert codes.endswith(", `desc_act` is true and `g_idx` permutes nothing")
+
+
+def test_a_head_that_should_be_the_embedding(damaged, edit, edit_json, failures):
+    edit_json(damaged / "config.json", tie_word_embeddings=True)
+    reason = "`lm_head.weight` is not `model.embed_tokens.weight`, `tie_word_embeddings` says it is: vLLM would read the latter"
+
+    assert reason == failures(damaged)["inventory"]
+    with edit(damaged, "lm_head.weight") as tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    assert "inventory" not in failures(damaged)
+
+
 def test_unknown_family(damaged, edit_json, failures):
     edit_json(damaged / "config.json", model_type="mamba")
 
