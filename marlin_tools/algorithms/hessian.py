@@ -146,7 +146,7 @@ class Hessian:
         if not bool(torch.isfinite(torch.linalg.vector_norm(self.matrix, torch.inf))):
             raise NumericalError(
                 f"`{name}`: the calibration activations are not finite",
-                hint="the model overflows in this precision: if it is float16, use a copy in bfloat16; or `--device cpu`, in float32",
+                hint="the model overflows in this precision: if float16, use a copy in bfloat16; or `--device cpu` (float32)",
             )
         used = damp
         while used <= _MAX_DAMP:
