@@ -111,7 +111,7 @@ class SplitExperts(nn.Module):
         bundles = list(self.bundles(asked, on_gpu=entries.is_cuda))
         starts = [0, *accumulate(counts)]
         firsts = [starts[number] for numbers, _ in bundles for number in numbers]
-        first = torch.tensor(firsts, dtype=torch.long, device=entries.device)  # all at once: what is copied there waits for it
+        first = torch.tensor(firsts, dtype=torch.long, device=entries.device)  # one copy for all bundles
         for (numbers, rows), own in zip(bundles, first.split([len(numbers) for numbers, _ in bundles]), strict=True):
             places = own[:, None] + torch.arange(rows, device=entries.device)
             yield numbers, entries[places.clamp_(max=len(entries) - 1)]

@@ -29,6 +29,7 @@ from marlin_tools.stream.inventory import take_linears
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group, LayerStream
 
 Load = Callable[[str, Path], torch.nn.Module]
+mixtures = pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
 ROUTER = {"qwen3_moe": "model.layers.1.mlp.gate", "gpt_oss": "model.layers.1.mlp.router"}
 
 
@@ -100,7 +101,7 @@ def test_chunks_that_go_through_at_once(
         assert torch.allclose(together[name][0], hessian, rtol=1e-4, atol=1e-5 * float(hessian.abs().max()))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@mixtures
 @torch.no_grad()
 def test_experts_side_by_side_compute_what_each_does(
     made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
@@ -125,7 +126,7 @@ def test_experts_side_by_side_compute_what_each_does(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@mixtures
 @torch.no_grad()
 def test_bundles_on_a_gpu(
     made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
