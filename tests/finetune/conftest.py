@@ -80,10 +80,16 @@ def run(tmp_path: Path, teacher: Path, pruned: Path, tokens: TokenSet) -> Callab
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`start(2, teacher, pruned, out, 5)` trains in two processes, which end at step 5 as if killed; 0 lets them finish."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+def script(tmp_path: Path) -> Path:
+    """`python train.py teacher pruned out 5 cpu` trains and ends at step 5 as if killed; 0 lets it finish."""
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def start(script: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`start(2, teacher, pruned, out, 5)` trains in two processes of `torchrun`."""
 
     def call(processes: int, *arguments: object, device: str = "cpu") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(script)]

@@ -1,28 +1,33 @@
 """Two processes that share weights, gradients and optimiser state give what one gives."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked import started
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.training.finetune import FinetuneSettings, check_pair
 from marlin_tools.training.parallel import training_team
 
-Start = Callable[..., subprocess.CompletedProcess[str]]
 
+def test_two_processes_give_what_one_gives(
+    run: Callable[..., Checkpoint], script: Path, teacher: Path, pruned: Path, tmp_path: Path
+) -> None:
+    def train(stop: int) -> tuple[list[int], list[str]]:
+        arguments = [str(each) for each in (script, teacher, pruned, tmp_path / "two", stop, "cpu")]
+        with started(2, arguments, tmp_path / f"until-{stop}.log") as processes:
+            return [process.ended(240) for process in processes], [process.said for process in processes]
 
-def test_two_processes_give_what_one_gives(start: Start, teacher: Path, pruned: Path, tmp_path: Path) -> None:
-    done = start(1, teacher, pruned, tmp_path / "one", 0)
-    assert done.returncode == 0, done.stderr
-    assert start(2, teacher, pruned, tmp_path / "two", 5).returncode != 0  # killed on its way
+    one = run("one", rate=3e-4)
+    ends, said = train(5)
+    assert 3 == ends[0], said  # killed on its way
     assert (tmp_path / "two.partial" / "state" / "training.safetensors").is_file()
-    done = start(2, teacher, pruned, tmp_path / "two", 0)
-    assert done.returncode == 0, done.stderr
-    one, two, before = (Checkpoint.open(path) for path in (tmp_path / "one", tmp_path / "two", pruned))
+    ends, said = train(0)
+    assert [0, 0] == ends, said
+    two, before = (Checkpoint.open(path) for path in (tmp_path / "two", pruned))
     for name in one.names():
         torch.testing.assert_close(two.read(name).float(), one.read(name).float(), rtol=0, atol=2e-4)
         if "proj" in name:

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked import Forked, started
 from marlin_tools.distributed import team as teams
 from marlin_tools.distributed.team import ALONE, Pairs, Team, assembled
 from marlin_tools.errors import DeviceError
 
 Digest = Callable[[Path], dict[str, str]]
 
-Start = Callable[[int, list[str]], list[subprocess.Popen[str]]]
+Start = Callable[[int, list[str]], list[Forked]]
 
 PRESETS = "marlin,fast,default,dense"
 
@@ -85,13 +88,9 @@ def arguments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def one(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a single process makes."""
     out = tmp_path_factory.mktemp("one")
-    done = torchrun(1, arguments(out, PRESETS))
-    assert done.returncode == 0, done.stderr
+    with started(1, arguments(out, PRESETS), out / "log") as (alone,):
+        assert alone.ended(240) == 0, alone.said
     return out
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **more}
 
 
 def same(digest: Digest, one: Path, other: Path) -> bool:
@@ -102,38 +101,26 @@ def same(digest: Digest, one: Path, other: Path) -> bool:
 
 def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture
-def by_hand() -> Iterator[Start]:
-    """Start so many processes without anybody who looks after them."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(processes: int, arguments: list[str]) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-        for rank in range(processes):
-            here = environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
-            started.append(subprocess.Popen([sys.executable, *arguments], env=here, stderr=subprocess.PIPE, text=True))
-        return started[-processes:]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def by_hand(tmp_path: Path) -> Iterator[Start]:
+    """`by_hand(2, arguments)` starts two processes that nobody looks after."""
+    with ExitStack() as stack:
+        number = count()
+        yield lambda size, arguments: stack.enter_context(started(size, arguments, tmp_path / f"{next(number)}.log"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "presets"), [(2, PRESETS), (4, "default")])
-def test_many_give_the_bytes_of_one(
-    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, processes: int, presets: str
+def test_two_of_torchrun_give_the_bytes_of_one(
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path
 ) -> None:
-    done = torchrun(processes, arguments(tmp_path, presets))
+    done = torchrun(2, arguments(tmp_path, PRESETS))
     assert done.returncode == 0, done.stderr
-    made = presets.split(",")
-    for rank in range(processes):
+    made = PRESETS.split(",")
+    for rank in range(2):
         assert done.stderr.count(f"process {rank}: cpu, cpu (1 threads)") == len(made)
     assert done.stdout.split() == [str(tmp_path / preset) for preset in made]  # one of them speaks
     for preset in made:
@@ -141,8 +128,21 @@ def test_many_give_the_bytes_of_one(
 
 
 @pytest.mark.slow
+def test_four_give_the_bytes_of_one(
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start
+) -> None:
+    processes = by_hand(4, arguments(tmp_path, "default"))
+    ends = [process.ended(240) for process in processes]
+    said = [process.said for process in processes]
+    assert ends == [0, 0, 0, 0], said
+    for rank in range(4):
+        assert "".join(said).count(f"process {rank}: cpu, cpu (1 threads)") == 1
+    assert same(digest, tmp_path / "default", one / "default")
+
+
+@pytest.mark.slow
 def test_experts_are_solved_by_one_process_each(
-    arguments: Callable[..., list[str]], tiny_model: Callable[..., Path], tmp_path: Path, digest: Digest
+    arguments: Callable[..., list[str]], tiny_model: Callable[..., Path], tmp_path: Path, digest: Digest, by_hand: Start
 ) -> None:
     """Three experts, one of another shape, and a shared one, for two processes."""
     mixture = tiny_model(
@@ -156,9 +156,9 @@ def test_experts_are_solved_by_one_process_each(
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    for processes in (1, 2):
-        done = torchrun(processes, arguments(tmp_path / str(processes), "default,dense", model=mixture))
-        assert done.returncode == 0, done.stderr
+    for size in (1, 2):
+        for process in by_hand(size, arguments(tmp_path / str(size), "default,dense", model=mixture)):
+            assert process.ended(240) == 0, process.said
     for preset in ("default", "dense"):
         assert same(digest, tmp_path / "1" / preset, tmp_path / "2" / preset)
     manifest = json.loads((tmp_path / "2/default/manifest.json").read_text())
@@ -175,11 +175,11 @@ def test_a_process_that_is_gone_stops_the_other_and_the_same_command_goes_on(
     arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start, victim: int
 ) -> None:
     processes = by_hand(2, arguments(tmp_path, "fast", victim))
-    assert processes[victim].wait(120) == -signal.SIGKILL
+    assert processes[victim].ended(120) == -signal.SIGKILL
     gone = time.monotonic()
-    _, said = processes[1 - victim].communicate(timeout=60)
+    end, said = processes[1 - victim].ended(60), processes[1 - victim].said
     assert time.monotonic() - gone < 20
-    assert processes[1 - victim].returncode == 2, said
+    assert end == 2, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, said
     assert errors[0].startswith(f"error: process {1 - victim}: another process is gone"), said
@@ -188,7 +188,7 @@ def test_a_process_that_is_gone_stops_the_other_and_the_same_command_goes_on(
     if victim == 1:  # the one that writes has put the first block on disk, and any number of processes goes on from there
         assert (tmp_path / "fast.partial/state/block-00000.json").is_file()
         (again,) = by_hand(1, arguments(tmp_path, "fast"))
-        assert again.wait(120) == 0
+        assert again.ended(120) == 0, again.said
         assert same(digest, tmp_path / "fast", one / "fast")
 
 
@@ -198,13 +198,14 @@ def test_a_process_without_memory_stops_the_other_and_the_same_command_goes_on(
 ) -> None:
     """Smaller chunks would round differently, so no process takes them by itself."""
     processes = by_hand(2, arguments(tmp_path, "fast", "short of memory: 1"))
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
+    ends = [process.ended(120) for process in processes]
+    said = [process.said for process in processes]
+    assert ends == [2, 2], said
     assert "error: process 1: `cpu` lacks memory" in said[1], said
     assert "error: process 0: another process is gone" in said[0], said
     assert not (tmp_path / "fast").exists()
     (again,) = by_hand(1, arguments(tmp_path, "fast"))
-    assert again.wait(120) == 0
+    assert again.ended(120) == 0, again.said
     assert same(digest, tmp_path / "fast", one / "fast")
 
 
