@@ -34,6 +34,7 @@ import marlin_tools.run.execute
 from conftest import SHAPE, TEXT, write_tokenizer
 from marlin_tools.cli import main as command_line
 
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
 TEXT_FLAGS = ("--calib", "text.txt", "--num-samples", "4", "--seqlen", "32")
 SPARSE = """\
 stages.0.preset=magnitude
@@ -158,12 +159,12 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def make_model(folder: Path) -> None:
-    """A Llama of two blocks."""
+    """A Llama of two blocks, each as small as a group of 128 weights allows."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE), dtype=torch.float16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **(SHAPE | SMALL)), dtype=torch.float16)
     model.save_pretrained(folder / "model")
     write_tokenizer(folder / "model")
     (folder / "text.txt").write_text(TEXT * 60)

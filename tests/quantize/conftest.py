@@ -31,7 +31,7 @@ def run(tmp_path: Path, tokens: TokenSet) -> Callable[..., Checkpoint]:
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def digest() -> Callable[[Path], dict[str, str]]:
     """sha256 of every file of a result; manifest.json without its `times`."""
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -40,7 +41,22 @@ def solved_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def count_writes(tiny_llama: Path, run: Run) -> int:
+@pytest.fixture(scope="module")
+def small_llama(tiny_model: Callable[..., Path]) -> Path:
+    """Two blocks that take no time. Shared by the tests here: read it."""
+    return tiny_model("llama", hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2)
+
+
+class Undisturbed(NamedTuple):
+    """What all others have to make, and how many files were written for it."""
+
+    files: dict[str, str]
+    writes: int
+
+
+@pytest.fixture(scope="module")
+def whole(small_llama: Path, tokens: TokenSet, digest: Digest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """A run that nothing happens to."""
     writes = 0
     write = OutputDirectory._write
 
@@ -49,10 +65,11 @@ def count_writes(tiny_llama: Path, run: Run) -> int:
         writes += 1
         write(self, final, parts)
 
+    out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputDirectory, "_write", counting)
-        run(tiny_llama, "whole")
-    return writes
+        quantize(small_llama, tokens, QuantizeSettings(preset="fast", device="cpu"), out)
+    return Undisturbed(digest(out), writes)
 
 
 def dies_at(fatal: int, *, half_written: bool) -> Callable[[OutputDirectory, Path, list[bytes]], None]:
@@ -75,30 +92,33 @@ def dies_at(fatal: int, *, half_written: bool) -> Callable[[OutputDirectory, Pat
 
 @pytest.mark.parametrize("half_written", [False, True])
 def test_killed_at_any_write_then_resumed(
-    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, solved_blocks: list[int], half_written: bool
+    small_llama: Path,
+    run: Run,
+    digest: Digest,
+    whole: Undisturbed,
+    tmp_path: Path,
+    solved_blocks: list[int],
+    half_written: bool,
 ) -> None:
-    total = count_writes(tiny_llama, run)
-    expected = digest(tmp_path / "whole")
-    assert total >= 10
-    for fatal in range(total):
+    assert whole.writes >= 10
+    for fatal in range(whole.writes):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(OutputDirectory, "_write", dies_at(fatal, half_written=half_written))
             with pytest.raises(Killed):
-                run(tiny_llama, f"out{fatal}")
+                run(small_llama, f"out{fatal}")
         assert not (tmp_path / f"out{fatal}").exists()
         solved_blocks.clear()
-        result = run(tiny_llama, f"out{fatal}")
+        result = run(small_llama, f"out{fatal}")
 
-        assert digest(result.path) == expected, f"killed at write {fatal}"
+        assert digest(result.path) == whole.files, f"killed at write {fatal}"
         finished = min(2, max(0, (fatal - 1) // 2))  # write 0 begins the run, then a shard and an entry for each block
         assert len(solved_blocks) == 2 - finished
     assert solved_blocks == []  # killed after the last block: nothing is solved again
 
 
 def test_killed_while_publishing(
-    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_llama: Path, run: Run, digest: Digest, whole: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tiny_llama, "whole")
 
     def dying(self: OutputDirectory) -> Path:
         raise Killed
@@ -106,34 +126,38 @@ def test_killed_while_publishing(
     with monkeypatch.context() as patch:
         patch.setattr(OutputDirectory, "publish", dying)
         with pytest.raises(Killed):
-            run(tiny_llama)
-    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+            run(small_llama)
+    assert digest(run(small_llama).path) == whole.files
 
 
 def test_killed_while_a_small_file_was_written_into_the_result(
-    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path
+    small_llama: Path, run: Run, digest: Digest, whole: Undisturbed
 ) -> None:
     """As a manifest is once more when all is done: the next run finds the result and takes the half away."""
-    run(tiny_llama, "whole")
-    (run(tiny_llama).path / "manifest.json.tmp").write_text('{"tool"')
-    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+    (run(small_llama).path / "manifest.json.tmp").write_text('{"tool"')
+    assert digest(run(small_llama).path) == whole.files
 
 
 def test_a_shard_damaged_after_the_kill_is_made_again(
-    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, solved_blocks: list[int], monkeypatch: pytest.MonkeyPatch
+    small_llama: Path,
+    run: Run,
+    digest: Digest,
+    whole: Undisturbed,
+    tmp_path: Path,
+    solved_blocks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run(tiny_llama, "whole")
     with monkeypatch.context() as patch:
         patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            run(tiny_llama)
+            run(small_llama)
     shard = tmp_path / "out.partial" / "model" / "model-00001-of-00003.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     solved_blocks.clear()
 
-    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+    assert digest(run(small_llama).path) == whole.files
     assert solved_blocks == [0]
 
 
@@ -156,9 +180,9 @@ quantize(sys.argv[1], tokens, QuantizeSettings(preset="fast", device="cpu"), sys
 """
 
 
-def test_kill_minus_nine(tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path) -> None:
+def test_kill_minus_nine(small_llama: Path, run: Run, digest: Digest, whole: Undisturbed, tmp_path: Path) -> None:
     """The real thing: another process dies by SIGKILL in the middle of the second block's shard."""
-    command = [sys.executable, "-c", SCRIPT, str(tiny_llama), str(tmp_path / "out"), "3"]
+    command = [sys.executable, "-c", SCRIPT, str(small_llama), str(tmp_path / "out"), "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     died = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
@@ -166,52 +190,57 @@ def test_kill_minus_nine(tiny_llama: Path, run: Run, digest: Digest, tmp_path: P
     with pytest.raises(ModelError):
         Checkpoint.open(tmp_path / "out.partial" / "model")
 
-    assert digest(run(tiny_llama).path) == digest(run(tiny_llama, "whole").path)
+    assert digest(run(small_llama).path) == whole.files
 
 
-def test_another_run_does_not_continue_this_one(tiny_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_does_not_continue_this_one(small_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            run(tiny_llama)
+            run(small_llama)
     with pytest.raises(OutputError, match="unfinished run with another") as refusal:
-        run(tiny_llama, damp=0.02)
+        run(small_llama, damp=0.02)
 
     assert "--no-resume" in (refusal.value.hint or "")
-    run(tiny_llama, damp=0.02, resume=False)
+    run(small_llama, damp=0.02, resume=False)
 
 
-def test_two_runs_on_one_output(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+def test_two_runs_on_one_output(small_llama: Path, run: Run, tmp_path: Path) -> None:
     with OutputDirectory(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing"):
-        run(tiny_llama)
-    run(tiny_llama)  # the lock is gone with its owner
+        run(small_llama)
+    run(small_llama)  # the lock is gone with its owner
 
 
-def test_only_a_result_of_ours_is_overwritten_and_on_demand(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+def test_only_a_result_of_ours_is_overwritten_and_on_demand(small_llama: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="not empty"):
-            run(tiny_llama, overwrite=overwrite)
+            run(small_llama, overwrite=overwrite)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
     assert not (tmp_path / "out.partial").exists()
 
-    run(tiny_llama, "result", preset="rtn")
+    run(small_llama, "result", preset="rtn")
     with pytest.raises(OutputError, match="not empty") as refusal:
-        run(tiny_llama, "result")
+        run(small_llama, "result")
     assert "--overwrite" in (refusal.value.hint or "")
     (tmp_path / "result.old").mkdir()
     before = (tmp_path / "result" / "manifest.json").read_text()
-    run(tiny_llama, "result", overwrite=True)
+    run(small_llama, "result", overwrite=True)
     assert before != (tmp_path / "result" / "manifest.json").read_text()
-    assert {"out", "result", "result.old", "tiny-llama"} == {path.name for path in tmp_path.iterdir()}
+    assert {"out", "result", "result.old"} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "not writable")])
 def test_a_full_or_read_only_disk(
-    tiny_llama: Path, run: Run, digest: Digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+    small_llama: Path,
+    run: Run,
+    digest: Digest,
+    whole: Undisturbed,
+    tmp_path: Path,
+    code: int,
+    message: str,
 ) -> None:
-    run(tiny_llama, "whole")
     opened, path_open = 0, Path.open
 
     def failing(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
@@ -222,39 +251,39 @@ def test_a_full_or_read_only_disk(
                 raise OSError(code, os.strerror(code))
         return path_open(self, mode, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", failing)
         with pytest.raises(OutputError, match=message) as failure:
-            run(tiny_llama)
+            run(small_llama)
     assert failure.value.hint
     assert not (tmp_path / "out").exists()
-    assert digest(run(tiny_llama).path) == digest(tmp_path / "whole")
+    assert digest(run(small_llama).path) == whole.files
 
 
 def test_too_little_disk_is_refused_before_the_work(
-    tiny_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small_llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OutputError, match="are free"):
-        run(tiny_llama)
+        run(small_llama)
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_ctrl_c_keeps_what_is_finished(
-    tiny_llama: Path, run: Run, tokens: TokenSet, tmp_path: Path, solved_blocks: list[int]
+    small_llama: Path, run: Run, tokens: TokenSet, tmp_path: Path, solved_blocks: list[int]
 ) -> None:
     def interrupt(event: object) -> None:
         if event.kind == "progress" and event.done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_llama, tokens, QuantizeSettings(preset="fast", device="cpu"), tmp_path / "out", emit=interrupt)
+        quantize(small_llama, tokens, QuantizeSettings(preset="fast", device="cpu"), tmp_path / "out", emit=interrupt)
     assert solved_blocks == [0]
-    run(tiny_llama)
+    run(small_llama)
     assert solved_blocks == [0, 1]
 
 
-def test_an_output_that_cannot_be_made(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_made(small_llama: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(MarlinToolsError, match=r"cannot write|not writable|Not a directory"):
-        run(tiny_llama, "file/out")
+        run(small_llama, "file/out")
