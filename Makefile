@@ -9,6 +9,7 @@ JOBS ?= 2
 CONSTRAINTS ?= constraints.txt
 MINUTES ?= 5
 KILLS ?= 200
+RECIPES ?= demo demo-presets demo-sparse demo-max
 SEED ?= 0
 TORCH ?= 2.11.0
 TRANSFORMERS ?= 5.15.0
@@ -41,7 +42,7 @@ demo: $(READY) ## quantise the embedded model, export it, write its report, veri
 	@$(BIN)/marlin-tools run demo-sparse --overwrite
 
 reproduce: $(READY) ## the recipes of the embedded model against the numbers in them (CPU, about five minutes)
-	@$(BIN)/marlin-tools reproduce demo demo-presets demo-sparse demo-max
+	@$(BIN)/marlin-tools reproduce $(RECIPES)
 
 docs: $(READY) ## the site, into build/site; a broken link or anchor is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
