@@ -85,12 +85,17 @@ def arguments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.fixture(scope="module")
-def one(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a single process makes."""
+def one(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What a single process makes with a preset, once for all tests."""
     out = tmp_path_factory.mktemp("one")
-    with started(1, arguments(out, PRESETS), out / "log") as (alone,):
-        assert alone.ended(240) == 0, alone.said
-    return out
+
+    def made(preset: str) -> Path:
+        if not (out / preset).exists():
+            with started(1, arguments(out, preset), out / f"{preset}.log") as (alone,):
+                assert alone.ended(240) == 0, alone.said
+        return out / preset
+
+    return made
 
 
 def same(digest: Digest, one: Path, other: Path) -> bool:
@@ -115,7 +120,7 @@ def by_hand(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.mark.slow
 def test_two_of_torchrun_give_the_bytes_of_one(
-    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Callable[[str], Path]
 ) -> None:
     done = torchrun(2, arguments(tmp_path, PRESETS))
     assert done.returncode == 0, done.stderr
@@ -124,12 +129,12 @@ def test_two_of_torchrun_give_the_bytes_of_one(
         assert done.stderr.count(f"process {rank}: cpu, cpu (1 threads)") == len(made)
     assert done.stdout.split() == [str(tmp_path / preset) for preset in made]  # one of them speaks
     for preset in made:
-        assert same(digest, tmp_path / preset, one / preset)
+        assert same(digest, tmp_path / preset, one(preset))
 
 
 @pytest.mark.slow
 def test_four_give_the_bytes_of_one(
-    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Callable[[str], Path], by_hand: Start
 ) -> None:
     processes = by_hand(4, arguments(tmp_path, "default"))
     ends = [process.ended(240) for process in processes]
@@ -137,7 +142,7 @@ def test_four_give_the_bytes_of_one(
     assert ends == [0, 0, 0, 0], said
     for rank in range(4):
         assert "".join(said).count(f"process {rank}: cpu, cpu (1 threads)") == 1
-    assert same(digest, tmp_path / "default", one / "default")
+    assert same(digest, tmp_path / "default", one("default"))
 
 
 @pytest.mark.slow
@@ -172,7 +177,7 @@ def test_experts_are_solved_by_one_process_each(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_gone_stops_the_other_and_the_same_command_goes_on(
-    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start, victim: int
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Callable[[str], Path], by_hand: Start, victim: int
 ) -> None:
     processes = by_hand(2, arguments(tmp_path, "fast", victim))
     assert processes[victim].ended(120) == -signal.SIGKILL
@@ -189,12 +194,12 @@ def test_a_process_that_is_gone_stops_the_other_and_the_same_command_goes_on(
         assert (tmp_path / "fast.partial/state/block-00000.json").is_file()
         (again,) = by_hand(1, arguments(tmp_path, "fast"))
         assert again.ended(120) == 0, again.said
-        assert same(digest, tmp_path / "fast", one / "fast")
+        assert same(digest, tmp_path / "fast", one("fast"))
 
 
 @pytest.mark.slow
 def test_a_process_without_memory_stops_the_other_and_the_same_command_goes_on(
-    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Path, by_hand: Start
+    arguments: Callable[..., list[str]], tmp_path: Path, digest: Digest, one: Callable[[str], Path], by_hand: Start
 ) -> None:
     """Smaller chunks would round differently, so no process takes them by itself."""
     processes = by_hand(2, arguments(tmp_path, "fast", "short of memory: 1"))
@@ -206,7 +211,7 @@ def test_a_process_without_memory_stops_the_other_and_the_same_command_goes_on(
     assert not (tmp_path / "fast").exists()
     (again,) = by_hand(1, arguments(tmp_path, "fast"))
     assert again.ended(120) == 0, again.said
-    assert same(digest, tmp_path / "fast", one / "fast")
+    assert same(digest, tmp_path / "fast", one("fast"))
 
 
 def test_a_process_alone_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
