@@ -210,6 +210,14 @@ struct E4m3 {
         odd = with_sign(distance(q >> 4 & 0x0F0F0F0F), q);
     }
 
+    // From Ada on; 32 inputs. Hopper has `Warpgroup` besides, at a higher rate.
+    __device__ __forceinline__ static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+
 private:
     __device__ __forceinline__ static u32 distance(u32 codes) {
         u32 r;

@@ -35,6 +35,7 @@ struct Problem {
     int token_tiles;    // ceil(m / tokens of a tile)
     int split;          // 0: stream-K. Else CTAs work on whole tiles in clusters of so many, which split the inputs evenly
     Schedule schedule;  // of steps over CTAs, or of tiles over clusters
+    const float* token_scales;  // [m], of activations that were rounded to 8 bits
 };
 
 // Whole tiles one after another, of which a cluster splits the inputs, or with stream-K a range of steps.

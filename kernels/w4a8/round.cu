@@ -1,4 +1,4 @@
-// Activations to e4m3 with a scale for each token, in the order in which `w4a8/hopper.cu` multiplies. One CTA per token.
+// Activations to e4m3 with a scale for each token, in the order in which `w4a8/{hopper,ada}.cu` multiply. One CTA per token.
 //
 // Of 16 inputs, input 8 c + i goes to byte 2 i + c. A token with a value that is not finite gets a scale that is not a number.
 #include "common/element.cuh"
@@ -14,10 +14,16 @@ struct RoundArguments {
 
 constexpr float kLargest = 448.f, kLeast = 0x1p-100f;  // of e4m3; of a token's largest value, so that factors are finite
 
+// Of two pairs of 15 bits. What Ada lacks, a difference tells: the bit above its minuend stays where that one is not smaller.
 __device__ __forceinline__ u32 larger_of_each(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
     u32 r;
     asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
+#else
+    const u32 kept = ((a | kNegative) - b) & kNegative, mask = kept - (kept >> 15);
+    return (a & mask) | (b & ~mask);
+#endif
 }
 
 struct Chunk {

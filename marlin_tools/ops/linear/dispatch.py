@@ -55,9 +55,11 @@ class TableRow:
 
 
 class Tables:
-    """The tables of one family of kernels. `by_design` serves GPUs that nobody has measured: what the tiles are made for."""
+    """The tables of one family of kernels. `by_design` serves GPUs that nobody has measured: what the tiles are made for. The
+    first one counts of which all choices run on the GPU.
+    """
 
-    def __init__(self, file: str, tiles: Mapping[str, Tile], by_design: TableRow) -> None:
+    def __init__(self, file: str, tiles: Mapping[str, Tile], *by_design: TableRow) -> None:
         self._file, self.tiles, self._by_design = file, tiles, by_design
         self.table = lru_cache(maxsize=None)(self._table)
         self.choose = lru_cache(maxsize=4096)(self._choose)
@@ -86,7 +88,11 @@ class Tables:
             _log.warning("`%s` is ignored, tune again: %s", self.tuned_path(), error)
             tuned = ()
         rows = {(row.n, row.k): row for row in (*shipped, *tuned)}
-        return tuple(rows.values()) or (self._by_design,)
+        return tuple(rows.values()) or (self._designed_for(gpu),)
+
+    def _designed_for(self, gpu: str) -> TableRow:
+        known = self.choices_on(gpu)
+        return next((row for row in self._by_design if set(row.choices) <= set(known)), self._by_design[0])
 
     def _read(self, path: Path, gpu: str) -> tuple[TableRow, ...]:
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""The tiles of `kernels/w4a8/hopper.cu` and the kernels of the family, as `tiles.py` has them for activations of 16 bits."""
+"""The tiles of `kernels/w4a8/{hopper,ada}.cu` and the kernels of the family: what `tiles.py` has for activations of 16 bits."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,7 +9,6 @@ import torch
 from marlin_tools.ops.linear.layout import TILE_K, TILE_N
 from marlin_tools.ops.linear.tiles import Tile, choices, product_kernel
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Arguments, Kernel
-from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.quantized import dtype_name
 
 FP8_GROUP_SIZES = (TILE_K,)
@@ -23,7 +22,7 @@ _ROUND_THREADS, _CHUNK, _HELD = 256, 16, (1, 2, 4)  # inputs that a thread round
 
 @dataclass(frozen=True)
 class Fp8Tile(Tile):
-    """A tile for dense weights and activations of 8 bits."""
+    """A tile for dense weights and activations of 8 bits, for `hopper`."""
 
     activation_bytes: ClassVar[int] = 1
 
@@ -67,7 +66,38 @@ class Fp8Tile(Tile):
         return f"Fp8<{self.tokens}, {self.consumers}, {stages}>"
 
 
-FP8_TILES = {tile.name: tile for tile in (Fp8Tile("hopper", 16, 2), Fp8Tile("hopper", 32, 2))}
+@dataclass(frozen=True)
+class AdaTile(Tile):
+    """The same for `ada`."""
+
+    activation_bytes: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """Rows of activations x outputs per CTA."""
+        return f"{self.tokens}x{self.outputs}-ada"
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory that one more stage costs a CTA."""
+        return self.along_n * (TILE_N * TILE_K // 2 + TILE_N * 2) + self.tokens * TILE_K
+
+    def _cluster_bytes(self, capability: int) -> int:
+        return 0
+
+    def _expression(self, stages: int, ctas: int) -> str:
+        return f"Ada<{self.n8}, {self.along_n}, {self.along_t}, {stages}>"
+
+
+FP8_TILES: dict[str, Tile] = {
+    tile.name: tile
+    for tile in (
+        Fp8Tile("hopper", 16, 2),
+        Fp8Tile("hopper", 32, 2),
+        AdaTile("ada", 4, 4, along_t=2),
+        AdaTile("ada", 4, 2, along_t=4),
+    )
+}
 """By name: rows of activations x outputs per CTA."""
 
 
@@ -77,7 +107,7 @@ def fp8_kernel(tile: str, dtype: torch.dtype, target: str, group: int) -> Kernel
 
 
 @cache
-def _fp8_kernel(tile: Fp8Tile, dtype: torch.dtype, target: str, group: int) -> Kernel:
+def _fp8_kernel(tile: Tile, dtype: torch.dtype, target: str, group: int) -> Kernel:
     return product_kernel("w4a8", tile, dtype, target, group, torch.float8_e4m3fn)
 
 
@@ -103,8 +133,8 @@ def _round_kernel(dtype: torch.dtype, held: int, target: str) -> Kernel:
 
 def fp8_kernels(target: str) -> list[Kernel]:
     """Every kernel of the family that exists for a target."""
-    if capability_of(target) != 90:
-        return []
     found = choices(FP8_TILES, target, FP8_GROUP_SIZES)
+    if not found:
+        return []
     products = dict.fromkeys(fp8_kernel(name, dtype, target, group) for name, dtype, group in found)
     return [*products, *(_round_kernel(dtype, held, target) for dtype in ELEMENTS for held in _HELD)]

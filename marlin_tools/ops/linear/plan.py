@@ -58,7 +58,7 @@ class LaunchPlan:
         return (x.data_ptr(),)
 
     def _rounding(self, exponent: int) -> tuple[float, ...]:
-        """The last fields: what a kernel that rounds weights must know of their exponent."""
+        """The last fields: what a kernel that rounds weights must know of their exponent, and of rounded activations."""
         return ()
 
 
@@ -85,6 +85,9 @@ class PortablePlan(LaunchPlan):
         schedule = divmod(tiles * groups if way.stream_k else tiles, way.ctas // way.split)
         self._sizes = (*self._shape, tiles_n, groups, token_tiles, 0 if way.stream_k else way.split, *schedule)
         self._partial_bytes = 2 * way.ctas * tile.partial_bytes if way.stream_k else 0
+
+    def _rounding(self, exponent: int) -> tuple[float, ...]:
+        return (0,)
 
 
 @cache

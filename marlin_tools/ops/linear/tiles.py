@@ -20,7 +20,7 @@ from marlin_tools.quantized import LEVELS, ZERO, dtype_name
 PROBLEM = Arguments(
     "Problem",
     "x:Q codes:Q scales:Q bias:Q y:Q partials:Q arrivals:Q m:i n:i tiles_n:i tiles_k:i token_tiles:i split:i "
-    "schedule.run:I schedule.longer:I",
+    "schedule.run:I schedule.longer:I token_scales:Q",
 )
 """Of the kernels for any GPU, in `kernels/linear/problem.cuh`."""
 
@@ -38,17 +38,17 @@ WEIGHTS = Arguments("Weights", "codes:Q scales:Q out:Q tiles_k:i scale_groups:i 
 # Shared memory in KiB that one CTA may use, by compute capability; one KiB more per SM is the driver's.
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 _THREADS = 256  # of a CTA, but for Hopper's
-_MOST_STAGES = {"narrow": 4, "wide": 4, "warps": 8, "hopper": 12}
+_MOST_STAGES = {"narrow": 4, "wide": 4, "ada": 4, "warps": 8, "hopper": 12}
 
 
 @dataclass(frozen=True)
 class Tile(ABC):
     """The template parameters of one of the kernels, without the number of stages, which depends on the GPU's shared memory.
 
-    kernel       `hopper` runs on Hopper only, the others everywhere
+    kernel       `hopper` runs on Hopper only, `ada` also on Ada, the others everywhere
     n8           n8 tiles of tokens per warp, or per warpgroup (`hopper`)
     along_n      packed tiles of 64 outputs side by side: one per warp, or several per warpgroup (`hopper`)
-    along_t      warps side by side along the tokens (`wide`, `warps`)
+    along_t      warps side by side along the tokens (`wide`, `warps`, `ada`)
     ctas_per_sm  CTAs that share an SM where consecutive kernels overlap; elsewhere one has it for itself
     consumers    warpgroups of a CTA that multiply; one more is the producer (`hopper`)
     scale_rows   rows of scales of a packed tile: what `for_group` makes of the tiles in the tables
@@ -132,8 +132,8 @@ class Tile(ABC):
         """For the sums of a cluster's other CTAs."""
 
     def runs_on(self, capability: int) -> bool:
-        """Whether the instructions exist: wgmma does on Hopper alone."""
-        return self.kernel != "hopper" or capability == 90
+        """Whether the instructions exist and are known to do what they should: wgmma is Hopper's alone, e4m3 came with Ada."""
+        return capability in {"hopper": (90,), "ada": (89, 90)}.get(self.kernel, (capability,))
 
     def ctas_on_sm(self, capability: int) -> int:
         """CTAs that must fit on an SM. The registers of two for 16 tokens with narrow groups would not."""

@@ -15,13 +15,13 @@ from marlin_tools.ops.linear.hopper import HopperPlan
 from marlin_tools.ops.linear.layout import GROUP_SIZES, WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan
-from marlin_tools.ops.linear.tiles import DenseTile, dense_kernel, dequantizing_kernel
+from marlin_tools.ops.linear.tiles import DenseTile, Tile, dense_kernel, dequantizing_kernel
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
 
 
-def decompose(tile: DenseTile, tiles: int, groups: int, sms: int, capability: int) -> Decomposition:
+def decompose(tile: Tile, tiles: int, groups: int, sms: int, capability: int) -> Decomposition:
     """Whole tiles, or one tile per cluster of `split` CTAs, where that wastes little, else stream-K.
 
     The first two need no sums over global memory, which cost some microseconds at the end of a kernel.

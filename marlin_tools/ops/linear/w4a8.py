@@ -1,30 +1,43 @@
-"""`marlin_tools::w4a8_linear`: activations rounded to float8, weights in 4 bits, registered with torch. Hopper only.
+"""`marlin_tools::w4a8_linear`: activations rounded to float8, weights in 4 bits, registered with torch. Hopper and Ada.
 
 The weights are those of `w4a16.py`, packed as there. Activations come in 16 bits and are rounded to e4m3, with a scale for each
-token, by a kernel of their own; the product starts while that one ends.
+token, by a kernel of their own; on Hopper the product starts while that one ends.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import fp8_reference
-from marlin_tools.ops.linear.decomposition import Costs
+from marlin_tools.ops.linear.decomposition import Costs, Decomposition
 from marlin_tools.ops.linear.dispatch import CUBLAS, TableRow, Tables
-from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES, Fp8Tile, fp8_kernel, round_kernel
+from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES, fp8_kernel, round_kernel
 from marlin_tools.ops.linear.hopper import HopperPlan
 from marlin_tools.ops.linear.layout import WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.tiles import dequantizing_kernel
+from marlin_tools.ops.linear.plan import LaunchPlan, PortablePlan
+from marlin_tools.ops.linear.tiles import Tile, dequantizing_kernel
+from marlin_tools.ops.linear.w4a16 import decompose
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
-from marlin_tools.ops.runtime.target import target_of
+from marlin_tools.ops.runtime.target import capability_of, target_of
 
-FP8 = Tables("dispatch-fp8.json", FP8_TILES, TableRow(4096, 4096, (512, 1024), ("128x128-fp8", "256x128-fp8")))
+FP8 = Tables(
+    "dispatch-fp8.json",
+    FP8_TILES,
+    TableRow(4096, 4096, (512, 1024), ("128x128-fp8", "256x128-fp8")),
+    TableRow(4096, 4096, (64,), ("64x256-ada",)),  # for every M: of as many bytes for a product, it pads fewer tokens
+)
 
 LEAST_ROWS = 512
-"""From so many rows on this is faster than `w4a16.linear` wherever it was measured; below, that one is the better choice."""
+"""From so many rows on this is faster than `w4a16.linear` wherever it was measured, on Hopper; below, that one is the better
+choice. Nothing was measured on Ada, which follows.
+"""
 
+_TARGETS = ("sm_90a", "sm_89")
 _ALIGNMENT = 16  # of activations: what a thread reads at once
 
 # Microseconds: a step of 64 outputs by tokens; sums over CTAs, by the size of a CTA's tile relative to 128 x 256, through
@@ -32,21 +45,15 @@ _ALIGNMENT = 16  # of activations: what a thread reads at once
 _PER_TOKEN, _SHARED, _SHARED_SIZE, _SPLIT, _SPLIT_SIZE, _SPLIT_EACH = 0.0018, 4.0, 14.0, 0.9, 2.0, 0.57
 
 
-class Fp8Plan(HopperPlan):
+class _RoundingPlan(LaunchPlan):
     """Rounds the activations, then multiplies."""
 
-    def __init__(self, tile: Fp8Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> None:
-        super().__init__(tile, function, x, codes, out_features)
-        self._round = driver.Launch(
-            driver.loaded(round_kernel(x.dtype, x.shape[1], function.kernel.target), x.device), x.shape[0]
-        )
-        self._token_scales = 0
+    _round: driver.Launch
+    _token_scales = 0
 
-    def _costs(self) -> Costs:
-        tile = self._tile
-        step, size = tile.outputs / 64 * _PER_TOKEN * tile.tokens, tile.outputs * tile.tokens / (256 * 128)
-        shared, split = _SHARED + _SHARED_SIZE * size, _SPLIT + _SPLIT_SIZE * size
-        return Costs(shared / step, split / step, _SPLIT_EACH / step, super()._costs().shared_step)
+    def _round_for(self, function: driver.Function, x: Tensor) -> None:
+        kernel = round_kernel(x.dtype, x.shape[1], function.kernel.target)
+        self._round = driver.Launch(driver.loaded(kernel, x.device), x.shape[0])
 
     def _run(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, exponent: int) -> None:
         if x.data_ptr() % _ALIGNMENT:
@@ -61,17 +68,58 @@ class Fp8Plan(HopperPlan):
         self._round(stream, x.data_ptr(), rounded.data_ptr(), self._token_scales, x.shape[1])
         super()._run(rounded, codes, scales, bias, y, exponent)
 
+
+class Fp8Plan(_RoundingPlan, HopperPlan):
+    """For Hopper."""
+
+    def __init__(self, tile: Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> None:
+        super().__init__(tile, function, x, codes, out_features)
+        self._round_for(function, x)
+
+    def _costs(self) -> Costs:
+        tile = self._tile
+        step, size = tile.outputs / 64 * _PER_TOKEN * tile.tokens, tile.outputs * tile.tokens / (256 * 128)
+        shared, split = _SHARED + _SHARED_SIZE * size, _SPLIT + _SPLIT_SIZE * size
+        return Costs(shared / step, split / step, _SPLIT_EACH / step, super()._costs().shared_step)
+
     def _rounding(self, exponent: int) -> tuple[float, ...]:
         return 0, 1.0, self._token_scales
+
+
+class AdaPlan(_RoundingPlan, PortablePlan):
+    """For Ada: whole tiles where that wastes little, else stream-K."""
+
+    def __init__(
+        self,
+        decompose: Callable[[int, int, int, int], Decomposition],
+        tile: Tile,
+        function: driver.Function,
+        x: Tensor,
+        codes: Tensor,
+        out_features: int,
+    ) -> None:
+        super().__init__(tile, decompose, function, x, codes, out_features)
+        self._round_for(function, x)
+
+    def _rounding(self, exponent: int) -> tuple[float, ...]:
+        return (self._token_scales,)
 
 
 def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     if choice == CUBLAS:
         return dequantizing_kernel("w4a16", dtype, target, group)
+    if not FP8_TILES[choice].runs_on(capability_of(target)):
+        raise DeviceError(f"`{choice}` does not run on `{target}`", hint="FP8 products need a Hopper or an Ada GPU")
     return fp8_kernel(choice, dtype, target, group)
 
 
-OPERATOR = LinearOperator("w4a8_linear", WORDS, FP8, _kernel, Fp8Plan, fp8_reference.w4a8_linear, FP8_GROUP_SIZES)
+def _plan(tile: Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
+    if tile.kernel == "hopper":
+        return Fp8Plan(tile, function, x, codes, out_features)
+    return AdaPlan(partial(decompose, tile), tile, function, x, codes, out_features)
+
+
+OPERATOR = LinearOperator("w4a8_linear", WORDS, FP8, _kernel, _plan, fp8_reference.w4a8_linear, FP8_GROUP_SIZES)
 multiply_with, check, forget_plans = OPERATOR.multiply_with, OPERATOR.check, OPERATOR.forget_plans
 
 
@@ -79,8 +127,8 @@ def fp8_supported(device: torch.device, in_features: int, group_size: int) -> st
     """Why `fp8_linear` cannot multiply with such a weight on a device, or None."""
     if group_size not in {*FP8_GROUP_SIZES, in_features}:
         return f"group_size {group_size} is neither {FP8_GROUP_SIZES[0]} nor all of the {in_features} inputs"
-    if device.type == "cuda" and target_of(device) != "sm_90a":
-        return f"`{torch.cuda.get_device_name(device)}` is not a Hopper GPU"
+    if device.type == "cuda" and target_of(device) not in _TARGETS:
+        return f"`{torch.cuda.get_device_name(device)}` is neither a Hopper nor an Ada GPU"
     return None
 
 
