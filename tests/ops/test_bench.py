@@ -88,7 +88,7 @@ def test_small_run(monkeypatch):
     settings = BenchSettings(models=("small",), rows=(1, 64), peers=True)
     results = bench.bench_kernels(settings)
 
-    fp8 = {bench.FP8} if torch.cuda.get_device_capability() == (9, 0) else set()
+    fp8 = {bench.FP8} if torch.cuda.get_device_capability() in {(8, 9), (9, 0)} else set()
     assert {r.kernel for r in results} == {"torch", "ours", bench.SPARSE, bench.DEQUANTIZED, bench.TINYGEMM} | fp8
     assert all(r.microseconds > 0 for r in results)
     assert all(cost > 0 for cost in bench.host_costs(torch.device("cuda", 0)).values())
@@ -108,11 +108,12 @@ def test_tuning_tries_what_can_be_fastest(kind, target, m, expected):
     assert len(sensible) > 1 or m > 1000
 
 
-def test_fp8_is_measured_on_hopper_and_never_falls_back():
+def test_fp8_is_measured_on_hopper_and_ada_and_never_falls_back():
     (fp8,) = (kind for kind in bench._KINDS if kind.name == bench.FP8)
     assert fp8.exists_on("sm_90a H200")
-    assert not fp8.exists_on("sm_89")
+    assert not fp8.exists_on("sm_86")
     assert fp8.sensible("sm_90a", 1) == fp8.sensible("sm_90a", 4096) == list(fp8.tokens)
+    assert fp8.sensible("sm_89", 1) == fp8.sensible("sm_89", 4096) == ["64x256-ada", "128x128-ada"]
 
 
 CARD = {

@@ -14,6 +14,7 @@ import torch
 
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops import TARGETS, kernels
+from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES
 from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES, sparse_kernel
 from marlin_tools.ops.linear.tiles import TILES, choices, dense_kernel, dequantizing_kernel, product_kernel
@@ -105,7 +106,11 @@ def test_shared_memory_and_registers_fit(target, reports):
     block = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
     found = {kernel.name: (kernel.shared_bytes, resources) for each, kernel, resources in reports if each == target}
     assert all(dynamic + resources.static_shared_bytes <= block for dynamic, resources in found.values())
-    for family, tiles, groups in (("w4a16", TILES, GROUP_SIZES), ("w24a16", SPARSE_TILES, SPARSE_GROUP_SIZES)):
+    for family, tiles, groups in (
+        ("w4a16", TILES, GROUP_SIZES),
+        ("w24a16", SPARSE_TILES, SPARSE_GROUP_SIZES),
+        ("w4a8", FP8_TILES, FP8_GROUP_SIZES),
+    ):
         for name, dtype, group in choices(tiles, target, groups):
             tile = tiles[name].for_group(group)
             product = product_kernel(family, tile, dtype, target, group).name

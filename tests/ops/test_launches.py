@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from marlin_tools import ops
-from marlin_tools.ops.linear import w4a8, w4a16
+from marlin_tools.ops.linear import plan, w4a8, w4a16
+from marlin_tools.ops.linear.fp8_tiles import FP8_TILES
 from marlin_tools.ops.model import decode, rotation
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.solver import kernels as solver
@@ -65,6 +66,44 @@ def test_of_the_solver(launched):
 
     expected = ["search-128", "clip", "sweep-true", "descend-128-false", "cut-4"]
     assert launched == [f"solver-{name}" for name in expected]
+
+
+@pytest.mark.parametrize(("rows", "sms", "split", "ctas"), [(64, 2, 1, 2), (200, 142, 0, 40), (1, 7, 0, 7)])
+def test_of_products_on_ada(monkeypatch, rows, sms, split, ctas):
+    """Tokens are rounded by one kernel and multiplied by the next, which learns where their scales are."""
+    launched = []
+
+    class Launch:
+        def __init__(self, function, ctas, cluster=1):
+            self.kernel, self.ctas, self.cluster = function.kernel, ctas, cluster
+
+        def __call__(self, _stream, *values):
+            layout, memory = self.kernel.arguments.layout, bytearray(self.kernel.arguments.layout.size)
+            layout.pack_into(memory, 0, *values)
+            names = [field.partition(":")[0] for field in self.kernel.arguments.fields.split()]
+            launched.append((self, dict(zip(names, layout.unpack(memory), strict=True))))
+
+    loaded = lambda kernel, device: driver.Function(0, kernel, device, None)  # noqa: E731
+    monkeypatch.setattr(driver, "Launch", Launch)
+    monkeypatch.setattr(driver, "loaded", loaded)
+    monkeypatch.setattr(driver, "current_stream", lambda _index: 0)
+    monkeypatch.setattr(plan, "sm_count", lambda _index: sms)
+    monkeypatch.setattr(plan, "scratch_for", lambda *_: 1 << 20)
+    packed = ops.pack(QuantizedLinear(torch.zeros(300, 640, dtype=torch.uint8), torch.ones(300, 5).half(), 128))
+    function = loaded(w4a8._kernel("64x256-ada", torch.float16, 128, "sm_89"), packed.codes.device)
+    x, y = halves(rows, 640), halves(rows, 300)
+    made = w4a8._plan(FP8_TILES["64x256-ada"].for_group(128), function, x, packed.codes, 300)
+    made._run(x, packed.codes, packed.scales, None, y, packed.exponent)
+
+    (rounding, rounded), (product, problem) = launched
+    assert (rounding.kernel.name, rounding.kernel.target, rounding.ctas) == ("round-1-float16", "sm_89", rows)
+    assert (product.kernel.name, product.ctas, product.cluster) == ("w4a8-64x256-ada-float16-g128", ctas, 1)
+    assert (rounded["x"], rounded["k"]) == (x.data_ptr(), 640)
+    assert (problem["x"], problem["token_scales"]) == (rounded["rounded"], rounded["scales"])
+    assert (problem["m"], problem["n"], problem["tiles_n"], problem["tiles_k"]) == (rows, 300, 5, 5)
+    assert (problem["token_tiles"], problem["split"]) == (-(-rows // 64), split)
+    steps = -(-rows // 64) * 2 * (1 if split else 5)
+    assert ctas * problem["schedule.run"] + problem["schedule.longer"] == steps
 
 
 def test_operators_keep_plans_of_their_own(monkeypatch):

@@ -102,12 +102,19 @@ def test_narrow_groups_are_refused():
         w4a8.fp8_linear(torch.zeros((1, 256), dtype=torch.float16), pack(weight(64, 256, 64)))
 
 
+INSTRUCTIONS = {
+    "hopper": ("compute_90a", b"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
+    "ada": ("compute_89", b"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
+}
+
+
 @pytest.mark.parametrize("group", [128, 0])
 @pytest.mark.parametrize("tile", FP8_TILES)
 def test_tensor_cores_multiply_eight_bits(tile, group):
-    kernel = fp8_kernel(tile, torch.float16, "compute_90a", group)
+    target, instruction = INSTRUCTIONS[FP8_TILES[tile].kernel]
+    kernel = fp8_kernel(tile, torch.float16, target, group)
     text = compile_kernel(kernel).image
-    assert b"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in text
+    assert instruction in text
     assert text.count(b"vabsdiff4") % 16 == 0  # whole packed tiles
     for what, value in kernel.mirrors:
         with pytest.raises(DeviceError, match="static assertion failed with"):
@@ -120,6 +127,41 @@ def test_activations_are_rounded_by_hardware():
     assert "griddepcontrol.wait" in text
 
 
-def test_only_hopper_has_them():
-    assert not fp8_kernels("sm_89")
-    assert len(fp8_kernels("sm_90a")) == 4 + 2 + 6
+def test_activations_are_rounded_by_ada_as_well():
+    text = compile_kernel(round_kernel(torch.bfloat16, 4096, "compute_89")).image.decode(errors="replace")
+    assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", text)
+    assert "max.u16x2" not in text  # which came with Hopper
+
+
+def test_hopper_and_ada_have_them():
+    assert not fp8_kernels("sm_80")
+    assert not fp8_kernels("sm_86")
+    assert len(fp8_kernels("sm_89")) == 8 + 6
+    assert len(fp8_kernels("sm_90a")) == 4 + 2 + 8 + 6
+
+
+def test_each_gpu_takes_its_own():
+    sizes = [(4096, 4096), (1024, 28672), (57344, 8192), (64, 128)]
+    for m in (1, 64, 65, 512, 4096):
+        for n, k in sizes:
+            assert w4a8.FP8.choose("sm_89", m, n, k) == "64x256-ada"
+            for gpu in ("sm_90a", "sm_90a H200"):
+                assert w4a8.FP8.choose(gpu, m, n, k) in {"128x128-fp8", "256x128-fp8"}
+
+
+@pytest.mark.parametrize(("target", "refused"), [("sm_80", True), ("sm_89", False), ("sm_90a", False), ("sm_120", True)])
+def test_other_gpus_are_refused(monkeypatch, target, refused):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(w4a8, "target_of", lambda _device: target)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
+    reason = w4a8.fp8_supported(gpu, 1024, 128)
+    assert reason == ("`Some GPU` is neither a Hopper nor an Ada GPU" if refused else None)
+    choice = w4a8.FP8.choose(target, 512, 4096, 4096)
+    if refused:
+        with pytest.raises(DeviceError, match=f"`{choice}` does not run on `{target}`"):
+            w4a8._kernel(choice, torch.float16, 128, target)
+    else:
+        assert w4a8._kernel(choice, torch.float16, 128, target).target == target
+    assert w4a8._kernel("64x256-ada", torch.float16, 128, "sm_90a").threads == 256
+    with pytest.raises(DeviceError, match="does not run on `sm_89`"):
+        w4a8._kernel("128x128-fp8", torch.float16, 128, "sm_89")

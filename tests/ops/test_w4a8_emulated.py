@@ -291,9 +291,8 @@ def programs(tmp_path_factory):
     return program
 
 
-def emulated(program: Path, name: str, way: Decomposition, x, packed: PackedWeight, bias, *, backwards: bool, folder: Path):
-    """y, and what lies behind it."""
-    tile, (m, k) = TILES[name], x.shape
+def write(folder: Path, x, packed: PackedWeight, bias):
+    """What the program reads."""
     rounded, token_scales = fp8_reference.round_tokens(x)
     tensors = {
         "x": fp8_reference.in_kernel_order(rounded.view(torch.uint8)),
@@ -304,19 +303,13 @@ def emulated(program: Path, name: str, way: Decomposition, x, packed: PackedWeig
     }
     for file, tensor in tensors.items():
         (folder / file).write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    groups, n = k // 128, packed.out_features
-    schedule = divmod(way.tiles * groups if way.stream_k else way.tiles, way.ctas)
-    numbers = (
-        m,
-        n,
-        packed.codes.shape[0],
-        groups,
-        -(-m // tile.tokens),
-        0 if way.stream_k else 1,
-        *schedule,
-        way.ctas,
-        int(backwards),
-    )
+
+
+def emulated(program: Path, folder: Path, way: Decomposition, sizes: tuple[int, ...], backwards: int):
+    """y, and what lies behind it. `sizes` are those of the argument, m to token_tiles; `backwards` the last CTA and lane come first."""
+    m, n, _, steps, _ = sizes
+    schedule = divmod(way.tiles * steps if way.stream_k else way.tiles, way.ctas)
+    numbers = (*sizes, 0 if way.stream_k else 1, *schedule, way.ctas, backwards)
     subprocess.run([program, folder, *map(str, numbers)], check=True, timeout=300)
     found = torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=torch.bfloat16)
     return found[: m * n].view(m, n), found[m * n :]
@@ -342,11 +335,13 @@ def test_the_source_multiplies(programs, name, case, tmp_path):
     packed = pack(QuantizedLinear(codes, scales, group_size))
     x, bias = torch.randn((m, k), generator=generator).bfloat16(), torch.randn(n, generator=generator).bfloat16()
     x[0, 3] = 300
-    tiles = -(-m // TILES[name].tokens) * -(-packed.codes.shape[0] // TILES[name].along_n)
-    way = decompose(TILES[name], tiles, k // 128, sms, 89)
+    write(tmp_path, x, packed, bias)
+    tile, tiles_n = TILES[name], packed.codes.shape[0]
+    token_tiles = -(-m // tile.tokens)
+    way = decompose(tile, token_tiles * -(-tiles_n // tile.along_n), k // 128, sms, 89)
     program = programs(name, group_of(packed.codes, packed.scales))
-    for backwards in (False, True):
-        y, behind = emulated(program, name, way, x, packed, bias, backwards=backwards, folder=tmp_path)
+    for backwards in (0, 1):
+        y, behind = emulated(program, tmp_path, way, (m, n, tiles_n, k // 128, token_tiles), backwards)
         error = (y.double() - fp8_reference.exact(x, packed, bias)).abs()
         assert (error <= fp8_reference.error_bound(x, packed, bias)).all()
         assert behind.isnan().all()

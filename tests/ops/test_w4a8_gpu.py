@@ -1,4 +1,4 @@
-"""INT4 weights x FP8 activations on a Hopper GPU, against float64 products of the same rounded activations."""
+"""INT4 weights x FP8 activations on a Hopper or an Ada GPU, against float64 products of the same rounded activations."""
 
 import pytest
 import torch
@@ -6,18 +6,27 @@ import torch
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import fp8_reference, layout, reference, w4a8
-from marlin_tools.ops.linear.fp8_tiles import FP8_TILES, round_kernel
+from marlin_tools.ops.linear.decomposition import Decomposition
+from marlin_tools.ops.linear.fp8_tiles import FP8_TILES, fp8_kernel, round_kernel
 from marlin_tools.ops.runtime import driver
+from marlin_tools.ops.runtime.target import target_of
 from marlin_tools.quantized import QuantizedLinear
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+        not torch.cuda.is_available() or CAPABILITY not in {(8, 9), (9, 0)}, reason="needs a Hopper or an Ada GPU"
     ),
 ]
 
 DTYPES = [torch.float16, torch.bfloat16]
+HOPPER = [name for name, tile in FP8_TILES.items() if tile.kernel == "hopper" and CAPABILITY == (9, 0)]
+ADA = [name for name, tile in FP8_TILES.items() if tile.kernel == "ada"]
+# (tile, target): Hopper multiplies with the kernel for Ada, too, compiled for itself and from PTX for Ada.
+TARGETS = [None, "compute_89"] if CAPABILITY == (9, 0) else [None]
+KERNELS = [*((name, None) for name in HOPPER), *((name, target) for target in TARGETS for name in ADA)]
 
 
 def random_weight(n, k, group_size=128, seed=0):
@@ -31,6 +40,11 @@ def random_x(m, k, dtype=torch.float16, seed=1):
     return torch.randn((m, k), device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
 
 
+def multiply(kernel, x, packed, bias=None):
+    tile, target = kernel
+    return w4a8.multiply_with(tile, x, packed, bias, target)
+
+
 def assert_close(y, x, packed, bias=None):
     error = (y.to(torch.float64) - fp8_reference.exact(x, packed, bias)).abs()
     bound = fp8_reference.error_bound(x, packed, bias)
@@ -42,13 +56,14 @@ def assert_close(y, x, packed, bias=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [128, 640, 4096, 4224, 11008, 28672])
-def test_rounding_is_that_of_torch(k, dtype):
+@pytest.mark.parametrize("target", TARGETS)
+def test_rounding_is_that_of_torch(target, k, dtype):
     x = random_x(77, k, dtype)
     x[3], x[6], x[9] = 0, x[6] * 1e-6, 2.0
     x[5, 7], x[8, 1], x[10, k - 1] = 3000, float("nan"), -float("inf")
     rounded = torch.empty(x.shape, dtype=torch.uint8, device="cuda")
     scales = torch.empty(77, dtype=torch.float32, device="cuda")
-    launch = driver.launch_of(round_kernel(dtype, k, "sm_90a"), x.device, 77)
+    launch = driver.launch_of(round_kernel(dtype, k, target or target_of(x.device)), x.device, 77)
     launch(driver.current_stream(x.device.index), x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), k)
     expected, expected_scales = fp8_reference.round_tokens(x)
     finite = [row for row in range(77) if row not in {8, 10}]
@@ -69,26 +84,26 @@ def test_beside_products_in_16_bits(m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", FP8_TILES)
-def test_every_m(tile, dtype, poisoned):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_m(kernel, dtype, poisoned):
     packed = ops.pack(random_weight(192, 640))
     for m in [*range(1, 273), 351, 352, 353, *range(511, 515), 1025, 4096]:
         x = random_x(m, 640, dtype, seed=m)
-        assert_close(w4a8.multiply_with(tile, x, packed), x, packed)
+        assert_close(multiply(kernel, x, packed), x, packed)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 63, 64, 65, 200, 264, 1088])
 @pytest.mark.parametrize("k", [128, 256, 384, 1152, 2944])
-@pytest.mark.parametrize("tile", FP8_TILES)
-def test_odd_shapes(tile, n, k, poisoned):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_odd_shapes(kernel, n, k, poisoned):
     for group_size in {128, k}:
         packed = ops.pack(random_weight(n, k, group_size))
         for m, dtype in ((1, torch.float16), (13, torch.bfloat16), (200, torch.float16)):
             x, bias = random_x(m, k, dtype), random_x(1, n, dtype, seed=5)[0]
-            assert_close(w4a8.multiply_with(tile, x, packed, bias), x, packed, bias)
+            assert_close(multiply(kernel, x, packed, bias), x, packed, bias)
 
 
-@pytest.mark.parametrize("tile", FP8_TILES)
+@pytest.mark.parametrize("tile", HOPPER)
 def test_every_way_to_cut_the_work(tile):
     packed = ops.pack(random_weight(1000, 4096))
     for m in (100, 700):
@@ -101,42 +116,59 @@ def test_every_way_to_cut_the_work(tile):
             assert_close(plan(x, packed.codes, packed.scales, None, packed.exponent), x, packed)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ADA)
+def test_every_way_to_cut_the_work_of_ada(name, target):
+    packed, tile = ops.pack(random_weight(1000, 4096)), FP8_TILES[name].for_group(128)
+    function = driver.loaded(
+        fp8_kernel(name, torch.float16, target or target_of(packed.codes.device), 128), packed.codes.device
+    )
+    for m in (1, 100, 700):
+        x, tiles = random_x(m, 4096), -(-m // tile.tokens) * -(-16 // tile.along_n)
+        stream_k = [Decomposition(ctas, 1, tiles, tiles) for ctas in (1, 3, tiles, tiles + 1, 100, 4 * tiles)]
+        for way in (Decomposition(tiles, 1, tiles), Decomposition(1, 1, tiles), *stream_k):
+            plan = w4a8.AdaPlan(lambda *_, way=way: way, tile, function, x, packed.codes, 1000)
+            for _ in range(2):
+                assert_close(plan(x, packed.codes, packed.scales, None, packed.exponent), x, packed)
+
+
 @pytest.mark.parametrize(("n", "k"), [(12288, 4096), (4096, 11008), (8192, 28672)])
-def test_model_shapes(n, k):
+@pytest.mark.parametrize("kernel", [None, *((name, None) for name in ADA)])
+def test_model_shapes(kernel, n, k):
     packed = ops.pack(random_weight(n, k))
     for m in (128, 256, 1024):
         x = random_x(m, k)
-        y = w4a8.fp8_linear(x, packed)
+        y = multiply(kernel, x, packed) if kernel else w4a8.fp8_linear(x, packed)
         tiles = torch.randperm(n // 64, device="cuda")[:16]  # some tiles of outputs: float64 of all would take minutes
         part = layout.PackedWeight(packed.codes[tiles], packed.scales[tiles], 16 * 64, packed.exponent)
         assert_close(y.view(m, -1, 64)[:, tiles].reshape(m, -1), x, part)
 
 
-@pytest.mark.parametrize("tile", FP8_TILES)
-def test_outliers_zeros_and_what_is_not_finite(tile):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_outliers_zeros_and_what_is_not_finite(kernel):
     packed, bias = ops.pack(random_weight(200, 1024)), random_x(1, 200, seed=3)[0]
     x = random_x(300, 1024)
     x[0], x[1, 5], x[2, :], x[3] = 0, 60000, 1e-7, x[3].abs() + 1
-    y = w4a8.multiply_with(tile, x, packed, bias)
+    y = multiply(kernel, x, packed, bias)
     assert torch.equal(y[0], bias)
     assert_close(y, x, packed, bias)
     broken = x.clone()
     broken[7, 0], broken[150, 1023], broken[299, 512] = float("nan"), float("inf"), -float("inf")
-    z = w4a8.multiply_with(tile, broken, packed, bias)
+    z = multiply(kernel, broken, packed, bias)
     hit = [7, 150, 299]
     others = [row for row in range(300) if row not in hit]
     assert z[hit].isnan().all()
     assert torch.equal(z[others], y[others])
 
 
-@pytest.mark.parametrize("tile", FP8_TILES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", [100, 500, 3000, 60000])
-def test_sums_beside_one_outlier(tile, size):
+def test_sums_beside_one_outlier(kernel, size):
     """Tensor cores cut what is small beside the largest product: the more outputs, the worse the worst of them."""
     packed = ops.pack(random_weight(4096, 512))
     x = random_x(130, 512)
     x[torch.arange(130), torch.arange(130) * 3] = size
-    assert_close(w4a8.multiply_with(tile, x, packed), x, packed)
+    assert_close(multiply(kernel, x, packed), x, packed)
 
 
 def test_scales_of_weights_that_are_not_finite_stay_in_their_rows():
@@ -148,12 +180,12 @@ def test_scales_of_weights_that_are_not_finite_stay_in_their_rows():
     assert y[:, [row for row in range(128) if row not in {4, 5}]].isfinite().all()
 
 
-@pytest.mark.parametrize("tile", FP8_TILES)
-def test_runs_are_bit_equal(tile):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_runs_are_bit_equal(kernel):
     packed, x = ops.pack(random_weight(4096, 2048)), random_x(300, 2048)
-    first = w4a8.multiply_with(tile, x, packed)
+    first = multiply(kernel, x, packed)
     for _ in range(100):
-        assert torch.equal(w4a8.multiply_with(tile, x, packed), first)
+        assert torch.equal(multiply(kernel, x, packed), first)
 
 
 def test_graphs_streams_and_chains():
