@@ -306,7 +306,7 @@ def write(folder: Path, x, packed: PackedWeight, bias):
 
 
 def emulated(program: Path, folder: Path, way: Decomposition, sizes: tuple[int, ...], backwards: int):
-    """y, and what lies behind it. `sizes` are those of the argument, from m on; `backwards`: the last CTA and lane come first."""
+    """y, and what lies behind it. `sizes`: those of the argument, from m on; `backwards`: the last CTA and lane come first."""
     m, n, _, steps, _ = sizes
     schedule = divmod(way.tiles * steps if way.stream_k else way.tiles, way.ctas)
     numbers = (*sizes, 0 if way.stream_k else 1, *schedule, way.ctas, backwards)
