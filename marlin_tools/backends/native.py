@@ -68,7 +68,7 @@ class NativeSparseLinear(NativeLinear):
 
 
 class NativeFp8Linear(NativeLinear):
-    """The same on Hopper for FP8 activations: many tokens are rounded, each with a scale of its own, and multiplied in 8 bits.
+    """The same on Hopper and Ada for FP8 activations: many tokens are rounded, each with its scale, and multiplied in 8 bits.
 
     Few tokens are multiplied as they are: that is as fast, and nothing is lost.
     """

@@ -5,7 +5,7 @@
 
 and the same for 2:4-sparse weights, which are smaller and faster: `pack_sparse`, `sparse_linear`.
 
-On Hopper the dense weights can be multiplied with activations in 8 bits, too, for many tokens: `fp8_linear`.
+On Hopper and Ada the dense weights can be multiplied with activations in 8 bits, too, for many tokens: `fp8_linear`.
 
 Read `linear/layout.py` first, then `linear/w4a16.py`, `linear/operator.py` and `linear/plan.py`; then
 `kernels/w4a16/narrow.cu`.

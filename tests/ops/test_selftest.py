@@ -1,4 +1,4 @@
-"""The self-test judges kernels of both families; here the reference takes their place, right or slightly wrong."""
+"""The self-test judges kernels of all families; here the reference takes their place, right or slightly wrong."""
 
 import dataclasses
 
@@ -8,8 +8,10 @@ import torch
 from marlin_tools import ops
 from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import selftest
+from marlin_tools.ops.linear.dispatch import DENSE
+from marlin_tools.ops.linear.fp8_tiles import FP8_TILES
 
-LINEAR = {"": ops.linear, "2:4 ": ops.sparse_linear}
+LINEAR = {"": ops.linear, "2:4 ": ops.sparse_linear, "fp8 ": ops.fp8_linear}
 
 
 @pytest.fixture(params=selftest._FAMILIES, ids=lambda family: family.mark.strip() or "dense")
@@ -48,3 +50,20 @@ def test_what_cannot_run_is_a_result(family):
 
 def test_names_tell_the_families_apart():
     assert {family.mark for family in selftest._FAMILIES} == set(LINEAR)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a"])
+def test_every_kernel_of_a_gpu_is_tried(monkeypatch, target):
+    tried = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(selftest, "target_of", lambda _device: target)
+    monkeypatch.setattr(selftest, "_weight", lambda group, _device: f"group {group}")
+    families = [dataclasses.replace(family, pack=lambda weight: weight) for family in selftest._FAMILIES]
+    monkeypatch.setattr(selftest, "_FAMILIES", families)
+    monkeypatch.setattr(selftest, "_check", lambda name, _family, choice, *_: tried.append((name.split()[0], choice)) or name)
+
+    assert len(selftest.self_test()) == len(tried)
+    in_8_bits = {choice for mark, choice in tried if mark == "fp8"}
+    expected = {"sm_80": set(), "sm_89": {"64x256-ada", "128x128-ada"}, "sm_90a": set(FP8_TILES)}
+    assert in_8_bits == expected[target]
+    assert {choice for _, choice in tried} > set(DENSE.choices_on(target)) - {"cublas"}
