@@ -36,7 +36,9 @@ def product(tile, target="compute_90a"):
 
 
 WHOLE = "sm_90a"
-"""The target of which every kind of kernel is compiled. The other three have one source: each compiles another third of it."""
+"""The target of which every kind of kernel is compiled. The other three have one source: each compiles another third of it, and
+what it alone has.
+"""
 
 
 def kind_of(kernel):
@@ -51,8 +53,13 @@ def chosen(target):
     kinds = {}
     for _, kernel in kernels(target):
         kinds.setdefault(kind_of(kernel), []).append(kernel)
-    every = [alike[turn % len(alike)] for turn, alike in enumerate(kinds.values())]
-    return every if target == WHOLE else every[TARGETS.index(target) % 3 :: 3]
+    every = {kind: alike[turn % len(alike)] for turn, (kind, alike) in enumerate(kinds.items())}
+    if target == WHOLE:
+        return list(every.values())
+    others = [each for each in TARGETS if each != WHOLE]
+    shared = set.intersection(*({kind_of(kernel) for _, kernel in kernels(each)} for each in others))
+    third = [kind for kind in every if kind in shared][others.index(target) :: len(others)]
+    return [kernel for kind, kernel in every.items() if kind in third or kind not in shared]
 
 
 @pytest.fixture(scope="session")
