@@ -36,14 +36,20 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` rounded to a value that float16 and the model's own `dtype` both hold exactly, never zero."""
+    rounded = nearest_storable(scale, dtype)
+    if bool((rounded.abs() > _LARGEST).any()):
+        raise too_large(scale)
+    return rounded
+
+
+def nearest_storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same without waiting for the device: infinite where float16 cannot hold it."""
     magnitude = scale.abs().clamp(min=_SMALLEST)
     if dtype == torch.bfloat16:
         magnitude = magnitude.to(torch.bfloat16).to(torch.float32)
     rounded = magnitude.to(torch.float16).to(torch.float32)
     if dtype == torch.bfloat16:  # below 2^-14 float16 is coarser than bfloat16: keep only values that both can hold
         rounded = rounded.to(torch.bfloat16).to(torch.float16).to(torch.float32)
-    if bool((rounded > _LARGEST).any()):
-        raise too_large(scale)
     return torch.where(scale < 0, -rounded, rounded)
 
 

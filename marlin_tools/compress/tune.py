@@ -128,7 +128,8 @@ class _Best:
 def _train(training: BlockTraining, train: int, best: _Best, how: Tuning, emit: Emit) -> None:
     """Every chunk of activations is a step; rates fall to 0 in a straight line."""
     rates = (how.lr, how.minmax_lr)
-    adam = torch.optim.Adam([{"params": best.offsets}, {"params": best.factors}], lr=0.0, betas=(0.9, 0.95))
+    groups = [{"params": best.offsets}, {"params": best.factors}]
+    adam = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), fused=best.offsets[0].is_cuda)
     looks = {math.ceil(how.iters * (number + 1) / _LOOKS) for number in range(_LOOKS)}
     for step in range(1, how.iters + 1):
         for group, rate in zip(adam.param_groups, rates, strict=True):

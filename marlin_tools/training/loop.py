@@ -20,6 +20,7 @@ from marlin_tools.events import Emit, Event
 from marlin_tools.settings import Settings
 from marlin_tools.training.losses import Head, head_losses, square_head
 from marlin_tools.training.parallel import fill_share, whole
+from marlin_tools.training.scaled import rounded_once
 from marlin_tools.training.student import OFFSET, Reader, Student
 
 _SPEAK_EVERY = 10
@@ -160,10 +161,11 @@ class Trainer:
         chosen = self._train[sequences_of(self.step, len(self._train), settings.batch, settings.seed)]
         parts = list(chosen.split(settings.micro))[team.rank :: team.size]
         total = torch.zeros(3, device=team.device)
-        for index, ids in enumerate(parts):
-            if team.size > 1:
-                self.student.decoder.set_requires_gradient_sync(index + 1 == len(parts))
-            total += self._compare(ids.to(team.device), heads, 1 / len(parts)) / len(parts)
+        with rounded_once(self.student.model):
+            for index, ids in enumerate(parts):
+                if team.size > 1:
+                    self.student.decoder.set_requires_gradient_sync(index + 1 == len(parts))
+                total += self._compare(self._sent(ids), heads, 1 / len(parts)) / len(parts)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip)
         for group in self._adam.param_groups:
             group["lr"] = group["top"] * schedule(self.step, self.steps, settings)
@@ -188,6 +190,11 @@ class Trainer:
         torch.autograd.backward(roots, gradients)
         return torch.stack((found.kl.float(), found.ce.float(), square.detach()))
 
+    def _sent(self, ids: Tensor) -> Tensor:
+        """Token ids on the device, without waiting for what it does."""
+        device = self.team.device
+        return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda")
 
@@ -195,11 +202,12 @@ class Trainer:
     def measure(self, heads: tuple[Head, Head], emit: Emit) -> None:
         """The KL on what is not trained on."""
         total = torch.zeros((), dtype=torch.float64, device=self.team.device)
-        for part in self._held_out.split(self.settings.micro):
-            ids = part.to(self.team.device)
-            with self._autocast():
-                seen = self.student.read(ids)
-            total += head_losses(seen.last, self.teacher.read(ids).last, ids, heads).kl * len(part)
+        with rounded_once(self.student.model):
+            for part in self._held_out.split(self.settings.micro):
+                ids = self._sent(part)
+                with self._autocast():
+                    seen = self.student.read(ids)
+                total += head_losses(seen.last, self.teacher.read(ids).last, ids, heads).kl * len(part)
         kl = float(total) / len(self._held_out)
         self._check(kl)
         self.measured.append((self.step, kl))

@@ -7,13 +7,16 @@ Codes and scales are rounded on the way forward to what a checkpoint stores, and
 So what is measured while training is what will be written, and the untrained layer is the quantised one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marlin_tools.algorithms.scales import storable
+from marlin_tools.algorithms.scales import nearest_storable, too_large
 from marlin_tools.quantized import LEVELS, ZERO, QuantizedLinear, round_inputs
 
 _INSIDE = 0.49
@@ -26,33 +29,45 @@ _FARTHEST = 0.999
 """The longest offset; with it a code moves by one at most."""
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ + b with W = step · scale, a step being a code - 8.
+@dataclass(frozen=True)
+class Rounded:
+    """What a linear multiplies with: steps (a step is a code - 8) and scales as a checkpoint stores them.
 
-    Nothing of W is kept for the way back: it is made again from the steps, which have 8 bits. `offset_nk` is what the steps are
-    rounded from, if that learns; only its gradient is wanted, where `passed_nk` lets it through.
+    `passed_nk` is where the gradient of an offset passes; None if codes are fixed.
+    """
+
+    steps_nk: Tensor
+    scales_ng: Tensor
+    passed_nk: Tensor | None = None
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b with W = step · scale.
+
+    Nothing of W is kept for the way back: it is made again from the steps, which have 8 bits. `scales_ng` are what a factor is
+    multiplied with. Of factor and offset only the gradients are wanted.
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, scales_ng: Tensor, bias_n: Tensor | None, *codes: Tensor | None) -> Tensor:
-        steps_nk, _offset_nk, passed_nk = codes
-        assert steps_nk is not None
-        context.save_for_backward(x, scales_ng, steps_nk, passed_nk)
-        return F.linear(x, _weight(steps_nk, scales_ng, x.dtype), None if bias_n is None else bias_n.to(x.dtype))
+    def forward(context: Any, x: Tensor, bias_n: Tensor | None, *learned: Any) -> Tensor:
+        _factor_ng, _offset_nk, scales_ng, rounded = learned
+        context.save_for_backward(x, scales_ng, rounded.steps_nk, rounded.scales_ng, rounded.passed_nk)
+        weight_nk = _weight(rounded.steps_nk, rounded.scales_ng, x.dtype)
+        return F.linear(x, weight_nk, None if bias_n is None else bias_n.to(x.dtype))
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scales_ng, steps_nk, passed_nk = context.saved_tensors
-        wants_x, wants_scales, wants_bias, _, wants_offset, _ = context.needs_input_grad
+        x, exact_ng, steps_nk, scales_ng, passed_nk = context.saved_tensors
+        wants_x, wants_bias, wants_factor, wants_offset, *_ = context.needs_input_grad
         toward = gradients[0].flatten(0, -2)
         to_x = (toward @ _weight(steps_nk, scales_ng, x.dtype)).view(x.shape) if wants_x else None
         to_bias = toward.sum(dim=0, dtype=torch.float32) if wants_bias else None
-        to_scales = to_offset = None
-        if wants_scales or wants_offset:
+        to_factor = to_offset = None
+        if wants_factor or wants_offset:
             to_weight = _grouped((toward.T @ x.flatten(0, -2)).float(), scales_ng)
-            to_scales = (to_weight * _grouped(steps_nk, scales_ng)).sum(dim=2)
+            to_factor = (to_weight * _grouped(steps_nk, scales_ng)).sum(dim=2).mul_(exact_ng)
             to_offset = to_weight.mul_(scales_ng[..., None]).flatten(1).mul_(passed_nk) if wants_offset else None
-        return to_x, to_scales, to_bias, None, to_offset, None
+        return to_x, to_bias, to_factor, to_offset, None, None
 
 
 def _weight(steps_nk: Tensor, scales_ng: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,6 +87,7 @@ class ScaledLinear(nn.Module):
 
     steps: Tensor
     scales: Tensor
+    _kept: Rounded | None
 
     def __init__(self, linear: QuantizedLinear, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,36 +95,40 @@ class ScaledLinear(nn.Module):
         self.register_buffer("steps", linear.codes.to(torch.int8) - ZERO, persistent=False)
         self.register_buffer("scales", linear.scales.float(), persistent=False)
         self.factor = nn.Parameter(torch.ones_like(self.scales))
+        self._keeps, self._kept = False, None
+
+    def keep(self, *, on: bool) -> None:
+        """Round once from now on; or again each time."""
+        self._keeps, self._kept = on, None
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What decides codes and scales, by the names that `solved` knows."""
         return {"factor": self.factor}
 
-    def rounded(self, _offset: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The steps, and where the gradient of an offset passes."""
-        return self.steps, None
-
-    def stored_scales(self, factor: Tensor) -> Tensor:
-        """The scales as they will be stored; raises where float16 cannot hold them."""
-        exact = self.scales * factor
-        return exact + (storable(exact.detach(), self.dtype) - exact).detach()
+    @torch.no_grad()
+    def rounded(self, factor: Tensor, offset: Tensor | None = None) -> Rounded:
+        """What follows from these. Scales that float16 cannot hold are infinite, and so is what comes out."""
+        assert offset is None, "codes are fixed"
+        return Rounded(self.steps, nearest_storable(self.scales * factor, self.dtype))
 
     @torch.no_grad()
     def solved(self, **learned: Tensor) -> QuantizedLinear:
         """Codes and scales as they are now, or as they follow from what is given in place of what `learned` holds."""
         learned = {**self.learned(), **learned}
-        codes = (self.rounded(learned.get("offset"))[0] + ZERO).to(torch.uint8)
-        return QuantizedLinear(codes, self.stored_scales(learned["factor"]).to(torch.float16), self._group_size)
+        rounded = self.rounded(**learned)
+        if not bool(rounded.scales_ng.isfinite().all()):
+            raise too_large(self.scales * learned["factor"])
+        return QuantizedLinear((rounded.steps_nk + ZERO).to(torch.uint8), rounded.scales_ng.to(torch.float16), self._group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """In the type that autocast asks for, else in float32."""
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
         learned = self.learned()
-        offset = learned.get("offset")
-        steps, passed = self.rounded(offset)
-        scales = self.stored_scales(learned["factor"])
-        y: Tensor = _Product.apply(x, scales, self.bias, steps, offset, passed)  # type: ignore[no-untyped-call]
+        rounded = self._kept or self.rounded(**learned)
+        if self._keeps:
+            self._kept = rounded
+        y: Tensor = _Product.apply(x, self.bias, self.factor, learned.get("offset"), self.scales, rounded)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -135,16 +155,29 @@ class TunedLinear(ScaledLinear):
         return {"factor": self.factor, "offset": self.offset}
 
     @torch.no_grad()
-    def rounded(self, offset: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The steps that follow from the offset, and where its gradient passes: not at the ends of what it may reach."""
-        assert offset is not None
+    def rounded(self, factor: Tensor, offset: Tensor | None = None) -> Rounded:
+        """The same; the gradient of an offset does not pass at the ends of what it may reach."""
+        assert offset is not None, "codes learn"
         exact = offset.clamp(-_FARTHEST, _FARTHEST).add_(self.place)
         passed = (offset.abs() <= _FARTHEST) & (exact >= 0) & (exact <= LEVELS - 1)
         steps = exact.clamp_(0, LEVELS - 1).round_().sub_(ZERO).to(torch.int8)
         if self._zeros is not None:
             steps.masked_fill_(self._zeros, 0)
             passed &= ~self._zeros
-        return steps, passed
+        return Rounded(steps, nearest_storable(self.scales * factor, self.dtype), passed)
+
+
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Within, all quantised linears of a model round once what they learn, which nobody may change meanwhile."""
+    linears = [module for module in model.modules() if isinstance(module, ScaledLinear)]
+    for linear in linears:
+        linear.keep(on=True)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.keep(on=False)
 
 
 def free_codes(model: nn.Module, original: nn.Module) -> None:
