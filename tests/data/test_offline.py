@@ -11,6 +11,12 @@ from marlin_tools.data.sources import find_corpus
 from marlin_tools.errors import DataError
 
 
+def looks_for_long(*_args: object, **_options: object) -> None:
+    """A name that nobody knows, which takes a minute to find out."""
+    time.sleep(60)
+    raise OSError("unknown name")
+
+
 @pytest.fixture(params=["refused", "silent", "unknown name"])
 def deaf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody listens there, somebody listens and says nothing, or there is no such machine."""
@@ -21,7 +27,7 @@ def deaf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         if request.param == "unknown name":
             endpoint = "http://localhost.invalid"
-            monkeypatch.setattr("socket.getaddrinfo", lambda *_args, **_options: time.sleep(60))
+            monkeypatch.setattr("socket.getaddrinfo", looks_for_long)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)

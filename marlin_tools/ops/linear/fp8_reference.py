@@ -8,7 +8,8 @@ from marlin_tools.ops.linear.layout import PackedWeight, unpack
 
 _LARGEST, _LEAST = 448.0, 2.0**-100  # of e4m3; of a token's largest value
 _CHUNK = 16  # inputs that are permuted among themselves
-_BITS_OF_SUMS = 10
+_BITS_OF_SUMS = 13  # of tensor cores, below the largest product
+_ADDITIONS = 128  # of products, before scales are applied
 
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,16 +47,17 @@ def exact(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor
 
 
 def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and for the short sums of tensor cores
-    2^-10 of the sum of magnitudes. Mostly they are off by less than 2^-15. But a sum that holds the product of an outlier loses
-    the bits of its other products below 2^-13 of that one, in each of four steps.
+    """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and for the short sums of tensor cores 2^-13 of
+    the sum of magnitudes, of which mostly less than 2^-15 is lost. A sum that holds the product of an outlier loses the bits of
+    other products below 2^-13 of that one, in up to 128 additions: no more than 2^-6 of the largest product.
     """
     rounded, token_scales = round_tokens(x)
-    values = rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None]
-    weight = unpack(packed).dequantize(torch.float64)
-    total = values.abs() @ weight.abs().T
-    y = exact(x, packed, bias)
-    info = torch.finfo(x.dtype)
+    values = (rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None]).abs()
+    weight = unpack(packed).dequantize(torch.float64).abs()
+    total = values @ weight.T
     if bias is not None:
         total = total + bias.to(torch.float64).abs()
-    return info.eps * y.abs() + (packed.in_features * 2.0**-24 + 2.0**-_BITS_OF_SUMS) * total + info.tiny * info.eps
+    largest = values.amax(dim=1, keepdim=True) * weight.amax(dim=1)
+    cut = 2.0**-_BITS_OF_SUMS * (total + _ADDITIONS * largest)
+    info = torch.finfo(x.dtype)
+    return info.eps * exact(x, packed, bias).abs() + packed.in_features * 2.0**-24 * total + cut + info.tiny * info.eps
