@@ -5,6 +5,8 @@ Beside it stands what the other operand of a product can be: activations in 16 b
 Shape letters used throughout the project:  N outputs, K inputs, G columns that share a scale, so K/G groups.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +40,15 @@ def round_inputs(module: nn.Module) -> nn.Module:
     if not rounds_inputs(module):
         module.register_forward_pre_hook(_rounding)
     return module
+
+
+@contextmanager
+def rounding_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, these linears read `rounded` inputs."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(_rounding).remove)
+        yield
 
 
 def rounds_inputs(module: nn.Module) -> bool:

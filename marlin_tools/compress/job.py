@@ -22,7 +22,7 @@ from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
-from marlin_tools.compress.shards import Shards
+from marlin_tools.compress.shards import REFERENCE_TOKENS, Shards
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device
 from marlin_tools.distributed.team import ALONE, Team
@@ -170,7 +170,8 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             chunk_tokens=chunk_tokens,
             team=job.team,
         )
-    stream.activations = job.activations
+        if job.activations == "fp8":
+            stream.round_beside(REFERENCE_TOKENS)
     return stream
 
 

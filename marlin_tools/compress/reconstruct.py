@@ -73,7 +73,7 @@ class BlockTraining:
         self.prefix = block.prefix
         self._block, self._stand_ins = block, stand_ins
         self._entering, self._targets = entering, block.stream.original
-        self._calls = [_widened(call) for call in block.stream.contexts(block.index)]
+        self._calls = [_widened(call) for call in block.stream.contexts(block.index, entering)]
         self._linears = block.linears()
         self._energies = [float(t.float().square().sum(dtype=torch.float64)) for t in self._targets]
         energy = sum(self._energies)

@@ -49,7 +49,6 @@ class Flow:
     room       what stays on the device
     share      whose the chunks are
     multiple   what joins the residual stream is multiplied by this
-    reads      what the linears that are handed out make of their input: nothing, or FP8
     """
 
     hidden: Activations
@@ -58,7 +57,6 @@ class Flow:
     room: MemoryBudget
     share: TextShare
     multiple: float = 1.0
-    reads: Callable[[Tensor], Tensor] = lambda x: x
 
 
 class Path:
@@ -172,8 +170,7 @@ class BranchWalk:
             return None
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
-            read = self._flow.reads(x)
-            watch.see(i, read, None if x_0 is None else x_0 - read)
+            watch.see(i, x, None if x_0 is None else x_0 - x)
             if self._room.inputs:
                 self._keep(i, x, x_0)
         return watch.hessian()
@@ -200,15 +197,15 @@ class BranchWalk:
             x = self._now.advance(x, i)
             if x.nbytes <= left:
                 self._inner[i], left = x, left - x.nbytes
-            read, owed = self._flow.reads(x) if observed else x, None
+            owed = None
             if self._before is not None and self._original is not None and x_0 is not None:
                 x_0 = self._before.advance(x_0, i)
                 out_0, h_0 = self._before.close(x_0), self._original[i]
                 if observed:
-                    owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - read
+                    owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - x
                 self._original[i] = h_0.add_(out_0)
             if observed:
-                watch.see(i, read, owed)
+                watch.see(i, x, owed)
         return watch.hessian() if observed else None
 
     def close(self) -> None:

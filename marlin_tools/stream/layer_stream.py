@@ -12,6 +12,7 @@ nothing of it is rebuilt here, so every family that transformers can run comes o
 """
 
 import copy
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -28,7 +29,7 @@ from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.families import Branch, Family
 from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
-from marlin_tools.quantized import ActivationType, round_inputs, rounded
+from marlin_tools.quantized import rounding_inputs
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.branch import BranchWalk, Flow, Observation
 from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest, read_weights
@@ -113,9 +114,6 @@ class Block:
         self.prefix = stream.family.block_prefix(index)
         self.stream, self.module = stream, module
         self._original = copy.deepcopy(module) if stream.original is not None else None
-        if stream.activations == "fp8":
-            for linear in self.linears().values():
-                round_inputs(linear)
 
     def all_groups(self) -> Iterator[Group]:
         """The groups without Hessians; the activations stay where they are."""
@@ -133,9 +131,7 @@ class Block:
         return linear.weight.data
 
     def put(self, name: str, linear: nn.Module) -> None:
-        """Let this one take a linear's place, and read what that reads."""
-        if self.stream.activations == "fp8":
-            round_inputs(linear)
+        """Let this one take a linear's place."""
         self.module.set_submodule(self._places()[name], linear)
 
     def _places(self) -> dict[str, str]:
@@ -157,13 +153,12 @@ class Block:
             yield from self._walk(self.stream.hidden)
         else:
             yield from list(self._walk(self.stream.hidden.copy()))
-            self._skip_alone()
+            self.skip(alone=True)
 
-    def skip(self) -> None:
-        """Move the activations past the block as it is now."""
+    def skip(self, *, alone: bool = False) -> None:
+        """Move the activations past the block as it is now; `alone`, if those of the original model are past it already."""
         if self.stream.hidden is not None:
-            for _ in self._walk(self.stream.hidden, observe=False):
-                pass
+            deque(self._walk(self.stream.hidden, observe=False, alone=alone), maxlen=0)
 
     def rerun(self, entering: Activations) -> None:
         """Move the activations past the block once more, from `entering`, with its weights as they are now.
@@ -173,21 +168,21 @@ class Block:
         assert self.stream.hidden is not None, "the stream carries no activations"
         for i in range(len(entering)):
             self.stream.hidden[i] = entering[i].clone()
-        self._skip_alone()
+        self.skip(alone=True)
 
-    def _skip_alone(self) -> None:
-        """Move the activations past the block where those of the original model are past it already."""
-        original, self._original = self._original, None
-        self.skip()
-        self._original = original
+    def pass_rounded(self, hidden: Activations) -> None:
+        """Move these past the block as it is now, its linears reading what FP8 holds of their inputs."""
+        with rounding_inputs(self.linears().values()):
+            deque(self._walk(hidden, observe=False, alone=True), maxlen=0)
 
-    def _walk(self, hidden: Activations, *, observe: bool = True) -> Iterator[list[Group]]:
+    def _walk(self, hidden: Activations, *, observe: bool = True, alone: bool = False) -> Iterator[list[Group]]:
         """Advance `hidden` through every branch, stopping where a group's input is ready.
 
         The original model's activations, if they flow alongside, go through the original weights in step. They wait for nobody:
         what they are inside a branch is seen once, chunk by chunk, and never kept.
         """
-        flow = self.stream.flow(self.index, hidden, with_original=self._original is not None)
+        before = None if alone else self._original
+        flow = self.stream.flow(self.index, hidden, with_original=before is not None)
         branches = self.stream.layout.branches(self.index)
         reads: tuple[Activations, Activations | None] | None = None
         for branch, following in zip_longest(branches, branches[1:]):
@@ -198,7 +193,7 @@ class Block:
             def wanted(names: tuple[str, ...], body: str = branch.body) -> int:
                 return len(self._group(tuple(f"{body}.{name}" for name in names)).names) if observe else 0
 
-            for batch in self._walk_of(branch, flow, reads if beside else None).steps(wanted):
+            for batch in self._walk_of(branch, before, flow, reads if beside else None).steps(wanted):
                 if observe:
                     yield [self._seen(branch, batch.pop(0)) for _ in range(len(batch))]
         self._scale(hidden, flow.original)
@@ -208,13 +203,13 @@ class Block:
         return replace(group, hessian=seen.hessian, tokens=seen.routed)
 
     def _walk_of(
-        self, branch: Branch, flow: Flow, reads: tuple[Activations, Activations | None] | None
+        self, branch: Branch, before: nn.Module | None, flow: Flow, reads: tuple[Activations, Activations | None] | None
     ) -> BranchWalk | RoutedWalk:
         if branch.experts is not None:
-            return RoutedWalk(branch, self.module, self._original, flow)
+            return RoutedWalk(branch, self.module, before, flow)
         if branch.pre is not None and getattr(self.module, branch.pre) is None:  # it reads what the one beside it reads
             branch = replace(branch, pre=self.stream.family.branches[0].pre)
-        return BranchWalk(branch, self.module, self._original, flow, reads)
+        return BranchWalk(branch, self.module, before, flow, reads)
 
     def _scale(self, hidden: Activations, original: Activations | None) -> None:
         """What some models do to the output of a block."""
@@ -253,11 +248,7 @@ class LayerStream:
 
     `targets` are the full names of the linears to hand out (without `.weight`); all others keep their weights. With
     `with_original` the original model's activations flow alongside, so that the drift between the two can be seen.
-
-    Set `activations` to "fp8" before the first block, and the linears that are handed out read rounded inputs, as do Hessians.
     """
-
-    activations: ActivationType = "16bit"
 
     def __init__(
         self,
@@ -280,6 +271,7 @@ class LayerStream:
         shorten_norms(self.model, device, self.dtype)
         shorten_rotations(self.model, device, self.dtype)
         self.hidden: Activations | None = None
+        self._rounded: Activations | None = None
         self.room = MemoryBudget()
         self._contexts: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._decoder = self.model.get_submodule(self.family.decoder)
@@ -299,12 +291,22 @@ class LayerStream:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def round_beside(self, count: int) -> None:
+        """Let the first tokens flow once more, through finished blocks whose handed-out linears round to FP8 what they read.
+
+        Nothing is calibrated on them; `logits` are theirs.
+        """
+        if self.hidden is not None:
+            self._rounded = self._embed([self.first_tokens[None, :count]])
+
     @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
         with ReadAhead(self._wanted(), self.checkpoint, self.device, self.dtype) as weights:
             for index, module in enumerate(self._blocks):
                 fill(module, next(weights))
-                yield Block(self, index, module)
+                yield (block := Block(self, index, module))
+                if self._rounded is not None:
+                    block.pass_rounded(self._rounded)
                 module.to("meta")
 
     def _wanted(self) -> Iterator[dict[str, WeightRequest]]:
@@ -316,8 +318,7 @@ class LayerStream:
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
         """What the branches of block `index` have in common."""
         original = self.original if with_original else None
-        common = hidden, original, self.contexts(index), self.room, self.share, self._multiple
-        return Flow(*common, reads=rounded) if self.activations == "fp8" else Flow(*common)
+        return Flow(hidden, original, self.contexts(index, hidden), self.room, self.share, self._multiple)
 
     def stands_beside(self, branch: Branch) -> bool:
         """Whether a branch reads what the one before it read."""
@@ -328,10 +329,9 @@ class LayerStream:
         key = self.family.multiple
         return 1.0 if key is None else float(getattr(self._text, key))
 
-    def contexts(self, index: int) -> list[dict[str, Any]]:
-        """What block `index` is called with, chunk by chunk."""
-        assert self.hidden is not None, "the stream carries no activations"
-        return [self._contexts[shape[:2]][index] for shape in self.hidden.shapes()]
+    def contexts(self, index: int, hidden: Activations) -> list[dict[str, Any]]:
+        """What block `index` is called with besides these, chunk by chunk."""
+        return [self._contexts[shape[:2]][index] for shape in hidden.shapes()]
 
     def _room_for(self, tokens: int) -> MemoryBudget:
         """What can stay on the device, from what is free of it, for the residual stream of so many tokens."""
@@ -354,7 +354,7 @@ class LayerStream:
         materialize(norm, f"{self._stored}.{self.family.norm}.", self.checkpoint, self.device, self.dtype)
         head = f"{self.family.head}.weight"
         weight = self.checkpoint.read(head if head in self.checkpoint else self._embedding_name).to(self.device, self.dtype)
-        logits = (norm(self.hidden[0][0, :count]) @ weight.T).float()
+        logits = (norm((self._rounded or self.hidden)[0][0, :count]) @ weight.T).float()
         logits = logits * getattr(self._text, "logit_scale", 1.0) / getattr(self._text, "logits_scaling", 1.0)
         cap = getattr(self._text, "final_logit_softcapping", None)
         return self.first_tokens[:count], (torch.tanh(logits / cap) * cap if cap else logits).cpu()

@@ -132,7 +132,7 @@ class RoutedWalk:
                     x = self._read(wanted[bundle[0]][0], bundle, own, tokens, (chosen, weights))
                     for number, each in zip(bundle, x, strict=True):
                         each[counts[number] :] = 0
-                        watches[wanted[number]].see_some(i, self._flow.reads(each), counts[number])
+                        watches[wanted[number]].see_some(i, each, counts[number])
 
             self._experts.look = look
             try:
