@@ -18,7 +18,7 @@ Algorithm = Annotated[RTN | GPTQ, Field(discriminator="kind")]
 
 PRESETS: dict[str, RTN | GPTQ] = {
     "rtn": RTN(),
-    "marlin": GPTQ(damp=0.1, order="natural", scales="conditional", signed=False, polish=0, sequential=False, drift=0),
+    "marlin": GPTQ(damp=0.1, noise=0, order="natural", scales="conditional", signed=False, polish=0, sequential=False, drift=0),
     "fast": GPTQ(polish=0, drift=0),
     "default": GPTQ(),
     "max": GPTQ(),  # and each block is tuned afterwards, see `compress/quantize.py`

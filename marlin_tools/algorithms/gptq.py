@@ -30,6 +30,7 @@ class GPTQ(Quantizer):
     """Settings of GPTQ.
 
     damp         added to the Hessian's diagonal, as a fraction of its mean
+    noise        added to `damp`, times the inputs over the tokens that were seen
     order        columns in `natural` order or by falling `energy`
     scales       how scales are found: see `algorithms/scales.py`
     signed       let scales be negative
@@ -41,6 +42,7 @@ class GPTQ(Quantizer):
 
     kind: Literal["gptq"] = "gptq"
     damp: float = Field(0.01, gt=0, le=10)
+    noise: float = Field(1.0, ge=0, le=100)
     order: Literal["natural", "energy"] = "energy"
     scales: Literal["absmax", "conditional", "diagonal"] = "diagonal"
     signed: bool = True
@@ -87,6 +89,7 @@ class GPTQ(Quantizer):
         if hessian is None:
             raise ValueError("GPTQ needs a Hessian")
         self.check_group_size(group_size, len(hessian.matrix))
+        hessian = hessian.unsure(self.noise)
         order = self._order(hessian)
         with span("factor"):
             factor = hessian.factorize(self.damp, name, order, sharing)
@@ -98,7 +101,10 @@ class GPTQ(Quantizer):
         return GPTQProblem(self, hessian, order, factor, group_size, dtype, mask_solver, correction, damped)
 
     def attempt(self, hessian: Hessian, group_size: int, dtype: torch.dtype) -> "tuple[GPTQProblem, Tensor]":
-        """The same without drift, masks and other dampings, and without waiting for the device; and 0 if that is a problem."""
+        """The same without drift, masks and other dampings, and without waiting for the device; and 0 if that is a problem.
+
+        `hessian` says how unsure it is.
+        """
         order = self._order(hessian)
         factor, failed = hessian.attempt(self.damp, order)
         damped = hessian.damped(self.damp) if self.polish else None

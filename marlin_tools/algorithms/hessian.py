@@ -9,7 +9,7 @@ of the work and without ever inverting anything.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -106,11 +106,22 @@ class Drift:
 
 @dataclass(frozen=True)
 class Hessian:
-    """`matrix` float32 [K, K] = mean of x xᵀ over `tokens` tokens; `drift` if the original model ran alongside."""
+    """`matrix` float32 [K, K] = mean of x xᵀ over `tokens` tokens; `drift` if the original model ran alongside.
+
+    `noise` is added to every damping: see `unsure`.
+    """
 
     matrix: Tensor
     tokens: int
     drift: Drift | None = None
+    noise: float | Tensor = 0.0
+
+    def unsure(self, noise: float) -> "Hessian":
+        """The same as if `noise` tokens for each input had been seen besides that say nothing, as strong as the others.
+
+        What few tokens say about pairs of channels is mostly chance, and error feedback would follow it.
+        """
+        return replace(self, noise=noise * len(self.matrix) / self.tokens)
 
     @property
     def diagonal(self) -> Tensor:
@@ -127,10 +138,10 @@ class Hessian:
         return self.diagonal.mean()
 
     def ridge(self, damp: float) -> Tensor:
-        """What damping adds to the diagonal [K]: `damp` times its mean; a channel that never fired gets the mean besides."""
+        """What damping adds to the diagonal [K]: `damp` and `noise` times its mean; a silent channel gets the mean besides."""
         mean = self._mean
         silent = torch.where(self.diagonal <= 0, torch.where(mean > 0, mean, 1.0), 0.0)
-        return silent + (damp * mean.double()).float()
+        return silent + ((damp + self.noise) * mean.double()).float()
 
     def damped(self, damp: float) -> Tensor:
         """H with `ridge` added."""

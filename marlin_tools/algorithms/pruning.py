@@ -46,6 +46,7 @@ class Pruner(Settings):
 
     mask         how the kept positions are chosen: `sparsegpt`, `wanda` or `magnitude`
     damp         added to the Hessian's diagonal, as a fraction of its mean
+    noise        added to `damp`, times the inputs over the tokens that were seen
     fit          give the kept weights their least-squares values
     reselect     turns of choosing every quad's positions again, each followed by a fit
     sequential   later groups of a block are calibrated on the pruned outputs of earlier ones
@@ -54,6 +55,7 @@ class Pruner(Settings):
 
     mask: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
     damp: float = Field(0.01, gt=0, le=10)
+    noise: float = Field(1.0, ge=0, le=100)
     fit: bool = True
     reselect: int = Field(2, ge=0, le=100)
     sequential: bool = True
@@ -86,6 +88,7 @@ class Pruner(Settings):
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
         if hessian is None and self.needs_data:
             raise ValueError("this way of pruning needs a Hessian")
+        hessian = None if hessian is None else hessian.unsure(self.noise)
         with span("factor"):
             factor = None if hessian is None else hessian.factorize(self.damp, name)
         return MaskSolver(self, hessian, factor, fixed_nk)
@@ -209,9 +212,9 @@ class TwoOfFour:
 
 
 PRUNERS: dict[str, Pruner] = {
-    "magnitude": Pruner(mask="magnitude", fit=False, reselect=0, drift=0),
-    "wanda": Pruner(mask="wanda", fit=False, reselect=0, drift=0),
-    "sparsegpt": Pruner(fit=False, reselect=0, sequential=False, drift=0),
+    "magnitude": Pruner(mask="magnitude", noise=0, fit=False, reselect=0, drift=0),
+    "wanda": Pruner(mask="wanda", noise=0, fit=False, reselect=0, drift=0),
+    "sparsegpt": Pruner(noise=0, fit=False, reselect=0, sequential=False, drift=0),
     "default": Pruner(),
 }
 """The settings that people ask for by name; `sparsegpt` is the published method."""

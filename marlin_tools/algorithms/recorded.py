@@ -41,7 +41,8 @@ class Recordings:
             self._by_shape[n, k, group] = [_Recording(self._settings, self._dtype, like, group) for _ in range(AT_ONCE)]
         players = self._by_shape[n, k, group]
         with span("solve"):
-            played = [players[i % AT_ONCE].play(weight, hessian.matrix) for i, (_, weight, hessian) in enumerate(asked)]
+            noise = self._settings.noise
+            played = [players[i % AT_ONCE].play(weight, hessian.unsure(noise)) for i, (_, weight, hessian) in enumerate(asked)]
             for player in players:
                 torch.cuda.current_stream().wait_stream(player.stream)
             fine = torch.stack([each for _, each in played]).tolist()
@@ -62,10 +63,11 @@ class _Recording:
         self.stream = torch.cuda.Stream(like.device)
         self._weight = torch.ones_like(like)
         self._matrix = torch.eye(k, device=like.device)
+        self._noise = torch.zeros((), dtype=torch.float64, device=like.device)
         self._graph = torch.cuda.CUDAGraph()
 
         def solve() -> tuple[Solution, Tensor]:
-            hessian = Hessian(self._matrix, 1)
+            hessian = Hessian(self._matrix, 1, noise=self._noise)
             problem, failed = settings.attempt(hessian, group, dtype)
             solution = problem.solve(self._weight, slice(0, n))
             fine = (failed == 0) & torch.isfinite(solution.linear.scales).all() & torch.isfinite(self._matrix).all()
@@ -78,14 +80,15 @@ class _Recording:
             with torch.cuda.graph(self._graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._solution, self._fine = solve()
 
-    def play(self, weight: Tensor, matrix: Tensor) -> tuple[Solution, Tensor]:
+    def play(self, weight: Tensor, hessian: Hessian) -> tuple[Solution, Tensor]:
         """The solution, and whether it is one, once this stream has come here."""
         solution, fine = self._solution.map(torch.empty_like), torch.empty_like(self._fine)
         targets, sources = solution.tensors(), self._solution.tensors()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._weight.copy_(weight)
-            self._matrix.copy_(matrix)
+            self._matrix.copy_(hessian.matrix)
+            self._noise.fill_(hessian.noise)
             self._graph.replay()
             for target, source in zip((*targets, fine), (*sources, self._fine), strict=True):
                 target.copy_(source)

@@ -49,7 +49,7 @@ from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_sizes, take_linears
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
-REVISION = 7
+REVISION = 8
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 TUNED = 3

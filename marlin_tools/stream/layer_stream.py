@@ -33,7 +33,7 @@ from marlin_tools.quantized import rounding_inputs
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.branch import BranchWalk, Flow, Observation
 from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest, read_weights
-from marlin_tools.stream.routed import FEW, RoutedWalk
+from marlin_tools.stream.routed import RoutedWalk
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
 from marlin_tools.stream.watch import TextShare
 
@@ -83,7 +83,7 @@ class Group:
         if self.tokens is None:
             return {}
         sent, seen = self.tokens
-        return {"tokens": sent, "tokens_seen": seen, **({"scales_only": True} if seen < FEW else {})}
+        return {"tokens": sent, "tokens_seen": seen}
 
     def weight(self, name: str) -> Tensor:
         """The weight [N, K] as it is now."""

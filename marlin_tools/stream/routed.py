@@ -4,10 +4,8 @@
     look at what down of every expert reads          ... which is then replaced
     the outputs join the residual stream
 
-An expert is calibrated on the tokens that the router sends to it and, so that rare experts are neither starved nor bent to a
-few tokens, on one token in `ALSO` of all text besides. One that has seen fewer than `FEW` tokens gets no error feedback: its
-Hessian is reduced to the diagonal, which leaves a search for scales. Drift is not measured here; the original model's
-activations go through the original experts.
+An expert is calibrated on the tokens that the router sends to it and, so that rare experts are not starved, on one token in
+`ALSO` of all text besides. Drift is not measured here; the original model's activations go through the original experts.
 """
 
 import math
@@ -17,7 +15,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.families import Branch, Experts
 from marlin_tools.families.experts import SplitExperts
 from marlin_tools.stopwatch import span
@@ -27,9 +24,6 @@ from marlin_tools.stream.watch import Watch
 
 ALSO = 64
 """One token in so many goes to every expert that is calibrated, whatever the router says."""
-
-FEW = 256
-"""An expert that has seen fewer tokens than this is only given scales."""
 
 TOGETHER = 16
 """Experts that each process is handed at a time."""
@@ -94,7 +88,7 @@ class RoutedWalk:
         for start in range(0, len(seen), team.size):
             one_each = seen[start : start + team.size]
             mine = start + team.own(one_each)
-            found[mine] = replace(found[mine], hessian=_enough(Watch.own_hessian(one_each)))
+            found[mine] = replace(found[mine], hessian=Watch.own_hessian(one_each))
         return found
 
     def _batches(self, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
@@ -228,8 +222,3 @@ def _rows(chosen: Tensor, also: Tensor, count: int) -> tuple[Tensor, list[int]]:
     mine = torch.zeros(count, len(chosen), dtype=torch.bool, device=chosen.device).scatter_(0, chosen.T, value=True)
     mine |= also
     return mine.nonzero()[:, 1], mine.sum(dim=1).tolist()
-
-
-def _enough(hessian: Hessian) -> Hessian:
-    """What few tokens say about single channels holds; what they say about pairs of them does not."""
-    return hessian if hessian.tokens >= FEW else replace(hessian, matrix=torch.diag(hessian.diagonal))

@@ -14,7 +14,6 @@ from marlin_tools.algorithms.solution import Solution, solve_all
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import NumericalError
-from marlin_tools.stream import routed
 
 pytestmark = pytest.mark.gpu
 
@@ -95,7 +94,6 @@ def test_a_mixture_comes_out_the_same(tiny_model: Callable[..., Path], tmp_path:
     mixture = tiny_model("qwen3_moe", num_experts=6, num_experts_per_tok=2, decoder_sparse_step=1, **sizes)
     generator = torch.Generator().manual_seed(0)
     text = TokenSet(tuple(torch.randint(2, 512, (8, 64), generator=generator)), "random", packed=True, documents=1)
-    monkeypatch.setattr(routed, "FEW", 64)
     played = []
     play = recorded._Recording.play
     monkeypatch.setattr(recorded._Recording, "play", lambda *given: [played.append(1), play(*given)][1])

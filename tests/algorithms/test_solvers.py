@@ -1,6 +1,7 @@
 """The sweep, the scale searches, the polish and the drift correction against the dumbest possible oracles."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,7 @@ from marlin_tools.ops.solver.cholesky import reversed_cholesky
 from marlin_tools.ops.solver.kernels import PolishState
 
 N, K, G = 24, 256, 128
+MANY = 1 << 40  # tokens, which leave no doubt
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def problem() -> tuple[Tensor, Hessian]:
     for chunk in x.split(1000):
         gram.add(chunk.view(1, *chunk.shape))
     weight = torch.randn(N, K, generator=generator) * 0.02 * (1 + torch.randn(N, K, generator=generator).abs() ** 3)
-    return weight, gram.hessian()
+    return weight, replace(gram.hessian(), tokens=MANY)
 
 
 def textbook_gptq(weight: Tensor, matrix: Tensor, scales: Tensor, order: list[int], search=None) -> tuple[Tensor, Tensor]:
@@ -219,10 +221,27 @@ def test_dead_channels_do_no_harm(problem: tuple[Tensor, Hessian]) -> None:
     assert float((value[:, 5] - weight[:, 5]).abs().max()) < 0.5 * float(weight.abs().max())
 
 
+@pytest.mark.parametrize("settings", [GPTQ(), GPTQ(polish=0)])
+def test_few_tokens_are_not_believed(problem: tuple[Tensor, Hessian], settings: GPTQ) -> None:
+    """What they say by chance costs more, by all tokens, than it gains by them."""
+    weight, hessian = problem
+    root = torch.linalg.cholesky(hessian.matrix.double()).float()
+    x = torch.randn(K // 2, K, generator=torch.Generator().manual_seed(1)) @ root.T
+    few = Hessian(x.T @ x / len(x), len(x))
+
+    def lost(settings: GPTQ) -> float:
+        error = settings.solve("layer", weight, few, G, torch.float16).linear.dequantize() - weight
+        return float(((error @ hessian.matrix) * error).sum())
+
+    believing = lost(settings.model_copy(update={"noise": 0}))
+    assert lost(settings) < 0.9 * believing
+    assert lost(settings) == pytest.approx(lost(settings.model_copy(update={"noise": 0, "damp": settings.damp + 2})), rel=1e-3)
+
+
 def test_a_singular_hessian_is_solved(problem: tuple[Tensor, Hessian]) -> None:
     weight, _ = problem
     x = torch.randn(3, K)
-    solved = GPTQ().solve("layer", weight, Hessian(x.T @ x / 3, 3), G, torch.float16)
+    solved = GPTQ(noise=0).solve("layer", weight, Hessian(x.T @ x / 3, 3), G, torch.float16)
 
     assert solved.output_error is not None
     assert solved.output_error < 1e-2
@@ -231,7 +250,7 @@ def test_a_singular_hessian_is_solved(problem: tuple[Tensor, Hessian]) -> None:
 def test_damping_is_raised_until_the_factorization_succeeds(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     indefinite = hessian.matrix - 0.05 * hessian.diagonal.mean() * torch.eye(K)
-    solved = GPTQ(drift=0, damp=0.01).solve("layer", weight, Hessian(indefinite, 10), G, torch.float16)
+    solved = GPTQ(drift=0, damp=0.01).solve("layer", weight, Hessian(indefinite, MANY), G, torch.float16)
 
     assert solved.damp == pytest.approx(0.1)
 

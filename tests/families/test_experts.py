@@ -59,7 +59,6 @@ def test_experts_see_their_tokens_and_a_share_of_all(
     monkeypatch: pytest.MonkeyPatch,
     model_type: str,
 ) -> None:
-    monkeypatch.setattr(routed, "FEW", 1)
     monkeypatch.setattr(routed, "ALSO", 16)
     found = expert_groups(made(model_type), tokens)
     model, router = eager(model_type, made(model_type)), ROUTER[model_type]
@@ -87,7 +86,6 @@ def test_chunks_that_go_through_at_once(
     made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     """As on a GPU: the same tokens, and sums that differ by rounding alone, in later blocks too."""
-    monkeypatch.setattr(routed, "FEW", 1)
     longest = tokens.longest
     alone = expert_groups(made(model_type), tokens, longest)
     joined, sizes = routed._joined, []
@@ -106,7 +104,6 @@ def test_chunks_that_go_through_at_once(
 def test_experts_side_by_side_compute_what_each_does(
     made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    monkeypatch.setattr(routed, "FEW", 1)
     alone = expert_groups(made(model_type), tokens)
     sizes: set[int] = set()
     usual = SplitExperts.bundles
@@ -131,7 +128,6 @@ def test_experts_side_by_side_compute_what_each_does(
 def test_bundles_on_a_gpu(
     made: Callable[[str], Path], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    monkeypatch.setattr(routed, "FEW", 1)
     together = expert_groups(made(model_type), tokens, device="cuda")
     usual = SplitExperts.bundles
     monkeypatch.setattr(SplitExperts, "bundles", lambda self, counts, on_gpu: usual(self, counts, on_gpu=not on_gpu))
@@ -156,20 +152,13 @@ def test_bundles_hold_experts_that_read_about_as_much(monkeypatch: pytest.Monkey
     assert list(split.bundles(counts, on_gpu=True)) == list(split.bundles(counts, on_gpu=False))
 
 
-def test_few_tokens_leave_a_search_for_scales(made: Callable[[str], Path], tokens: TokenSet) -> None:
-    for name, (matrix, count, sent) in expert_groups(made("mixtral"), tokens).items():
-        off_diagonal = matrix - torch.diag(matrix.diagonal())
-        assert (sent is None) == (".experts." not in name)
-        assert bool(off_diagonal.any()) == (sent is None or count >= routed.FEW)
-
-
 def test_the_manifest_counts_tokens(made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path) -> None:
     out = quantize(made("qwen2_moe"), tokens, QuantizeSettings(preset="default", group_size=32), tmp_path / "out")
     records = (read_manifest(out.path) or {})["linears"]
     sent = [record["tokens"] for record in records if record["name"].startswith("model.layers.0.mlp.experts.")]
     assert len(sent) == 12
     assert sum(sent) == 3 * 2 * tokens.tokens
-    assert all(record["scales_only"] and record["tokens_seen"] >= record["tokens"] for record in records if "tokens" in record)
+    assert all(record["tokens_seen"] >= record["tokens"] for record in records if "tokens" in record)
     assert not any("tokens" in record for record in records if ".experts." not in record["name"])
 
 

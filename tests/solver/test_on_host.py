@@ -12,6 +12,7 @@ from marlin_tools.algorithms.support import reselect
 from marlin_tools.ops.solver import kernels as solver
 from marlin_tools.quantized import quads
 
+MANY = 1 << 40  # tokens, which leave no doubt
 N = 40  # more than one thread block, and not two whole ones
 WIDTHS = (128, sweep.WIDE + 128 + 20)  # one block; and panels, blocks and a last block that is not whole
 
@@ -19,7 +20,7 @@ WIDTHS = (128, sweep.WIDE + 128 + 20)  # one block; and panels, blocks and a las
 def problem(k: int) -> tuple[Tensor, Hessian]:
     generator = torch.Generator().manual_seed(k)
     x = torch.randn(3 * k, k, generator=generator) @ (torch.randn(k, k, generator=generator) * torch.arange(1, k + 1) ** -0.5)
-    return torch.randn(N, k, generator=generator) * 0.02, Hessian(x.T @ x / len(x), len(x))
+    return torch.randn(N, k, generator=generator) * 0.02, Hessian(x.T @ x / len(x), MANY)
 
 
 def rows_of_equal_masks(one: Tensor, other: Tensor) -> Tensor:
