@@ -42,7 +42,7 @@ class GPTQ(Quantizer):
 
     kind: Literal["gptq"] = "gptq"
     damp: float = Field(0.01, gt=0, le=10)
-    noise: float = Field(1.0, ge=0, le=100)
+    noise: float = Field(0.5, ge=0, le=100)
     order: Literal["natural", "energy"] = "energy"
     scales: Literal["absmax", "conditional", "diagonal"] = "diagonal"
     signed: bool = True

@@ -55,7 +55,7 @@ class Pruner(Settings):
 
     mask: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
     damp: float = Field(0.01, gt=0, le=10)
-    noise: float = Field(1.0, ge=0, le=100)
+    noise: float = Field(0.5, ge=0, le=100)
     fit: bool = True
     reselect: int = Field(2, ge=0, le=100)
     sequential: bool = True

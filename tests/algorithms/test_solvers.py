@@ -235,7 +235,7 @@ def test_few_tokens_are_not_believed(problem: tuple[Tensor, Hessian], settings: 
 
     believing = lost(settings.model_copy(update={"noise": 0}))
     assert lost(settings) < 0.9 * believing
-    assert lost(settings) == pytest.approx(lost(settings.model_copy(update={"noise": 0, "damp": settings.damp + 2})), rel=1e-3)
+    assert lost(settings) == pytest.approx(lost(settings.model_copy(update={"noise": 0, "damp": settings.damp + 1})), rel=1e-3)
 
 
 def test_a_singular_hessian_is_solved(problem: tuple[Tensor, Hessian]) -> None:
