@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from marlin_tools.ops.linear.fp8_tiles import fp8_kernels
 from marlin_tools.ops.linear.sparse_tiles import sparse_kernels
 from marlin_tools.ops.linear.tiles import dense_kernels
+from marlin_tools.ops.model.compare import compare_kernels
 from marlin_tools.ops.model.decode import decode_kernels
 from marlin_tools.ops.model.rotation import rotate_kernels
 from marlin_tools.ops.runtime.ahead import side_by_side
@@ -21,6 +22,7 @@ PURPOSES = {
     "fp8": "INT4 products with activations in FP8",
     "decode": "what a decoder does to a token besides products",
     "solver": "quantisation",
+    "training": "losses of finetuning",
 }
 """What the kernels are for, by family."""
 
@@ -48,6 +50,7 @@ def kernels(target: str | None = None) -> list[tuple[str, Kernel]]:
         "fp8": fp8_kernels(target),
         "decode": decode_kernels(target),
         "solver": [*solver_kernels(target), *rotate_kernels(target)],
+        "training": compare_kernels(target),
     }
     return [(family, kernel) for family, members in families.items() for kernel in members]
 

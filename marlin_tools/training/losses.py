@@ -5,14 +5,16 @@
     SquareHead  mean over some hidden states of |h_student - h_teacher|² / |h_teacher|², arXiv 2310.06927
 
 The logits of a batch would be larger than everything else together, so `head_losses` never has more than a few thousand tokens
-of them: for each chunk it computes both losses and, both being a softmax away from the logits, their gradient in closed form:
-(p_student - p_teacher) and (p_student - onehot). What goes back into the model is the gradient of its last hidden states.
+of them: for each chunk `ops/model/compare.py` computes both losses and their gradient, on a GPU in one kernel. What goes back into
+the model is the gradient of its last hidden states.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from marlin_tools.ops.model.compare import compare
 
 CHUNK = 8192
 """Tokens whose logits exist at a time."""
@@ -25,20 +27,12 @@ class Head:
     weight: Tensor
     cap: float | None = None
 
-    def logits(self, hidden_th: Tensor) -> Tensor:
-        """[T, V] in float32."""
+    def product(self, hidden_th: Tensor) -> Tensor:
+        """[T, V] in float32, without the cap."""
         hidden_th = hidden_th.to(self.weight.dtype)
         if hidden_th.is_cuda:  # a product in 16 bits that comes out in 32
-            raw = torch.mm(hidden_th, self.weight.T, out_dtype=torch.float32)
-        else:
-            raw = (hidden_th @ self.weight.T).float()
-        return raw if self.cap is None else self.cap * torch.tanh(raw / self.cap)
-
-    def back(self, gradient_tv: Tensor, logits_tv: Tensor) -> Tensor:
-        """The gradient of the logits as one of the hidden states."""
-        if self.cap is not None:
-            gradient_tv = gradient_tv * (1 - (logits_tv / self.cap).square())
-        return gradient_tv.to(self.weight.dtype) @ self.weight
+            return torch.mm(hidden_th, self.weight.T, out_dtype=torch.float32)
+        return (hidden_th @ self.weight.T).float()
 
 
 @dataclass(frozen=True)
@@ -59,19 +53,18 @@ def head_losses(
     following = ids_bl[:, 1:].flatten()
     gradient = torch.empty_like(student)
     sums = torch.zeros(2, dtype=torch.float64, device=student.device)
+    weight, caps = heads[0].weight, (heads[0].cap, heads[1].cap)
     for first in range(0, len(student), CHUNK):
         part = slice(first, first + CHUNK)
-        logits = heads[0].logits(student[part])
-        log_p = torch.log_softmax(logits, dim=1)
-        log_t = torch.log_softmax(heads[1].logits(teacher[part]), dim=1)
-        p_teacher = log_t.exp()
-        sums[0] += (p_teacher * (log_t - log_p)).sum(dtype=torch.float64)
-        picked = following[part, None]
-        sums[1] -= log_p.gather(1, picked).sum(dtype=torch.float64)
-        slope = log_p.exp_().mul_(kl + ce).sub_(p_teacher, alpha=kl)
-        if ce:
-            slope.scatter_add_(1, picked, torch.full_like(picked, -ce, dtype=slope.dtype))
-        gradient[part] = heads[0].back(slope.div_(len(student)), logits).to(gradient.dtype)
+        losses, slope = compare(
+            (heads[0].product(student[part]), heads[1].product(teacher[part])),  # unnamed, so that they are gone afterwards
+            *(following[part], (kl, ce)),
+            scale=1 / len(student),
+            caps=caps,
+            dtype=weight.dtype,
+        )
+        sums += losses.sum(dim=0, dtype=torch.float64)
+        gradient[part] = (slope @ weight).to(gradient.dtype)
     whole = torch.zeros_like(student_blh)
     whole[:, :-1] = gradient.view(student_blh.shape[0], -1, student_blh.shape[2])
     means = sums / len(student)

@@ -16,7 +16,7 @@
 #define __launch_bounds__(...)
 #define asm(...)  // conversions to 16 bits, which none of the kernels run here needs
 
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 alignas(16) float shared[1 << 16];
