@@ -5,8 +5,8 @@
     SquareHead  mean over some hidden states of |h_student - h_teacher|² / |h_teacher|², arXiv 2310.06927
 
 The logits of a batch would be larger than everything else together, so `head_losses` never has more than a few thousand tokens
-of them: for each chunk `ops/model/compare.py` computes both losses and their gradient, on a GPU in one kernel. What goes back into
-the model is the gradient of its last hidden states.
+of them: for each chunk `ops/model/compare.py` computes both losses and their gradient, on a GPU in one kernel. What goes back
+into the model is the gradient of its last hidden states.
 """
 
 from dataclasses import dataclass

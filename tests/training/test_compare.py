@@ -233,7 +233,7 @@ def test_what_the_kernel_cannot_read_is_refused(change: Callable[..., tuple[Tens
 
 def test_other_types_of_gradients_are_refused() -> None:
     (student, teacher), following = problem(40)
-    with pytest.raises(TypeError, match="got torch.float64"):
+    with pytest.raises(TypeError, match="got torch"):
         module._check(student, teacher, following, torch.float64)
 
 

@@ -1,8 +1,8 @@
-"""KL and CE between two models' logits, and their gradient, token by token: on a GPU in one kernel, two reads and one write.
+"""KL and CE between two models' logits, and their gradient, token by token: on a GPU in one kernel.
 
 Both losses are a softmax away from the logits, so their gradient has a closed form: (p_student - p_teacher) and
-(p_student - onehot). In plain torch that takes some twenty passes over [T, V]; the kernel takes each row twice, in
-`kernels/training/compare.cu`, and always adds in the same order.
+(p_student - onehot). The kernel, `kernels/training/compare.cu`, reads the logits twice and writes the gradient once; plain torch
+goes over [T, V] some twenty times. No sum depends on who comes first.
 
 Shape letters: T tokens, V vocabulary.
 """
@@ -54,7 +54,7 @@ def compare(
     caps: tuple[float | None, float | None] = (None, None),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(KL, CE) of each token [T, 2], and the gradient of `scale · Σ weights · losses` for the student's logits [T, V], in `dtype`.
+    """(KL, CE) of each token [T, 2], and, in `dtype`, the gradient of `scale · Σ weights · losses` for the student's logits.
 
     `logits` are the student's and the teacher's, float32 [T, V], as they come out of the product with the head: `caps` are put
     on them here. `following` [T] is the token that really comes next. A token with a logit that is not finite has losses that
@@ -64,7 +64,8 @@ def compare(
     if student.is_cuda:
         _check(student, teacher, following, dtype)
         return _in_one_kernel(logits, following, weights, scale, caps, dtype)
-    log_p, log_t = (torch.log_softmax(_capped(z, cap), dim=1) for z, cap in zip(logits, caps, strict=True))
+    student = _capped(student, caps[0])
+    log_p, log_t = torch.log_softmax(student, dim=1), torch.log_softmax(_capped(teacher, caps[1]), dim=1)
     p_teacher, picked = log_t.exp(), following[:, None]
     losses = torch.stack([(p_teacher * (log_t - log_p)).sum(dim=1), -log_p.gather(1, picked)[:, 0]], dim=1)
     losses += 0 * losses.sum(dim=1, keepdim=True)  # neither is a number if one is infinite
@@ -73,7 +74,7 @@ def compare(
     if ce:
         slope.scatter_add_(1, picked, torch.full_like(picked, -ce, dtype=slope.dtype))
     if caps[0] is not None:
-        slope *= 1 - torch.tanh(student / caps[0]).square()
+        slope *= 1 - (student / caps[0]).square()
     return losses, slope.mul_(scale).to(dtype)
 
 
