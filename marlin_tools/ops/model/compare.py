@@ -1,7 +1,7 @@
 """KL and CE between two models' logits, and their gradient, token by token: on a GPU in one kernel.
 
 Both losses are a softmax away from the logits, so their gradient has a closed form: (p_student - p_teacher) and
-(p_student - onehot). The kernel, `kernels/training/compare.cu`, reads the logits twice and writes the gradient once; plain torch
+(p_student - onehot). The kernel, `kernels/training/compare.cu`, reads the logits twice and writes the gradient once; torch
 goes over [T, V] some twenty times. No sum depends on who comes first.
 
 Shape letters: T tokens, V vocabulary.
