@@ -67,7 +67,7 @@ def compare(
     student = _capped(student, caps[0])
     log_p, log_t = torch.log_softmax(student, dim=1), torch.log_softmax(_capped(teacher, caps[1]), dim=1)
     p_teacher, picked = log_t.exp(), following[:, None]
-    losses = torch.stack([(p_teacher * (log_t - log_p)).sum(dim=1), -log_p.gather(1, picked)[:, 0]], dim=1)
+    losses = torch.stack([log_t.sub_(log_p).mul_(p_teacher).sum(dim=1), -log_p.gather(1, picked)[:, 0]], dim=1)
     losses += 0 * losses.sum(dim=1, keepdim=True)  # neither is a number if one is infinite
     kl, ce = weights
     slope = log_p.exp_().mul_(kl + ce).sub_(p_teacher, alpha=kl)
@@ -80,7 +80,7 @@ def compare(
 
 def _capped(logits: Tensor, cap: float | None) -> Tensor:
     """What is not finite must not hide behind the cap."""
-    return logits if cap is None else cap * torch.tanh(logits / cap) + 0 * logits
+    return logits if cap is None else torch.tanh(logits / cap).mul_(cap).add_(0 * logits)
 
 
 def _in_one_kernel(
