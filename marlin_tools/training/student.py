@@ -11,6 +11,7 @@ from marlin_tools.families import Family
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.training.compressed import CompressedLinear, expand
 from marlin_tools.training.losses import Head
+from marlin_tools.training.norms import fuse_norms
 from marlin_tools.training.parallel import whole
 from marlin_tools.training.scaled import ScaledLinear
 
@@ -89,6 +90,7 @@ class Student(Reader):
         self.quantized = any(isinstance(module, ScaledLinear) for module in model.modules())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not self.quantized or parameter.ndim == 1 or name.endswith(_LEARNED))
+        fuse_norms(model, int(model.config.get_text_config().hidden_size))
         for part in (f"{family.decoder}.{family.embedding}", family.head):
             for parameter in model.get_submodule(part).parameters():
                 parameter.requires_grad_(False)  # noqa: FBT003
