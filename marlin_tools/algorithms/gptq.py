@@ -30,7 +30,7 @@ class GPTQ(Quantizer):
     """Settings of GPTQ.
 
     damp         added to the Hessian's diagonal, as a fraction of its mean
-    noise        added to `damp`, times the inputs over the tokens that were seen
+    noise        how much damping grows where few tokens were seen: times the inputs over the tokens (`Hessian.unsure`)
     order        columns in `natural` order or by falling `energy`
     scales       how scales are found: see `algorithms/scales.py`
     signed       let scales be negative
@@ -42,7 +42,7 @@ class GPTQ(Quantizer):
 
     kind: Literal["gptq"] = "gptq"
     damp: float = Field(0.01, gt=0, le=10)
-    noise: float = Field(0.5, ge=0, le=100)
+    noise: float = Field(1.0, ge=0, le=100)
     order: Literal["natural", "energy"] = "energy"
     scales: Literal["absmax", "conditional", "diagonal"] = "diagonal"
     signed: bool = True

@@ -108,20 +108,24 @@ class Drift:
 class Hessian:
     """`matrix` float32 [K, K] = mean of x xᵀ over `tokens` tokens; `drift` if the original model ran alongside.
 
-    `noise` is added to every damping: see `unsure`.
+    `noise` is a part of every damping, and `spread` says how much of it all channels get alike: see `unsure`.
     """
 
     matrix: Tensor
     tokens: int
     drift: Drift | None = None
     noise: float | Tensor = 0.0
+    spread: float | Tensor = 0.0
 
     def unsure(self, noise: float) -> "Hessian":
-        """The same as if `noise` tokens for each input had been seen besides that say nothing, as strong as the others.
+        """The same, believed less: as if noise had been seen besides, `noise` tokens for each input.
 
-        What few tokens say about pairs of channels is mostly chance, and error feedback would follow it.
+        What few tokens say about pairs of channels is mostly chance, and error feedback would follow it. In that noise channels
+        know nothing of each other, and each is as strong as it was seen. With fewer tokens than inputs that is chance as well:
+        then all are as strong as the mean besides.
         """
-        return replace(self, noise=noise * len(self.matrix) / self.tokens)
+        few = len(self.matrix) / self.tokens
+        return replace(self, noise=noise * few, spread=min(1.0, few))
 
     @property
     def diagonal(self) -> Tensor:
@@ -138,10 +142,11 @@ class Hessian:
         return self.diagonal.mean()
 
     def ridge(self, damp: float) -> Tensor:
-        """What damping adds to the diagonal [K]: `damp` and `noise` times its mean; a silent channel gets the mean besides."""
-        mean = self._mean
+        """What damping adds to the diagonal [K]: `damp` times its mean, and noise; a silent channel gets the mean besides."""
+        mean, noise = self._mean, self.noise
         silent = torch.where(self.diagonal <= 0, torch.where(mean > 0, mean, 1.0), 0.0)
-        return silent + ((damp + self.noise) * mean.double()).float()
+        everywhere = (damp + noise * self.spread) * mean.double()
+        return silent + (everywhere + noise * self.diagonal.double()).float()
 
     def damped(self, damp: float) -> Tensor:
         """H with `ridge` added."""

@@ -46,7 +46,7 @@ class Pruner(Settings):
 
     mask         how the kept positions are chosen: `sparsegpt`, `wanda` or `magnitude`
     damp         added to the Hessian's diagonal, as a fraction of its mean
-    noise        added to `damp`, times the inputs over the tokens that were seen
+    noise        how much damping grows where few tokens were seen: times the inputs over the tokens (`Hessian.unsure`)
     fit          give the kept weights their least-squares values
     reselect     turns of choosing every quad's positions again, each followed by a fit
     sequential   later groups of a block are calibrated on the pruned outputs of earlier ones
@@ -55,7 +55,7 @@ class Pruner(Settings):
 
     mask: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
     damp: float = Field(0.01, gt=0, le=10)
-    noise: float = Field(0.5, ge=0, le=100)
+    noise: float = Field(1.0, ge=0, le=100)
     fit: bool = True
     reselect: int = Field(2, ge=0, le=100)
     sequential: bool = True

@@ -63,11 +63,11 @@ class _Recording:
         self.stream = torch.cuda.Stream(like.device)
         self._weight = torch.ones_like(like)
         self._matrix = torch.eye(k, device=like.device)
-        self._noise = torch.zeros((), dtype=torch.float64, device=like.device)
+        self._noise, self._spread = torch.zeros(2, dtype=torch.float64, device=like.device)
         self._graph = torch.cuda.CUDAGraph()
 
         def solve() -> tuple[Solution, Tensor]:
-            hessian = Hessian(self._matrix, 1, noise=self._noise)
+            hessian = Hessian(self._matrix, 1, noise=self._noise, spread=self._spread)
             problem, failed = settings.attempt(hessian, group, dtype)
             solution = problem.solve(self._weight, slice(0, n))
             fine = (failed == 0) & torch.isfinite(solution.linear.scales).all() & torch.isfinite(self._matrix).all()
@@ -89,6 +89,7 @@ class _Recording:
             self._weight.copy_(weight)
             self._matrix.copy_(hessian.matrix)
             self._noise.fill_(hessian.noise)
+            self._spread.fill_(hessian.spread)
             self._graph.replay()
             for target, source in zip((*targets, fine), (*sources, self._fine), strict=True):
                 target.copy_(source)

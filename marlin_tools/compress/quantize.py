@@ -49,7 +49,7 @@ from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_sizes, take_linears
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
-REVISION = 8
+REVISION = 9
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 TUNED = 3
@@ -57,9 +57,6 @@ TUNED = 3
 
 CHOSEN = 1
 """The same for which linears stay dense."""
-
-MOST, TOKENS_A_STEP = 400, 640
-"""What the preset `max` does after `default`: so many steps of tuning, fewer where there is less text."""
 
 _ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales", "activations", "keep_dense"}
 """Settings that a fingerprint has in another place, or only where they change something."""
@@ -118,7 +115,7 @@ class QuantizeSettings(BlockStage):
         """How each block is trained on so much text once it is solved, if it is."""
         if self.tuning or self.preset != "max" or self.algorithm:
             return self.tuning
-        return Tuning(iters=min(MOST, max(1, tokens // TOKENS_A_STEP)))
+        return Tuning.at_most(tokens, sparse=self.sparsity is not None)
 
     @property
     def pruner(self) -> Pruner:
