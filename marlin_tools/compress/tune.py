@@ -11,7 +11,7 @@ first one included, so a block either gets better on windows that it was not tra
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -30,6 +30,12 @@ from marlin_tools.training.scaled import TunedLinear
 STEP_TOKENS = {"cuda": CHUNK_TOKENS, "cpu": 1024}
 """What goes through a block at a time, and is trained on in a step. A CPU gains as much from less, a GPU would idle."""
 
+_MOST, _TOKENS_A_STEP = 400, 640
+"""What the preset `max` does after `default`: so many steps, fewer where there is less text."""
+
+_SPARSE_RATE = 0.02
+"""How fast codes of 2:4 linears are tuned by it: they have more to make up for."""
+
 _LOOKS = 10
 """How often the held-out windows are measured."""
 
@@ -45,6 +51,12 @@ class Tuning(Settings):
     iters: int = Field(200, ge=1, le=100_000)
     lr: float = Field(0.005, ge=0, le=1)
     minmax_lr: float = Field(0.005, ge=0, le=1)
+
+    @classmethod
+    def at_most(cls, tokens: int, *, sparse: bool) -> Self:
+        """How the preset `max` does it on so much text."""
+        steps = min(_MOST, max(1, tokens // _TOKENS_A_STEP))
+        return cls(iters=steps, lr=_SPARSE_RATE) if sparse else cls(iters=steps)
 
 
 def held_out(sequences: int) -> int:

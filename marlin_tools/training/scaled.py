@@ -135,17 +135,22 @@ class ScaledLinear(nn.Module):
 class TunedLinear(ScaledLinear):
     """The same with codes that learn. `weight_nk` is the original weight.
 
-    Codes that are zeros of a 2:4 mask stay zeros.
+    Codes that are zeros of a 2:4 mask stay zeros. A place leans towards the original weight, so codes that it does not agree
+    with move first; `steady`, only where that weight has the same code. What is kept of 2:4 linears makes up for what is not,
+    and a whole model loses that if many codes go back at once.
     """
 
     place: Tensor
 
-    def __init__(self, linear: QuantizedLinear, weight_nk: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, linear: QuantizedLinear, weight_nk: Tensor, bias: nn.Parameter | None, dtype: torch.dtype, *, steady: bool = False
+    ) -> None:
         super().__init__(linear, bias, dtype)
         codes = linear.codes.float()
-        lies = weight_nk.float() / self.scales.repeat_interleave(linear.group_size, dim=1) + ZERO
-        place = codes + (_TOWARD * (lies - codes)).clamp(-_INSIDE, _INSIDE)
-        self.register_buffer("place", place.half(), persistent=False)
+        away = weight_nk.float() / self.scales.repeat_interleave(linear.group_size, dim=1) + ZERO - codes
+        if steady:
+            away = torch.where(away.abs() > 0.5, 0.0, away)
+        self.register_buffer("place", (codes + (_TOWARD * away).clamp(-_INSIDE, _INSIDE)).half(), persistent=False)
         self._zeros = codes == ZERO if linear.is_2_4() else None
         del self.steps  # they follow from the offset
         self.offset = nn.Parameter(torch.zeros_like(codes))
@@ -186,7 +191,7 @@ def free_codes(model: nn.Module, original: nn.Module) -> None:
         if isinstance(module, ScaledLinear):
             linear, weight = module.solved(), original.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            model.set_submodule(name, TunedLinear(linear, weight, module.bias, module.dtype))
+            model.set_submodule(name, TunedLinear(linear, weight, module.bias, module.dtype, steady=linear.is_2_4()))
 
 
 def read_rounded(model: nn.Module) -> None:

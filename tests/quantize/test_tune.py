@@ -65,6 +65,17 @@ def test_codes_move_by_one_at_most_and_zeros_of_a_mask_stay() -> None:
         assert not linear.is_2_4() or not bool(moved[linear.codes == 8].any())
 
 
+def test_steady_it_leans_only_where_the_original_has_the_same_code() -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    linear = solved(weight)
+    lean, steady = (TunedLinear(linear, weight, None, torch.float16, steady=steady) for steady in (False, True))
+    same = (weight / linear.scales.float().repeat_interleave(32, dim=1) + 8 - linear.codes.float()).abs() <= 0.5
+    assert 0.2 < float(same.float().mean()) < 0.98
+    assert torch.equal(steady.place[same], lean.place[same])
+    assert torch.equal(steady.place[~same], linear.codes[~same].half())
+    assert bool((lean.place[~same] != linear.codes[~same].half()).all())
+
+
 def test_stored_scales_are_what_the_format_holds() -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     tuned = TunedLinear(solved(weight), weight, None, torch.bfloat16)
@@ -185,6 +196,7 @@ def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, tokens: TokenSet) 
     assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned(10**9) == Tuning(iters=3)
     assert QuantizeSettings(preset="max").tuned(64 * 1024) == Tuning(iters=102)
     assert QuantizeSettings(preset="max").tuned(128 * 2048) == Tuning(iters=400)
+    assert QuantizeSettings(preset="max", sparsity="2:4").tuned(64 * 1024) == Tuning(iters=102, lr=0.02)
     assert QuantizeSettings(preset="default").tuned(128 * 2048) is None
 
 

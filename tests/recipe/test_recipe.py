@@ -34,7 +34,7 @@ def test_every_bundled_file_is_found_and_listed_in_the_readme():
 
     ours = {"demo", "demo-presets", "demo-max", "demo-sparse"}
     paper = {"llama2-paper", "llama2-presets", "llama2-sparse"}
-    assert set(bundled()) == ours | paper | {"newer-models", "other-models", "qwen-sparse"}
+    assert set(bundled()) == ours | paper | {"newer-models", "other-models", "qwen-max", "qwen-sparse"}
     for name in bundled():
         assert f"({name}.yaml)" in text
 
