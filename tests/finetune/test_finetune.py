@@ -59,6 +59,7 @@ def test_the_student_learns_and_keeps_its_zeros(run: Run, pruned: Path, teacher:
         assert torch.equal(out.read(frozen), Checkpoint.open(teacher).read(frozen))
     for moved in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
         assert not torch.equal(out.read(moved), old.read(moved))
+    assert any(event.kind == "note" and event.text.startswith("12 windows are read 10.0 times") for event in events)
     told = [event.data for event in events if event.text == "steps"]
     assert {"kl", "ce", "square_head", "tokens_per_s", "eta_s"} <= set(told[-1])
 
