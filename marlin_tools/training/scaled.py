@@ -87,7 +87,7 @@ class ScaledLinear(nn.Module):
 
     steps: Tensor
     scales: Tensor
-    _kept: Rounded | None
+    _kept: list[Rounded] | None
 
     def __init__(self, linear: QuantizedLinear, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ class ScaledLinear(nn.Module):
         self.register_buffer("steps", linear.codes.to(torch.int8) - ZERO, persistent=False)
         self.register_buffer("scales", linear.scales.float(), persistent=False)
         self.factor = nn.Parameter(torch.ones_like(self.scales))
-        self._keeps, self._kept = False, None
+        self._kept = None
 
     def keep(self, *, on: bool) -> None:
         """Round once from now on; or again each time."""
-        self._keeps, self._kept = on, None
+        self._kept = [] if on else None
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What decides codes and scales, by the names that `solved` knows."""
@@ -125,9 +125,9 @@ class ScaledLinear(nn.Module):
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
         learned = self.learned()
-        rounded = self._kept or self.rounded(**learned)
-        if self._keeps:
-            self._kept = rounded
+        (rounded,) = self._kept or [self.rounded(**learned)]
+        if self._kept is not None:
+            self._kept = [rounded]
         y: Tensor = _Product.apply(x, self.bias, self.factor, learned.get("offset"), self.scales, rounded)  # type: ignore[no-untyped-call]
         return y
 
