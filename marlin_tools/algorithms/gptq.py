@@ -30,7 +30,7 @@ class GPTQ(Quantizer):
     """Settings of GPTQ.
 
     damp         added to the Hessian's diagonal, as a fraction of its mean
-    noise        how much damping grows where few tokens were seen: times the inputs over the tokens (`Hessian.unsure`)
+    noise        how much damping grows where few tokens were seen for each input (`Hessian.unsure`)
     order        columns in `natural` order or by falling `energy`
     scales       how scales are found: see `algorithms/scales.py`
     signed       let scales be negative

@@ -121,8 +121,8 @@ class Hessian:
         """The same, believed less: as if noise had been seen besides, `noise` tokens for each input.
 
         What few tokens say about pairs of channels is mostly chance, and error feedback would follow it. In that noise channels
-        know nothing of each other, and each is as strong as it was seen. With fewer tokens than inputs that is chance as well:
-        then all are as strong as the mean besides.
+        know nothing of each other, and each is as strong as it was seen. With few tokens for each input that is chance as well:
+        each is as strong as the mean besides, by a share that fades with the square of the tokens.
         """
         few = len(self.matrix) / self.tokens
         return replace(self, noise=noise * few, spread=min(1.0, few))

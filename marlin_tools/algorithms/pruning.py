@@ -46,7 +46,7 @@ class Pruner(Settings):
 
     mask         how the kept positions are chosen: `sparsegpt`, `wanda` or `magnitude`
     damp         added to the Hessian's diagonal, as a fraction of its mean
-    noise        how much damping grows where few tokens were seen: times the inputs over the tokens (`Hessian.unsure`)
+    noise        how much damping grows where few tokens were seen for each input (`Hessian.unsure`)
     fit          give the kept weights their least-squares values
     reselect     turns of choosing every quad's positions again, each followed by a fit
     sequential   later groups of a block are calibrated on the pruned outputs of earlier ones

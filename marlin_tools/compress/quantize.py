@@ -113,9 +113,8 @@ class QuantizeSettings(BlockStage):
 
     def tuned(self, tokens: int) -> Tuning | None:
         """How each block is trained on so much text once it is solved, if it is."""
-        if self.tuning or self.preset != "max" or self.algorithm:
-            return self.tuning
-        return Tuning.at_most(tokens, sparse=self.sparsity is not None)
+        how = self.tuning or (Tuning.of_max(tokens) if self.preset == "max" and not self.algorithm else None)
+        return how and how.fitted(sparse=self.sparsity is not None)
 
     @property
     def pruner(self) -> Pruner:

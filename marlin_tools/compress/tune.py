@@ -33,8 +33,7 @@ STEP_TOKENS = {"cuda": CHUNK_TOKENS, "cpu": 1024}
 _MOST, _TOKENS_A_STEP = 400, 640
 """What the preset `max` does after `default`: so many steps, fewer where there is less text."""
 
-_SPARSE_RATE = 0.02
-"""How fast codes of 2:4 linears are tuned by it: they have more to make up for."""
+_RATE, _SPARSE_RATE = 0.005, 0.02
 
 _LOOKS = 10
 """How often the held-out windows are measured."""
@@ -44,19 +43,23 @@ class Tuning(Settings):
     """How blocks are tuned.
 
     iters       steps for each block, each on one chunk of about 8192 tokens, or 1024 on a CPU
-    lr          highest learning rate of the offsets, in codes; it falls to 0 in a straight line
+    lr          highest learning rate of the offsets, in codes, by default 0.005, under `sparsity` 0.02: what is kept of 2:4 linears
+                has more to make up for; it falls to 0 in a straight line
     minmax_lr   that of the factors of scales
     """
 
     iters: int = Field(200, ge=1, le=100_000)
-    lr: float = Field(0.005, ge=0, le=1)
+    lr: float | None = Field(None, ge=0, le=1)
     minmax_lr: float = Field(0.005, ge=0, le=1)
 
     @classmethod
-    def at_most(cls, tokens: int, *, sparse: bool) -> Self:
+    def of_max(cls, tokens: int) -> Self:
         """How the preset `max` does it on so much text."""
-        steps = min(_MOST, max(1, tokens // _TOKENS_A_STEP))
-        return cls(iters=steps, lr=_SPARSE_RATE) if sparse else cls(iters=steps)
+        return cls(iters=min(_MOST, max(1, tokens // _TOKENS_A_STEP)))
+
+    def fitted(self, *, sparse: bool) -> Self:
+        """With the rate that suits the linears where nobody chose."""
+        return self if self.lr is not None else self.model_copy(update={"lr": _SPARSE_RATE if sparse else _RATE})
 
 
 def held_out(sequences: int) -> int:
@@ -139,6 +142,7 @@ class _Best:
 
 def _train(training: BlockTraining, train: int, best: _Best, how: Tuning, emit: Emit) -> None:
     """Every chunk of activations is a step; rates fall to 0 in a straight line."""
+    assert how.lr is not None, "a rate that nobody chose"
     rates = (how.lr, how.minmax_lr)
     groups = [{"params": best.offsets}, {"params": best.factors}]
     adam = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), fused=best.offsets[0].is_cuda)

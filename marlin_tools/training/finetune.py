@@ -222,11 +222,11 @@ class _Work:
         held_out = windows[len(windows) - self.settings.held_out :]
         train = windows[: len(windows) - self.settings.held_out]
         trainer = Trainer(student, Reader(teacher, self.family, every), (train, held_out), self.settings, self.team)
-        if (rounds := trainer.steps * self.settings.batch / len(train)) > 1:
+        if (rounds := trainer.steps * self.settings.batch / len(train)) >= 1.5:
             self.emit(
                 Event(
                     "note",
-                    f"{len(train)} windows are read {rounds:.1f} times; from as many tokens of more text it would learn more",
+                    f"{len(train)} windows are read {rounds:.1f} times; more text might teach it more",
                 )
             )
         self._go_on(trainer)

@@ -1,10 +1,12 @@
-"""RMS norms of a model that trains on a GPU as one kernel forward and one back, in the place of eight and twelve.
+"""RMS norms of a model that trains on a GPU as one kernel and a cast, forward and back, in the place of eight and twelve.
 
-Under autocast the linears behind a norm read 16 bits. Here the norm itself rounds, once; otherwise each linear does, keeps a
-copy of its own for the way back, and hands back a gradient that is added up in float32.
+Under autocast the linears behind a norm read 16 bits. Here they are rounded once; otherwise each linear does it, keeps a copy of
+its own for the way back, and hands back a gradient that is added up in float32. Norms that call their epsilon otherwise (Gemma's)
+and layer norms are left as they are; so are those behind a branch, whose output joins the residual stream.
 """
 
 import copy
+from collections.abc import Collection
 from functools import cache
 
 import torch
@@ -12,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def fuse_norms(model: nn.Module, columns: int) -> int:
-    """Let the norms of a residual stream of so many columns be torch's kernel where that agrees; returns how many."""
+def fuse_norms(model: nn.Module, columns: int, behind: Collection[str] = ()) -> int:
+    """Let the norms of a residual stream of so many columns be torch's kernel where that agrees; returns how many.
+
+    `behind` are the names, in a block, of norms that stand behind a branch.
+    """
     count = 0
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         kind, weight = type(module), getattr(module, "weight", None)
         if not kind.__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or weight.shape != (columns,):
             continue
-        if hasattr(module, "variance_epsilon") and _agrees(module, columns):
+        if name.rpartition(".")[2] not in behind and hasattr(module, "variance_epsilon") and _agrees(module, columns):
             module.__class__ = _fused(kind)  # type: ignore[assignment]
             count += 1
     return count

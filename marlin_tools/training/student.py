@@ -90,7 +90,8 @@ class Student(Reader):
         self.quantized = any(isinstance(module, ScaledLinear) for module in model.modules())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not self.quantized or parameter.ndim == 1 or name.endswith(_LEARNED))
-        fuse_norms(model, int(model.config.get_text_config().hidden_size))
+        behind = {branch.post for branch in family.branches if branch.post}
+        fuse_norms(model, int(model.config.get_text_config().hidden_size), behind)
         for part in (f"{family.decoder}.{family.embedding}", family.head):
             for parameter in model.get_submodule(part).parameters():
                 parameter.requires_grad_(False)  # noqa: FBT003

@@ -254,6 +254,13 @@ def test_a_strong_channel_does_not_make_the_others_doubtful() -> None:
     torch.testing.assert_close(believed, 0.001 * diagonal, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize(("tokens", "few", "alike"), [(K // 2, 2.0, 2.0), (K, 1.0, 1.0), (4 * K, 0.25, 0.0625)])
+def test_noise_is_a_share_of_each_channel_and_of_the_mean(tokens: int, few: float, alike: float) -> None:
+    diagonal = torch.rand(K, generator=torch.Generator().manual_seed(0)) + 0.1
+    ridge = Hessian(diagonal.diag(), tokens).unsure(1).ridge(0.01)
+    torch.testing.assert_close(ridge, few * diagonal + (0.01 + alike) * diagonal.mean())
+
+
 def test_a_singular_hessian_is_solved(problem: tuple[Tensor, Hessian]) -> None:
     weight, _ = problem
     x = torch.randn(3, K)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
@@ -17,7 +18,7 @@ from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.training.finetune import FinetuneSettings
-from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Product
+from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Product, free_codes
 
 Run = Callable[..., Checkpoint]
 Make = Callable[..., Path]
@@ -110,6 +111,24 @@ def test_zeros_of_2_4_codes_stay(run: Run, quantized: Make) -> None:
     assert any(not torch.equal(after[name].codes, before[name].codes) for name in before)
     for name in before:
         assert bool((after[name].codes[before[name].codes == 8] == 8).all()), name
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_codes_of_2_4_linears_begin_where_they_stay(sparse: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, codes = torch.randn(16, 64, generator=generator), torch.randint(0, 16, (16, 64), generator=generator)
+    codes = torch.where(magnitude(weight), codes, 8) if sparse else codes
+    linear = QuantizedLinear(codes.to(torch.uint8), torch.full((16, 2), 0.25).half(), 32)
+    model, original = (
+        torch.nn.Sequential(ScaledLinear(linear, None, torch.float16)),
+        torch.nn.Sequential(torch.nn.Linear(64, 16)),
+    )
+    original[0].weight.data.copy_(weight)
+
+    free_codes(model, original)
+    far = (weight / 0.25 + 8 - codes).abs() > 0.5
+    stay = model[0].place[far] == codes[far]
+    assert bool(stay.all()) if sparse else not bool(stay.any())
 
 
 def test_under_fp8_activations_it_learns_what_it_will_read(run: Run, quantized: Make) -> None:

@@ -193,9 +193,11 @@ def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, tokens: TokenSet) 
     assert shards(out) == shards(same)
     assert all("block_error" in record for record in records(out))
     assert json.loads((out.path / "manifest.json").read_text())["tuning"]["iters"] == steps
-    assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned(10**9) == Tuning(iters=3)
-    assert QuantizeSettings(preset="max").tuned(64 * 1024) == Tuning(iters=102)
-    assert QuantizeSettings(preset="max").tuned(128 * 2048) == Tuning(iters=400)
+    assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned(10**9) == Tuning(iters=3, lr=0.005)
+    assert QuantizeSettings(preset="max").tuned(64 * 1024) == Tuning(iters=102, lr=0.005)
+    assert QuantizeSettings(preset="max").tuned(128 * 2048) == Tuning(iters=400, lr=0.005)
+    assert QuantizeSettings(tuning=Tuning(iters=3), sparsity="2:4").tuned(10**9) == Tuning(iters=3, lr=0.02)
+    assert QuantizeSettings(tuning=Tuning(iters=3, lr=0.1), sparsity="2:4").tuned(10**9) == Tuning(iters=3, lr=0.1)
     assert QuantizeSettings(preset="max", sparsity="2:4").tuned(64 * 1024) == Tuning(iters=102, lr=0.02)
     assert QuantizeSettings(preset="default").tuned(128 * 2048) is None
 

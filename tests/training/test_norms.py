@@ -56,6 +56,12 @@ def test_linears_read_what_the_norm_has_rounded(model: LlamaForCausalLM) -> None
         assert model.model.norm(torch.randn(3, H)).dtype == torch.bfloat16
 
 
+def test_a_norm_behind_a_branch_keeps_the_type_of_the_residual_stream(model: LlamaForCausalLM) -> None:
+    assert fuse_norms(model, H, behind={"post_attention_layernorm"}) == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.model.layers[0].post_attention_layernorm(torch.randn(3, H)).dtype == torch.float32
+
+
 def test_a_norm_that_computes_something_else_is_left_alone() -> None:
     class ShiftedRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Both losses are a softmax away from the logits, so their gradient has a closed form: (p_student - p_teacher) and
 (p_student - onehot). The kernel, `kernels/training/compare.cu`, reads the logits twice and writes the gradient once; torch
-goes over [T, V] some twenty times. No sum depends on who comes first.
+goes over [T, V] some 25 times. No sum depends on who comes first.
 
 Shape letters: T tokens, V vocabulary.
 """
