@@ -43,8 +43,8 @@ class Tuning(Settings):
     """How blocks are tuned.
 
     iters       steps for each block, each on one chunk of about 8192 tokens, or 1024 on a CPU
-    lr          highest learning rate of the offsets, in codes, by default 0.005, under `sparsity` 0.02: what is kept of 2:4 linears
-                has more to make up for; it falls to 0 in a straight line
+    lr          highest learning rate of the offsets, in codes; it falls to 0 in a straight line. By default 0.005, with a
+                `sparsity` 0.02: what is kept of 2:4 linears has more to make up for
     minmax_lr   that of the factors of scales
     """
 

@@ -1,8 +1,8 @@
 """RMS norms of a model that trains on a GPU as one kernel and a cast, forward and back, in the place of eight and twelve.
 
-Under autocast the linears behind a norm read 16 bits. Here they are rounded once; otherwise each linear does it, keeps a copy of
-its own for the way back, and hands back a gradient that is added up in float32. Norms that call their epsilon otherwise (Gemma's)
-and layer norms are left as they are; so are those behind a branch, whose output joins the residual stream.
+Under autocast the linears behind a norm read 16 bits. Here they are rounded once; otherwise each linear does it, keeps a copy
+of its own for the way back, and hands back a gradient that is added up in float32. Norms that call their epsilon otherwise
+(Gemma's) and layer norms are left as they are; so are those behind a branch, whose output joins the residual stream.
 """
 
 import copy
@@ -25,7 +25,7 @@ def fuse_norms(model: nn.Module, columns: int, behind: Collection[str] = ()) -> 
         if not kind.__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or weight.shape != (columns,):
             continue
         if name.rpartition(".")[2] not in behind and hasattr(module, "variance_epsilon") and _agrees(module, columns):
-            module.__class__ = _fused(kind)  # type: ignore[assignment]
+            module.__class__ = _fused(kind)  # type: ignore[arg-type]
             count += 1
     return count
 
