@@ -8,6 +8,7 @@ of its own for the way back, and hands back a gradient that is added up in float
 import copy
 from collections.abc import Collection
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,5 +54,6 @@ def _agrees(norm: nn.Module, columns: int) -> bool:
     x = torch.randn(16, columns, generator=generator).mul_(3)
     probe = copy.deepcopy(norm).to("cpu", torch.float32)
     probe.weight = nn.Parameter(weight, requires_grad=False)
+    epsilon: Any = norm.variance_epsilon
     with torch.no_grad():
-        return torch.allclose(probe(x), F.rms_norm(x, (columns,), weight, float(norm.variance_epsilon)), rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+        return torch.allclose(probe(x), F.rms_norm(x, (columns,), weight, epsilon), rtol=1e-5, atol=1e-6)

@@ -229,34 +229,32 @@ def test_few_tokens_are_not_believed(problem: tuple[Tensor, Hessian], settings: 
     x = torch.randn(K // 2, K, generator=torch.Generator().manual_seed(1)) @ root.T
     few = Hessian(x.T @ x / len(x), len(x))
 
-    def lost(seen: Hessian, **changes: float) -> float:
-        solver = settings.model_copy(update=changes)
-        error = solver.solve("layer", weight, seen, G, torch.float16).linear.dequantize() - weight
+    def lost(noise: float) -> float:
+        solver = settings.model_copy(update={"noise": noise})
+        error = solver.solve("layer", weight, few, G, torch.float16).linear.dequantize() - weight
         return float(((error @ hessian.matrix) * error).sum())
 
-    assert lost(few) < 0.9 * lost(few, noise=0)
+    assert lost(settings.noise) < 0.9 * lost(0)
 
 
 def test_noise_shrinks_what_pairs_of_channels_say_to_each_other(problem: tuple[Tensor, Hessian]) -> None:
-    weight, hessian = problem
-    seen, doubt = Hessian(hessian.matrix, 10 * K), 1 + 1 / 10
+    (weight, hessian), doubt = problem, 1.1
     shrunk = hessian.matrix / doubt + hessian.diagonal.diag() * (1 - 1 / doubt)
     damp = (0.01 + 0.1 * 0.1) / doubt  # a tenth of an input for each token: all channels get that much of the noise alike
-    found = GPTQ(damp=0.01, noise=1).solve("layer", weight, seen, G, torch.float16).linear
+    found = GPTQ(damp=0.01, noise=1).solve("layer", weight, Hessian(hessian.matrix, 10 * K), G, torch.float16).linear
     same = GPTQ(damp=damp, noise=0).solve("layer", weight, Hessian(shrunk, 10 * K), G, torch.float16).linear
     assert float((found.codes == same.codes).float().mean()) > 0.99
 
 
 def test_a_strong_channel_does_not_make_the_others_doubtful() -> None:
-    diagonal = torch.ones(K)
-    diagonal[7] = 1e4
+    diagonal = torch.ones(K).index_fill(0, torch.tensor([7]), 1e4)
     believed = Hessian(diagonal.diag(), 1000 * K).unsure(1).ridge(1e-9)
     torch.testing.assert_close(believed, 0.001 * diagonal, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize(("tokens", "few", "alike"), [(K // 2, 2.0, 2.0), (K, 1.0, 1.0), (4 * K, 0.25, 0.0625)])
 def test_noise_is_a_share_of_each_channel_and_of_the_mean(tokens: int, few: float, alike: float) -> None:
-    diagonal = torch.rand(K, generator=torch.Generator().manual_seed(0)) + 0.1
+    diagonal = torch.linspace(0.1, 2, K)
     ridge = Hessian(diagonal.diag(), tokens).unsure(1).ridge(0.01)
     torch.testing.assert_close(ridge, few * diagonal + (0.01 + alike) * diagonal.mean())
 
