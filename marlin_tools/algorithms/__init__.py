@@ -27,7 +27,7 @@ PRESETS: dict[str, RTN | GPTQ] = {
 Preset = Annotated[str, one_of("preset", PRESETS)]
 """What a setting that names one of them holds."""
 
-PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default", "max": "default"}
+PRUNER_OF = {"rtn": "magnitude", "marlin": "sparsegpt", "fast": "default", "default": "default", "max": "max"}
 """Which of `PRUNERS` finds the mask when a preset is to make a dense model 2:4 on the way."""
 
 __all__ = [

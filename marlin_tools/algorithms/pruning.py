@@ -4,15 +4,19 @@ SparseGPT is the column sweep with a rule that rounds nothing: at the first colu
 columns should hold by now, gives up the two whose loss R[j, j]² t_j² is smallest, and every later column pays for them. That is
 greedy twice over, in the positions and in the values. Two exact steps follow by turns unless they are switched off: quad by
 quad the pair of positions that lowers the loss, and the least-squares weights on all that are kept (`support.py`).
+
+`alternation.py` chooses all positions of a row together, which is better where there is much text, and slower.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from marlin_tools.algorithms.alternation import Alternation
 from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
 from marlin_tools.algorithms.solution import Losses, Solution, solve_all
@@ -44,7 +48,7 @@ class SparseWeight:
 class Pruner(Settings):
     """Settings of 2:4 pruning.
 
-    mask         how the kept positions are chosen: `sparsegpt`, `wanda` or `magnitude`
+    mask         how the kept positions are chosen: `sparsegpt`, `wanda`, `magnitude`, or `alternation`, all of a row together
     damp         added to the Hessian's diagonal, as a fraction of its mean
     noise        how much damping grows where few tokens were seen for each input (`Hessian.unsure`)
     fit          give the kept weights their least-squares values
@@ -53,7 +57,7 @@ class Pruner(Settings):
     drift        aim at weights that undo this share of what earlier pruning has done to the activations
     """
 
-    mask: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    mask: Literal["sparsegpt", "wanda", "magnitude", "alternation"] = "sparsegpt"
     damp: float = Field(0.01, gt=0, le=10)
     noise: float = Field(1.0, ge=0, le=100)
     fit: bool = True
@@ -119,7 +123,7 @@ class MaskSolver:
 
     def __init__(self, pruner: Pruner, hessian: Hessian | None, factor: Factor | None, fixed_nk: Tensor | None) -> None:
         self.pruner, self.hessian, self.factor, self._fixed_nk = pruner, hessian, factor, fixed_nk
-        if hessian is not None and factor is not None and (pruner.fit or pruner.reselect):
+        if hessian is not None and factor is not None and (pruner.fit or pruner.reselect or pruner.mask == "alternation"):
             self._damped_kk = hessian.damped(factor.damp)
 
     @property
@@ -157,8 +161,14 @@ class MaskSolver:
                 break
         return value_nk, mask_nk
 
+    @cached_property
+    def _alternation(self) -> Alternation:
+        return Alternation(self._damped_kk)
+
     def _first(self, target_nk: Tensor) -> tuple[Tensor, Tensor]:
         """Positions and values as the method itself leaves them."""
+        if self.pruner.mask == "alternation":
+            return self._alternation.choose(target_nk)
         if self.pruner.mask == "sparsegpt":
             if solver.runs_on(target_nk):
                 return _chosen_by_kernels(target_nk, self.known_factor)
@@ -216,6 +226,7 @@ PRUNERS: dict[str, Pruner] = {
     "wanda": Pruner(mask="wanda", noise=0, fit=False, reselect=0, drift=0),
     "sparsegpt": Pruner(noise=0, fit=False, reselect=0, sequential=False, drift=0),
     "default": Pruner(),
+    "max": Pruner(mask="alternation", reselect=1),
 }
 """The settings that people ask for by name; `sparsegpt` is the published method."""
 

@@ -20,7 +20,7 @@ ALIASES = (
     "gemma3-4b gemma3-27b"
 ).split()
 PRESETS = "default fast marlin max rtn".split()
-PRUNERS = "default sparsegpt wanda magnitude".split()
+PRUNERS = "default max sparsegpt wanda magnitude".split()
 FORMATS = "compressed-tensors gptq marlin marlin-24".split()
 ACTIVATIONS = "16bit fp8".split()
 SOURCES = "demo wikitext2 c4 redpajama pile ultrachat".split()

@@ -99,7 +99,7 @@ def prune(
     model: Model,
     output: Output = None,
     preset: Annotated[
-        str, option(of="NAME", text="default, sparsegpt (as published), wanda or magnitude.", words=one_of(PRUNERS))
+        str, option(of="NAME", text="default, max, sparsegpt (as published), wanda or magnitude.", words=one_of(PRUNERS))
     ] = "default",
     reconstruct: Annotated[
         int | None, option(of="N", text="Passes of training each block towards its original outputs.")

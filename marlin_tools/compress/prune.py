@@ -36,7 +36,7 @@ REVISION = 7
 class PruneSettings(BlockStage):
     """What to prune with.
 
-    preset        a name in `algorithms.pruning.PRUNERS`: default, sparsegpt (as published), wanda, magnitude
+    preset        a name in `algorithms.pruning.PRUNERS`: default, max, sparsegpt (as published), wanda, magnitude
     algorithm     all settings of a pruner, instead of a preset
     damp          overrides the preset's damping
     reconstruct   passes over the calibration tokens in which each block's kept weights learn its original outputs; 0: none

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms import GPTQ, PRESETS, PRUNER_OF, PRUNERS, RTN, Hessian, Pruner
+from marlin_tools.algorithms.alternation import Alternation
 from marlin_tools.algorithms.hessian import Drift
 from marlin_tools.algorithms.masks import magnitude, of_pair, pair_of, two_largest, wanda
 from marlin_tools.algorithms.polish import row_losses
@@ -140,10 +141,32 @@ def test_every_exact_step_lowers_the_loss(problem: tuple[Tensor, Hessian]) -> No
         Pruner(reselect=0),
         Pruner(reselect=1),
         Pruner(),
+        PRUNERS["max"],
     ]
     errors = [float(step.prune("layer", weight, hessian).losses.output.sum()) for step in steps]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.85 * errors[2]
+    assert errors[5] < 0.85 * errors[2]
+    assert errors[6] < 0.98 * errors[5]
+
+
+def test_alternation_chooses_row_by_row(problem: tuple[Tensor, Hessian], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other rows there are, and whether inverses are kept or computed again."""
+    weight, hessian = problem
+    damped = hessian.damped(0.01)
+    values, mask = Alternation(damped).choose(weight.float())
+    monkeypatch.setattr("marlin_tools.algorithms.alternation._KEPT", 0)
+    again = Alternation(damped)
+    for rows in (slice(0, 5), slice(5, N)):
+        part, kept = again.choose(weight[rows].float())
+        assert torch.equal(kept, mask[rows])
+        torch.testing.assert_close(part, values[rows], rtol=1e-4, atol=1e-6)
+
+
+def test_where_columns_know_nothing_of_each_other_alternation_ends_at_the_best_mask(problem: tuple[Tensor, Hessian]) -> None:
+    weight, energy = problem[0].float(), torch.linspace(0.1, 9, K)
+    placed = PRUNERS["max"].mask_solver("layer", Hessian(energy.diag(), MANY)).place(weight)
+    assert torch.equal(placed.mask, wanda(weight, energy + 0.01 * energy.mean()))
+    torch.testing.assert_close(placed.value, weight * placed.mask, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRUNERS)
