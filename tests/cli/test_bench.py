@@ -193,7 +193,7 @@ def test_list_names_every_family(cli):
     hopper = json.loads(cli("kernels", "list", "--arch", "sm_90a", "--json").out)
     ampere = json.loads(cli("kernels", "list", "--arch", "sm_80", "--json").out)
 
-    assert set(document) == {"dense", "sparse", "fp8", "decode", "solver"}
+    assert set(document) == {"dense", "sparse", "fp8", "decode", "solver", "training"}
     assert set(document) - set(ampere) == {"fp8"}  # Ada and Hopper
     assert all(family in cli("kernels", "list").out for family in document)
     assert set(ampere["dense"]["kernels"]) < set(hopper["dense"]["kernels"]) <= set(document["dense"]["kernels"])
