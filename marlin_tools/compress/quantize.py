@@ -256,6 +256,8 @@ def quantize(
             "settings": settings.model_dump(exclude=_ELSEWHERE),
             **({"activations": settings.activations} if settings.activations != "16bit" else {}),
         }
+        if settings.sparsity is not None:
+            identity["pruner"] = settings.pruner.model_dump()
         if settings.keep_dense:
             identity["keep_dense"] = {"share": settings.keep_dense, "revision": CHOSEN}
         how = settings.tuned(tokens.tokens if tokens else 0)

@@ -202,6 +202,15 @@ def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, tokens: TokenSet) 
     assert QuantizeSettings(preset="default").tuned(128 * 2048) is None
 
 
+def test_with_2_4_max_is_not_default_and_tuned(run: Run, tiny_llama: Path) -> None:
+    """Other masks: neither what is finished nor what is not is taken for the other's."""
+    settings = {"sparsity": "2:4", "tuning": {"iters": 1}}
+    plain = run(tiny_llama, "plain", preset="default", **settings)
+    with pytest.raises(OutputError, match="not empty"):
+        run(tiny_llama, "plain", preset="max", **settings)
+    assert shards(run(tiny_llama, "max", preset="max", **settings)) != shards(plain)
+
+
 def test_one_sequence_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     tokens = TokenSet((torch.arange(64),), "one", packed=True, documents=1)
     with pytest.raises(DataError, match="tuned on and held out") as error:
