@@ -5,7 +5,7 @@ columns should hold by now, gives up the two whose loss R[j, j]² t_j² is small
 greedy twice over, in the positions and in the values. Two exact steps follow by turns unless they are switched off: quad by
 quad the pair of positions that lowers the loss, and the least-squares weights on all that are kept (`support.py`).
 
-`alternation.py` chooses all positions of a row together, which is better where there is much text, and slower.
+`alternation.py` chooses all positions of a row together instead, which is better where there is much text.
 """
 
 from dataclasses import dataclass

@@ -223,12 +223,8 @@ class _Work:
         train = windows[: len(windows) - self.settings.held_out]
         trainer = Trainer(student, Reader(teacher, self.family, every), (train, held_out), self.settings, self.team)
         if (rounds := trainer.steps * self.settings.batch / len(train)) >= 1.5:
-            self.emit(
-                Event(
-                    "note",
-                    f"{len(train)} windows are read {rounds:.1f} times; more text might teach it more",
-                )
-            )
+            said = f"{len(train)} windows are read {rounds:.1f} times; more text might teach it more"
+            self.emit(Event("note", said))
         self._go_on(trainer)
         trainer.run(self.emit, lambda: self._save(trainer))
         self._write(student)

@@ -58,7 +58,8 @@ def head_losses(
         part = slice(first, first + CHUNK)
         losses, slope = compare(
             (heads[0].product(student[part]), heads[1].product(teacher[part])),  # unnamed, so that they are gone afterwards
-            *(following[part], (kl, ce)),
+            following[part],
+            (kl, ce),
             scale=1 / len(student),
             caps=caps,
             dtype=weight.dtype,
