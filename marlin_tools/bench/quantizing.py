@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -47,9 +47,15 @@ class BenchQuantizeSettings(Settings):
     shape: str = "llama2-7b"
     layers: int = Field(default=0, ge=0)
     preset: Preset = "default"
+    sparsity: Literal["2:4"] | None = None
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=1)
     device: str = "auto"
+
+    @property
+    def stage(self) -> QuantizeSettings:
+        """What is timed."""
+        return QuantizeSettings(preset=self.preset, sparsity=self.sparsity, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def bench_quantize(settings: BenchQuantizeSettings, emit: Emit = silent, *, fold
         ids = torch.randint(3, int(checkpoint.config["vocab_size"]), (settings.samples, settings.seqlen), generator=generator)
         tokens = TokenSet(tuple(ids), "random tokens", packed=True, documents=settings.samples)
         with Stopwatch(device) as watch:
-            quantize(checkpoint, tokens, QuantizeSettings(preset=settings.preset, device=settings.device), out, emit=emit)
+            quantize(checkpoint, tokens, settings.stage, out, emit=emit)
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         process = before + time.perf_counter() - begin - making
         parts = tuple(_parts(checkpoint, settings, watch.seconds(), device))
@@ -190,7 +196,7 @@ def _parts(
     checkpoint: Checkpoint, settings: BenchQuantizeSettings, seconds: dict[str, float], device: torch.device
 ) -> list[Part]:
     """What was measured beside what it must take."""
-    quantizing = QuantizeSettings(preset=settings.preset, device=settings.device)
+    quantizing = settings.stage
     inventory = take_linears(checkpoint, quantizing.ignore)
     hidden = int(checkpoint.config["hidden_size"])
     work = Work(inventory.reads_same_input(), hidden, settings.samples * settings.seqlen, settings.seqlen)

@@ -103,6 +103,7 @@ def bench_quantize(
     shape: Shape = None,
     layers: Annotated[int | None, option(of="N", text="Blocks of it; all, if not said.")] = None,
     preset: Annotated[str | None, option(of="NAME", text="default, fast, marlin, max, rtn.", words=one_of(PRESETS))] = None,
+    sparsity: Annotated[str | None, option(of="2:4", text="Prune on the way.", words=one_of(("2:4",)))] = None,
     samples: Annotated[int | None, option("--num-samples", of="N", text="Calibration windows of random tokens.")] = None,
     seqlen: SeqLen = None,
     device: Device = None,
@@ -113,7 +114,7 @@ def bench_quantize(
     from marlin_tools.bench import quantizing as stage
     from marlin_tools.report.benchmarks import quantize_table
 
-    asked = given(shape=shape, layers=layers, preset=preset, samples=samples, seqlen=seqlen, device=device)
+    asked = given(shape=shape, layers=layers, preset=preset, sparsity=sparsity, samples=samples, seqlen=seqlen, device=device)
     settings = _settings(stage.BenchQuantizeSettings, asked)
     return _measure(lambda emit: stage.bench_quantize(settings, emit), quantize_table, output, as_json=json)
 

@@ -81,7 +81,8 @@ def model_table(bench: ModelBench) -> str:
 def quantize_table(bench: QuantizeBench) -> str:
     """Milliseconds a block, part by part, then the whole."""
     asked = bench.settings
-    head = f"{bench.device}: {asked.shape}, preset {asked.preset}, {asked.samples} x {asked.seqlen} tokens"
+    how = f"preset {asked.preset}" + (f", {asked.sparsity}" if asked.sparsity else "")
+    head = f"{bench.device}: {asked.shape}, {how}, {asked.samples} x {asked.seqlen} tokens"
     computed = [part for part in bench.parts if part.name not in BESIDE]
     rows = [_part_row(part, bench) for part in computed]
     floor = sum(part.least or 0.0 for part in computed) / bench.layers

@@ -113,3 +113,10 @@ def test_presets_whose_time_is_not_foretold(nobody: str, tmp_path: Path) -> None
         parts[preset] = {part.name for part in bench.parts}
     assert "train" in parts["max"]
     assert "sweep" not in parts["rtn"]
+
+
+def test_pruning_on_the_way_is_timed_too(nobody: str, tmp_path: Path) -> None:
+    settings = BenchQuantizeSettings(shape=nobody, layers=1, samples=2, seqlen=64, sparsity="2:4", device="cpu")
+    bench = stage.bench_quantize(settings, folder=tmp_path)
+    assert {"choose", "reselect", "fit"} <= {part.name for part in bench.parts}
+    assert "preset default, 2:4, 2 x 64 tokens" in quantize_table(bench)
