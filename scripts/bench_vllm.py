@@ -45,6 +45,18 @@ CONFIG = {
 }
 
 
+def write_config(folder: Path, kind: str, shape: str, layers: int | None = None) -> None:
+    """What vLLM has to know of a model whose weights are made up, `layers` blocks of it if not all."""
+    config: dict[str, Any] = {**CONFIG, **SHAPES[shape], "num_key_value_heads": KEY_VALUE_HEADS[shape]}
+    if layers:
+        config["num_hidden_layers"] = layers
+    if kind != "fp16":
+        from marlin_tools.formats import FORMATS
+
+        config["quantization_config"] = FORMATS["compressed-tensors"].quantization_config(128, ["lm_head"])
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def fill_at_random(*, sparse: bool) -> None:
     """Let vLLM's dummy weights be random INT4 codes, of `sparse` ones two of four zero, plausible scales and normal numbers."""
     import torch
@@ -158,16 +170,9 @@ def main() -> int:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # or in those that are made of it
     if asked.kind == "machete":
         os.environ["MARLIN_TOOLS_VLLM"] = "0"
-    config: dict[str, Any] = {**CONFIG, **SHAPES[asked.shape], "num_key_value_heads": KEY_VALUE_HEADS[asked.shape]}
-    if asked.layers:
-        config["num_hidden_layers"] = asked.layers
-    if asked.kind != "fp16":
-        from marlin_tools.formats import FORMATS
-
-        config["quantization_config"] = FORMATS["compressed-tensors"].quantization_config(128, ["lm_head"])
     fill_at_random(sparse=asked.kind == "sparse")
     with TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config))
+        write_config(Path(folder), asked.kind, asked.shape, asked.layers)
         engine = Engine(folder, asked.tensor_parallel)
         print(json.dumps({"kind": asked.kind, **engine.measure()}), flush=True)
         if asked.profile:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.masks import magnitude
+from marlin_tools.ops.solver.cholesky import inverse_of
 from marlin_tools.ops.solver.products import product
 
 _PULLS = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
@@ -56,4 +57,5 @@ class Alternation:
     def _inverse(self, pull: float) -> Tensor:
         pulled_kk = self._scaled_kk.clone()
         pulled_kk.diagonal().add_(pull)
-        return torch.cholesky_inverse(torch.linalg.cholesky(pulled_kk))
+        half_kk = inverse_of(torch.linalg.cholesky(pulled_kk, upper=True))
+        return product(half_kk, half_kk.T)

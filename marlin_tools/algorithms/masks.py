@@ -18,9 +18,15 @@ PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 def two_largest(score_nk: Tensor) -> Tensor:
     """The mask that keeps the two best of every quad; equal scores keep the earlier column."""
-    ranked = torch.argsort(quads(score_nk), dim=2, descending=True, stable=True)
-    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, ranked[:, :, :2], value=True)
-    return kept.view(score_nk.shape)
+    a, b, c, d = quads(score_nk).unbind(dim=2)
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    kept = [_most(ab, ac, ad), _most(~ab, bc, bd), _most(~ac, ~bc, cd), _most(~ad, ~bd, ~cd)]
+    return torch.stack(kept, dim=2).view(score_nk.shape)
+
+
+def _most(one: Tensor, another: Tensor, third: Tensor) -> Tensor:
+    """Where two of three are true: with two games of three won, a column is among the best two."""
+    return (one & another) | (third & (one | another))
 
 
 def magnitude(weight_nk: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """2:4 masks, SparseGPT, least squares on the kept positions, choosing them again, and INT4 on top, against direct oracles."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def test_masks_keep_the_two_best_of_four(problem: tuple[Tensor, Hessian]) -> Non
 
 
 def test_equal_scores_keep_the_earlier_columns() -> None:
-    assert two_largest(torch.tensor([[1.0, 1, 1, 1, 0, 2, 0, 2]])).tolist() == [
-        [True, True, False, False, False, True, False, True]
-    ]
+    for score in product(range(3), repeat=4):
+        best = sorted(range(4), key=lambda j, score=score: (-score[j], j))[:2]
+        assert two_largest(torch.tensor([score])).tolist() == [[j in best for j in range(4)]], score
 
 
 def test_pairs_and_masks_are_each_others_inverse() -> None:
