@@ -58,4 +58,4 @@ class Alternation:
         pulled_kk = self._scaled_kk.clone()
         pulled_kk.diagonal().add_(pull)
         half_kk = inverse_of(torch.linalg.cholesky(pulled_kk, upper=True))
-        return product(half_kk, half_kk.T)
+        return product(half_kk.contiguous(), half_kk.T)

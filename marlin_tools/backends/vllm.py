@@ -9,6 +9,7 @@ One engine takes most of a GPU, so the two models of a comparison are read one a
 
 import gc
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from marlin_tools.events import Emit, Event
 
 LIKELIEST = 64
 """Words of each prediction that vLLM is asked for."""
+
+_USUAL = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+"""What is set unless the user has: a forked engine could not use a GPU that this process has asked about, and standard output
+is for results."""
 
 _AT_ONCE = 64  # sequences whose predictions lie in memory as Python objects
 _LEAST = 1e-12  # of a probability that is the rest of others
@@ -47,13 +52,21 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
             raise DeviceError("backend `vllm`: vLLM is not installed", hint="`pip install vllm` beside marlin-tools")
         if not torch.cuda.is_available():
             raise DeviceError("backend `vllm` needs a GPU", hint="use `--backend reference` on a CPU")
+        for variable, value in _USUAL.items():
+            os.environ.setdefault(variable, value)
         from lm_eval.models.vllm_causallms import VLLM
 
         positions = int(checkpoint.text_config.get("max_position_embeddings", longest))
         options: dict[str, Any] = {"max_logprobs": LIKELIEST}
         if longest >= positions:  # vLLM wants room for one word more, even if it writes none that we look at
             options |= {"max_model_len": longest + 1, "hf_overrides": {"max_position_embeddings": longest + 1}}
-        self.judge = VLLM(pretrained=str(checkpoint.path), dtype="auto", seed=seed, **options)
+        try:
+            self.judge = VLLM(pretrained=str(checkpoint.path), dtype="auto", seed=seed, **options)
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise DeviceError(
+                f"vLLM did not start with `{checkpoint.origin}`: {str(error).strip().partition(chr(10))[0]}",
+                hint="what it printed says why, such as GPU memory that others hold; `--backend native` does without vLLM",
+            ) from error
         self.how = {"backend": "vllm", "device": torch.cuda.get_device_name(), "vllm": version("vllm")}
         emit(Event("note", f"`{checkpoint.origin}` in vLLM {self.how['vllm']} on {self.how['device']}", data=self.how))
 

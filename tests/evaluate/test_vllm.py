@@ -2,12 +2,15 @@
 
 import contextlib
 import math
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from marlin_tools.backends import load, vllm
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.judge import Judge
@@ -65,6 +68,26 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match="vLLM is not installed"):
         vllm.VllmEngine(None, 8, 0, silent)
+
+
+def test_an_engine_that_does_not_start_is_one_line(int4, monkeypatch):
+    asked = {}
+
+    def refuse(**given):
+        asked.update(given, **{name: os.environ.get(name) for name in vllm._USUAL})
+        raise RuntimeError("Engine core initialization failed.\nSee above")
+
+    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_STREAM": "ext://sys.stdout"})
+    monkeypatch.setattr(vllm, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=refuse))
+
+    with pytest.raises(DeviceError) as caught:
+        vllm.VllmEngine(Checkpoint.open(int4), 8, 0, silent)
+    assert caught.value.message == f"vLLM did not start with `{int4}`: Engine core initialization failed."
+    assert "--backend native" in str(caught.value.hint)
+    assert asked["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # a fork of a process that asked about GPUs can use none
+    assert asked["VLLM_LOGGING_STREAM"] == "ext://sys.stdout"  # the user's
 
 
 def test_only_evaluation_goes_through_vllm(int4):
