@@ -20,7 +20,7 @@ _PULLS = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 _TURNS = 6
 """With each pull."""
 
-_KEPT = 1 << 32
+_KEPT = 1 << 31
 """Bytes of inverses that are kept for the next rows; larger ones are computed again."""
 
 

@@ -59,6 +59,8 @@ _PINNED = 1.1
 _TUNED_WEIGHT = 44
 """Bytes for each weight of a block that is tuned, all in float32: its place, offset, gradient, two moments, the best offset so
 far, and what stays of its way to a value until the gradient is known."""
+_INVERSES = 7
+"""Matrices of the size of a Hessian that alternating directions add."""
 _ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
 """What the allocator keeps beyond what is asked for."""
 
@@ -138,27 +140,44 @@ def forecast_quantize(
     longest: int,
     device: torch.device,
     *,
-    sparse: bool = False,
+    pruner: Pruner | None = None,
 ) -> Forecast:
-    """Count the work of one block and multiply. `tokens` is 0 when no data is needed. Processes share the work."""
-    timed = isinstance(solver, GPTQ) and not sparse and all(target.share == 1 for target in inventory.targets)
-    load = _Load(tokens, longest, 0.52, "quantised", timed=timed, team=expected())
+    """Count the work of one block and multiply. `tokens` is 0 when no data is needed; `pruner` chooses masks, if any.
+
+    Processes share the work.
+    """
+    timed = isinstance(solver, GPTQ) and pruner is None and all(target.share == 1 for target in inventory.targets)
+    load = _Load(tokens, longest, 0.52, "quantised", timed=timed, pruner=pruner, team=expected())
     return _forecast(checkpoint, inventory, solver, load, device)
 
 
 def forecast_tuned(
-    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    solver: RTN | GPTQ,
+    tokens: int,
+    longest: int,
+    device: torch.device,
+    *,
+    pruner: Pruner | None = None,
 ) -> Forecast:
     """The same where each block is tuned afterwards, in one process."""
-    load = _Load(tokens, longest, 0.52, "quantised", trained=True, tuned=True)
+    load = _Load(tokens, longest, 0.52, "quantised", trained=True, tuned=True, pruner=pruner)
     return _forecast(checkpoint, inventory, solver, load, device)
 
 
 def forecast_mixed(
-    checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ, tokens: int, longest: int, device: torch.device
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    solver: RTN | GPTQ,
+    tokens: int,
+    longest: int,
+    device: torch.device,
+    *,
+    pruner: Pruner,
 ) -> Forecast:
     """The same where it is found out first which linears stay dense: what a block reads and puts out is kept beside."""
-    load = _Load(tokens, longest, 0.52, "quantised", trained=True, team=expected())
+    load = _Load(tokens, longest, 0.52, "quantised", trained=True, pruner=pruner, team=expected())
     return _forecast(checkpoint, inventory, solver, load, device)
 
 
@@ -173,7 +192,7 @@ def forecast_prune(
     trained: bool = False,
 ) -> Forecast:
     """The same for pruning; `trained` if each block is trained afterwards."""
-    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", trained=trained), device)
+    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", trained=trained, pruner=solver), device)
 
 
 def _gigabytes(size: float) -> str:
@@ -189,7 +208,7 @@ def _spell(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """What goes through a run: tokens, what comes out per weight, what that is called, and by whom it is done."""
+    """What goes through a run: tokens, what comes out per weight, what that is called, who prunes, and by whom it is done."""
 
     tokens: int
     longest: int
@@ -198,6 +217,7 @@ class _Load:
     timed: bool = False
     trained: bool = False
     tuned: bool = False
+    pruner: Pruner | None = None
     team: Team = ALONE
 
     @property
@@ -261,6 +281,7 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         if expert:
             kept += max(1, sums) * _waiting(work, k, device, load.team) + (_recorded(work) if on_gpu else 0)
         solved = _solver_bytes(group, on_gpu=on_gpu, slabs=SLABS if load.team.cuts and not expert else 1) if group else 0
+        solved += _mask_bytes(group, load.pruner, on_gpu=on_gpu) if group and load.pruner is not None else 0
         summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
     if load.tuned:
@@ -286,6 +307,17 @@ def _solver_bytes(group: Sequence[Target], *, on_gpu: bool, slabs: int = 1) -> i
     n, k = sum(t.n for t in group), group[0].k
     rows = min(n // slabs, max(1, SLAB // k)) if on_gpu else n // slabs
     return 2 * n * k + max(16 * k * k, 12 * k * k + 40 * rows * k)
+
+
+def _mask_bytes(group: Sequence[Target], pruner: Pruner, *, on_gpu: bool) -> int:
+    """What choosing and fitting 2:4 weights takes more, as measured: H once more, and some eight matrices of as many rows.
+
+    Alternating directions need seven more of the size of H for an inverse, or keep one for each pull.
+    """
+    n, k = sum(t.n for t in group), group[0].k
+    rows = min(n, max(1, SLAB // k)) if on_gpu else n
+    inverses = _INVERSES * 4 * k * k if pruner.mask == "alternation" else 0
+    return 4 * k * k + 32 * rows * k + inverses
 
 
 def _seconds(work: Work, solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device, blocks: int, nbytes: int) -> float:

@@ -7,7 +7,7 @@ from marlin_tools.algorithms import PRESETS, PRUNERS
 from marlin_tools.checkpoint.cards import CARDS, Card
 from marlin_tools.compress import forecast
 from marlin_tools.compress.floor import Work, least_seconds
-from marlin_tools.compress.forecast import Forecast, forecast_prune, forecast_quantize
+from marlin_tools.compress.forecast import Forecast, forecast_prune, forecast_quantize, forecast_tuned
 from marlin_tools.errors import DeviceError
 from marlin_tools.stream.inventory import take_linears
 
@@ -49,6 +49,16 @@ def test_gpu_memory() -> None:
     assert (expected("meta-llama/Llama-2-7b-hf", 32, "rtn").gpu_gb or 0) < few
 
 
+@pytest.mark.parametrize(("pruner", "pruned", "tuned"), [("default", 17.4, None), ("max", 21.3, 23.7)])
+def test_gpu_memory_of_2_4(pruner: str, pruned: float, tuned: float | None) -> None:
+    """Measured on an H200, two or three blocks."""
+    card = Card(CARDS["meta-llama/Llama-2-7b-hf"], "7b")
+    asked = (card, take_linears(card, ()), PRESETS["default"], 128 * 2048, 2048, H100)
+    assert forecast_quantize(*asked, pruner=PRUNERS[pruner]).gpu_gb == pytest.approx(pruned, rel=0.03)
+    if tuned is not None:
+        assert forecast_tuned(*asked, pruner=PRUNERS[pruner]).gpu_gb == pytest.approx(tuned, rel=0.03)
+
+
 def test_what_costs_more_is_said_to() -> None:
     fast, default = (expected("meta-llama/Llama-2-7b-hf", 32, preset).seconds for preset in ("fast", "default"))
     assert fast < default
@@ -58,7 +68,7 @@ def test_what_costs_more_is_said_to() -> None:
 def test_what_nobody_has_measured_is_not_foretold() -> None:
     card = Card(CARDS["meta-llama/Llama-2-7b-hf"], "7b")
     inventory = take_linears(card, ())
-    sparse = forecast_quantize(card, inventory, PRESETS["default"], 128 * 2048, 2048, H100, sparse=True)
+    sparse = forecast_quantize(card, inventory, PRESETS["default"], 128 * 2048, 2048, H100, pruner=PRUNERS["default"])
     pruned = forecast_prune(card, inventory, PRUNERS["default"], 128 * 2048, 2048, H100)
     mixture = expected("Qwen/Qwen3-30B-A3B", 2)
     for found in (expected("meta-llama/Llama-2-7b-hf", 32, "rtn"), sparse, pruned, mixture):
