@@ -44,7 +44,7 @@ class Recordings:
             noise = self._settings.noise
             played = [players[i % AT_ONCE].play(weight, hessian.unsure(noise)) for i, (_, weight, hessian) in enumerate(asked)]
             for player in players:
-                torch.cuda.current_stream().wait_stream(player.stream)
+                torch.cuda.current_stream(asked[0][1].device).wait_stream(player.stream)
             fine = torch.stack([each for _, each in played]).tolist()
         return [
             solution if good else self._usual(*each, group)
@@ -73,7 +73,7 @@ class _Recording:
             fine = (failed == 0) & torch.isfinite(solution.linear.scales).all() & torch.isfinite(self._matrix).all()
             return solution, fine
 
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(like.device))
         with unwatched(), torch.cuda.stream(self.stream):
             solve()  # what is only done once is done
             self.stream.synchronize()
@@ -84,7 +84,7 @@ class _Recording:
         """The solution, and whether it is one, once this stream has come here."""
         solution, fine = self._solution.map(torch.empty_like), torch.empty_like(self._fine)
         targets, sources = solution.tensors(), self._solution.tensors()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(weight.device))
         with torch.cuda.stream(self.stream):
             self._weight.copy_(weight)
             self._matrix.copy_(hessian.matrix)

@@ -1,5 +1,7 @@
 """Every launch fills the argument that its kernel declares, field by field. Nothing is launched: a GPU need not be there."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -50,6 +52,22 @@ def test_of_decoding(launched):
     rotation.rotate(halves(1, 2, 8, 64), halves(1, 1, 8, 64), halves(1, 8, 64), halves(1, 8, 64))
 
     assert launched == ["add_norm-float16", "gate-float16", "attend-64x2-float16", "rotate-64-float16"]
+
+
+def test_on_another_device_than_the_current_one(launched, monkeypatch):
+    entered = []
+
+    def device(index):
+        entered.append(index)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    solver.cut(torch.zeros(8, 64), (None, None), halves(8, 64), None)
+    assert not entered
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    solver.cut(torch.zeros(8, 64), (None, None), halves(8, 64), None)
+    assert entered == [None]  # the tensor's, which is that of a CPU here
+    assert launched == ["solver-cut-4"] * 2
 
 
 def test_of_the_solver(launched):

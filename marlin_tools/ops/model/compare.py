@@ -96,15 +96,9 @@ def _in_one_kernel(
     losses, gradient = student.new_empty((rows, 2)), student.new_empty((rows, columns), dtype=dtype)
     if rows and columns:
         addresses = (each.data_ptr() for each in (student, teacher, following, losses, gradient))
-        _launch(dtype, rows, student, *addresses, *weights, scale, *(cap or 0.0 for cap in caps), columns)
+        kernel = _kernel(dtype, target_of(student.device))
+        driver.start(kernel, rows, student, *addresses, *weights, scale, *(cap or 0.0 for cap in caps), columns)
     return losses, gradient
-
-
-def _launch(dtype: torch.dtype, ctas: int, on: Tensor, *values: float) -> None:
-    """One launch on the current stream of the tensor's device."""
-    device = on.device
-    launch = driver.launch_of(_kernel(dtype, target_of(device)), device, ctas)
-    launch(driver.current_stream(device.index), *values)
 
 
 def _check(student: Tensor, teacher: Tensor, following: Tensor, dtype: torch.dtype) -> None:

@@ -58,10 +58,10 @@ def rotate(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> Non
     batch, query_heads, tokens, head = queries.shape
     key_heads = keys.shape[1]
     items = batch * tokens * (query_heads + key_heads) * head // 16
-    device = queries.device
-    launch = driver.launch_of(_kernel(queries.dtype, head, target_of(device)), device, -(-items // _THREADS))
-    launch(
-        driver.current_stream(device.index),
+    driver.start(
+        _kernel(queries.dtype, head, target_of(queries.device)),
+        -(-items // _THREADS),
+        queries,
         *(queries.data_ptr(), keys.data_ptr(), cosines.data_ptr(), sines.data_ptr()),
         *(queries.stride(2), keys.stride(2), 0 if cosines.shape[0] == 1 else cosines.stride(0)),
         *(batch * tokens, tokens, query_heads, key_heads),

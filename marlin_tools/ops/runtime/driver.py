@@ -8,6 +8,7 @@ ctypes releases the interpreter lock, so a buffer belongs to one thread: `kept` 
 import ctypes
 import threading
 from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -124,6 +125,14 @@ def launch_of(kernel: Kernel, device: torch.device, ctas: int) -> Launch:
         launch = Launch(loaded(kernel, device), ctas)
         keep(key, launch)
     return launch
+
+
+def start(kernel: Kernel, ctas: int, on: torch.Tensor, *values: float) -> None:
+    """Launch a kernel on the current stream of the tensor's device, whether that is the current device or not."""
+    index = on.device.index
+    launch = launch_of(kernel, on.device, ctas)
+    with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
+        launch(current_stream(index), *values)
 
 
 _functions: dict[tuple[int, Kernel], Function] = {}

@@ -144,7 +144,7 @@ def search_scales(weight_ngb: Tensor, energy_gb: Tensor, dtype: torch.dtype, *, 
     """[N, groups]: see `algorithms.scales.diagonal`. A scale beyond float16 comes out infinite."""
     n, groups, size = weight_ngb.shape
     scales_ng = torch.empty(n, groups, device=weight_ngb.device)
-    _launch(
+    driver.start(
         _search(target_of(weight_ngb.device), size),
         _ctas(n * groups),
         weight_ngb,
@@ -160,7 +160,7 @@ def clip_scales(weight_nb: Tensor, factor_bb: Tensor, dtype: torch.dtype) -> Ten
     n, width = weight_nb.shape
     assert width == BLOCK, width
     scales_n = torch.empty(n, device=weight_nb.device)
-    _launch(
+    driver.start(
         _clip(target_of(weight_nb.device)),
         _ctas(n),
         weight_nb,
@@ -178,7 +178,7 @@ def sweep_block(
     n, k = weight_nk.shape
     width = min(BLOCK, k - start)
     mask = grid.mask
-    _launch(
+    driver.start(
         _sweep(target_of(weight_nk.device), masked=mask is not None),
         _ctas(n),
         weight_nk,
@@ -209,7 +209,7 @@ def descend_block(state: PolishState, gradient_nb: Tensor, hessian_kk: Tensor, s
     width = min(BLOCK, k - start)
     groups = state.scales.shape[1]
     change_nb = torch.empty(n, width, device=state.weight.device)
-    _launch(
+    driver.start(
         _descend(target_of(state.weight.device), k // groups, masked=state.mask is not None),
         _ctas(n),
         state.weight,
@@ -235,7 +235,7 @@ def choose_block(
     """
     n, k = weight_nk.shape
     mask_nk, value_nk, errors_nk = filled
-    _launch(
+    driver.start(
         _choose(target_of(weight_nk.device)),
         _ctas(n),
         weight_nk,
@@ -263,7 +263,7 @@ class Quads:
 def reselect_block(state: Quads, gradient_nb: Tensor, hessian_kk: Tensor, change_nb: Tensor, start: int, walks: int) -> None:
     """Choose every quad of one block again, `walks` times over; fills by how much the errors changed."""
     n, k = state.values.shape
-    _launch(
+    driver.start(
         _reselect(target_of(state.values.device)),
         _ctas(n),
         state.values,
@@ -284,7 +284,7 @@ def cut(matrix: Tensor, factors: tuple[Tensor | None, Tensor | None], high: Tens
     assert low is None or low.stride() == high.stride(), (low.stride(), high.stride())
     aligned = all(x.stride(0) % 4 == 0 and x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors)
     each = 4 if aligned and columns % 4 == 0 else 1
-    _launch(
+    driver.start(
         _cut(target_of(matrix.device), each),
         -(-rows * (columns // each) // _THREADS),
         matrix,
@@ -304,9 +304,3 @@ def _address(tensor: Tensor, offset: int = 0) -> int:
 def _ctas(rows: int) -> int:
     """CTAs for so many rows, with eight lanes for each."""
     return -(-rows // _ROWS)
-
-
-def _launch(kernel: Kernel, ctas: int, on: Tensor, *values: float) -> None:
-    """One launch on the current stream of the tensor's device."""
-    device = on.device
-    driver.launch_of(kernel, device, ctas)(driver.current_stream(device.index), *values)
