@@ -102,7 +102,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                         solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
                         group.replace(name, solutions[name].value(group.weight(name).dtype))
             found: dict[str, Any] = {}
-            if method.refine and entering is not None:
+            if method.refine and entering is not None and solutions:
                 with span("train"):
                     solutions, found = method.refine(block, entering, solutions)
             if team.leads:

@@ -111,6 +111,11 @@ def test_training_blocks_brings_them_closer(run: Callable[..., Checkpoint], tiny
     assert all(torch.equal(plain.read(name) == 0, trained.read(name) == 0) for name in first)  # later blocks read other things
 
 
+def test_a_block_that_is_left_alone_is_not_trained(run: Callable[..., Checkpoint], tiny_llama: Path) -> None:
+    out = run(tiny_llama, preset="sparsegpt", reconstruct=1, ignore=(r"layers\.0\.",))
+    assert {record["name"].split(".")[2] for record in records(out)} == {"1"}
+
+
 @pytest.mark.parametrize("settings", [{"ignore": ("mlp",)}, {"preset": "sparsegpt", "reconstruct": 2}])
 def test_a_killed_run_ends_in_the_same_bytes(
     run: Callable[..., Checkpoint], tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]

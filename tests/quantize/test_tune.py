@@ -150,6 +150,12 @@ def test_a_fault_falls_back_and_is_told(run: Run, tiny_llama: Path, monkeypatch:
     assert not any("`model.layers.1`" in each and "stopped" in each for each in warnings)
 
 
+def test_a_block_that_is_left_alone_is_not_tuned(run: Run, tiny_llama: Path) -> None:
+    out = run(tiny_llama, preset="marlin", ignore=(r"layers\.0\.",), tuning=FEW)
+    assert {record["name"].split(".")[2] for record in records(out)} == {"1"}
+    assert all("block_error" in record for record in records(out))
+
+
 def test_a_2_4_model_stays_2_4(run: Run, tiny_llama: Path) -> None:
     out = run(tiny_llama, preset="marlin", sparsity="2:4", tuning=FEW)
     stored = StoredLinears(out)
