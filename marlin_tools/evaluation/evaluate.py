@@ -321,7 +321,7 @@ class _Run:
 
 def choose_batch(model: "PreTrainedModel", emit: Emit) -> int:
     """Items per forward: their logits in the model's type and in float32 and their activations fill half of the free memory."""
-    config = model.config
+    config = model.config.get_text_config()
     element = torch.finfo(model.dtype).bits // 8
     per_token = (element + 4) * config.vocab_size + 20 * element * config.hidden_size
     items = free_memory(model.device) // 2 // (per_token * min(ITEM_TOKENS, config.max_position_embeddings))

@@ -97,7 +97,7 @@ def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
 
 def tokens_per_batch(model: "PreTrainedModel", copies: int) -> int:
     """How many tokens may go through `copies` models at a time: their logits and activations fill half of what is free."""
-    config = model.config
+    config = model.config.get_text_config()
     element = torch.finfo(model.dtype).bits // 8
     per_token = copies * element * (config.vocab_size + 16 * config.hidden_size)
     return max(1, min(MAX_TOKENS, (free_memory(model.device) // 2 - _SLICE_BYTES * 4 * copies) // per_token))

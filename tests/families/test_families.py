@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register, unregister
@@ -128,3 +132,29 @@ def _dequantized(source: Checkpoint, stored: StoredLinears, folder: Path) -> Pat
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
     return folder
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer that knows the words of one sentence, and one for all others."""
+    words = ["<s>", "</s>", "?", *"The boat left the harbour at dawn".split()]
+    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "?"}
+    PreTrainedTokenizerFast(tokenizer_object=known, **marks).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama4"])
+def test_a_model_within_another_is_scored_and_writes(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(made(model_type), source)
+    write_words(source)
+    (tmp_path / "held.txt").write_text("The boat left the harbour at dawn, and left at dawn. " * 20)
+    out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32, device="cpu"), tmp_path / "out")
+
+    settings = EvaluateSettings(tasks=("demo_qa", f"ppl:{tmp_path / 'held.txt'}"), seqlen=32, limit=4, device="cpu")
+    scores = {
+        (score.task.partition(":")[0], score.metric): score.value for score in evaluate(out, settings, baseline=source).scores
+    }
+    assert 0 <= scores["demo_qa", "acc"] <= 1
+    assert scores["ppl", "kl"] > 0
+    assert isinstance(generate(out, "The boat", GenerateSettings(max_new_tokens=4, device="cpu")), str)
