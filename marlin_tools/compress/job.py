@@ -24,7 +24,7 @@ from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
 from marlin_tools.compress.shards import REFERENCE_TOKENS, Shards
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.device import describe_device
+from marlin_tools.distributed.device import computing_on, describe_device
 from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event
@@ -137,7 +137,7 @@ def compress(
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
     output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=(plan.checkpoint.path,))
-    with output if team.leads else nullcontext():
+    with computing_on(job.device), output if team.leads else nullcontext():
         journal = Journal(output, run) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
         shards = Shards(plan.inventory, writer, journal, job.device)

@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +27,11 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise DeviceError(f"device `{name}` does not exist: {count} CUDA devices are visible", hint="see `marlin-tools doctor`")
     return own_device(torch.device("cuda", device.index or 0))
+
+
+def computing_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one of this thread, for what asks for that and not for a tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marlin_tools.distributed.device import own_device, processes
+from marlin_tools.distributed.device import computing_on, own_device, processes
 from marlin_tools.distributed.team import Team, joined
 
 _PATIENCE = timedelta(hours=12)
@@ -37,7 +37,8 @@ def training_team(device: torch.device) -> Iterator[Team]:
     """The processes that `torchrun` started, or this one alone; `device` says whether each computes on a CPU or a GPU."""
     size = processes()
     if size == 1:
-        yield Team(device=device)
+        with computing_on(device):
+            yield Team(device=device)
         return
     device = own_device(device)
     with joined(device, _PATIENCE):

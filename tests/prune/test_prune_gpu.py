@@ -10,6 +10,8 @@ from marlin_tools.algorithms import PRUNERS, Hessian
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.tune import Tuning
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.quantized import is_2_4
 
@@ -34,3 +36,17 @@ def test_a_model_with_training_by_block(tiny_model: Callable[..., Path], tmp_pat
     tokens = TokenSet(tuple(text), "random", packed=True, documents=1)
     out: Checkpoint = prune(tiny_model("llama"), tokens, PruneSettings(device="cuda", reconstruct=4), tmp_path / "out")
     assert all(is_2_4(out.read(name)) for name in out.names() if "proj" in name)
+
+
+def test_the_second_gpu_does_as_the_first(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    text = torch.randint(2, 512, (6, 64), generator=torch.Generator().manual_seed(0))
+    tokens = TokenSet(tuple(text), "random", packed=True, documents=1)
+    ends = []
+    for device in ("cuda:0", "cuda:1"):
+        pruned = prune(tiny_model("llama"), tokens, PruneSettings(preset="max", device=device), tmp_path / device)
+        settings = QuantizeSettings(sparsity="keep", tuning=Tuning(iters=4), device=device)
+        ends.append(quantize(pruned, tokens, settings, tmp_path / f"int4-{device}"))
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].names())
