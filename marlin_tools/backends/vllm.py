@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import TracebackType
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import DeviceError
+from marlin_tools.errors import DeviceError, first_line
 from marlin_tools.events import Emit, Event
 
 LIKELIEST = 64
@@ -34,20 +35,37 @@ is for results."""
 
 _AT_ONCE = 64  # sequences whose predictions lie in memory as Python objects
 _LEAST = 1e-12  # of a probability that is the rest of others
+_POSITIONS = 32768
+"""The longest item that room is kept for: vLLM would keep it for all positions of the model, often more than a GPU has."""
+
+_READING = {"max_num_batched_tokens": 2048, "gpu_memory_utilization": 0.8}
+"""vLLM forgets the probabilities of prompts, whole vocabularies in float32, when it plans its memory."""
 
 
 @dataclass(frozen=True)
 class SequenceScore:
-    """What a model made of one sequence: its mean loss, and for each predicted position the likeliest words."""
+    """What a model made of one sequence: its mean loss, and for each predicted position the likeliest words.
+
+    words, logs    [T, at most LIKELIEST + 1], -1 where there are fewer, and their log-probabilities
+    """
 
     loss: float
-    likeliest: list[dict[int, float]]
+    words: Tensor
+    logs: Tensor
+
+    def likeliest(self) -> list[dict[int, float]]:
+        """The same as tables."""
+        rows = zip(self.words.tolist(), self.logs.tolist(), strict=True)
+        return [{word: log for word, log in zip(words, logs, strict=True) if word >= 0} for words, logs in rows]
 
 
 class VllmEngine(AbstractContextManager["VllmEngine"]):
-    """An engine for one checkpoint; `judge` is the model that lm-eval asks. Use it in a `with`, which ends the engine."""
+    """An engine for one checkpoint; `judge` is the model that lm-eval asks. Use it in a `with`, which ends the engine.
 
-    def __init__(self, checkpoint: Checkpoint, longest: int, seed: int, emit: Emit) -> None:
+    It reads texts up to `longest` tokens, and items of lm-eval, `batch` at a time, if there are `items`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, longest: int, *, items: bool, batch: str | int, seed: int, emit: Emit) -> None:
         if find_spec("vllm") is None:
             raise DeviceError("backend `vllm`: vLLM is not installed", hint="`pip install vllm` beside marlin-tools")
         if not torch.cuda.is_available():
@@ -56,15 +74,16 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
             os.environ.setdefault(variable, value)
         from lm_eval.models.vllm_causallms import VLLM
 
-        positions = int(checkpoint.text_config.get("max_position_embeddings", longest))
-        options: dict[str, Any] = {"max_logprobs": LIKELIEST}
-        if longest >= positions:  # vLLM wants room for one word more, even if it writes none that we look at
-            options |= {"max_model_len": longest + 1, "hf_overrides": {"max_position_embeddings": longest + 1}}
+        self._origin = checkpoint.origin
+        positions = int(checkpoint.text_config.get("max_position_embeddings", _POSITIONS))
+        options = _options(positions, longest, items=items)
+        if items and positions > _POSITIONS:
+            emit(Event("note", f"vLLM reads at most {options['max_model_len']} tokens of an item"))
         try:
-            self.judge = VLLM(pretrained=str(checkpoint.path), dtype="auto", seed=seed, **options)
-        except (RuntimeError, ValueError, ImportError) as error:
+            self.judge = VLLM(pretrained=str(checkpoint.path), dtype="auto", seed=seed, batch_size=batch, **options)
+        except Exception as error:  # whatever ends it, in this process or in the engine's
             raise DeviceError(
-                f"vLLM did not start with `{checkpoint.origin}`: {str(error).strip().partition(chr(10))[0]}",
+                f"vLLM did not start with `{self._origin}`: {first_line(error)}",
                 hint="what it printed says why, such as GPU memory that others hold; `--backend native` does without vLLM",
             ) from error
         self.how = {"backend": "vllm", "device": torch.cuda.get_device_name(), "vllm": version("vllm")}
@@ -79,6 +98,10 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
         del engine, core
         gc.collect()
         torch.cuda.empty_cache()
+        if error is not None and type(error).__module__.partition(".")[0] == "vllm":
+            raise DeviceError(
+                f"vLLM ended while it read `{self._origin}`: {first_line(error)}", hint="what it printed says why"
+            ) from error
 
     def read(self, name: str, sequences: Sequence[Tensor], emit: Emit) -> list[SequenceScore]:
         """What the model makes of every sequence."""
@@ -94,17 +117,42 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
         return found
 
 
+def identity() -> dict[str, str | None]:
+    """What decides an evaluation through vLLM, besides the model and what is asked."""
+    installed = version("vllm") if find_spec("vllm") is not None else None
+    switches = ("MARLIN_TOOLS_VLLM", "VLLM_PLUGINS", "VLLM_DISABLED_KERNELS")
+    return {"vllm": installed, **{name: os.environ.get(name) for name in switches}}
+
+
+def _options(positions: int, longest: int, *, items: bool) -> dict[str, Any]:
+    """What vLLM is asked for, of a model with so many positions and texts so long."""
+    options: dict[str, Any] = {"max_logprobs": LIKELIEST, **_READING}
+    options["max_model_len"] = most = max(longest + 1, min(positions, _POSITIONS) if items else 0)
+    if most > positions:  # vLLM wants room for one word more, even if it writes none that we look at
+        options["hf_overrides"] = partial(_with_positions, most)
+    return options
+
+
+def _with_positions(positions: int, config: Any) -> Any:
+    """A transformers config with so many positions, wherever its language model's are told."""
+    config.get_text_config().max_position_embeddings = positions
+    return config
+
+
 def reading(ids: Sequence[int], given: Sequence[Mapping[int, Any] | None]) -> SequenceScore:
     """From vLLM's `prompt_logprobs`: for each position a table of words, nothing for the first, which nobody predicts."""
     rows = [{word: entry.logprob for word, entry in row.items()} for row in given[1:] if row is not None]
     assert len(rows) == len(ids) - 1, (len(rows), len(ids))
     losses = [-row[word] for row, word in zip(rows, ids[1:], strict=True)]
-    return SequenceScore(math.fsum(losses) / len(losses), rows)
+    width = max(map(len, rows))
+    words = torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.int32)
+    logs = torch.tensor([[*row.values(), *[-math.inf] * (width - len(row))] for row in rows], dtype=torch.float32)
+    return SequenceScore(math.fsum(losses) / len(losses), words, logs)
 
 
 def divergence(model: SequenceScore, base: SequenceScore) -> tuple[float, float]:
     """Mean KL(base || model) of coarser predictions, and the share of positions whose likeliest word is the same."""
-    pairs = list(zip(model.likeliest, base.likeliest, strict=True))
+    pairs = list(zip(model.likeliest(), base.likeliest(), strict=True))
     same = sum(_top(ours) == _top(theirs) for ours, theirs in pairs)
     return math.fsum(_coarse_kl(ours, theirs) for ours, theirs in pairs) / len(pairs), same / len(pairs)
 

@@ -185,6 +185,11 @@ class _Run:
                 "backend `vllm` rounds activations as config.json says",
                 hint="leave `--activations` out, or use another `--backend`",
             )
+        if settings.backend == "vllm" and settings.device not in {"auto", "cuda", "cuda:0"}:
+            raise RecipeError(
+                f"backend `vllm` computes on the first GPU that it sees, not on `{settings.device}`",
+                hint="leave `--device` out and choose one with CUDA_VISIBLE_DEVICES, or use another `--backend`",
+            )
         check_activations(checkpoint, settings.activations)
         self.subject = _Side(checkpoint)
         self.original = _Side(original) if original is not None else None
@@ -230,9 +235,15 @@ class _Run:
 
         longest = max((tokens.longest for tokens in self.texts.values()), default=0)
         sides = [side for side in (self.subject, self.original) if side is not None]
-        readings = []
+        settings, readings = self.settings, []
+        how: dict[str, Any] = {
+            "items": self.harness is not None,
+            "batch": settings.batch_size,
+            "seed": settings.seed,
+            "emit": self.emit,
+        }
         for side in sides:
-            with VllmEngine(side.checkpoint, longest, self.settings.seed, self.emit) as served:
+            with VllmEngine(side.checkpoint, longest, **how) as served:
                 side.how = served.how
                 if self.harness is not None:
                     side.answers = self.harness.answers(served.judge, self.settings.limit, self.emit)

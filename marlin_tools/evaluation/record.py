@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from marlin_tools.backends.vllm import identity
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
 from marlin_tools.checkpoint.output import folder, put, sha256_of
@@ -61,6 +62,7 @@ class Record:
             device=describe_device(device) if device.type == "cuda" else device.type,  # however many threads it has
             files={str(path): sha256_of(path) for path in files if path.is_file()},
             versions=versions(),
+            **(identity() if asked.backend == "vllm" else {}),
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import sys
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.judge import Judge
+from marlin_tools.evaluation.record import Record
 from marlin_tools.events import silent
 
 
@@ -67,7 +69,7 @@ def test_with_fewer_words_it_is_a_lower_bound(predictions, count):
 def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match="vLLM is not installed"):
-        vllm.VllmEngine(None, 8, 0, silent)
+        vllm.VllmEngine(None, 8, items=True, batch=1, seed=0, emit=silent)
 
 
 def test_an_engine_that_does_not_start_is_one_line(int4, monkeypatch):
@@ -83,7 +85,7 @@ def test_an_engine_that_does_not_start_is_one_line(int4, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=refuse))
 
     with pytest.raises(DeviceError) as caught:
-        vllm.VllmEngine(Checkpoint.open(int4), 8, 0, silent)
+        vllm.VllmEngine(Checkpoint.open(int4), 8, items=True, batch=1, seed=0, emit=silent)
     assert caught.value.message == f"vLLM did not start with `{int4}`: Engine core initialization failed."
     assert "--backend native" in str(caught.value.hint)
     assert asked["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # a fork of a process that asked about GPUs can use none
@@ -97,9 +99,59 @@ def test_only_evaluation_goes_through_vllm(int4):
 
 
 def test_vllm_rounds_activations_as_it_likes(int4, text):
-    settings = EvaluateSettings(tasks=(text,), backend="vllm", activations="fp8", device="cpu")
+    settings = EvaluateSettings(tasks=(text,), backend="vllm", activations="fp8")
     with pytest.raises(RecipeError, match=r"rounds activations as config\.json says"):
         evaluate(int4, settings)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_device_is_not_ignored(int4, text, device):
+    with pytest.raises(RecipeError, match=f"not on `{device}`") as caught:
+        evaluate(int4, EvaluateSettings(tasks=(text,), backend="vllm", device=device))
+    assert "CUDA_VISIBLE_DEVICES" in str(caught.value.hint)
+
+
+def test_room_is_kept_for_what_is_read():
+    def room(positions, longest, *, items):
+        return vllm._options(positions, longest, items=items)["max_model_len"]
+
+    assert room(131072, 4096, items=False) == 4097
+    assert room(4096, 2048, items=True) == 4096
+    assert room(131072, 0, items=True) == 32768
+    assert room(131072, 40000, items=True) == 40001
+    assert "hf_overrides" not in vllm._options(4096, 2048, items=True)
+
+
+def test_a_window_as_long_as_the_model_has_positions_gets_one_more():
+    part = SimpleNamespace(max_position_embeddings=2048)
+    nested = SimpleNamespace(get_text_config=lambda: part, max_position_embeddings=7)
+    whole = vllm._options(2048, 2048, items=True)
+
+    assert whole["max_model_len"] == 2049
+    assert ForkingPickler.dumps(whole["hf_overrides"])  # it goes to the engine's process
+    assert whole["hf_overrides"](nested) is nested
+    assert (part.max_position_embeddings, nested.max_position_embeddings) == (2049, 7)
+
+
+def test_an_engine_that_dies_is_one_line():
+    class EngineDeadError(Exception):
+        __module__ = "vllm.v1.engine.exceptions"
+
+    served = object.__new__(vllm.VllmEngine)
+    served._origin = "somewhere"
+    served.judge = SimpleNamespace(model=SimpleNamespace(llm_engine=SimpleNamespace(engine_core=None)))
+    with pytest.raises(DeviceError, match="vLLM ended while it read `somewhere`: gone"), served:
+        raise EngineDeadError("gone")
+
+
+def test_what_vllm_is_decides_whether_an_evaluation_is_taken_over(int4, tmp_path, text, monkeypatch):
+    def fingerprint(backend):
+        return Record(tmp_path, Checkpoint.open(int4), EvaluateSettings(tasks=(text,), backend=backend), None).fingerprint
+
+    found = {fingerprint("vllm"), fingerprint("reference")}
+    monkeypatch.setenv("MARLIN_TOOLS_VLLM", "0")
+    assert fingerprint("vllm") not in found
+    assert fingerprint("reference") in found
 
 
 @pytest.fixture
@@ -108,7 +160,8 @@ def engine(monkeypatch):
     state = SimpleNamespace(alive=0, most=0)
 
     class Engine(contextlib.AbstractContextManager):
-        def __init__(self, checkpoint, longest, seed, emit):
+        def __init__(self, checkpoint, longest, *, items, batch, seed, emit):
+            assert (items, batch, seed) == (False, "auto", 1234)
             self.model = load(checkpoint, device="cpu", backend="reference")
             self.judge = Judge(self.model, checkpoint.tokenizer(), 8, emit)
             self.how = {"backend": "vllm", "device": "stand-in", "vllm": "0"}
@@ -133,7 +186,8 @@ def engine(monkeypatch):
 
 def test_the_scores_are_those_of_the_same_model_elsewhere(engine, model, int4, text):
     def scores(backend):
-        settings = EvaluateSettings(tasks=(text,), seqlen=32, limit=4, backend=backend, device="cpu")
+        device = "auto" if backend == "vllm" else "cpu"
+        settings = EvaluateSettings(tasks=(text,), seqlen=32, limit=4, backend=backend, device=device)
         return evaluate(int4, settings, baseline=model)
 
     there, here = scores("vllm"), scores("reference")
