@@ -6,14 +6,17 @@ where the host is short as well, and each chunk is fetched while the one before 
 its way is kept as far as there is room, and computed again otherwise; the results are the same to the last bit.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from marlin_tools.checkpoint.output import explained
 from marlin_tools.distributed.device import free_memory
 
 _RESIDUAL_SHARE = 0.25
@@ -22,7 +25,7 @@ _INNER_SHARE = 0.08
 """Shares of the free device memory: for the residual stream, for it with the inputs of a branch, and for what is inside one."""
 
 _HOST_SHARE = 0.5
-"""Share of the available host memory that activations may pin."""
+"""Share of the host memory that was available before that all chunks together may pin."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Activations:
         self.device = device
         self.on_device = on_device
         self._chunks: list[Tensor] = []
+        self._pinned = 0
         self._fetched: tuple[int, Tensor] | None = None
         self._copies = None if on_device else torch.cuda.Stream(device)
 
@@ -65,7 +69,12 @@ class Activations:
         if self.on_device:
             self._chunks.append(chunk)
             return
-        self._chunks.append(_host_memory(chunk))
+        pinned = self._pinned + chunk.nbytes
+        if pinned <= _HOST_SHARE * (free_memory(torch.device("cpu")) + self._pinned):
+            self._chunks.append(_in_pinned_memory(chunk))
+            self._pinned = pinned
+        else:
+            self._chunks.append(_in_a_file(chunk))
         self[len(self) - 1] = chunk
 
     def __getitem__(self, index: int) -> Tensor:
@@ -105,9 +114,15 @@ class Activations:
         return [tuple(chunk.shape) for chunk in self._chunks]
 
 
-def _host_memory(like: Tensor) -> Tensor:
-    """As much memory as a chunk needs, pinned while that is a small part of what the host has, else in a file of its own."""
-    if like.nbytes <= _HOST_SHARE * free_memory(torch.device("cpu")):
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+def _in_pinned_memory(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _in_a_file(like: Tensor) -> Tensor:
+    """As much memory as a chunk needs in a file of its own, which is gone once it is; the disk has the room from the start."""
     with tempfile.NamedTemporaryFile(prefix="marlin-tools-activations-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(like.nbytes, 1))
+        except OSError as error:
+            raise explained(error, Path(file.name), "point TMPDIR at a larger disk") from error
         return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
