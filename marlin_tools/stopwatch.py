@@ -25,7 +25,7 @@ class Stopwatch:
     """Collects spans while it is entered. Threads that run in a copy of the context report to it as well."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._intervals: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[tuple[str, torch.cuda.Event | float]] = []
@@ -42,7 +42,7 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """What each name took in all."""
         if self._on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         for name, begin, end in self._intervals:
             self._seconds[name] += begin.elapsed_time(end) / 1e3
         self._intervals.clear()
@@ -71,7 +71,7 @@ class Stopwatch:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _close(self, now: "torch.cuda.Event | float") -> None:

@@ -2,6 +2,7 @@
 stopped, with the same bytes in the end, and says how it came to be.
 """
 
+import gc
 import time
 from abc import abstractmethod
 from contextlib import nullcontext
@@ -141,17 +142,22 @@ def compress(
         journal = Journal(output, run) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
         shards = Shards(plan.inventory, writer, journal, job.device)
-        tokens = method.chunk
-        while True:
+
+        def failure(tokens: int) -> torch.OutOfMemoryError | None:
+            """Go through all blocks. Where the device runs out of memory, nothing that is on it outlives this call."""
             try:
                 if method.dense is not None:
                     _choose_dense(job, method.dense, tokens, output, emit)
                 stream = _stream(job, tokens)
                 shards.start()
                 compress_blocks(stream, method, store, shards, team, emit)
-                break
             except torch.OutOfMemoryError as error:
-                tokens = _fewer(job, tokens, error, emit)
+                return error.with_traceback(None)
+            return None
+
+        tokens = method.chunk
+        while (error := failure(tokens)) is not None:
+            tokens = _fewer(job, tokens, error, emit)
         if team.leads:
             writer.finish(plan.checkpoint, job.config)
             _publish(job, output, run, shards.entries, time.perf_counter() - begin, emit)
@@ -197,6 +203,7 @@ def _fewer(job: Job, tokens: int, error: torch.OutOfMemoryError, emit: Emit) -> 
     said = f"`{job.device}` ran out of memory; going on with {tokens // 2} tokens at a time"
     job.warnings.append(said)
     emit(Event("note", said))
+    gc.collect()
     torch.cuda.empty_cache()
     return tokens // 2
 

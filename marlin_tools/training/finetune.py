@@ -16,6 +16,7 @@ The mathematics is in `marlin_tools/training/`. `torchrun` runs this same functi
 
 import json
 import time
+from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -152,7 +153,7 @@ def finetune(
             device=team.device.type,
             torch=torch.__version__,
         )
-        if not overwrite and holds(Path(out), run):
+        if team.decide(choice=team.leads and not overwrite and holds(Path(out), run)):
             say(Event("note", f"`{out}` already holds this result; nothing to do"))
             return Checkpoint.open(out)
         sources = plan.student.path, plan.teacher.path
@@ -268,10 +269,12 @@ class _Work:
 
     def _save(self, trainer: Trainer) -> None:
         """All of the state in one file, which is replaced at once or not at all."""
+        if not self.team.leads:
+            deque(trainer.state(), maxlen=0)  # asked for with the others, and not kept
+            return
         state = dict(trainer.state())
-        if self.team.leads:
-            facts = json.dumps(trainer.facts()).encode()
-            self.output.write_state_tensors(_STATE, {**state, "facts": torch.tensor(list(facts), dtype=torch.uint8)})
+        facts = json.dumps(trainer.facts()).encode()
+        self.output.write_state_tensors(_STATE, {**state, "facts": torch.tensor(list(facts), dtype=torch.uint8)})
 
     def _write(self, student: Student) -> None:
         """The checkpoint: what was trained in the types in which it was stored, everything else as it was."""

@@ -23,8 +23,9 @@ _TOGETHER = 64
 @torch.no_grad()
 def sample(model: "PreTrainedModel", checkpoint: Checkpoint, count: int, seqlen: int, seed: int, emit: Emit) -> TokenSet:
     """`count` windows of `seqlen` tokens; the same seed on the same machine gives the same text."""
-    begin = checkpoint.config.get("bos_token_id", checkpoint.config.get("eos_token_id"))
-    if not isinstance(begin, int):
+    told = [part.get(key) for key in ("bos_token_id", "eos_token_id") for part in (checkpoint.text_config, checkpoint.config)]
+    begin = next((each for each in told if isinstance(each, int)), None)
+    if begin is None:
         raise ModelError(
             f"`{checkpoint.origin}` names no BOS token to begin a text with", hint="give it a text to read (`--calib`)"
         )

@@ -4,18 +4,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, ModelError, NumericalError, OutputError, RecipeError
-from marlin_tools.events import Event
+from marlin_tools.events import Event, silent
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.training.sample import sample
 
 Run = Callable[..., Checkpoint]
 
@@ -120,6 +123,27 @@ def test_the_teacher_can_write_the_text(run: Run, tmp_path: Path) -> None:
     assert json.loads((out.path / "manifest.json").read_text())["calibration"]["source"].startswith("written by")
     assert same_files(out.path, run("again", text=None, sampled=15, seqlen=32).path)
     assert not same_files(out.path, run("other", text=None, sampled=15, seqlen=32, seed=1).path)
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "begin"),
+    [
+        ({"bos_token_id": 5}, {}, 5),
+        ({"bos_token_id": None, "eos_token_id": 7}, {}, 7),
+        ({}, {"bos_token_id": 3, "eos_token_id": [7, 8]}, 3),
+        ({"bos_token_id": None, "eos_token_id": [7, 8]}, {}, None),
+    ],
+)
+def test_what_a_written_text_begins_with(
+    teacher: Path, whole: dict[str, object], part: dict[str, object], begin: int | None
+) -> None:
+    told: Any = SimpleNamespace(config=whole, text_config=part or whole, origin="somewhere")
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    if begin is None:
+        with pytest.raises(ModelError, match="names no BOS token"):
+            sample(model, told, 2, 4, 0, silent)
+    else:
+        assert [int(window[0]) for window in sample(model, told, 2, 4, 0, silent).sequences] == [begin, begin]
 
 
 def test_what_is_trained_can_be_quantized_with_its_zeros(run: Run, tokens: TokenSet, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Compilation without a GPU: gates on every kernel and target, the register table, and the cache on disk."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -304,6 +306,15 @@ def test_folder_that_cannot_be_written(tmp_path, compilations):
 
     for _ in range(3):
         assert cache.get(SMALL).symbol == "symbol"
+    assert len(compilations) == 1
+
+
+def test_a_file_system_without_locks(tmp_path, compilations, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert CubinCache(tmp_path).get(SMALL) == CubinCache(tmp_path).get(SMALL)
     assert len(compilations) == 1
 
 

@@ -1,6 +1,7 @@
 """What goes on beside the computation: reading ahead, writing behind, memory that runs out."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,9 +29,12 @@ CPU = torch.device("cpu")
 def failing_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device that has no memory for more than `limit` tokens at a time; returns the chunk sizes that were tried."""
     tried: list[int] = []
+    before: list[weakref.ref[LayerStream]] = []
     begin, stacked = LayerStream.__init__, Group.stacked
 
     def init(self: LayerStream, *args: object, chunk_tokens: int = CHUNK_TOKENS, **kwargs: object) -> None:
+        assert not any(stream() for stream in before), "what has failed holds the memory still"
+        before.append(weakref.ref(self))
         tried.append(chunk_tokens)
         begin(self, *args, chunk_tokens=chunk_tokens, **kwargs)
 

@@ -89,7 +89,8 @@ class CubinCache:
             yield False
             return
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # without locks, as some network file systems are, two may compile the same
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield True
 
     def _publish(self, key: str, binary: Binary) -> None:
