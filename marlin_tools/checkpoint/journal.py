@@ -32,7 +32,7 @@ class Journal:
         begun = self._read(run, RunState).get("fingerprint", "unreadable") if run.exists() and output.work.exists() else None
         if begun == fingerprint:
             return
-        if begun is not None and not output.overwrite:
+        if begun is not None and output.begun and not output.overwrite:
             raise OutputError(
                 f"`{output.partial}` holds an unfinished run with another model, calibration or settings",
                 hint="repeat the command that began it, or start over with `--no-resume`",

@@ -188,12 +188,12 @@ class OutputDirectory:
             raise explained(error, self.partial) from error
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and self.partial.exists() and not self._begun:
+        if kind is not None and self.partial.exists() and not self.begun:
             shutil.rmtree(self.partial, ignore_errors=True)  # it failed before anything was finished
         os.close(self._descriptor)  # releases the lock
 
     @property
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
         """Whether there is something to go on from: a file of the result, or a state beside the note whose it is."""
         files = [entry for entry in self.work.rglob("*") if entry.is_file()] if self.work.exists() else []
         return bool(files) or (self.state.exists() and any(entry.name != "run.json" for entry in self.state.iterdir()))
@@ -261,7 +261,7 @@ class OutputDirectory:
         return self.out
 
 
-def put(path: Path, text: str) -> None:
+def put(path: Path, text: str, hint: str = ELSEWHERE) -> None:
     """Write one small file, whole or not at all, in a directory that is made if need be."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -269,7 +269,20 @@ def put(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise explained(error, path) from error
+        raise explained(error, path, hint) from error
+
+
+def put_page(path: Path, text: str, mark: str) -> None:
+    """Write a page where nothing is yet, or a page of this kind, which `mark` tells near its beginning."""
+    hint = "choose another `-o FILE`"
+    try:
+        if path.is_dir():
+            raise OutputError(f"`{path}` is a directory, and the page is a file", hint=hint)
+        if path.exists() and mark.encode() not in path.read_bytes()[:1000]:
+            raise OutputError(f"`{path}` exists and is no such page of ours", hint=f"it is never replaced; {hint}")
+    except OSError as error:
+        raise explained(error, path, hint) from error
+    put(path, text, hint)
 
 
 def folder(path: Path, hint: str = ELSEWHERE) -> Path:

@@ -70,6 +70,7 @@ class Checkpoint:
         agree(
             self.config, Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()}), path / "config.json"
         )
+        _ = self.dtype  # refused here, before anything else stumbles over it
 
     @classmethod
     def open(cls, ref: "str | Path | Checkpoint", accept: Callable[[dict[str, Any]], object] | None = None) -> "Checkpoint":

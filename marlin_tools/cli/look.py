@@ -41,14 +41,14 @@ def compare(
     json: Json = False,
 ) -> int:
     """Say what differs between results: sizes, scores, losses, settings."""
-    from marlin_tools.checkpoint.output import put
+    from marlin_tools.checkpoint.output import put_page
     from marlin_tools.report import difference as show
     from marlin_tools.run.plan import RUNS
 
     found = show.compare(directories)
     names = "+".join(re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in found.labels)[:100]
     place = output or RUNS / "compare" / f"{names}.html"
-    put(place, show.as_page(found))
+    put_page(place, show.as_page(found), show.MARK)
     ui.note(f"`{place}` shows it")
     return ui.show(found.describe(), show.as_text(found), as_json=json)
 

@@ -58,13 +58,14 @@ def perform(
     from marlin_tools import report
     from marlin_tools.distributed.device import leads
     from marlin_tools.events import silent
-    from marlin_tools.run.execute import execute, position
+    from marlin_tools.run.execute import check_outputs, execute, position
     from marlin_tools.run.plan import plan
 
     with ui.Display() as display:
         planned = plan(recipe, output, dry=dry_run)
         if dry_run:
             position(planned, again.get("start"))
+            check_outputs(planned)
         result = None if dry_run else execute(planned, display if leads() else silent, **again)
         steps = report.write_pages(result) if result and leads() else {}
     if not leads():

@@ -26,7 +26,7 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.activations import Activations
-from marlin_tools.stream.inventory import check_quads, take_linears
+from marlin_tools.stream.inventory import check_quads, check_shapes, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
 
 REVISION = 7
@@ -77,6 +77,8 @@ class PruneSettings(BlockStage):
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be pruned; forecast the rest."""
         prepared = prepare_prune(outlook.model, self, *outlook.tokens)
+        if not outlook.dry:
+            check_shapes(prepared.inventory)
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.mask),
             *outlook.calibration(),

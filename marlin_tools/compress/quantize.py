@@ -46,7 +46,7 @@ from marlin_tools.formats import FORMATS, FormatName
 from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
-from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, largest_group_sizes, take_linears
+from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, check_shapes, largest_group_sizes, take_linears
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
 REVISION = 9
@@ -162,6 +162,8 @@ class QuantizeSettings(BlockStage):
         """Refuse what could not be solved, stored or exported later; forecast the rest."""
         prepared, how = prepare_quantize(outlook.model, self, *outlook.tokens, outlook.formats), self.tuned(outlook.tokens[0])
         inventory = prepared.inventory
+        if not outlook.dry:
+            check_shapes(inventory)
         shapes = {target.name: (target.n, target.k) for target in inventory.targets}
         counts = Counter(shapes.values()).items()
         facts = [

@@ -175,6 +175,9 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
         return HubDataset(match[1], match[2], match[3] or "train").corpus
     if Path(source).is_file():
         return partial(local_file, Path(source))
+    if Path(source).exists():
+        hint = "name a text file in it" if Path(source).is_dir() else "texts are read twice: write it to a file first"
+        raise DataError(f"`{source}` is no regular file", hint=hint)
     known = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
     is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     hint = f"did you mean `hf:{source}`? {known}" if is_hub else near(source, SOURCES, known)

@@ -114,7 +114,10 @@ def compare(directories: Sequence[Path]) -> Difference:
     """Read two or more model directories."""
     names = [str(path) for path in directories]
     if len({path.expanduser().resolve() for path in directories}) < max(2, len(names)):
-        raise RecipeError("two or more different directories can be compared", hint="marlin-tools compare DIR DIR")
+        raise RecipeError(
+            f"two or more different directories can be compared, not {' and '.join(f'`{name}`' for name in names)}",
+            hint="marlin-tools compare DIR DIR",
+        )
     return Difference({name: gather(Path(name).expanduser(), None, weights=False) for name in names})
 
 
@@ -130,6 +133,10 @@ def as_text(found: Difference) -> str:
         losses = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
         parts.append(table((f"linear: {found.of} lost", *found.labels), losses))
     return "\n\n".join(parts)
+
+
+MARK = 'content="marlin-tools compare"'
+"""What tells such a page."""
 
 
 def as_page(found: Difference) -> str:

@@ -64,7 +64,7 @@ def execute(
 ) -> RunResult:
     """Run the stages. With `start`, those before it are taken as they are and the others are run again."""
     _check_processes(planned)
-    _check_outputs(planned)
+    check_outputs(planned)
     recipe, result = planned.recipe, RunResult()
 
     def hear(event: Event) -> None:
@@ -106,7 +106,7 @@ def _check_processes(planned: Plan) -> None:
         )
 
 
-def _check_outputs(planned: Plan) -> None:
+def check_outputs(planned: Plan) -> None:
     """Every place that the run will write to, before any work: nothing of others lies there, and it can be written to."""
     if not leads():
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import foreign_linears
+from marlin_tools.checkpoint.skeleton import foreign_linears, mismatched, skeleton
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import NESTED, Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
@@ -192,6 +192,20 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
     return Inventory(layout, tuple(targets), kept)
+
+
+def check_shapes(inventory: Inventory) -> None:
+    """Refuse weights of other shapes than config.json asks for, and a config.json that makes no model, before any text is read.
+
+    It takes seconds to import the model's class, so a dry run does without. Experts are looked at one by one later.
+    """
+    layout, checkpoint = inventory.layout, inventory.checkpoint
+    for name, parameter in skeleton(checkpoint, torch.float16).named_parameters():
+        if ".experts." in name:
+            continue
+        ref = layout.place(name)
+        if ref.whole and ref.tensor in checkpoint and checkpoint.shape(ref.tensor) != tuple(parameter.shape):
+            raise mismatched(ref.tensor, checkpoint.shape(ref.tensor), parameter.shape)
 
 
 def _refuse_unknown_parts(layout: Layout) -> None:

@@ -1,5 +1,6 @@
 """Where a result may go: nothing that no run of ours made is ever replaced, and publishing leaves nothing behind."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,15 @@ def test_an_unfinished_run_is_not_cleared() -> None:
         output.write_text("weights.txt", "unfinished")
     assert holds(Path("out"), RUN)
     assert Path("out.partial/model/weights.txt").exists()
+
+
+def test_a_run_that_was_killed_before_it_had_anything_is_in_nobodys_way() -> None:
+    with OutputDirectory("out") as output:
+        Journal(output, RUN)
+    with OutputDirectory("out", resume=True) as output:
+        Journal(output, "other")
+        output.write_text("weights.txt", "1")
+    assert json.loads(Path("out.partial/state/run.json").read_text()) == {"fingerprint": "other"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"fingerprint": 3}', "[" * 100_000, '{"fingerprint": "\\ud800"}'])

@@ -41,6 +41,13 @@ CASES = [
         ),
     ),
     (
+        ("quantize", "demo", "--calib", "/dev"),
+        "error: `/dev` is no regular file\nhint: name a text file in it\n",
+    ),
+    (("quantize", "demo", "--calib", "/dev/null"), "error: `/dev/null` is no regular file\nhint: texts are read twice: "),
+    (("quantize", "demo", "-o", "/dev/null", "--dry-run"), "error: `/dev/null` is a file, not a directory\n"),
+    (("quantize", "demo", "-o", "", "--dry-run"), "error: `.` is no name for a result\n"),
+    (
         ("quantize", "demo", "--seqlen", "5000"),
         "error: sequence length 5000 is more than the 1024 positions of the model\nhint: use `--seqlen 1024`\n",
     ),

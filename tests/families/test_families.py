@@ -19,6 +19,7 @@ from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register, unregister
+from marlin_tools.stream.inventory import check_shapes, take_linears
 from marlin_tools.stream.layer_stream import LayerStream
 from marlin_tools.verification.checks import Subject, check_config
 
@@ -55,6 +56,7 @@ def test_what_is_written_reads_back(
     made: Callable[[str], Path], eager: Load, tokens: TokenSet, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Checkpoint.open(made(model_type))
+    check_shapes(take_linears(source, ()))
     out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
     linears = Layout(source).linears()
     stored = StoredLinears(out)

@@ -133,6 +133,26 @@ def test_one_directory_is_not_compared_with_itself(pair, count):
         compare([pair[0]] * count)
 
 
+def test_only_such_a_page_is_replaced(pair, tmp_path):
+    page = tmp_path / "x.html"
+    for _ in range(2):
+        assert main_code("compare", *map(str, pair), "-o", str(page)) == 0
+    for there in (pair[0] / "config.json", pair[0] / "manifest.json", tmp_path / "mine.html", pair[0]):
+        if not there.exists():
+            there.write_text("<!doctype html>\n<title>mine</title>")
+        before = None if there.is_dir() else there.read_bytes()
+        assert main_code("compare", *map(str, pair), "-o", str(there)) == 2
+        assert there.is_dir() if before is None else there.read_bytes() == before
+
+
+def main_code(*arguments):
+    from marlin_tools.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    return exit_.value.code
+
+
 def test_the_verb_prints_tables_and_leaves_a_page(pair, monkeypatch, tmp_path, capsys):
     from marlin_tools.cli import main
 
