@@ -18,6 +18,7 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, ModelError, NumericalError, OutputError, RecipeError
 from marlin_tools.events import Event, silent
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.training import loop
 from marlin_tools.training.sample import sample
 
 Run = Callable[..., Checkpoint]
@@ -82,8 +83,11 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, stop: int) -> None:
     )
 
 
-def test_what_gets_worse_is_not_kept(run: Run, pruned: Path) -> None:
-    source, out = Checkpoint.open(pruned), run(rate=0.5)
+def test_what_gets_worse_is_not_kept(run: Run, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_WORSE", 1.1)  # a model of random weights has no more to lose
+    notes: list[str] = []
+    source, out = Checkpoint.open(pruned), run(rate=0.5, how={"emit": lambda event: notes.append(event.text)})
+    assert sum("a lower rate than 0.5 may learn more" in note for note in notes) == 1
     facts = json.loads((out.path / "manifest.json").read_text())
     assert facts["best_step"] == 0 < facts["steps"]
     assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
