@@ -20,6 +20,7 @@ from torch import Tensor
 
 from marlin_tools.checkpoint.contract import Tensors, agree, check_config
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
+from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.checkpoint.output import BESIDE, sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
@@ -214,6 +215,7 @@ def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    give_up_early()
     try:
         config = hf_hub_download(repo, "config.json", revision=revision)
         if accept is not None:

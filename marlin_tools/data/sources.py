@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_tools.data.offline import give_up_early
+from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.data.rows import TABLES, Document, Rows, documents, paragraphs, read_rows, read_text, texts
 from marlin_tools.errors import DataError, first_line, near
 from marlin_tools.resources import demo_dir

@@ -48,6 +48,8 @@ def generate(
     """What the model writes after `prompt`, without the prompt. An empty prompt starts from the BOS token."""
     settings = settings or GenerateSettings()
     emit(Event("stage", "generate"))
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise DataError("the prompt is no text in UTF-8", hint="check the terminal's locale, or call `generate` from Python")
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
     ids = Encoder(tokenizer, "off", checkpoint.text_config["vocab_size"])(prompt)
@@ -57,7 +59,10 @@ def generate(
         ids = torch.tensor([tokenizer.bos_token_id])
     room = int(checkpoint.text_config.get("max_position_embeddings", len(ids) + settings.max_new_tokens)) - len(ids)
     if room < 1:
-        raise DataError(f"the prompt has {len(ids)} tokens, as many as the model has positions", hint="shorten the prompt")
+        raise DataError(
+            f"the prompt has {len(ids)} tokens and leaves no room in the model's {len(ids) + room} positions",
+            hint="shorten the prompt",
+        )
     if room < settings.max_new_tokens:
         emit(Event("note", f"{room} tokens are left to the model, {settings.max_new_tokens} asked for"))
     reads = settings.activations

@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.model import LM
 
-from marlin_tools.data.offline import give_up_early
+from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.errors import DataError, DeviceError, first_line
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.evaluation.task_index import Tasks

@@ -90,5 +90,5 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub()
     monkeypatch.setattr("datasets.load_dataset", fake.load_dataset)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("marlin_tools.data.offline.hub_answers", lambda: True)
+    monkeypatch.setattr("marlin_tools.checkpoint.offline.hub_answers", lambda: True)
     return fake

@@ -55,8 +55,13 @@ def test_generation_ends_where_the_positions_end(tiny_llama):
 
 
 def test_a_prompt_that_fills_all_positions_is_refused(model):
-    with pytest.raises(DataError, match="as many as the model has positions"):
+    with pytest.raises(DataError, match="leaves no room in the model's"):
         generate(model, "The boat. " * 400, settings())
+
+
+def test_a_prompt_that_is_no_text_is_refused(model):
+    with pytest.raises(DataError, match=r"no text in UTF-8"):
+        generate(model, b"\xff\xfe".decode("utf-8", "surrogateescape"))
 
 
 def test_it_tells_how_far_it_is(model):

@@ -1,5 +1,6 @@
 """Whether the hub can be asked, found out once and within seconds, before a library retries for a minute in many lines."""
 
+import sys
 import threading
 from functools import cache
 
@@ -9,12 +10,12 @@ WAIT = 5.0
 
 def give_up_early() -> None:
     """Where the hub does not answer, tell the libraries that read from it to be offline: they look into its cache at once."""
-    import datasets
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE and not hub_answers():
         constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+        if (loaded := sys.modules.get("datasets")) is not None:  # it copies the constant when it is imported
+            loaded.config.HF_HUB_OFFLINE = True
 
 
 @cache

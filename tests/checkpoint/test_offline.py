@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from marlin_tools.data import offline
+from marlin_tools.checkpoint import offline
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.sources import find_corpus
-from marlin_tools.errors import DataError
+from marlin_tools.errors import DataError, ModelError
 
 
 def looks_for_long(*_args: object, **_options: object) -> None:
@@ -45,6 +46,15 @@ def test_a_hub_that_does_not_answer_is_given_up_early() -> None:
 
     assert time.perf_counter() - begin < 10
     assert 1 == len(refusal.value.lines)
+
+
+@pytest.mark.usefixtures("deaf")
+def test_nor_is_it_asked_for_a_model() -> None:
+    begin = time.perf_counter()
+    with pytest.raises(ModelError, match="`nobody/nothing` is not in the local cache and cannot be downloaded"):
+        Checkpoint.open("nobody/nothing")
+
+    assert time.perf_counter() - begin < 10
 
 
 def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
