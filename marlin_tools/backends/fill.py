@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from marlin_tools.checkpoint.contract import COMPUTED
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import damaged, mismatched, read_weight
 from marlin_tools.errors import ModelError
@@ -24,9 +25,6 @@ from marlin_tools.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
-"""Buffers that old checkpoints store and that models compute today."""
 
 _MISMATCH = "config.json and weights do not belong together; download the model again"
 
@@ -113,7 +111,7 @@ def _account(
     left = [
         name
         for name in checkpoint.names()
-        if name not in used and not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored)
+        if name not in used and not COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored)
         if not _is_zero_bias(checkpoint, name) and not (layout is not None and layout.foreign(name))
     ]
     if left:
@@ -141,7 +139,8 @@ def _fill_tied(model: "PreTrainedModel", checkpoint: Checkpoint, names: Mapping[
         old = getattr(module, leaf)
         if first is None or ref.tensor in checkpoint:
             stored = read_weight(checkpoint, ref.tensor, old.shape) if ref.whole else _part(checkpoint, ref, old.shape)
-            tensor = stored.to(device, old.dtype)
+            # a buffer, such as what corrects DeepSeek's routers, stays in the type that its makers chose, as in transformers
+            tensor = stored.to(device, old.dtype if isinstance(old, nn.Parameter) else stored.dtype)
             if first is None or not torch.equal(tensor, first):
                 first = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
         setattr(module, leaf, first)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools import ops
+from marlin_tools.backends.reference import KeepsScales
 from marlin_tools.formats.contents import grid_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.ops.linear import w4a8, w4a16, w24a16
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class NativeLinear(nn.Module):
+class NativeLinear(KeepsScales):
     """`nn.Linear` with a packed INT4 weight. Takes float16 or bfloat16 [..., K]; the weights stay in 4 bits."""
 
     codes: Tensor
-    scales: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: ops.PackedWeight | ops.PackedSparse, bias: Tensor | None = None) -> None:

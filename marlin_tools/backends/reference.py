@@ -6,6 +6,9 @@ Both forms multiply with `QuantizedLinear.dequantize()` and nothing else; they d
     PackedLinear  at each call: the codes stay packed two per byte beside their scales, so the model takes the memory of INT4
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,11 +26,23 @@ def at_load(weight: QuantizedLinear, bias: Tensor | None, device: torch.device, 
     return linear
 
 
-class PackedLinear(nn.Module):
+class KeepsScales(nn.Module):
+    """Whose scales are what was stored, also where the rest of a model is made another type: `model.to(torch.bfloat16)`."""
+
+    scales: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's own)
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not scales.is_meta:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+
+class PackedLinear(KeepsScales):
     """`nn.Linear` with a 4-bit weight: `pairs` uint8 [N*K/2] holds two codes per byte, the first in the low half."""
 
     pairs: Tensor
-    scales: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: QuantizedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> None:
@@ -41,6 +56,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("pairs", pack_nibbles(codes, torch.uint8).to(device))
         self.register_buffer("scales", weight.scales.to(device))
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's own)
+        self.dtype = fn(self.scales.new_empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def weight(self) -> QuantizedLinear:
         """The weight in the neutral form."""

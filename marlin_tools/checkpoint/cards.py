@@ -180,7 +180,8 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo
         settings = AutoConfig.for_model(config["model_type"], **known)
         nested = settings.get_text_config() is not settings
         model = (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)
-        tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+        head = model.get_output_embeddings()  # tied by config.json, or because models of this type are
+        tied = {"lm_head.weight"} if head is not None and head.weight is model.get_input_embeddings().weight else set()
         tensors = revert_weight_conversion(model, {n: t for n, t in model.state_dict().items() if n not in tied})
     return {
         name: TensorInfo(Path(), tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())

@@ -202,6 +202,9 @@ class Tensors(NamedTuple):
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Where a config.json says how many experts there are."""
 
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
+"""Buffers, masks among them, that old checkpoints store and that models compute today."""
+
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|blocks|h))\.(?P<index>\d{1,9})\.")
 _OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|mtp")
 """Parts of a model that are not its text decoder."""
@@ -223,6 +226,8 @@ def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
             for value, found, key in zip(wanted, shape, ("vocab_size", "hidden_size"), strict=False):
                 if value != found and (value is not None or text is config):
                     raise _disagreement(where, f"`{key}` is {value or 'missing'}, but `{name}` is {list(shape)}")
+        if COMPUTED.search(name):
+            continue
         weight = name.endswith(("norm.weight", "embed_tokens.weight")) or (
             config.get("quantization_config") is None and name.endswith((".weight", ".bias"))
         )

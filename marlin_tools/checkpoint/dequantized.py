@@ -1,12 +1,14 @@
 """Checkpoints whose weights are stored in 8 or 4 bits by their makers, read as if they were stored in 16.
 
-    fp8      F8_E4M3 codes `x.weight` and a scale for each block of them, `x.weight_scale_inv`: DeepSeek, Qwen
+    fp8      F8_E4M3 codes `x.weight` and a scale for each block of them, `x.weight_scale_inv`: DeepSeek, Qwen; or one for
+             all of them, and one for what they read, `x.activation_scale`, which 16 bits do without: Mistral
     mxfp4    E2M1 codes `x_blocks`, two in a byte, and a power of two for every 32 of them, `x_scales`: GPT-OSS
 
 MXFP4 values are exact in bfloat16. FP8 values are multiplied in float32 and rounded once, as their makers do it.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +19,7 @@ from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
 
-_SCALES = "_scale_inv"
+_SCALES, _READ = "_scale_inv", ".activation_scale"
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
@@ -49,6 +51,8 @@ class DequantizedView(Checkpoint):
                 experts, rows, groups, half = stored.shape
                 headers.append((name.removesuffix(_BLOCKS), self._as_16_bits(stored, (experts, groups * half * 2, rows))))
             elif name + _SCALES in names:
+                if stored.dtype != torch.float8_e4m3fn or math.prod(self._source.shape(name + _SCALES)) != 1:
+                    _check_blocks(name, stored.dtype, stored.shape, self._source.shape(name + _SCALES), self._block_size)
                 headers.append((name, self._as_16_bits(stored, stored.shape)))
             elif stored.dtype.itemsize == 1 and stored.dtype.is_floating_point:
                 raise ModelError(f"`{name}` has FP8 codes, but no `{name}{_SCALES}`", hint=_BROKEN)
@@ -58,9 +62,12 @@ class DequantizedView(Checkpoint):
 
     def _belongs(self, name: str, names: set[str]) -> bool:
         """Whether a tensor holds scales of another."""
-        return (name.endswith(_SCALES) and name.removesuffix(_SCALES) in names) or (
-            name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _BLOCKS in names
+        others = (
+            (_SCALES, ""),
+            (_EXPONENTS, _BLOCKS),
+            (_READ, f".weight{_SCALES}"),
         )
+        return any(name.endswith(own) and name.removesuffix(own) + other in names for own, other in others)
 
     def _as_16_bits(self, stored: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
         return TensorInfo(stored.file, shape, self.dtype, math.prod(shape) * self.dtype.itemsize)
@@ -71,7 +78,9 @@ class DequantizedView(Checkpoint):
             return _from_mxfp4(name, self._source.read(name + _BLOCKS), self._source.read(name + _EXPONENTS)).to(self.dtype)
         if name in self._source and name + _SCALES in self._source:
             codes, scales = self._source.read(name), self._source.read(name + _SCALES)
-            return _from_fp8(name, codes, scales, self._block_size).to(self.dtype)
+            if scales.numel() == 1:
+                return (codes.float() * scales.float().reshape(())).to(self.dtype)
+            return _from_fp8(codes, scales, self._block_size).to(self.dtype)
         self.stored(name)
         return self._source.read(name)
 
@@ -93,12 +102,16 @@ class DequantizedView(Checkpoint):
         return self._source.fingerprint
 
 
-def _from_fp8(name: str, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+def _check_blocks(name: str, dtype: torch.dtype, shape: Sequence[int], scales: Sequence[int], block: tuple[int, int]) -> None:
+    """Refuse codes whose scales are not one for each block."""
+    wanted = [-(-size // each) for size, each in zip(shape, block, strict=False)]
+    if len(shape) != 2 or dtype != torch.float8_e4m3fn or list(scales) != wanted:
+        raise ModelError(f"`{name}` is {list(shape)} with scales {list(scales)}, not {wanted}", hint=_BROKEN)
+
+
+def _from_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """Codes [N, K] times the scale of their block; the blocks at the edges may be smaller."""
     height, width = block
-    wanted = [-(-size // each) for size, each in zip(codes.shape, block, strict=False)]
-    if codes.ndim != 2 or codes.dtype != torch.float8_e4m3fn or list(scales.shape) != wanted:
-        raise ModelError(f"`{name}` is {list(codes.shape)} with scales {list(scales.shape)}, not {wanted}", hint=_BROKEN)
     each = scales.float().repeat_interleave(height, 0)[: codes.shape[0]].repeat_interleave(width, 1)[:, : codes.shape[1]]
     return codes.float() * each
 

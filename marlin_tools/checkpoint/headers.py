@@ -90,7 +90,8 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
         places = content["weight_map"]
         files = {path / name for name in places.values()}
     else:
-        files = set(path.glob("*.safetensors")) - {path / "reference.safetensors"}
+        whole = path / "model.safetensors"  # some models lie there a second time, in their makers' own layout
+        files = {whole} if whole.is_file() else set(path.glob("*.safetensors")) - {path / "reference.safetensors"}
     if not files:
         pickled = any(any(path.glob(pattern)) for pattern in _PICKLES)
         hint = (

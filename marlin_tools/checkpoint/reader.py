@@ -56,6 +56,8 @@ ALIASES = {
 }
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_HUB_TWICE = ["original/*", "metal/*", "consolidated*"]
+"""The same weights once more, as other programs read them."""
 
 
 class Checkpoint:
@@ -221,7 +223,10 @@ def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
         if accept is not None:
             accept(read_config(Path(config).parent))
         offline = constants.HF_HUB_OFFLINE  # said, because a commit is looked up on the hub even if it is in the cache
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline))
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_TWICE, local_files_only=offline
+        )
+        return Path(folder)
     except GatedRepoError as error:
         raise ModelError(
             f"`{repo}` is gated",

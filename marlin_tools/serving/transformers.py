@@ -186,6 +186,11 @@ class PackedQuantizer(HfQuantizer):
             found: Tensor = tensors.get_tensor(name)
             return found.to(tensor.device)
 
+    def _scales_dtype(self, name: str) -> torch.dtype:
+        """The type in which the scales of a linear are stored, whatever the model computes in."""
+        stored = (self._headers[f"{name}.{suffix}"].dtype for suffix in self._format.suffixes)
+        return next(dtype for dtype in stored if dtype.is_floating_point)
+
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of the checkpoint, and not those that our linears hold."""
         ours = {name: module for name, module in model.named_modules() if _weight(module) is not None}
@@ -197,7 +202,7 @@ class PackedQuantizer(HfQuantizer):
         for name, module in ours.items():
             weight = _weight(module)
             assert weight is not None
-            for suffix, tensor in self._format.pack(weight, model.dtype).items():
+            for suffix, tensor in self._format.pack(weight, self._scales_dtype(name)).items():
                 state[f"{name}.{suffix}"] = tensor
         return state, {}
 

@@ -16,6 +16,7 @@ from typing import Any
 from marlin_tools import __version__, ops
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import Branch, Family, known_family
+from marlin_tools.families.layout import Layout
 from marlin_tools.formats import get_format
 from marlin_tools.formats.contents import Contents
 from marlin_tools.quantized import ActivationType
@@ -174,11 +175,14 @@ def commands(engines: Collection[str], directory: str) -> Iterator[tuple[str, st
 
 def _judge_as(contents: Contents, layout: str) -> tuple[EngineVerdict, ...]:
     """Verdicts on a quantised checkpoint, were its weights stored as `layout`."""
+    if known_family(contents.checkpoint.config) is None:
+        return ()
     try:
         linears = {name: (grid.n, grid.k) for name, grid in contents.grids.items()}
+        family = Layout(contents.checkpoint).family  # with the names that are stored here, also within another model
     except (FormatError, ModelError):
         return ()
-    if (family := known_family(contents.checkpoint.config)) is None or not linears:
+    if not linears:
         return ()
     config, reads = contents.checkpoint.text_config, contents.activations
     return judge_engines(config, family, linears, contents.plain, layout, contents.sizes, reads)
@@ -249,6 +253,19 @@ def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
     for prefix, branch in model.branches():
         if reason := _cut(model, prefix, branch, size) or _unfit_tile(engine, model, prefix, branch, size):
             return reason
+    return _cut_experts(model, size)
+
+
+def _cut_experts(model: _Model, size: int) -> str | None:
+    """What a split of experts would tear apart: an engine cuts each of them as it cuts what is called by all."""
+    for name, (outputs, _) in model.linears.items():
+        if ".experts." not in name:
+            continue
+        if name.endswith((".down_proj", ".w2")):
+            if reason := _cut_inputs(model, name, size):
+                return reason
+        elif outputs % size:
+            return f"`{name}`: {outputs} outputs do not divide among {size}"
     return None
 
 
@@ -264,14 +281,17 @@ def _cut(model: _Model, prefix: str, branch: Branch, size: int) -> str | None:
         if name in model.linears and model.linears[name][0] % size and not branch.attends:
             return f"`{name}`: {model.linears[name][0]} outputs do not divide among {size}"
     leaving = prefix + branch.exit
-    if leaving not in model.linears:
-        return None
-    k = model.linears[leaving][1]
-    unit = 8 if model.sizes[leaving] == -1 else model.sizes[leaving]
+    return _cut_inputs(model, leaving, size) if leaving in model.linears else None
+
+
+def _cut_inputs(model: _Model, name: str, size: int) -> str | None:
+    """What a split of a linear's inputs would tear apart."""
+    k = model.linears[name][1]
+    unit = 8 if model.sizes[name] == -1 else model.sizes[name]
     if k % size:
-        return f"`{leaving}`: {k} inputs do not divide among {size}"
+        return f"`{name}`: {k} inputs do not divide among {size}"
     if k // size % unit:
-        return f"`{leaving}`: {k // size} inputs per rank are not a multiple of {'8' if unit == 8 else f'group_size {unit}'}"
+        return f"`{name}`: {k // size} inputs per rank are not a multiple of {'8' if unit == 8 else f'group_size {unit}'}"
     return None
 
 

@@ -6,6 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hostile_files import CONFIG, MANIFEST, QUANTIZATION, header, safetensors, tensors, write_json, write_model
 from marlin_tools.checkpoint.manifest import read_manifest
@@ -57,6 +59,24 @@ def test_links_out_of_the_directory_are_refused(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(elsewhere)
     refused(model, f"{name}` is a link out of its directory")
+
+
+def test_one_whole_file_is_the_model_whatever_lies_beside_it(model: Path) -> None:
+    names = Checkpoint.open(model).names()
+    tensors = {name: Checkpoint.open(model).read(name) for name in names}
+    for file in (*model.glob("*.safetensors"), *model.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, model / "model.safetensors")
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, model / "consolidated.safetensors")
+    assert Checkpoint.open(model).names() == names
+
+
+def test_masks_that_old_models_store_are_no_weights(model: Path) -> None:
+    save_file({"model.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, model / "more.safetensors")
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"]["model.layers.0.attention.bias"] = "more.safetensors"
+    write_json(model / INDEX, index)
+    assert Checkpoint.open(model).read("model.layers.0.attention.bias").dtype == torch.bool
 
 
 def test_links_inside_and_into_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:

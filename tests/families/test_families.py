@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,11 +18,13 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.families.layout import Layout
+from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register, unregister
 from marlin_tools.stream.inventory import check_shapes, take_linears
 from marlin_tools.stream.layer_stream import LayerStream
 from marlin_tools.verification.checks import Subject, check_config
+from marlin_tools.verification.engines import judge_checkpoint
 
 Load = Callable[[str, Path], torch.nn.Module]
 
@@ -134,6 +137,27 @@ def _dequantized(source: Checkpoint, stored: StoredLinears, folder: Path) -> Pat
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
     return folder
+
+
+def test_engines_look_into_a_model_within_another(made: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = QuantizeSettings(preset="rtn", group_size=32, ignore=(r"layers\.0\.self_attn\.q_proj",))
+    out = quantize(made("gemma3"), None, settings, tmp_path / "out")
+    (verdict,) = [each for each in judge_checkpoint(Contents(out)) if each.engine == "vLLM"]
+    assert not verdict.loads
+    assert "q_proj` is not quantised, but fused with linears that are" in verdict.reasons[1]
+
+
+@torch.no_grad()
+def test_what_corrects_a_router_keeps_its_type(made: Callable[[str], Path], tmp_path: Path) -> None:
+    source = made("deepseek_v3")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    (bias,) = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    tensors[bias] = 8 + torch.arange(tensors[bias].numel()) / 512  # of which bfloat16 knows two
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    held = dict(load(tmp_path, device="cpu", dtype=torch.bfloat16).named_buffers())
+    assert torch.equal(next(value for name, value in held.items() if name.endswith("e_score_correction_bias")), tensors[bias])
 
 
 def write_words(folder: Path) -> None:

@@ -57,6 +57,24 @@ def test_fp8_blocks_are_codes_times_their_scale(made: Callable[[str], Path], tmp
             break
 
 
+def to_fp8_at_once(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[f"{name}_scale_inv"] = torch.tensor(0.37, dtype=torch.bfloat16)
+        tensors[f"{name.removesuffix('.weight')}.activation_scale"] = torch.tensor(2.0)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def test_fp8_with_one_scale(made: Callable[[str], Path], tmp_path: Path) -> None:
+    scheme = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    path = rewritten(made("llama"), tmp_path / "fp8", to_fp8_at_once, scheme)
+    raw, view = load_file(path / "model.safetensors"), dequantized(Checkpoint.open(path))
+    assert view.names() == sorted(name for name in raw if not name.endswith("_scale_inv") and "activation_scale" not in name)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(view.read(name), (raw[name].float() * torch.tensor(0.37).bfloat16().float()).bfloat16())
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert not any("activation_scale" in each for each in out.names())
+
+
 def test_a_model_in_fp8_is_quantized_as_if_it_were_not(made: Callable[[str], Path], tmp_path: Path) -> None:
     path = rewritten(made("llama"), tmp_path / "fp8", to_fp8, FP8)
     view, wide = dequantized(Checkpoint.open(path)), tmp_path / "wide"

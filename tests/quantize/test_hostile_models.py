@@ -182,6 +182,7 @@ def test_a_quantized_model_is_not_quantized_again(tiny_llama: Path, run: Run, tm
 def test_nothing_left_to_quantize(tiny_llama: Path, refused: Callable[..., MarlinToolsError]) -> None:
     refused(tiny_llama, ModelError, "no linear is left", ignore=(".*",))
     refused(tiny_llama, RecipeError, "no regular expression", ignore=("(",))
+    refused(tiny_llama, ModelError, "`--ignore dwon_proj` matches nothing", ignore=("q_proj", "dwon_proj"))
 
 
 def test_a_tokenizer_that_cannot_be_loaded(victim: Path) -> None:

@@ -117,6 +117,22 @@ def test_saving_writes_the_same_checkpoint(stored, layout, tmp_path):
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+@pytest.mark.parametrize("way", ["loaded", "made"])
+def test_scales_that_only_float16_holds_survive_bfloat16(stored, tmp_path, way):
+    folder, _ = stored("compressed-tensors")
+    before = load_file(folder / "model.safetensors")
+    for name in (name for name in before if name.endswith("weight_scale")):
+        before[name] = torch.nextafter(before[name], torch.ones_like(before[name]))
+    save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if way == "loaded" else torch.float16)
+    model = model.to(torch.bfloat16)
+
+    assert model(torch.arange(8)[None]).logits.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "again")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before if ".weight_" in name)
+
+
 def test_bfloat16_runs_on_torch_s_product(stored, tmp_path):
     folder, weights = stored("gptq")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -115,6 +115,16 @@ def test_reasons_name_linear_and_rule(model, group_size, engine, size, reason):
     assert judge(model, group_size=group_size)[engine].reasons[size].startswith(reason)
 
 
+def test_experts_are_cut_too():
+    expert = "model.layers.0.mlp.experts.7"
+    linears = shapes(LLAMA3_8B) | {f"{expert}.gate_proj": (768, 4096), f"{expert}.down_proj": (4096, 768)}
+    verdicts = judge_engines(LLAMA3_8B, find_family(LLAMA3_8B), linears, (), "gptq", dict.fromkeys(linears, 128))
+    found = {verdict.engine: verdict for verdict in verdicts}["vLLM"]
+
+    assert found.sizes == (1, 2)
+    assert found.reasons[4] == f"`{expert}.down_proj`: 192 inputs per rank are not a multiple of group_size 128"
+
+
 def test_each_linear_is_held_against_its_own_groups():
     """Half of 86 groups of 128 is the least, of 172 groups of 64 a quarter; the others are cut between outputs."""
     vllm = {down: judge(LLAMA2_7B, "compressed-tensors", down=down)["vLLM"] for down in (None, 64, 16)}
