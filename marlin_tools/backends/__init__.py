@@ -143,7 +143,13 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
         else:
             chosen = "; ".join([*tried, "the first that can"]) if tried else "the default"
             return candidate, f"{backend.what}; {'asked for' if name != 'auto' else chosen}"
-    raise DeviceError("; ".join(tried), hint=_SMALLER)
+    elsewhere = name != "auto" and device.type not in BACKENDS[name].devices
+    hint = (
+        f"leave `--backend` out, or name a device of its own: {', '.join(sorted(BACKENDS[name].devices))}"
+        if elsewhere
+        else _SMALLER
+    )
+    raise DeviceError("; ".join(tried), hint=hint)
 
 
 def _bytes(model: "PreTrainedModel", quantized: int, backend: Backend) -> int:

@@ -310,6 +310,8 @@ def explained(error: OSError, path: Path, hint: str = ELSEWHERE) -> MarlinToolsE
             f"no space left for `{path}` ({free / 1e9:.1f} GB free)",
             hint="free some disk and run the same command again; finished blocks are kept",
         )
+    if error.errno == errno.EFBIG:
+        return OutputError(f"`{path}` would be larger than a file may be here", hint="raise the limit: `ulimit -f unlimited`")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return OutputError(f"`{path}` is not writable: {error.strerror}", hint=hint)
     return OutputError(f"cannot write `{path}`: {error.strerror}", hint=hint)

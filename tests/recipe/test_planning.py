@@ -146,7 +146,7 @@ def test_codes_learn_once_they_are_there():
 
 
 @pytest.mark.parametrize(("told", "tied"), [({}, True), ({"tie_word_embeddings": False}, False)])
-def test_heads_are_tied_where_models_of_a_type_are(told: dict[str, bool], tied: bool) -> None:  # noqa: FBT001
+def test_heads_are_tied_where_models_of_a_type_are(told: dict[str, bool], tied: bool) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     sizes |= {"num_key_value_heads": 1, "head_dim": 32}
     assert ("lm_head.weight" in Card({"model_type": "gemma2", **sizes, **told}, "card")) is not tied
