@@ -33,6 +33,19 @@ _USUAL = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_LOGGING_STREAM": "ext:/
 """What is set unless the user has: a forked engine could not use a GPU that this process has asked about, and standard output
 is for results."""
 
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a start of vLLM ends with, in this process or for want of an engine in another; a timeout is an OSError."""
+
 _AT_ONCE = 64  # sequences whose predictions lie in memory as Python objects
 _LEAST = 1e-12  # of a probability that is the rest of others
 _POSITIONS = 32768
@@ -81,7 +94,7 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
             emit(Event("note", f"vLLM reads at most {options['max_model_len']} tokens of an item"))
         try:
             self.judge = VLLM(pretrained=str(checkpoint.path), dtype="auto", seed=seed, batch_size=batch, **options)
-        except Exception as error:  # whatever ends it, in this process or in the engine's
+        except _FAILURES as error:
             raise DeviceError(
                 f"vLLM did not start with `{self._origin}`: {first_line(error)}",
                 hint="what it printed says why, such as GPU memory that others hold; `--backend native` does without vLLM",

@@ -142,22 +142,19 @@ def compress(
         journal = Journal(output, run) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
         shards = Shards(plan.inventory, writer, journal, job.device)
-
-        def failure(tokens: int) -> torch.OutOfMemoryError | None:
-            """Go through all blocks. Where the device runs out of memory, nothing that is on it outlives this call."""
+        tokens, stream = method.chunk, None
+        while True:
             try:
                 if method.dense is not None:
                     _choose_dense(job, method.dense, tokens, output, emit)
                 stream = _stream(job, tokens)
                 shards.start()
                 compress_blocks(stream, method, store, shards, team, emit)
+                break
             except torch.OutOfMemoryError as error:
-                return error.with_traceback(None)
-            return None
-
-        tokens = method.chunk
-        while (error := failure(tokens)) is not None:
-            tokens = _fewer(job, tokens, error, emit)
+                failure = error.with_traceback(None)
+            stream = None  # nothing of this pass is left on the device when the next one begins
+            tokens = _fewer(job, tokens, failure, emit)
         if team.leads:
             writer.finish(plan.checkpoint, job.config)
             _publish(job, output, run, shards.entries, time.perf_counter() - begin, emit)

@@ -38,6 +38,7 @@ def asked(monkeypatch):
         (("--shape", "llama3-8b"), "shape", "llama3-8b"),
         (("--layers", "3"), "layers", 3),
         (("--preset", "marlin"), "preset", "marlin"),
+        (("--sparsity", "2:4"), "sparsity", "2:4"),
         (("--num-samples", "16"), "samples", 16),
         (("--seqlen", "64"), "seqlen", 64),
         (("--device", "cpu"), "device", "cpu"),

@@ -201,7 +201,7 @@ def test_every_option_is_tried():
     tried |= {
         (f"bench {part}", name) for part in ("kernels", "model", "quantize") for name in ("output", "json")
     }  # tests/cli/test_bench.py
-    tried |= {("bench quantize", name) for name in ("shape", "layers", "preset", "samples", "seqlen", "device")}
+    tried |= {("bench quantize", name) for name in ("shape", "layers", "preset", "sparsity", "samples", "seqlen", "device")}
     fine = "shape layers student seqlen batch micro steps recompute device output json"  # tests/cli/test_bench_finetune.py
     tried |= {("bench finetune", name) for name in fine.split()}
     tried |= {("kernels list", "arch"), ("kernels list", "json")}
