@@ -49,7 +49,7 @@ from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, check_shapes, largest_group_sizes, take_linears
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
-REVISION = 9
+REVISION = 10
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 TUNED = 3
