@@ -54,7 +54,8 @@ def dying(self, **how):
 Block.batches = dying
 for preset in presets.split(","):
     more = ["fast", "--sparsity", "2:4", "--keep-dense", "40%"] if preset == "dense" else [preset]
-    more += ["--ignore", r"experts\.1\.gate_proj"]  # where there are experts, one has another shape
+    if "experts" in open(f"{model}/config.json").read():
+        more += ["--ignore", r"experts\.1\.gate_proj"]  # one has another shape
     try:
         main(["quantize", model, "--calib", text, "--num-samples", "5", "--seqlen", "48", "--device", "cpu", "--preset", *more,
               "-o", f"{out}/{preset}"])

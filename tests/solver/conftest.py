@@ -47,7 +47,7 @@ def on_host(compiled: Callable[[Kernel], Any], monkeypatch: pytest.MonkeyPatch) 
         launched.append(kernel.name)
         compiled(kernel)(kernel.arguments.layout.pack(*values), blocks, kernel.threads)
 
-    monkeypatch.setattr(solver, "_launch", launch)
+    monkeypatch.setattr(solver.driver, "start", launch)
     monkeypatch.setattr(solver, "target_of", lambda _device: "sm_80")
     monkeypatch.setattr(solver, "runs_on", lambda tensor: True)
     return launched

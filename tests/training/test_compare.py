@@ -70,6 +70,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert bool(whole[GUARD + size :].isnan().all())
 
 
+def on_host(compiled: Callable[[torch.dtype], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for the kernel gets it on the CPU."""
+    types = {module._kernel(dtype, "sm_80"): dtype for dtype in module.OUTPUTS}
+
+    def start(kernel: Kernel, ctas: int, on: Tensor, *values: float) -> None:
+        compiled(types[kernel])(kernel.arguments.layout.pack(*values), ctas, kernel.threads)
+
+    monkeypatch.setattr(module.driver, "start", start)
+    monkeypatch.setattr(module, "target_of", lambda _device: "sm_80")
+
+
 @pytest.fixture(params=["torch", "kernel"])
 def found(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, Tensor]]:
     """`compare`, in torch or as the kernel does it."""
@@ -84,11 +95,7 @@ def found(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     compiled = request.getfixturevalue("compiled")
     request.getfixturevalue("poisoned")
 
-    def launch(dtype: torch.dtype, ctas: int, on: Tensor, *values: float) -> None:
-        kernel = module._kernel(dtype, "sm_80")
-        compiled(dtype)(kernel.arguments.layout.pack(*values), ctas, kernel.threads)
-
-    monkeypatch.setattr(module, "_launch", launch)
+    on_host(compiled, monkeypatch)
 
     def in_kernel(
         logits: tuple[Tensor, Tensor], following: Tensor, weights: tuple[float, float], caps: Caps, dtype: torch.dtype
@@ -207,10 +214,7 @@ def test_a_token_outside_the_vocabulary_is_not_read(
     compiled: Callable[[torch.dtype], Any], monkeypatch: pytest.MonkeyPatch, following: int
 ) -> None:
     logits, _ = problem(40, rows=1)
-    kernel = module._kernel(torch.float32, "sm_80")
-    monkeypatch.setattr(
-        module, "_launch", lambda dtype, ctas, _on, *a: compiled(dtype)(kernel.arguments.layout.pack(*a), ctas, kernel.threads)
-    )
+    on_host(compiled, monkeypatch)
     losses, _ = module._in_one_kernel(logits, torch.tensor([following]), (1, 0.1), SCALE, (None, None), torch.float32)
     assert bool(losses.isnan().all())
 
