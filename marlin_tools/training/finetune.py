@@ -332,5 +332,7 @@ class _Work:
         warnings = [trainer.stopped] if trainer.stopped else []
         write_manifest(self.output, "finetune", facts, {"seconds": round(seconds, 2)}, warnings)
         self.output.publish()
+        if trainer.best_step == 0:
+            self.emit(Event("note", "nothing was learned that helps on other text: try more of it, or another `--rate`"))
         said = f"finetune: held-out KL {first:.4f} -> {best:.4f} after {trainer.best_step} steps, into `{self.output.out}`"
         self.emit(Event("result", said, data={"seconds": seconds, "held_out_kl": trainer.measured}))

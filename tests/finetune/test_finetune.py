@@ -88,6 +88,7 @@ def test_what_gets_worse_is_not_kept(run: Run, pruned: Path, monkeypatch: pytest
     notes: list[str] = []
     source, out = Checkpoint.open(pruned), run(rate=0.5, how={"emit": lambda event: notes.append(event.text)})
     assert sum("a lower rate than 0.5 may learn more" in note for note in notes) == 1
+    assert any("nothing was learned" in note for note in notes)
     facts = json.loads((out.path / "manifest.json").read_text())
     assert facts["best_step"] == 0 < facts["steps"]
     assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
