@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -136,63 +137,36 @@ def forecast_quantize(
     checkpoint: Checkpoint,
     inventory: Inventory,
     solver: RTN | GPTQ,
-    tokens: int,
-    longest: int,
+    text: tuple[int, int],
     device: torch.device,
     *,
     pruner: Pruner | None = None,
+    also: Literal["tuning", "choice"] | None = None,
 ) -> Forecast:
-    """Count the work of one block and multiply. `tokens` is 0 when no data is needed; `pruner` chooses masks, if any.
+    """Count the work of one block and multiply. Processes share the work.
 
-    Processes share the work.
+    text     (tokens, the longest sequence); no tokens where no data is needed
+    pruner   chooses masks, if any
+    also     tuning of each block, in one process; or a choice, before all else, of what stays dense. Both keep what a block
+             reads and puts out beside
     """
-    timed = isinstance(solver, GPTQ) and pruner is None and all(target.share == 1 for target in inventory.targets)
-    load = _Load(tokens, longest, 0.52, "quantised", timed=timed, pruner=pruner, team=expected())
-    return _forecast(checkpoint, inventory, solver, load, device)
-
-
-def forecast_tuned(
-    checkpoint: Checkpoint,
-    inventory: Inventory,
-    solver: RTN | GPTQ,
-    tokens: int,
-    longest: int,
-    device: torch.device,
-    *,
-    pruner: Pruner | None = None,
-) -> Forecast:
-    """The same where each block is tuned afterwards, in one process."""
-    load = _Load(tokens, longest, 0.52, "quantised", trained=True, tuned=True, pruner=pruner)
-    return _forecast(checkpoint, inventory, solver, load, device)
-
-
-def forecast_mixed(
-    checkpoint: Checkpoint,
-    inventory: Inventory,
-    solver: RTN | GPTQ,
-    tokens: int,
-    longest: int,
-    device: torch.device,
-    *,
-    pruner: Pruner,
-) -> Forecast:
-    """The same where it is found out first which linears stay dense: what a block reads and puts out is kept beside."""
-    load = _Load(tokens, longest, 0.52, "quantised", trained=True, pruner=pruner, team=expected())
-    return _forecast(checkpoint, inventory, solver, load, device)
+    timed = isinstance(solver, GPTQ) and pruner is None and also is None and all(t.share == 1 for t in inventory.targets)
+    team = ALONE if also == "tuning" else expected()
+    more: dict[str, Any] = {"trained": also is not None, "tuned": also == "tuning", "pruner": pruner, "team": team}
+    return _forecast(checkpoint, inventory, solver, _Load(*text, 0.52, "quantised", timed=timed, **more), device)
 
 
 def forecast_prune(
     checkpoint: Checkpoint,
     inventory: Inventory,
     solver: Pruner,
-    tokens: int,
-    longest: int,
+    text: tuple[int, int],
     device: torch.device,
     *,
     trained: bool = False,
 ) -> Forecast:
     """The same for pruning; `trained` if each block is trained afterwards."""
-    return _forecast(checkpoint, inventory, solver, _Load(tokens, longest, 2, "pruned", trained=trained, pruner=solver), device)
+    return _forecast(checkpoint, inventory, solver, _Load(*text, 2, "pruned", trained=trained, pruner=solver), device)
 
 
 def _gigabytes(size: float) -> str:

@@ -101,7 +101,7 @@ def prepare_prune(model: str | Path | Checkpoint, settings: PruneSettings, token
     check_quads(inventory)
     device = pick_device(settings.device)
     seen = tokens if settings.solver.needs_data else 0
-    forecast = forecast_prune(checkpoint, inventory, settings.solver, seen, longest, device, trained=settings.reconstruct > 0)
+    forecast = forecast_prune(checkpoint, inventory, settings.solver, (seen, longest), device, trained=settings.reconstruct > 0)
     return Preparation(checkpoint, inventory, forecast)
 
 

@@ -5,7 +5,7 @@ The loop over the blocks is `loop.py`; here is what a user can choose, and how o
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -31,7 +31,7 @@ from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.dense import DenseChoice, Share, check_dense, check_room
 from marlin_tools.compress.experts import SolveAll
-from marlin_tools.compress.forecast import Forecast, forecast_mixed, forecast_quantize, forecast_tuned
+from marlin_tools.compress.forecast import forecast_quantize
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method, Refine
 from marlin_tools.compress.stores import CodeStore
@@ -210,12 +210,12 @@ def prepare_quantize(
         check_quads(inventory)
     device = pick_device(settings.device)
     seen = tokens if settings.solver.needs_data else 0
-    foretell: Callable[..., Forecast] = forecast_mixed if settings.keep_dense else forecast_quantize
+    also: Literal["tuning", "choice"] | None = "choice" if settings.keep_dense else None
     if settings.tuned(tokens):
         _check_tuning(settings.solver, tokens, longest)
-        foretell = forecast_tuned
+        also = "tuning"
     pruner = settings.pruner if sparse else None
-    forecast = foretell(checkpoint, inventory, settings.solver, seen, longest, device, pruner=pruner)
+    forecast = forecast_quantize(checkpoint, inventory, settings.solver, (seen, longest), device, pruner=pruner, also=also)
     return Preparation(checkpoint, inventory, forecast, group_sizes)
 
 

@@ -7,7 +7,7 @@ from marlin_tools.algorithms import PRESETS, PRUNERS
 from marlin_tools.checkpoint.cards import CARDS, Card
 from marlin_tools.compress import forecast
 from marlin_tools.compress.floor import Work, least_seconds
-from marlin_tools.compress.forecast import Forecast, forecast_prune, forecast_quantize, forecast_tuned
+from marlin_tools.compress.forecast import Forecast, forecast_prune, forecast_quantize
 from marlin_tools.errors import DeviceError
 from marlin_tools.stream.inventory import take_linears
 
@@ -25,7 +25,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 def expected(name: str, layers: int, preset: str = "default", tokens: int = 128 * 2048) -> Forecast:
     card = Card(CARDS[name] | {"num_hidden_layers": layers}, name)
     inventory = take_linears(card, ())
-    return forecast_quantize(card, inventory, PRESETS[preset], tokens, 2048, H100)
+    return forecast_quantize(card, inventory, PRESETS[preset], (tokens, 2048), H100)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_gpu_memory() -> None:
 def test_gpu_memory_of_2_4(pruner: str, pruned: float, tuned: float | None) -> None:
     """Measured on an H200, two or three blocks."""
     card = Card(CARDS["meta-llama/Llama-2-7b-hf"], "7b")
-    asked = (card, take_linears(card, ()), PRESETS["default"], 128 * 2048, 2048, H100)
+    asked = (card, take_linears(card, ()), PRESETS["default"], (128 * 2048, 2048), H100)
     assert forecast_quantize(*asked, pruner=PRUNERS[pruner]).gpu_gb == pytest.approx(pruned, rel=0.03)
     if tuned is not None:
-        assert forecast_tuned(*asked, pruner=PRUNERS[pruner]).gpu_gb == pytest.approx(tuned, rel=0.03)
+        assert forecast_quantize(*asked, pruner=PRUNERS[pruner], also="tuning").gpu_gb == pytest.approx(tuned, rel=0.03)
 
 
 def test_what_costs_more_is_said_to() -> None:
@@ -68,8 +68,8 @@ def test_what_costs_more_is_said_to() -> None:
 def test_what_nobody_has_measured_is_not_foretold() -> None:
     card = Card(CARDS["meta-llama/Llama-2-7b-hf"], "7b")
     inventory = take_linears(card, ())
-    sparse = forecast_quantize(card, inventory, PRESETS["default"], 128 * 2048, 2048, H100, pruner=PRUNERS["default"])
-    pruned = forecast_prune(card, inventory, PRUNERS["default"], 128 * 2048, 2048, H100)
+    sparse = forecast_quantize(card, inventory, PRESETS["default"], (128 * 2048, 2048), H100, pruner=PRUNERS["default"])
+    pruned = forecast_prune(card, inventory, PRUNERS["default"], (128 * 2048, 2048), H100)
     mixture = expected("Qwen/Qwen3-30B-A3B", 2)
     for found in (expected("meta-llama/Llama-2-7b-hf", 32, "rtn"), sparse, pruned, mixture):
         assert found.seconds is None
