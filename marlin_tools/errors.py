@@ -39,7 +39,10 @@ def near(word: str, known: Iterable[str], rest: str | None = None) -> str:
 
 def first_line(failure: BaseException) -> str:
     """What another library says went wrong, or at least what kind of failure it is."""
-    return next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):  # what is wrong follows
+        return " ".join(lines[:2])
+    return lines[0] if lines else type(failure).__name__
 
 
 class MarlinToolsError(Exception):

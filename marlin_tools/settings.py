@@ -1,14 +1,28 @@
 """The base of every settings class: frozen, unknown keys are errors, and numbers are finite."""
 
 from collections.abc import Collection
+from typing import Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 
 class Settings(BaseModel):
     """What a stage can be told. Lives beside the code that it configures; a recipe is made of these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flag_as_a_number(cls, data: object) -> object:
+        """Python counts with true and false, and so would pydantic."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, bool) and (field := cls.model_fields.get(name)) and not _takes_flags(field.annotation):
+                raise ValueError(f"`{name}` is no flag, not `{str(value).lower()}`")
+        return data
+
+
+def _takes_flags(annotation: Any) -> bool:
+    return annotation in (bool, Any, object) or any(_takes_flags(each) for each in get_args(annotation))
 
 
 def one_of(kind: str, known: Collection[str]) -> AfterValidator:

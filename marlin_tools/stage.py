@@ -20,7 +20,7 @@ from marlin_tools.checkpoint.manifest import read_manifest, record_stage
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.calibrate import CalibrationSettings, calibrate, expected_tokens
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.device import leads, peak_memory, pick_device
+from marlin_tools.distributed.device import forget_peaks, leads, peak_memory, pick_device
 from marlin_tools.events import Emit
 from marlin_tools.settings import Settings
 
@@ -141,6 +141,7 @@ class Work:
         """Record what a stage has cost in the manifests of `paths`, unless it found its result there and kept it."""
         before = {path: read_manifest(path) for path in paths}
         begin = time.perf_counter()
+        forget_peaks(pick_device(device))
         yield
         if not leads():
             return

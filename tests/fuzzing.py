@@ -28,6 +28,8 @@ from marlin_tools.data.rows import documents, read_rows, read_text
 from marlin_tools.data.sources import find_corpus
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import MarlinToolsError, OutputError
+from marlin_tools.evaluation.record import read_record
+from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.families import known_family
 from marlin_tools.formats import find_format
 from marlin_tools.formats.contents import Contents, keeps
@@ -63,6 +65,12 @@ def _quantization(folder: Path) -> None:
     keeps(checkpoint.quantization, "model.layers.0.mlp.down_proj")
     contents = Contents(checkpoint)
     _ = contents.grids, contents.plain
+
+
+def restore(found: dict[str, Any] | None) -> None:
+    if found is not None:
+        evaluation = Evaluation.restore(found)
+        evaluation.describe(), evaluation.table(parts=True)
 
 
 def _manifest(folder: Path) -> None:
@@ -136,6 +144,17 @@ SHARD = safetensors(*header(tensors()))
 INDEXED = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors(), "model-00001-of-00002.safetensors")}
 PLACES = {name: f"model-0000{1 + (place > 2)}-of-00002.safetensors" for place, name in enumerate(tensors())}
 ENTRY = {"sha256": "0" * 64, "linears": MANIFEST["linears"], "seconds": 1.0, "fingerprint": "f" * 64}
+HOW = {"origin": "x", "fingerprint": "x", "format": None, "backend": None, "device": "cpu", "computed_in": "float32"}
+SCORES = [Score("ppl:demo", "perplexity", 2.0, 0.1).describe(), Score("demo_qa", "acc", 0.5).describe()]
+EVALUATION = {
+    "fingerprint": "x",
+    "model": HOW,
+    "baseline": HOW,
+    "scores": SCORES,
+    "settings": {},
+    "versions": {},
+    "notes": ["a"],
+}
 TABLES = tuple((recipes_dir() / f"{name}.yaml").read_bytes() for name in ("demo-presets", "other-models"))
 FLAT = {
     "quant_method": "gptq",
@@ -155,6 +174,8 @@ READERS = {
     "quantization_config": Reader(
         "config.json", tuple(_json(CONFIG | {"quantization_config": each}) for each in (QUANTIZATION, FLAT)), _quantization
     ),
+    "generation_config": Reader("generation_config.json", (_json({"eos_token_id": [1, 2], "pad_token_id": 0}),), _open),
+    "evaluation": Reader("evaluation.json", (_json(EVALUATION),), lambda folder: restore(read_record(folder))),
     "manifest": Reader("manifest.json", (_json(MANIFEST),), _manifest),
     "journal": Reader("note.json", (_json(ENTRY),), _journal),
     "rows": Reader("rows.jsonl", ROWS, lambda folder: list(documents(read_rows(folder / "rows.jsonl")))),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.native import NativeLinear, join
+from marlin_tools.families import turns_by_length
 from marlin_tools.ops.model import decode
 from marlin_tools.quantized import rounds_inputs
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_GROWING_ROTATIONS = ("dynamic", "longrope")
-"""Rotary embeddings whose angles depend on the length of the text: a table cannot hold them."""
 
 
 def refusal(model: "PreTrainedModel", capacity: int) -> str | None:
@@ -44,7 +43,7 @@ def refusal(model: "PreTrainedModel", capacity: int) -> str | None:
         f"its activations are {model.dtype}": on_gpu and model.dtype not in {torch.float16, torch.bfloat16},
         f"its MLP uses {config.hidden_act}": config.hidden_act not in {"silu", "swish"},
         f"its heads have {attention.head_dim} elements": on_gpu and attention.head_dim not in decode.HEAD_SIZES,
-        f"its rotary embedding is {kind}": kind in _GROWING_ROTATIONS,
+        f"its rotary embedding is {kind}": turns_by_length(config),  # no table can hold its angles
         "only a part of each head is rotated": share != 1,
         f"its attention sees {window} tokens, fewer than {capacity}": 0 < (window or 0) < capacity,
         f"it has {config.max_position_embeddings} positions, fewer than {capacity}": config.max_position_embeddings < capacity,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.contract import COMPUTED
-from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.reader import GENERATION, Checkpoint
 from marlin_tools.checkpoint.skeleton import damaged, mismatched, read_weight
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.events import Emit, Event
 from marlin_tools.families import known_family
 from marlin_tools.families.layout import Layout, WeightRef
@@ -57,8 +57,9 @@ def fill(
         model.set_submodule(name, build(weight, linear.bias, device, dtype))
         emit(Event("progress", "linears", done, len(modules)))
     compute_buffers(model, device)
-    if (checkpoint.path / "generation_config.json").is_file():  # end-of-text tokens and the like
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if (file := checkpoint.path / GENERATION).is_file():
+        with ErrorTranslation(ModelError, f"`{file}` is not understood by transformers", "correct it, or remove it"):
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model.eval()
 
 

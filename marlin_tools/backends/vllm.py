@@ -25,6 +25,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import DeviceError, first_line
 from marlin_tools.events import Emit, Event
+from marlin_tools.quantized import dtype_name
 
 LIKELIEST = 64
 """Words of each prediction that vLLM is asked for."""
@@ -99,7 +100,13 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
                 f"vLLM did not start with `{self._origin}`: {first_line(error)}",
                 hint="what it printed says why, such as GPU memory that others hold; `--backend native` does without vLLM",
             ) from error
-        self.how = {"backend": "vllm", "device": torch.cuda.get_device_name(), "vllm": version("vllm")}
+        computed_in = dtype_name(self.judge.model.model_config.dtype)
+        self.how = {
+            "backend": "vllm",
+            "device": torch.cuda.get_device_name(),
+            "computed_in": computed_in,
+            "vllm": version("vllm"),
+        }
         emit(Event("note", f"`{checkpoint.origin}` in vLLM {self.how['vllm']} on {self.how['device']}", data=self.how))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

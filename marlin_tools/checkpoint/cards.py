@@ -6,13 +6,14 @@ A model of the hub that has no card is planned from its config.json, a few kilob
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from marlin_tools.checkpoint.headers import TensorInfo
-from marlin_tools.checkpoint.reader import ALIASES, Checkpoint, hub_name, read_config
+from marlin_tools.checkpoint.reader import ALIASES, Checkpoint, hub_repository, read_config
 from marlin_tools.errors import ErrorTranslation, ModelError
 
 SIZES = (
@@ -129,9 +130,9 @@ def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], obje
     """The model that `ref` names, from disk if it is there, else from its card or its config.json; no weights are fetched."""
     if isinstance(ref, Checkpoint):
         return ref
-    repository, revision = hub_name(str(ref))
-    if str(ref) == "demo" or Path(ref).expanduser().is_dir() or repository.count("/") != 1:
+    if str(ref) == "demo" or Path(ref).expanduser().is_dir():
         return Checkpoint.open(ref, accept)
+    repository, revision = hub_repository(str(ref))
     if (cached := _cached(repository, revision, str(ref))) is not None:
         if accept is not None:
             accept(cached.config)
@@ -177,7 +178,7 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo
         ErrorTranslation(ModelError, "config.json is not understood by transformers", "update transformers"),
         torch.device("meta"),
     ):
-        settings = AutoConfig.for_model(config["model_type"], **known)
+        settings = AutoConfig.for_model(config["model_type"], **deepcopy(known))
         nested = settings.get_text_config() is not settings
         model = (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)
         head = model.get_output_embeddings()  # tied by config.json, or because models of this type are

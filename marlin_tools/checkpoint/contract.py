@@ -72,6 +72,34 @@ class Quantization(Part):
     transform_config: dict[str, Any] | None = None
 
 
+class Rope(Part):
+    """How positions are turned: of all blocks, or of those of one kind."""
+
+    rope_type: Name | None = None
+    factor: Positive | None = None
+    rope_theta: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
+    full_attention: "Rope | None" = None
+    sliding_attention: "Rope | None" = None
+
+
+class Beside(Part):
+    """What reads images or sounds beside the language model."""
+
+    depth: Annotated[int, Field(ge=0, le=1000)] | None = None
+    num_hidden_layers: Annotated[int, Field(ge=0, le=1000)] | None = None
+
+
+class Generation(Part):
+    """generation_config.json."""
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+
 class Config(Part):
     """config.json, or the part of it that describes the text model."""
 
@@ -80,6 +108,8 @@ class Config(Part):
     hidden_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
     intermediate_size: Size | list[Size] | None = None
     num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] | None = None
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=1000)] | None = None
+    num_labels: Count | None = None
     num_attention_heads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     num_key_value_heads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     head_dim: Annotated[int, Field(ge=1, le=2**16)] | None = None
@@ -93,8 +123,8 @@ class Config(Part):
     sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
     hidden_act: Name | None = None
     hidden_activation: Name | None = None
     tie_word_embeddings: bool | None = None
@@ -103,6 +133,8 @@ class Config(Part):
     torch_dtype: Name | None = None
     quantization_config: Quantization | None = None
     text_config: "Config | None" = None
+    vision_config: Beside | None = None
+    audio_config: Beside | None = None
 
 
 class Index(Part):
@@ -178,6 +210,45 @@ class Manifest(Stage):
     device: str | None = None
 
 
+class Scored(Part):
+    """One number of an evaluation; null is one that is not finite."""
+
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+    baseline: float | None
+    baseline_stderr: float | None
+    difference: float | None
+    difference_stderr: float | None
+    part_of: str | None
+    details: dict[str, Any]
+
+
+class Judged(Part):
+    """A model that was measured, and how it was run."""
+
+    origin: str
+    fingerprint: str
+    format: str | None
+    backend: str | None
+    device: str
+    computed_in: str
+
+
+class Evaluated(Part):
+    """evaluation.json."""
+
+    fingerprint: str
+    model: Judged
+    baseline: Judged | None
+    scores: list[Scored]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str]
+
+
 class RunState(Part):
     """state/run.json."""
 
@@ -215,6 +286,11 @@ def check_config(config: dict[str, Any], where: Path) -> None:
     conforms(Config, config, str(where), hint="correct it, or download the model again")
 
 
+def check_generation(config: dict[str, Any], where: Path) -> None:
+    """Refuse a generation_config.json whose special tokens are none."""
+    conforms(Generation, config, str(where), hint="correct it, or remove it")
+
+
 def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
     """Refuse a config.json that describes another model than the tensors beside it: other blocks, sizes or types."""
     text = config.get("text_config") or config
@@ -242,8 +318,7 @@ def _check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> N
     for name in tensors.shapes:
         if (block := _BLOCK.match(name)) and not _OTHER.search(block["prefix"]):
             found.setdefault(block["prefix"], set()).add(int(block["index"]))
-    more = config.get("num_nextn_predict_layers")  # stored behind the others, and read by nobody
-    extra = more if isinstance(more, int) else 0
+    extra = config.get("num_nextn_predict_layers") or 0  # stored behind the others, and read by nobody
     for prefix, there in found.items():
         if count is None:
             raise _disagreement(where, f"`num_hidden_layers` is missing, but there are {len(there)} blocks under `{prefix}`")

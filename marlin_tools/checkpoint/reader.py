@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.contract import Tensors, agree, check_config
+from marlin_tools.checkpoint.contract import Tensors, agree, check_config, check_generation
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.checkpoint.output import BESIDE, sha256_of
@@ -55,6 +56,10 @@ ALIASES = {
     "gemma3-27b": "google/gemma-3-27b-it",
 }
 
+GENERATION = "generation_config.json"
+"""End-of-text tokens and the like; a model may do without it."""
+
+_HUB_ID = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 _HUB_TWICE = ["original/*", "metal/*", "consolidated*"]
 """The same weights once more, as other programs read them."""
@@ -68,6 +73,8 @@ class Checkpoint:
         self.origin = origin
         check_inside(path)
         self.config = read_config(path)
+        if (generation := path / GENERATION).exists():
+            check_generation(read_object(generation), generation)
         self._tensors = read_headers(path)
         shapes = {name: stored.shape for name, stored in self._tensors.items()}
         agree(
@@ -107,7 +114,8 @@ class Checkpoint:
         known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
         what = f"`{self.path / 'config.json'}` is not understood by transformers"
         with ErrorTranslation(ModelError, what, "update transformers, or check config.json"):
-            return dict(AutoConfig.for_model(self.config["model_type"], **known).get_text_config().to_dict())
+            whole = AutoConfig.for_model(self.config["model_type"], **deepcopy(known))  # which changes what it is given
+            return dict(whole.get_text_config().to_dict())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,14 +214,22 @@ def hub_name(ref: str) -> tuple[str, str | None]:
     return ALIASES.get(name, name), revision or None
 
 
-def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
-    """Bring a hub model into the hub's own cache; honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE."""
-    repo, revision = hub_name(ref)
+def hub_repository(ref: str) -> tuple[str, str | None]:
+    """The same of a name that may be mistyped, held against the hub's rules before the hub is asked."""
     if ref.startswith("runs/"):  # where our own results go by default: nobody means the hub
         raise ModelError(f"there is no directory `{ref}`", hint="is the run that makes it finished?")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        known = ", ".join(["demo", *ALIASES])
-        raise ModelError(f"`{ref}` is no directory, no hub id (owner/name) and no alias", hint=f"known aliases: {known}")
+    if ref.startswith((".", "/", "~")):
+        raise ModelError(f"there is no directory `{ref}`", hint="check the path; a model of the hub is called owner/name")
+    repo, revision = hub_name(ref)
+    if not _HUB_ID.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
+        told = ", ".join(["demo", *ALIASES])
+        raise ModelError(f"`{ref}` is no directory, no hub id (owner/name) and no alias", hint=f"known aliases: {told}")
+    return repo, revision
+
+
+def _fetch(ref: str, accept: Callable[[dict[str, Any]], object] | None) -> Path:
+    """Bring a hub model into the hub's own cache; honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE."""
+    repo, revision = hub_repository(ref)
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -56,6 +56,8 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    for each in (config, config.get_text_config()):
+        each.return_dict = True  # with false transformers' own models fail
     nested = config.get_text_config() is not config
     maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     with refused, torch.device("meta"), _without_warnings():

@@ -25,7 +25,7 @@ from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
 from marlin_tools.compress.shards import REFERENCE_TOKENS, Shards
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.device import computing_on, describe_device
+from marlin_tools.distributed.device import computing_on, describe_device, forget_peaks
 from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event
@@ -127,6 +127,7 @@ def compress(
 ) -> Checkpoint:
     """Do the work into the directory `out`. Too little GPU memory: again with smaller chunks, from where it stopped."""
     plan, team, begin = job.prepared, job.team, time.perf_counter()
+    forget_peaks(job.device)
     for name, reason in plan.inventory.kept.items():
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     check_output(out, (plan.checkpoint.path,), overwrite=True)
@@ -173,8 +174,7 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             chunk_tokens=chunk_tokens,
             team=job.team,
         )
-        if job.activations == "fp8":
-            stream.round_beside(REFERENCE_TOKENS)
+        stream.look_at(REFERENCE_TOKENS, rounded=job.activations == "fp8")
     return stream
 
 

@@ -3,7 +3,7 @@
 import os
 import resource
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -73,8 +73,16 @@ def free_memory(device: torch.device) -> int:
     raise AssertionError("MemAvailable is in /proc/meminfo since Linux 3.14")
 
 
+def forget_peaks(device: torch.device) -> None:
+    """What follows is measured by itself, where Linux and torch allow that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Highest memory in use since the process began, in GB."""
+    """Highest memory in use since `forget_peaks`, or since the process began, in GB."""
     peak = {"host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if device.type == "cuda":
         peak["gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9

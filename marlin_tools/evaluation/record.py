@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from marlin_tools.backends.vllm import identity
+from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
 from marlin_tools.checkpoint.output import folder, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
+from marlin_tools.errors import ModelError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
@@ -33,9 +36,13 @@ class Record:
 
     def found(self, emit: Emit = silent) -> Evaluation | None:
         """An earlier measurement, if nothing that decides it has changed."""
-        if self.home is None or (found := read_record(self.home)).get("fingerprint") != self.fingerprint:
+        try:
+            found = read_record(self.home) if self.home else None
+        except ModelError:
+            return None  # it is written anew
+        if found is None or found["fingerprint"] != self.fingerprint:
             return None
-        emit(Event("note", f"`{self.home / NAME}` already holds this evaluation; nothing to do"))
+        emit(Event("note", f"`{self.home}/{NAME}` already holds this evaluation; nothing to do"))
         return Evaluation.restore(found)
 
     def measure(self, emit: Emit = silent) -> Evaluation:
@@ -66,13 +73,14 @@ class Record:
         )
 
 
-def read_record(home: Path) -> dict[str, Any]:
-    """An earlier evaluation; empty if there is none that can be read."""
-    try:
-        content = json.loads((home / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def read_record(home: Path) -> dict[str, Any] | None:
+    """An earlier evaluation; None if there is none, an error if it is not what we write."""
+    file, hint = home / NAME, "remove it, and measure again"
+    if not file.exists():
+        return None
+    content = read_object(file, hint=hint)
+    conforms(Evaluated, content, str(file), hint=hint)
+    return content
 
 
 class EvaluateStage(EvaluateSettings, Stage):

@@ -8,6 +8,9 @@ from typing import Any
 FIRM = {"items": 100, "tokens": 1000}
 """So many answered items, or tokens of a text, make a score that may be summed up in one number."""
 
+BESIDE_ANOTHER = ("kl", "top1")
+"""Metrics that compare a model with its baseline."""
+
 COLUMNS = ("task", "metric", "on", "model", "baseline", "difference", "recovery")
 
 
@@ -89,7 +92,7 @@ class Evaluation:
     settings          what was asked for
     versions          of everything that computed
     notes             facts and warnings that belong beside the numbers
-    seconds           how long it took; no part of the result
+    seconds           how long it took, None if it was taken over; no part of the result
     """
 
     scores: tuple[Score, ...]
@@ -98,7 +101,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     notes: tuple[str, ...]
-    seconds: float
+    seconds: float | None
 
     @classmethod
     def restore(cls, content: Mapping[str, Any]) -> "Evaluation":
@@ -107,7 +110,7 @@ class Evaluation:
         found = [{name: score[name] for name in names} for score in content["scores"]]
         scores = tuple(Score(**{**each, "value": math.nan if each["value"] is None else each["value"]}) for each in found)
         kept = {name: content[name] for name in ("model", "baseline", "settings", "versions")}
-        return cls(scores=scores, notes=tuple(content["notes"]), seconds=0.0, **kept)
+        return cls(scores=scores, notes=tuple(content["notes"]), seconds=None, **kept)
 
     def score(self, task: str, metric: str | None = None) -> Score:
         """The score of a task, its first one unless a metric is named."""
@@ -125,7 +128,7 @@ class Evaluation:
             "settings": dict(self.settings),
             "versions": dict(self.versions),
             "notes": list(self.notes),
-            "times": {"seconds": round(self.seconds, 2)},
+            "times": {} if self.seconds is None else {"seconds": round(self.seconds, 2)},
         }
 
     def table(self, *, parts: bool = False) -> tuple[list[str], list[list[str]]]:

@@ -11,9 +11,12 @@ family, named by the `model_type` of config.json; `ALIASES` names types that are
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marlin_tools.errors import ModelError, near
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,13 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that describes the language model: all of it, or `text_config` beside that of other parts."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
+
+
+def turns_by_length(config: "PreTrainedConfig") -> bool:
+    """Whether the angles of a position depend on how long the text is."""
+    turns: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    every = [turns, *(each for each in turns.values() if isinstance(each, dict))]  # or of each kind of block
+    return any(each.get("rope_type") in {"dynamic", "longrope"} for each in every)
 
 
 def known_types() -> list[str]:

@@ -24,6 +24,7 @@ from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.evaluation.generate import GenerateStage
 from marlin_tools.evaluation.record import EvaluateStage
+from marlin_tools.evaluation.scores import BESIDE_ANOTHER
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.yaml_reader import Document
 from marlin_tools.settings import Settings
@@ -100,6 +101,10 @@ class Recipe(Settings):
             if expected.task not in self.tasks:
                 measured = ", ".join(self.tasks) or "nothing"
                 raise ValueError(f"`expect` names task `{expected.task}`, which no stage measures; measured: {measured}")
+            if expected.metric in BESIDE_ANOTHER and not any(isinstance(s, EvaluateStage) and s.baseline for s in self.stages):
+                raise ValueError(
+                    f"`expect` names metric `{expected.metric}`, and `evaluate` has no `baseline` to measure it by"
+                )
         return self
 
     @property

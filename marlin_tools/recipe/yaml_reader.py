@@ -121,6 +121,8 @@ def _yaml() -> YAML:
 
 def _apart(value: Any) -> Any:
     """A copy in which every use of an alias is a value of its own, so that one can be set without the others."""
+    if type(value) is int and value.bit_length() > 64:  # thousands of hexadecimal digits, which Python does not print
+        raise ValueError("an integer of more than 64 bits")
     if isinstance(value, dict):
         return {key: _apart(inner) for key, inner in value.items()}
     return [_apart(inner) for inner in value] if isinstance(value, list) else value

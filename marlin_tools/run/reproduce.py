@@ -6,16 +6,19 @@ Controls, usually the unquantised models, run first; a recipe whose control does
 here, a model, a dataset, memory, is said with its reason and never passes. Stages that are done are reused, as with `run`.
 """
 
+import fcntl
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marlin_tools.checkpoint.output import explained, folder
+from marlin_tools.checkpoint.output import ELSEWHERE, explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import MarlinToolsError, NumericalError, RecipeError
+from marlin_tools.errors import MarlinToolsError, NumericalError, OutputError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
 from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
@@ -27,6 +30,8 @@ from marlin_tools.run.plan import RUNS, plan
 from marlin_tools.run.verdict import Comparison, Outcome, findings
 
 HOME = RUNS / "reproduce"
+
+_DIR = re.compile("(choose )?another `-o DIR`")
 
 
 def collect(refs: Iterable[str | Path], overrides: Iterable[str] = ()) -> list[Recipe]:
@@ -56,15 +61,29 @@ def reproduce(
     name = ", ".join(Path(ref).stem for ref in refs)
     home = folder(out or HOME / "+".join(Path(ref).stem for ref in refs)[:100])
     outcomes: dict[str, Outcome] = {}
-    for recipe in recipes:
-        emit(Event("stage", f"{recipe.name} ({len(outcomes) + 1} of {len(recipes)})"))
-        with _log(home / f"{recipe.name}.log", emit) as heard:
-            outcome = _attempt(recipe, outcomes.get(recipe.control or ""), heard, finished, overwrite=overwrite)
-            for finding in outcome.findings:
-                heard(Event("note", str(finding)))
-        outcomes[recipe.name] = outcome
-        emit(Event("result", f"{recipe.name}: {outcome.verdict}"))
+    with _alone(home):
+        for recipe in recipes:
+            emit(Event("stage", f"{recipe.name} ({len(outcomes) + 1} of {len(recipes)})"))
+            with _log(home / f"{recipe.name}.log", emit) as heard:
+                outcome = _attempt(recipe, outcomes.get(recipe.control or ""), heard, finished, overwrite=overwrite)
+                for finding in outcome.findings:
+                    heard(Event("note", str(finding)))
+            outcomes[recipe.name] = outcome
+            emit(Event("result", f"{recipe.name}: {outcome.verdict}"))
     return Comparison(name, tuple(outcomes.values()), overrides, home)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One run at a time writes its logs there."""
+    descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OutputError(f"another run writes its logs to `{home}`", hint=f"wait for it, or {ELSEWHERE}") from error
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -72,7 +91,7 @@ def _log(path: Path, emit: Emit) -> Iterator[Emit]:
     """Pass events on and write each down, with the seconds since the beginning."""
     begin = time.perf_counter()
     try:
-        file = path.open("w", encoding="utf-8")
+        file = path.open("w", encoding="utf-8", buffering=1)  # line by line: a run that is killed has said where it was
     except OSError as error:
         raise explained(error, path) from error
     with file:
@@ -100,7 +119,8 @@ def _attempt(
         result = execute(plan(possible, None if possible.formats else RUNS / possible.name), emit, overwrite=overwrite)
         finished(result)
     except MarlinToolsError as error:
-        told = error.message + (f"; {error.hint}" if error.hint else "")
+        hint = error.hint and _DIR.sub("give the recipe another `name`", error.hint)  # `-o` is where the report goes
+        told = error.message + (f"; {hint}" if hint else "")
         return _outcome(recipe, told, failed=isinstance(error, NumericalError))
     damaged = [(path, found.checks) for path, found in result.verifications.items() if not found.ok]
     failed = [f"`{path}` fails {', '.join(f'`{each.name}`' for each in checks if not each.ok)}" for path, checks in damaged]

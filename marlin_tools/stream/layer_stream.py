@@ -26,7 +26,7 @@ from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.team import ALONE, Team
-from marlin_tools.families import Branch, Family
+from marlin_tools.families import Branch, Family, turns_by_length
 from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.quantized import rounding_inputs
@@ -170,9 +170,9 @@ class Block:
             self.stream.hidden[i] = entering[i].clone()
         self.skip(alone=True)
 
-    def pass_rounded(self, hidden: Activations) -> None:
-        """Move these past the block as it is now, its linears reading what FP8 holds of their inputs."""
-        with rounding_inputs(self.linears().values()):
+    def pass_beside(self, hidden: Activations, *, rounded: bool) -> None:
+        """Move these past the block as it is now; `rounded`: its linears read what FP8 holds of their inputs."""
+        with rounding_inputs(self.linears().values() if rounded else ()):
             deque(self._walk(hidden, observe=False, alone=True), maxlen=0)
 
     def _walk(self, hidden: Activations, *, observe: bool = True, alone: bool = False) -> Iterator[list[Group]]:
@@ -271,7 +271,7 @@ class LayerStream:
         shorten_norms(self.model, device, self.dtype)
         shorten_rotations(self.model, device, self.dtype)
         self.hidden: Activations | None = None
-        self._rounded: Activations | None = None
+        self._beside: tuple[Activations, bool] | None = None
         self.room = MemoryBudget()
         self._contexts: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._decoder = self.model.get_submodule(self.family.decoder)
@@ -291,13 +291,14 @@ class LayerStream:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def round_beside(self, count: int) -> None:
-        """Let the first tokens flow once more, through finished blocks whose handed-out linears round to FP8 what they read.
+    def look_at(self, count: int, *, rounded: bool) -> None:
+        """`logits` will be asked for with so many tokens, of a model whose linears read them `rounded` to FP8 or not.
 
-        Nothing is calibrated on them; `logits` are theirs.
+        Where that or their positions' angles make them other than in their text, they flow once more, alone, through finished
+        blocks. Nothing is calibrated on them.
         """
-        if self.hidden is not None:
-            self._rounded = self._embed([self.first_tokens[None, :count]])
+        if self.hidden is not None and (rounded or turns_by_length(self._text)):
+            self._beside = self._embed([self.first_tokens[None, :count]]), rounded
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
@@ -305,8 +306,8 @@ class LayerStream:
             for index, module in enumerate(self._blocks):
                 fill(module, next(weights))
                 yield (block := Block(self, index, module))
-                if self._rounded is not None:
-                    block.pass_rounded(self._rounded)
+                if self._beside is not None:
+                    block.pass_beside(self._beside[0], rounded=self._beside[1])
                 module.to("meta")
 
     def _wanted(self) -> Iterator[dict[str, WeightRequest]]:
@@ -354,7 +355,8 @@ class LayerStream:
         materialize(norm, f"{self._stored}.{self.family.norm}.", self.checkpoint, self.device, self.dtype)
         head = f"{self.family.head}.weight"
         weight = self.checkpoint.read(head if head in self.checkpoint else self._embedding_name).to(self.device, self.dtype)
-        logits = (norm((self._rounded or self.hidden)[0][0, :count]) @ weight.T).float()
+        seen = self._beside[0] if self._beside else self.hidden
+        logits = (norm(seen[0][0, :count]) @ weight.T).float()
         logits = logits * getattr(self._text, "logit_scale", 1.0) / getattr(self._text, "logits_scaling", 1.0)
         cap = getattr(self._text, "final_logit_softcapping", None)
         return self.first_tokens[:count], (torch.tanh(logits / cap) * cap if cap else logits).cpu()

@@ -47,7 +47,7 @@ from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
-from marlin_tools.training.pair import Pair, check_mask, check_pair, pair
+from marlin_tools.training.pair import Pair, another_teacher, check_mask, check_pair, pair
 from marlin_tools.training.parallel import shard, training_team
 from marlin_tools.training.sample import sample
 from marlin_tools.training.scaled import ScaledLinear, free_codes, read_rounded
@@ -140,6 +140,8 @@ def finetune(
         say = emit if team.leads else silent
         say(Event("stage", "finetune"))
         plan = pair(model, settings.teacher, settings)
+        if said := another_teacher(plan.student, plan.teacher):
+            say(Event("warning", said))
         settings = settings.fitted(quantized=plan.stored is not None)
         _check_sizes(tokens, settings)
         _check_window(plan.teacher, settings)
@@ -329,7 +331,7 @@ class _Work:
             "best_step": trainer.best_step,
             "held_out_kl": trainer.measured,
         }
-        warnings = [trainer.stopped] if trainer.stopped else []
+        warnings = [said for said in (another_teacher(plan.student, plan.teacher), trainer.stopped) if said]
         write_manifest(self.output, "finetune", facts, {"seconds": round(seconds, 2)}, warnings)
         self.output.publish()
         if trainer.best_step == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from marlin_tools.checkpoint.cards import SIZES
 from marlin_tools.checkpoint.contract import EXPERTS
-from marlin_tools.checkpoint.manifest import read_manifest
+from marlin_tools.checkpoint.manifest import history, read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import processes
 from marlin_tools.errors import ModelError, RecipeError
@@ -100,6 +100,14 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
                     f"`{key}` is {student.config.get(key)} in `{student.origin}` and {teacher.config.get(key)} in its teacher",
                     hint="hidden states cannot be compared: set `square_head` to 0",
                 )
+
+
+def another_teacher(student: Checkpoint, teacher: Checkpoint) -> str | None:
+    """What to warn of if the student was not made from the teacher, as far as its manifest tells."""
+    first = next(iter(history(student.path).get("history", ())), {}).get("model")
+    if first is None or first["fingerprint"] == teacher.fingerprint:
+        return None
+    return f"`{student.origin}` was made from `{first['origin']}`; its teacher `{teacher.origin}` is another model"
 
 
 def _check_shapes(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from marlin_tools.errors import DeviceError, NumericalError
+from marlin_tools.errors import DeviceError, NumericalError, OutputError
+from marlin_tools.events import Event, silent
 from marlin_tools.recipe.files import load
 from marlin_tools.run import reproduce
 
@@ -99,10 +100,47 @@ def test_data_that_cannot_be_had_is_not_run_and_never_passes(cli, mine):
 
 
 def test_a_metric_that_nobody_measured_is_not_run(cli, mine):
-    outcome = cli("reproduce", mine(metric="kl"), "--json")
+    outcome = cli("reproduce", mine(metric="acc"), "--json")
 
     assert 2 == outcome.code
-    assert "no metric `kl` was measured" == json.loads(outcome.out)["recipes"][1]["findings"][1]["reason"]
+    assert "no metric `acc` was measured" == json.loads(outcome.out)["recipes"][1]["findings"][1]["reason"]
+
+
+def test_a_metric_that_needs_a_baseline_is_refused_without_one(cli, mine):
+    outcome = cli("recipes", "validate", mine(metric="kl"))
+
+    assert 2 == outcome.code
+    assert "names metric `kl`, and `evaluate` has no `baseline` to measure it by" in outcome.err
+
+
+def test_where_results_lie_follows_from_the_name(cli, mine, tmp_path):
+    file = mine()
+    assert 0 == cli("reproduce", file).code
+    (tmp_path / file).write_text((tmp_path / file).read_text().replace("preset: rtn", "preset: rtn, ignore: [.*down_proj]"))
+    outcome = cli("reproduce", file, "-o", "elsewhere")
+
+    assert 2 == outcome.code
+    assert "exists and is not empty; use `--overwrite`, or give the recipe another `name`" in outcome.out
+    assert "-o DIR" not in outcome.out
+
+
+def test_two_runs_do_not_write_into_the_same_logs(cli, mine):
+    heard = []
+
+    def second(event):
+        if event.kind == "stage" and not heard:
+            with pytest.raises(OutputError, match="another run writes its logs to `here`") as caught:
+                reproduce.reproduce([mine()], Path("here"))
+            heard.append(caught.value.hint)
+
+    reproduce.reproduce([mine()], Path("here"), emit=second)
+    assert heard == ["wait for it, or choose another `-o DIR`"]
+
+
+def test_a_log_is_on_disk_line_by_line(tmp_path):
+    with reproduce._log(tmp_path / "x.log", silent) as heard:
+        heard(Event("note", "so far"))
+        assert (tmp_path / "x.log").read_text(encoding="utf-8").endswith("so far\n")
 
 
 def test_a_model_that_cannot_be_had_is_not_run_with_its_reason(cli):

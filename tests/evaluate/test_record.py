@@ -1,16 +1,20 @@
 """evaluation.json: checked before the work, and good for what it was measured on."""
 
 import errno
+import json
 import os
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 
+from marlin_tools.checkpoint.contract import Scored
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import MarlinToolsError
+from marlin_tools.errors import MarlinToolsError, ModelError
 from marlin_tools.evaluation import record
 from marlin_tools.evaluation.evaluate import EvaluateSettings
-from marlin_tools.evaluation.record import Record
+from marlin_tools.evaluation.record import Record, read_record
+from marlin_tools.evaluation.scores import Score
 
 
 @pytest.fixture
@@ -33,6 +37,40 @@ def test_what_was_measured_is_taken_over_until_something_changes(measure, monkey
     assert measure(limit=2)[1]
     monkeypatch.setattr(record, "pick_device", lambda _name: SimpleNamespace(type="another"))
     assert measure(limit=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    (
+        ("{", "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"scores": []}', "`fingerprint` is missing"),
+        ('{"fingerprint": "x", "model": "x"}', "`model` must be"),
+    ),
+)
+def test_what_we_did_not_write_is_an_error_to_readers_and_nothing_to_a_measurement(measure, tmp_path, content, told):
+    measure()
+    written = (tmp_path / "home" / record.NAME).read_text(encoding="utf-8")
+    assert read_record(tmp_path / "home") == json.loads(written)
+    (tmp_path / "home" / record.NAME).write_text(content, encoding="utf-8")
+
+    with pytest.raises(ModelError) as caught:
+        read_record(tmp_path / "home")
+    assert told in caught.value.message
+    assert "measure again" in str(caught.value.hint)
+    assert measure()[1]
+    assert (tmp_path / "home" / record.NAME).read_text(encoding="utf-8") == written
+
+
+def test_every_key_of_a_score_is_looked_at():
+    assert set(Scored.model_fields) == {each.name for each in fields(Score)}
+
+
+def test_what_is_taken_over_took_no_time(measure):
+    assert measure()[0].seconds > 0
+    again = measure()[0]
+    assert again.seconds is None
+    assert again.describe()["times"] == {}
 
 
 def test_a_place_that_cannot_be_written_is_said_before_any_work(measure, monkeypatch, tmp_path):

@@ -92,6 +92,22 @@ def test_an_engine_that_does_not_start_is_one_line(int4, monkeypatch):
     assert asked["VLLM_LOGGING_STREAM"] == "ext://sys.stdout"  # the user's
 
 
+def test_an_engine_says_of_itself_what_a_loaded_model_does(int4, monkeypatch):
+    made = SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16)))
+    monkeypatch.setattr(vllm, "find_spec", lambda _: True)
+    monkeypatch.setattr(vllm, "version", lambda _: "0.22.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=lambda **_: made))
+    heard = []
+    load(int4, device="cpu", emit=heard.append)
+    told = next(event.data for event in heard if event.kind == "note" and event.data)
+
+    served = vllm.VllmEngine(Checkpoint.open(int4), 8, items=True, batch=1, seed=0, emit=silent)
+    assert served.how == {"backend": "vllm", "device": "a GPU", "computed_in": "bfloat16", "vllm": "0.22.1"}
+    assert set(told) - {"activations"} <= set(served.how)
+
+
 def test_only_evaluation_goes_through_vllm(int4):
     with pytest.raises(RecipeError) as caught:
         load(int4, backend="vllm", device="cpu")
@@ -164,7 +180,7 @@ def engine(monkeypatch):
             assert (items, batch, seed) == (False, "auto", 1234)
             self.model = load(checkpoint, device="cpu", backend="reference")
             self.judge = Judge(self.model, checkpoint.tokenizer(), 8, emit)
-            self.how = {"backend": "vllm", "device": "stand-in", "vllm": "0"}
+            self.how = {"backend": "vllm", "device": "stand-in", "computed_in": "float32", "vllm": "0"}
             state.alive += 1
             state.most = max(state.most, state.alive)
 

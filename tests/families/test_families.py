@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -97,6 +97,47 @@ def test_what_is_written_reads_back(
         finally:
             register()
         torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_config_json_stays_as_it_was(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """Transformers changes what it is given of another model's, and older files say the same with other keys."""
+    path = Path(shutil.copytree(made("qwen3_vl"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    config["vision_config"]["model_type"] = "qwen3_vl"
+    turns = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": turns.pop("rope_theta"), "rope_scaling": turns}
+    (path / "config.json").write_text(json.dumps(config))
+    source = Checkpoint.open(path)
+    assert source.text_config["hidden_size"] == config["text_config"]["hidden_size"]
+    out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+
+    written = json.loads((out.path / "config.json").read_text())
+    assert config == {key: value for key, value in written.items() if key != "quantization_config"}
+
+
+@pytest.mark.parametrize("window", [48, 128])
+def test_positions_that_turn_by_length_are_checked_as_a_short_text(eager: Load, tmp_path: Path, window: int) -> None:
+    """Windows are long, and the stored reference is 64 tokens: other factors turn them, as a reader of them does."""
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(16)], "long_factor": [4.0 + i for i in range(16)]}
+    turns = {"rope_type": "longrope", "rope_theta": 1e4, **factors, "original_max_position_embeddings": 96}
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    positions = {"original_max_position_embeddings": 96, "max_position_embeddings": 512, "rope_parameters": turns}
+    config = AutoConfig.for_model("phi3", **sizes, **positions, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    path = tmp_path / "model"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.data.mul_(5 if weight.ndim == 2 else 1)  # so that attention attends
+    model.half().save_pretrained(path)
+    tokens = TokenSet(tuple(torch.randint(2, 60, (3, window))), "random", packed=True, documents=1)
+    out = quantize(path, tokens, QuantizeSettings(preset="fast", group_size=32, device="cpu"), tmp_path / "out")
+    reference = load_file(out.path / "verify" / "reference.safetensors")
+
+    read = _dequantized(Checkpoint.open(path), StoredLinears(out), tmp_path / "dequantized")
+    with torch.no_grad():
+        expected = eager("phi3", read)(input_ids=reference["tokens"][None]).logits[0]
+    assert len(reference["tokens"]) == min(window, 64)
+    torch.testing.assert_close(reference["logits"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @torch.no_grad()

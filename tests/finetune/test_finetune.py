@@ -159,6 +159,22 @@ def test_what_is_trained_can_be_quantized_with_its_zeros(run: Run, tokens: Token
         assert bool((stored.read(name).codes[tuned.read(f"{name}.weight") == 0] == 8).all()), name
 
 
+def test_another_model_as_the_teacher_is_told(run: Run, teacher: Path, tmp_path: Path) -> None:
+    settings = QuantizeSettings(preset="rtn", format="gptq", device="cpu")
+    student = quantize(teacher, None, settings, tmp_path / "student")
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    heard: list[Event] = []
+    run(model=student.path, how={"emit": heard.append}, tokens=4 * 32)
+    assert not [event for event in heard if event.kind == "warning"]
+    out = run("again", model=student.path, teacher=str(other), how={"emit": heard.append}, tokens=4 * 32)
+    (said,) = [event.text for event in heard if event.kind == "warning"]
+    assert said == f"`{student.path}` was made from `{teacher}`; its teacher `{other}` is another model"
+    assert said in json.loads((out.path / "manifest.json").read_text())["warnings"]
+
+
 def test_a_dense_model_has_nothing_to_keep(run: Run, teacher: Path) -> None:
     with pytest.raises(ModelError, match="no 2:4 sparse linear"):
         run(model=teacher)

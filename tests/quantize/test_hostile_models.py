@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, RecipeError
@@ -53,6 +54,10 @@ def change_config(model: Path, **values: object) -> None:
 
 def test_missing_model(refused: Callable[..., MarlinToolsError], tmp_path: Path) -> None:
     refused("nowhere", ModelError, "`nowhere` is no directory, no hub id")
+    refused("./nowhere", ModelError, "there is no directory `./nowhere`")
+    refused("../no where", ModelError, "there is no directory `../no where`")
+    for name in ("-x/y", "x--y/z", "x/y..z", "x/y.git", "\u00fcn\u00ef/x", "a/b/c", "a/" + "b" * 200):
+        refused(name, ModelError, "is no directory, no hub id")
     refused("someone/not-in-the-cache", ModelError, "neither a local directory|not in the local cache")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", ModelError, "holds no config.json")
@@ -101,6 +106,60 @@ def test_what_is_kept_is_looked_at_as_well(
 ) -> None:
     change_weights(victim, lambda tensors: tensors[name].view(-1)[3].fill_(float("nan")))
     refused(victim, ModelError, f"{name}` holds NaN or infinite", preset=preset)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("num_nextn_predict_layers", 10**8, "num_nextn_predict_layers"),
+        ("num_nextn_predict_layers", True, "num_nextn_predict_layers"),
+        ("num_labels", 10**9, "num_labels"),
+        ("vision_config", {"depth": 10**7}, "vision_config.depth"),
+        ("audio_config", {"num_hidden_layers": 10**7}, "audio_config.num_hidden_layers"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 0}, "rope_scaling.factor"),
+        ("rope_parameters", {"full_attention": {"rope_type": "yarn", "factor": -1.0}}, "rope_parameters.full_attention.factor"),
+        ("rope_parameters", {"rope_type": "longrope", "long_factor": [1.0, -1.0]}, "rope_parameters.long_factor.1"),
+    ],
+)
+def test_sizes_that_would_take_all_memory_and_factors_that_cannot_be(
+    victim: Path, refused: Callable[..., MarlinToolsError], key: str, value: object, named: str
+) -> None:
+    change_config(victim, **{key: value})
+    refused(victim, ModelError, f"config.json`: `{named}` must be")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"eos_token_id": ', "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"eos_token_id": "x"}', "`eos_token_id.*` must be"),
+        ('{"pad_token_id": 1.5}', "`pad_token_id` must be"),
+    ],
+)
+def test_a_generation_config_is_read_before_the_work(
+    victim: Path, refused: Callable[..., MarlinToolsError], content: str, told: str
+) -> None:
+    (victim / "generation_config.json").write_text(content)
+    refused(victim, ModelError, f"generation_config.json`:? {told}")
+
+
+@pytest.mark.parametrize("content", ['{"cache_implementation": "foo"}', '{"compile_config": 3}', '{"watermarking_config": 3}'])
+def test_a_generation_config_that_transformers_refuses_is_one_line(victim: Path, content: str) -> None:
+    (victim / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"generation_config.json` is not understood by transformers: .") as refusal:
+        load(victim, device="cpu")
+    assert "\n" not in refusal.value.message
+
+
+def test_outputs_as_tuples_are_not_asked_for(victim: Path, run: Run) -> None:
+    change_config(victim, return_dict=False)
+    assert run(victim, preset="fast").quantization
+
+
+def test_why_transformers_refuses_is_told(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
+    change_config(victim, num_attention_heads=3)
+    refused(victim, ModelError, "validate_architecture.: .*attention heads")
 
 
 def test_blocks_that_config_does_not_know(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:

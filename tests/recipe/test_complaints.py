@@ -109,6 +109,7 @@ def test_place(complaints, text, expected):
         ("quantize.dampp=1", "--set quantize.dampp=1: unknown key `dampp` in `quantize`; did you mean `damp`? known: "),
         ("quantize.damp=-1", "--set quantize.damp=-1: `damp: -1`: must be greater than 0"),
         ("stages.0.damp=x", "--set stages.0.damp=x: `damp: x`: must be a valid number"),
+        ("quantize.damp=true", "4:5: `damp` is no flag, not `true`"),
         ("stages.7.damp=1", "--set stages.7.damp=1: there is no `stages.7`"),
         ("stages.1=x", "--set stages.1=x: "),
         ("name.x=1", "--set name.x=1: `name` has no parts that could be set"),

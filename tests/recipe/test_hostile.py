@@ -80,7 +80,10 @@ def test_a_name_may_be_given_again_without_a_word_of_the_library(tmp_path: Path)
     assert "demo" == load(file).stages[0].baseline
 
 
-@pytest.mark.parametrize("text", ["*a", "&a [*a]", "[" * 200, '"\\ud800"', "9" * 6000, "!!int x", "x" * 70_000])
+LONG_HEX = "0x" + "f" * 5000  # Python reads it, and prints no more than 4300 digits
+
+
+@pytest.mark.parametrize("text", ["*a", "&a [*a]", "[" * 200, '"\\ud800"', "9" * 6000, "!!int x", "x" * 70_000, LONG_HEX])
 def test_a_hostile_value_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         parse_value(text)
