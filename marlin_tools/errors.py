@@ -42,7 +42,7 @@ def first_line(failure: BaseException) -> str:
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     if lines and lines[0].endswith(":"):  # what is wrong follows
         return " ".join(lines[:2])
-    return lines[0] if lines else type(failure).__name__
+    return lines[0] if lines and lines != ["None"] else type(failure).__name__
 
 
 class MarlinToolsError(Exception):

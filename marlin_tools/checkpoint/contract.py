@@ -96,7 +96,7 @@ class Generation(Part):
     """generation_config.json."""
 
     bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | Annotated[list[int], Field(min_length=1)] | None = None
     pad_token_id: int | None = None
 
 

@@ -308,7 +308,7 @@ def explained(error: OSError, path: Path, hint: str = ELSEWHERE) -> MarlinToolsE
         free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
         return OutputError(
             f"no space left for `{path}` ({free / 1e9:.1f} GB free)",
-            hint="free some disk and run the same command again; finished blocks are kept",
+            hint="free some disk and run the same command again",
         )
     if error.errno == errno.EFBIG:
         return OutputError(f"`{path}` would be larger than a file may be here", hint="raise the limit: `ulimit -f unlimited`")

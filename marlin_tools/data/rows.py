@@ -48,7 +48,7 @@ def _content(path: Path) -> str:
         hint = "convert it to UTF-8, or name a `.txt`, `.jsonl` or `.parquet` file"
         raise DataError(f"`{path}`: not UTF-8 text, see byte {failure.start}", hint=hint) from failure
     if not text.strip():
-        raise DataError(f"`{path}`: holds no text", hint="name a file with text in it, or use `--calib demo`")
+        raise DataError(f"`{path}`: holds no text", hint="name a file with text in it")
     return text
 
 

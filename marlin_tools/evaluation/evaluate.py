@@ -83,6 +83,13 @@ class EvaluateSettings(Settings):
             raise ValueError("a task without a name; for example `ppl:wikitext2,mmlu`")
         return tuple(task.strip() for task in tasks)
 
+    @field_validator("limit")
+    @classmethod
+    def _whole_or_a_share(cls, limit: float | None) -> float | None:
+        if limit is not None and limit > 1 and limit % 1:
+            raise ValueError(f"a number of items, or a share below 1, not {limit:g}")
+        return limit
+
     @field_validator("batch_size")
     @classmethod
     def _positive(cls, size: Literal["auto"] | int) -> Literal["auto"] | int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from marlin_tools.backends import load
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+COLDEST = 1e-6
+"""The least temperature that logits are divided by: with less they overflow."""
+
 _SPEAK_EVERY = 8
 """Tokens between two words about how far it is."""
 
@@ -36,10 +39,17 @@ class GenerateSettings(Settings):
 
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     backend: str = "auto"
     activations: ActivationType | None = None
     device: str = "auto"
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        if 0 < value < COLDEST:
+            raise ValueError(f"from {COLDEST:g} on, or 0 for the likeliest token each time")
+        return value
 
 
 def generate(
@@ -122,6 +132,7 @@ def _with_transformers(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(_ends(model)), None),
         **draws,
     )
+    model.generation_config = GenerationConfig()  # what the model's file asks for besides would be done, too
     given = ids[None].to(model.device)
     mask = torch.ones_like(given)
     (written,) = model.generate(given, attention_mask=mask, generation_config=how, stopping_criteria=[count]).tolist()

@@ -61,16 +61,26 @@ class Record:
         texts = [Path(task.removeprefix("ppl:")) for task in asked.tasks if task.startswith("ppl:")]
         folders = (demo_dir() / "tasks", *asked.include_path)
         device = pick_device(asked.device)
-        files = [*texts, *(path for each in folders for path in sorted(each.rglob("*")))]
+        beside = [self.model, *([Checkpoint.open(self.baseline)] if self.baseline else [])]
+        files = [*texts, *(path for each in folders for path in sorted(each.rglob("*"))), *self._data_of_tasks()]
         return fingerprint_of(
-            model=self.model.fingerprint,
-            baseline=Checkpoint.open(self.baseline).fingerprint if self.baseline else None,
+            models=[each.fingerprint for each in beside],
+            read_by=[{file.name: sha256_of(file) for file in each.companions()} for each in beside],
             settings=asked.model_dump(mode="json", exclude={"stage", "baseline"}),
             device=describe_device(device) if device.type == "cuda" else device.type,  # however many threads it has
             files={str(path): sha256_of(path) for path in files if path.is_file()},
             versions=versions(),
             **(identity() if asked.backend == "vllm" else {}),
         )
+
+    def _data_of_tasks(self) -> list[Path]:
+        """What tasks of the user's read, wherever it lies."""
+        asked = self.settings
+        if not asked.include_path or not asked.questions:
+            return []
+        from marlin_tools.evaluation.task_index import Tasks
+
+        return Tasks(asked.questions, asked.include_path, allow_code=asked.allow_task_code).data
 
 
 def read_record(home: Path) -> dict[str, Any] | None:

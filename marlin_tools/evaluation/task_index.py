@@ -74,10 +74,34 @@ class Tasks:
         self._declared: dict[Path, Files] = {}
         self._names: set[str] = set()
         self._files: set[Path] = set()
+        self._inside: dict[str, set[str]] = {}
         for name in names:
             if not self._add(name):
                 raise self._unknown(name)
+        for name in names:
+            if twice := sorted(set(names) & self._members(name)):
+                raise RecipeError(f"task `{twice[0]}` is a part of `{name}`", hint="name one of the two")
         self._confine()
+
+    @property
+    def data(self) -> list[Path]:
+        """The files on this machine that the tasks read."""
+        found: list[Path] = []
+        for entry in self.manager.task_index.values():
+            asked = entry.cfg or {}
+            named = [asked.get("dataset_path"), *_leaves((asked.get("dataset_kwargs") or {}).get("data_files"))]
+            for path in (Path(str(name)) for name in named if name):
+                found += sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+        return found
+
+    def _members(self, name: str) -> set[str]:
+        """All that a group is made of."""
+        waiting, found = [name], set[str]()
+        while waiting:
+            new = self._inside.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
 
     def _add(self, name: str) -> bool:
         """Put a name and its members into the manager's index. Of two tasks with one name, the later folder's is taken."""
@@ -111,8 +135,11 @@ class Tasks:
             raise DataError(f"`{path}` cannot be read: {reason}", hint="check the task's YAML file") from error
         if foreign:
             self._check(path, config, texts)
-        for part in _parts(config.get("task")):
-            self._add(part)
+        members = config.get("task")
+        self._inside.setdefault(str(config.get("group")), set()).update(_parts(members))
+        for part in _parts(members):
+            if not self._add(part) and part in members:  # others are described on the spot
+                raise self._unknown(part)
         entry = self.manager.task_index.get(str(config.get("task")))
         if entry is not None and OWN not in path.parents:
             _anchor(entry)
@@ -298,6 +325,14 @@ def _anchor(entry: Any) -> None:
     config = _yaml_loader.load_yaml(entry.yaml_path)
     config["dataset_kwargs"]["data_files"] = _absolute(files, entry.yaml_path.parent)
     entry.cfg, entry.yaml_path = config, None
+
+
+def _leaves(files: Any) -> Iterator[str]:
+    if isinstance(files, dict | list):
+        for each in files.values() if isinstance(files, dict) else files:
+            yield from _leaves(each)
+    elif files:
+        yield str(files)
 
 
 def _absolute(files: Any, folder: Path) -> Any:

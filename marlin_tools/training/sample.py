@@ -29,8 +29,10 @@ def sample(model: "PreTrainedModel", checkpoint: Checkpoint, count: int, seqlen:
         raise ModelError(
             f"`{checkpoint.origin}` names no BOS token to begin a text with", hint="give it a text to read (`--calib`)"
         )
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = begin
+    from transformers import GenerationConfig
+
+    # what the model's own file asks for besides, penalties and beams, would be done, too
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=begin)
     how: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
     windows: list[torch.Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlin_tools.errors import DataError
-from marlin_tools.evaluation.generate import GenerateSettings, generate
+from marlin_tools.evaluation.generate import COLDEST, GenerateSettings, generate
 
 
 def settings(**options):
@@ -41,6 +42,24 @@ def test_sampling_follows_the_seed_and_leaves_the_generator_alone(int4):
 
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+ASKED = {"repetition_penalty": 5.0, "num_beams": 4, "no_repeat_ngram_size": 2, "suppress_tokens": [5, 6, 7], "min_p": 0.5}
+
+
+def test_what_the_model_asks_for_besides_is_not_done(tiny_llama):
+    plain = [generate(tiny_llama, "The boat", settings(temperature=t)) for t in (0.0, 1.0)]
+    asked = ASKED | {"max_time": 0.01, "num_return_sequences": 2, "return_dict_in_generate": True}
+    (tiny_llama / "generation_config.json").write_text(json.dumps(asked))
+
+    assert plain == [generate(tiny_llama, "The boat", settings(temperature=t)) for t in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("asked", ({"temperature": 1e-40}, {"temperature": 1, "seed": 2**64}))
+def test_numbers_that_cannot_be_computed_with_are_refused(asked):
+    with pytest.raises(ValidationError):
+        settings(**asked)
+    assert generate("demo", "The boat", settings(temperature=COLDEST, max_new_tokens=2))
 
 
 def test_generation_ends_where_the_positions_end(tiny_llama):

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +73,26 @@ def test_what_is_taken_over_took_no_time(measure):
     again = measure()[0]
     assert again.seconds is None
     assert again.describe()["times"] == {}
+
+
+def test_all_that_decides_a_number_is_looked_at(tiny_llama, text, write_task, tmp_path):
+    """The tokenizer beside the weights, of the baseline too, and data of tasks that lie elsewhere."""
+    folder = write_task("fish")
+    (folder / "fish.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    file = folder / "fish.yaml"
+    file.write_text(file.read_text().replace("fish.jsonl", "../elsewhere.jsonl"))
+    settings = EvaluateSettings(tasks=(text, "fish"), device="cpu", include_path=(folder,))
+    other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+
+    def fingerprint():
+        return Record(None, Checkpoint.open(tiny_llama), settings, str(other)).fingerprint
+
+    found = [fingerprint()]
+    for changed in (tiny_llama / "tokenizer_config.json", other / "tokenizer.json", tmp_path / "elsewhere.jsonl"):
+        assert found[-1] == fingerprint()
+        changed.write_bytes(changed.read_bytes() + b"\n")
+        found.append(fingerprint())
+    assert len(set(found)) == len(found)
 
 
 def test_a_place_that_cannot_be_written_is_said_before_any_work(measure, monkeypatch, tmp_path):

@@ -281,3 +281,33 @@ def test_tags_and_groups_bring_all_their_tasks():
     assert 57 == sum(entry.kind.name == "TASK" for entry in found.values())
     tag = Tasks(["ai2_arc"], (), allow_code=False).manager.task_index["ai2_arc"]
     assert {"arc_easy", "arc_challenge"} == tag.tags
+
+
+def test_a_part_beside_its_group_is_refused(write_task):
+    folder = write_task("fish")
+    write_task("bird")
+    (folder / "both.yaml").write_text("group: both\ntask: [fish, bird]\n")
+    (folder / "all.yaml").write_text("group: all\ntask: [both]\n")
+
+    assert ["both"] == tasks(folder, "both").names
+    for name in ("both", "all"):
+        with pytest.raises(RecipeError, match=f"task `bird` is a part of `{name}`") as caught:
+            tasks(folder, "bird", name)
+        assert "name one of the two" == caught.value.hint
+
+
+def test_a_member_that_is_nowhere_is_named(write_task):
+    folder = write_task("fish")
+    (folder / "both.yaml").write_text("group: both\ntask: [fish, {task: inline, dataset_path: json}, nobody]\n")
+
+    with pytest.raises(RecipeError, match="unknown task `nobody`"):
+        tasks(folder, "both")
+
+
+def test_data_that_lies_elsewhere_is_known(write_task, tmp_path):
+    folder = write_task("fish")
+    (folder / "fish.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    file = folder / "fish.yaml"
+    file.write_text(file.read_text().replace("fish.jsonl", "../elsewhere.jsonl"))
+
+    assert [tmp_path / "elsewhere.jsonl"] == tasks(folder, "fish").data

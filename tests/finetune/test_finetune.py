@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
@@ -149,6 +149,18 @@ def test_what_a_written_text_begins_with(
             sample(model, told, 2, 4, 0, silent)
     else:
         assert [int(window[0]) for window in sample(model, told, 2, 4, 0, silent).sequences] == [begin, begin]
+
+
+def test_what_the_teacher_asks_for_besides_is_not_written(teacher: Path) -> None:
+    told: Any = SimpleNamespace(config={"bos_token_id": 5}, text_config={"bos_token_id": 5}, origin="somewhere")
+
+    def written(**asked: Any) -> str:
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        model.generation_config = GenerationConfig(**asked)
+        return sample(model, told, 3, 32, 0, silent).fingerprint
+
+    asked = {"repetition_penalty": 1.5, "num_beams": 2, "min_p": 0.5, "max_time": 0.001, "return_dict_in_generate": True}
+    assert written() == written(**asked)
 
 
 def test_what_is_trained_can_be_quantized_with_its_zeros(run: Run, tokens: TokenSet, tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_sizes_that_would_take_all_memory_and_factors_that_cannot_be(
         ('{"eos_token_id": ', "cannot be read as JSON"),
         ("[]", "is not a JSON object"),
         ('{"eos_token_id": "x"}', "`eos_token_id.*` must be"),
+        ('{"eos_token_id": []}', "`eos_token_id.*` "),
         ('{"pad_token_id": 1.5}', "`pad_token_id` must be"),
     ],
 )
