@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.data.rows import Document, Message
-from marlin_tools.errors import DataError
+from marlin_tools.errors import DataError, ErrorTranslation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,15 +60,12 @@ class Encoder:
         return self.chat_template == "auto" and not isinstance(document, str) and self.tokenizer.chat_template is not None
 
     def _through_template(self, document: str | list[Message]) -> str:
-        from jinja2 import TemplateError
-
         if isinstance(document, str):
             raise DataError("chat template: there are no conversations", hint="use `--chat-template auto`, or `messages` rows")
         if self.tokenizer.chat_template is None:
             raise DataError("chat template: the tokenizer has none", hint="use `--chat-template auto` or `off`")
-        try:
+        roles = ", ".join(turn["role"] for turn in document)
+        refused = f"chat template: refuses a conversation with the roles {roles}"
+        # A template is a program: besides what it means to refuse, it may divide by zero or add a number to a text.
+        with ErrorTranslation(DataError, refused, "repair the row or the template, or use `--chat-template off`"):
             return str(self.tokenizer.apply_chat_template(document, tokenize=False))
-        except TemplateError as failure:
-            roles = ", ".join(turn["role"] for turn in document)
-            message = f"chat template: refuses a conversation with the roles {roles} ({failure})"
-            raise DataError(message, hint="repair the row, or use `--chat-template off`") from failure

@@ -50,8 +50,22 @@ def test_on_insists(make_tokenizer: Make) -> None:
 
 
 def test_a_conversation_that_the_template_refuses_is_named(make_tokenizer: Make) -> None:
-    with pytest.raises(DataError, match=r"refuses a conversation with the roles user, assistant \(must alternate\)"):
+    with pytest.raises(DataError, match=r"refuses a conversation with the roles user, assistant: must alternate"):
         Encoder(make_tokenizer("{{ raise_exception('must alternate') }}"))(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ tools | length }}", "object of type 'NoneType' has no len"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ({"one": TEMPLATE, "another": TEMPLATE}, "no default specified"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(make_tokenizer: Make, template: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=f"refuses a conversation with the roles user, assistant: .*{reason}"):
+        Encoder(make_tokenizer(template))(CHAT)
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tokenizer: Any) -> None:
