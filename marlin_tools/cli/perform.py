@@ -30,7 +30,9 @@ def recipe_of(name: str, model: str, stages: list[dict[str, Any]], calibrate: di
     from marlin_tools.recipe.recipe import build
 
     origins: dict[tuple[str | int, ...], str] = {(): "command line"}
-    for place, section in [*((("stages", i), stage) for i, stage in enumerate(stages)), (("calibrate",), calibrate or {})]:
+    sections = [*((("stages", i), stage) for i, stage in enumerate(stages)), (("calibrate",), calibrate or {})]
+    sections += [((*place, "text"), section["text"]) for place, section in sections if "text" in section]
+    for place, section in sections:
         origins |= {(*place, key): _FLAGS.get(key, f"--{key.replace('_', '-')}") for key in section}
     return build(given(name=name, model=model, calibrate=calibrate or None, stages=stages), origins)
 

@@ -130,6 +130,13 @@ def test_error_text(cli, arguments, expected):
     assert expected in outcome.err
 
 
+def test_an_option_that_two_settings_read_is_complained_of_once(cli):
+    """The seed and the length are those of training and those of its text."""
+    given = ("finetune", "demo", "--teacher", "demo", "--calib", "demo", "--sampled", "1", "--seed")
+
+    assert (2, "", "error: `--seed 9999999999`: must be less than 4294967296\n") == cli(*given, "9999999999")
+
+
 def test_interruption_says_how_to_go_on(cli, monkeypatch):
     import marlin_tools.run.plan
 
