@@ -6,6 +6,7 @@ Whatever `--help` does not need is imported by the function that needs it. This 
 of verbs is a file.
 """
 
+import errno
 import io
 import os
 import re
@@ -24,6 +25,9 @@ from marlin_tools.errors import MarlinToolsError
 
 _RESUMED = frozenset({"quantize", "prune", "finetune", "run", "reproduce"})
 """Verbs that go on where they were interrupted."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What a write that fails is told, and no file's name with it."""
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
 """Typer's own complaints about arguments: click's class, or that of the copy that newer versions carry."""
@@ -68,11 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 130
     except MarlinToolsError as error:
         code = _complain(error)
-    except OSError as error:  # a name that is too long, a file that went away: what only the system could know
-        if error.filename is None:
-            raise
-        hint = "check the name, and what it stands for"
-        code = _complain(MarlinToolsError(f"`{os.fsdecode(error.filename)}`: {error.strerror}", hint=hint))
+    except OSError as error:
+        code = _complain(_system(error))
     except _UsageError as error:
         code = _complain(_usage(error))
     if code == 130:
@@ -87,6 +88,17 @@ def _complain(error: MarlinToolsError) -> int:
         error.lines = tuple(f"process {os.environ['RANK']}: {line}" for line in error.lines)
     ui.complain(error)
     return 2
+
+
+def _system(error: OSError) -> MarlinToolsError:
+    """What only the system could know, in our form: a name that is too long, a file that went away, a disk that is full."""
+    if error.filename is not None:
+        hint = "check the name, and what it stands for"
+        return MarlinToolsError(f"`{os.fsdecode(error.filename)}`: {error.strerror}", hint=hint)
+    if error.errno not in _FULL:
+        raise error
+    ui.forget()
+    return MarlinToolsError(f"nothing more can be written: {error.strerror}", hint="free some disk, or write somewhere else")
 
 
 def _usage(error: Any) -> MarlinToolsError:

@@ -34,14 +34,23 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def write(text: str) -> None:
     """A result, as it is but for control characters."""
+    if sys.stdout is None:
+        raise OutputError("the result cannot be written to stdout: it is closed")
     text = _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text.rstrip("\n"))
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        forget()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail again at the end
-        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
-            raise OutputError(f"the result cannot be written to stdout: {error.strerror}") from error
+        forget()
+        raise OutputError(f"the result cannot be written to stdout: {error.strerror}") from error
+
+
+def forget() -> None:
+    """Let go of what could not be written to stdout, which would fail again at the end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_json(document: Any) -> None:

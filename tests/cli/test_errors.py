@@ -119,6 +119,8 @@ CASES = [
     (("recipes",), "error: missing command\nhint: `marlin-tools recipes --help` lists what there is\n"),
 ]
 
+FULL = "error: nothing more can be written: No space left on device\nhint: free some disk, or write somewhere else\n"
+
 
 @pytest.mark.parametrize(("arguments", "expected"), CASES, ids=lambda case: " ".join(case) if isinstance(case, tuple) else "")
 def test_error_text(cli, arguments, expected):
@@ -170,12 +172,28 @@ def test_no_verb_prints_the_help(cli):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
-def test_a_result_that_nobody_can_read_is_an_error():
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("recipes", "list"), "error: the result cannot be written to stdout: No space left on device\n"),
+        (("--help",), FULL),
+        (("quantize", "--help"), FULL),
+        (("--version",), FULL),
+    ],
+)
+def test_a_result_that_nobody_can_read_is_an_error(arguments, expected):
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "marlin_tools", "recipes", "list"]
+        command = [sys.executable, "-m", "marlin_tools", *arguments]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
 
-    assert (2, "error: the result cannot be written to stdout: No space left on device\n") == (done.returncode, done.stderr)
+    assert (2, expected) == (done.returncode, done.stderr)
+
+
+def test_a_result_that_has_nowhere_to_go_is_an_error():
+    command = ["sh", "-c", 'exec "$0" -m marlin_tools recipes list >&-', sys.executable]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (2, "error: the result cannot be written to stdout: it is closed\n") == (done.returncode, done.stderr)
 
 
 def test_a_model_that_cannot_be_written_to_is_not_measured_in_vain(cli, tiny_llama, tmp_path, monkeypatch):
