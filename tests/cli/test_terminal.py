@@ -95,3 +95,21 @@ def test_sigterm_is_like_ctrl_c():
         process.returncode,
         said,
     )
+
+
+INTERRUPTED = """
+import sys
+from marlin_tools.__main__ import main
+class Interrupted:
+    def find_spec(self, name, *_others):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+main()
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_read_in():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+
+    assert (130, "", "error: interrupted\nhint: run the same command again\n") == (done.returncode, done.stdout, done.stderr)

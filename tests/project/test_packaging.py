@@ -114,7 +114,7 @@ def test_metadata_names_the_command_and_the_license(wheel):
         metadata = archive.read(f"{folder}/METADATA").decode()
         commands = archive.read(f"{folder}/entry_points.txt").decode()
 
-    assert "marlin-tools = marlin_tools.cli:main" in commands
+    assert "marlin-tools = marlin_tools.__main__:main" in commands
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert f"{folder}/licenses/LICENSE" in _names(wheel)
