@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.algorithms.hessian import Hessian
+from marlin_tools.errors import NumericalError
 from marlin_tools.ops.solver.products import rough_product
 from marlin_tools.quantized import QuantizedLinear
 
@@ -142,6 +143,12 @@ class Solution:
         else:
             weight = torch.cat([part.dense for part in parts])
         return Solution(weight, Losses(**losses), parts[0].damp)
+
+
+def not_finite(name: str) -> NumericalError:
+    """What to raise when a linear of this name has no finite solution."""
+    hint = "try a higher `--damp`, or leave it out with `--ignore`"
+    return NumericalError(f"`{name}`: the solution is not finite", hint=hint)
 
 
 class Problem(Protocol):

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Solution, slabs
+from marlin_tools.algorithms.solution import Solution, not_finite, slabs
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.experts import Solve, SolveAll, solve_experts
 from marlin_tools.compress.shards import Shards
 from marlin_tools.distributed.team import Team
-from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations
@@ -123,9 +122,7 @@ def record_of(name: str, solution: Solution) -> dict[str, Any]:
     """What the manifest says about one linear; a solution that is not finite stops the run here."""
     output, weight = solution.output_error, solution.weight_error
     if not math.isfinite(output or 0.0) or not math.isfinite(weight):
-        raise NumericalError(
-            f"`{name}`: the solution is not finite", hint="try a higher `--damp`, or leave it out with `--ignore`"
-        )
+        raise not_finite(name)
     return {
         "name": name,
         "shape": list(solution.weight.shape),

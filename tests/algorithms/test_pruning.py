@@ -12,6 +12,7 @@ from marlin_tools.algorithms.hessian import Drift
 from marlin_tools.algorithms.masks import magnitude, of_pair, pair_of, two_largest, wanda
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.algorithms.support import fit, reselect
+from marlin_tools.errors import NumericalError
 from marlin_tools.quantized import is_2_4
 
 N, K, G = 12, 256, 128
@@ -283,3 +284,14 @@ def test_settings_that_need_data_say_so(problem: tuple[Tensor, Hessian]) -> None
         Pruner().prune("layer", problem[0], None)
     with pytest.raises(ValueError, match="reselect"):
         Pruner(reselect=-1)
+
+
+@pytest.mark.parametrize("mask", ["default", "max"])
+def test_activations_whose_squares_underflow_are_refused(problem: tuple[Tensor, Hessian], mask: str) -> None:
+    weight, hessian = problem
+    faint = Hessian(hessian.matrix * 1e-40, hessian.tokens)
+    solver = PRUNERS[mask].mask_solver("layer", faint)
+    with pytest.raises(NumericalError, match="`layer`: the solution is not finite"):
+        PRUNERS[mask].prune("layer", weight, faint)
+    with pytest.raises(NumericalError, match="`layer`: the solution is not finite"):
+        RTN().solve("layer", weight, faint, G, torch.float16, solver)
