@@ -21,7 +21,7 @@ from pydantic import Field
 from marlin_tools.algorithms import Preset
 from marlin_tools.checkpoint.cards import Card, shapes_of
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.floor import Work, least_seconds
+from marlin_tools.compress.floor import least_seconds, works
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
@@ -198,10 +198,11 @@ def _parts(
     """What was measured beside what it must take."""
     quantizing = settings.stage
     inventory = take_linears(checkpoint, quantizing.ignore)
-    hidden = int(checkpoint.config["hidden_size"])
-    work = Work(inventory.reads_same_input(), hidden, settings.samples * settings.seqlen, settings.seqlen)
     rate = matmul_rate(device, checkpoint.dtype if device.type == "cuda" else torch.float32)
-    least = {name: value * inventory.blocks for name, value in least_seconds(work, quantizing.solver, rate, device).items()}
+    least: dict[str, float] = {}
+    for work, count in works(inventory, settings.samples * settings.seqlen, settings.seqlen):
+        for name, value in least_seconds(work, quantizing.solver, rate, device).items():
+            least[name] = least.get(name, 0.0) + value * count
     return sorted((Part(name, value, least.get(name)) for name, value in seconds.items()), key=lambda part: -part.seconds)
 
 

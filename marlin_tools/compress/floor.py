@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
-from marlin_tools.stream.inventory import Target
+from marlin_tools.stream.inventory import Inventory, Target
 
 _EXACT = {"cuda": 3, "cpu": 1}
 """How many products at full rate a float32 product costs: on a GPU it is cut in three of 16 bits; a CPU has no other rate."""
@@ -25,17 +25,23 @@ _DOUBLE = {"cuda": 12, "cpu": 2}
 
 @dataclass(frozen=True)
 class Work:
-    """One block: its linears by what they read, and how many tokens go through it."""
+    """One block: its linears by what they read, how many tokens go through it, and the linears that stay as they are."""
 
     groups: Sequence[Sequence[Target]]
     hidden: int
     tokens: int
     longest: int
+    kept: Sequence[Target] = ()
+
+    @property
+    def solved(self) -> int:
+        """Weights of the linears that do not stay as they are."""
+        return sum(t.n * t.k for group in self.groups for t in group)
 
     @property
     def weights(self) -> int:
         """Weights of all linears."""
-        return sum(t.n * t.k for group in self.groups for t in group)
+        return self.solved + sum(t.n * t.k for t in self.kept)
 
     def sizes(self) -> list[tuple[int, int]]:
         """Rows and columns of every group."""
@@ -43,8 +49,22 @@ class Work:
 
     def forward(self) -> int:
         """Operations of the model itself: its linears, and attention to half of all pairs."""
-        seen = sum(t.n * t.k * t.share for group in self.groups for t in group)
+        seen = sum(t.n * t.k * t.share for group in (*self.groups, self.kept) for t in group)
         return int(2 * seen * self.tokens) + 2 * self.tokens * self.longest * self.hidden
+
+
+def works(inventory: Inventory, tokens: int, longest: int) -> list[tuple[Work, int]]:
+    """What each kind of block comes to, and how many there are of it: blocks whose linears have the same shapes are of a kind.
+
+    One may be dense and the next a mixture of experts, and of some nothing may be solved.
+    """
+    hidden = int(inventory.checkpoint.text_config["hidden_size"])
+    kinds: dict[tuple[tuple[tuple[int, int, float], ...], ...], list[Work]] = {}
+    for index in range(inventory.blocks):
+        work = Work(inventory.reads_same_input(index), hidden, tokens, longest, inventory.kept_in(index))
+        shapes = tuple(tuple((t.n, t.k, t.share) for t in group) for group in (*work.groups, work.kept))
+        kinds.setdefault(shapes, []).append(work)
+    return [(alike[0], len(alike)) for alike in kinds.values()]
 
 
 def least_seconds(work: Work, solver: RTN | GPTQ | Pruner, rate: float, device: torch.device) -> dict[str, float]:

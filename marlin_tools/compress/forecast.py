@@ -20,7 +20,7 @@ from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.algorithms.recorded import AT_ONCE, SMALL
 from marlin_tools.algorithms.solution import SLAB
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.floor import Work, least_seconds
+from marlin_tools.compress.floor import Work, least_seconds, works
 from marlin_tools.distributed.device import matmul_rate, peak_memory
 from marlin_tools.distributed.team import ALONE, PARTS, SLABS, Team, expected
 from marlin_tools.errors import DeviceError, OutputError
@@ -143,7 +143,7 @@ def forecast_quantize(
     pruner: Pruner | None = None,
     also: Literal["tuning", "choice"] | None = None,
 ) -> Forecast:
-    """Count the work of one block and multiply. Processes share the work.
+    """Count the work of each kind of block and multiply. Processes share the work.
 
     text     (tokens, the longest sequence); no tokens where no data is needed
     pruner   chooses masks, if any
@@ -214,17 +214,17 @@ def _forecast(
     checkpoint: Checkpoint, inventory: Inventory, solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device
 ) -> Forecast:
     on_gpu = device.type == "cuda"
-    groups = inventory.reads_same_input()
-    work = Work(groups, int(checkpoint.text_config["hidden_size"]), load.tokens, load.longest)
+    blocks = works(inventory, load.tokens, load.longest)
     stored = sum(t.n * t.k for t in inventory.targets)
-    working = _ALLOCATOR[device.type] * _working_bytes(work, solver, device, load) / 1e9
+    working = _ALLOCATOR[device.type] * max(_working_bytes(work, solver, device, load) for work, _ in blocks) / 1e9
+    largest = max(work.weights for work, _ in blocks)
     process = _PROCESS_GB[device.type]
     return Forecast(
         device=device,
-        host_gb=process + (_PINNED * 2 * work.weights / 1e9 if on_gpu else working),
+        host_gb=process + (_PINNED * 2 * largest / 1e9 if on_gpu else working),
         gpu_gb=working if on_gpu else None,
         disk_gb=(checkpoint.nbytes - 2 * stored + stored * load.bytes_per_weight) / 1e9,
-        seconds=_seconds(work, solver, load, device, inventory.blocks, checkpoint.nbytes) if load.timed else None,
+        seconds=_seconds(blocks, solver, load, device, checkpoint.nbytes) if load.timed else None,
         linears=len(inventory.targets),
         kept=len(inventory.kept),
         done=load.done,
@@ -260,7 +260,7 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
     if load.tuned:
         passed = sum(group[0].k + sum(t.n for t in group) for group in work.groups if group)
-        most = max(most, residual + _TUNED_WEIGHT * work.weights + 8 * chunk // element * passed)
+        most = max(most, residual + _TUNED_WEIGHT * work.solved + 8 * chunk // element * passed)
     return weights + most
 
 
@@ -294,15 +294,19 @@ def _mask_bytes(group: Sequence[Target], pruner: Pruner, *, on_gpu: bool) -> int
     return 4 * k * k + 32 * rows * k + inverses
 
 
-def _seconds(work: Work, solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device, blocks: int, nbytes: int) -> float:
-    """All blocks, the start and the end."""
+def _seconds(
+    blocks: Sequence[tuple[Work, int]], solver: RTN | GPTQ | Pruner, load: _Load, device: torch.device, nbytes: int
+) -> float:
+    """All blocks, the start and the end; `blocks` are those of each kind, and how many."""
     assert isinstance(solver, GPTQ), "the time of nothing else is known"
     rate = matmul_rate(device, torch.float16 if device.type == "cuda" else torch.float32)
     takes = _TAKES[device.type]
-    floor = least_seconds(work, solver, rate, device)
-    block = sum(takes[part] * seconds / load.share(part) for part, seconds in floor.items())
-    block += sum(_beside_products(group, solver, device, load) for group in work.groups if group)
-    return _START[device.type] + block * blocks + nbytes / _HASHED[device.type]
+    every = 0.0
+    for work, count in blocks:
+        floor = least_seconds(work, solver, rate, device)
+        block = sum(takes[part] * seconds / load.share(part) for part, seconds in floor.items())
+        every += count * (block + sum(_beside_products(group, solver, device, load) for group in work.groups if group))
+    return _START[device.type] + every + nbytes / _HASHED[device.type]
 
 
 def _beside_products(group: Sequence[Target], solver: GPTQ, device: torch.device, load: _Load) -> float:

@@ -115,11 +115,25 @@ class Inventory:
         """The model itself."""
         return self.layout.checkpoint
 
-    def reads_same_input(self) -> list[list[Target]]:
-        """Targets of the first block, by the group that shares a Hessian."""
-        first = {t.name: t for t in self.targets if t.name.startswith(self.family.block_prefix(0))}
-        groups = [[self.layout.linear(0, name) for name in group] for group in self.layout.groups(0)]
-        return [[first[name] for name in group if name in first] for group in groups]
+    @cached_property
+    def _by_name(self) -> dict[str, Target]:
+        return {target.name: target for target in self.targets}
+
+    def reads_same_input(self, index: int) -> list[list[Target]]:
+        """Targets of a block, by the group that shares a Hessian."""
+        groups = [[self.layout.linear(index, name) for name in group] for group in self.layout.groups(index)]
+        return [[self._by_name[name] for name in group if name in self._by_name] for group in groups]
+
+    def kept_in(self, index: int) -> list[Target]:
+        """The linears of a block that could have been targets and stay as they are."""
+        if not self.kept:
+            return []
+        layout = self.layout
+        linears = {layout.linear(index, linear): linear for group in layout.groups(index) for linear in group}
+        kept = [
+            (name, linear, layout.weight(index, f"{linear}.weight")) for name, linear in linears.items() if name in self.kept
+        ]
+        return [Target(name, *_matrix(self.checkpoint, ref), ref, layout.share(index, linear)) for name, linear, ref in kept]
 
 
 def check_limits(inventory: Inventory, sizes: Mapping[str, int], format_name: str, *, sparse: bool | None = None) -> None:

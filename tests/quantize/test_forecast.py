@@ -96,6 +96,33 @@ def test_floor_of_one_linear_by_hand() -> None:
     assert least_seconds(work, PRESETS["rtn"], 1e12, H100) == {}
 
 
+def test_a_block_in_which_nothing_is_solved_takes_its_forward() -> None:
+    """Which block that is does not matter; the others take what they always do."""
+    card = Card(CARDS["meta-llama/Llama-2-7b-hf"] | {"num_hidden_layers": 4}, "7b")
+
+    def without(*ignored: str) -> Forecast:
+        return forecast_quantize(card, take_linears(card, ignored), PRESETS["default"], (128 * 2048, 2048), H100)
+
+    every, first, last = without(), without(r"layers\.0\."), without(r"layers\.3\.")
+    assert (first.seconds, first.host_gb, first.gpu_gb) == (last.seconds, last.host_gb, last.gpu_gb)
+    assert (first.host_gb, first.gpu_gb) == (every.host_gb, every.gpu_gb)
+    assert 0.75 * every.seconds < first.seconds < every.seconds
+
+
+def test_the_largest_block_decides_about_memory() -> None:
+    """Of a mixture of experts, the first blocks may be dense."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 2048, "n_routed_experts": 16}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 512, "kv_lora_rank": 512}
+    whole = {"model_type": "deepseek_v3", "dtype": "bfloat16", "num_hidden_layers": 2, "vocab_size": 1024, "n_group": 1}
+    found = {}
+    for dense in (0, 1, 2):
+        card = Card(whole | sizes | heads | {"topk_group": 1, "first_k_dense_replace": dense}, "mixture")
+        found[dense] = forecast_quantize(card, take_linears(card, ()), PRESETS["default"], (2**16, 2048), H100)
+    assert (found[0].host_gb, found[0].gpu_gb) == (found[1].host_gb, found[1].gpu_gb)
+    assert found[2].host_gb < found[1].host_gb
+    assert (found[2].gpu_gb or 0) < (found[1].gpu_gb or 0)
+
+
 def test_processes_share_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the factorisation is shared; each needs the memory of its own tokens, and of sums that wait for their pair."""
     alone = expected("meta-llama/Llama-2-13b-hf", 40)
