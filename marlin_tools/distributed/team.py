@@ -55,6 +55,9 @@ _PANEL = 1 << 26
 
 _meetings = count()
 
+_EXCHANGE = re.compile(r"\bgloo\b|\bNCCL\b", re.IGNORECASE)
+"""What the libraries below torch name in their errors: themselves."""
+
 _LINE = 1024
 """Bytes of a line that processes tell each other."""
 
@@ -91,13 +94,18 @@ def _sum(parts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that work together. `cuts`: whether work is cut so that it does not matter how many they are;
-    `device`: this process's own."""
+    """The processes that work together.
+
+    cuts      whether work is cut so that it does not matter how many they are
+    device    this process's own
+    goes_on   after what the same command goes on, if one of them is gone
+    """
 
     rank: int = 0
     size: int = 1
     cuts: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    goes_on: str = "finished block"
 
     @property
     def leads(self) -> bool:
@@ -130,7 +138,7 @@ class Team:
             return own
         whole = own.new_empty(n, *own.shape[1:])
         whole[slice(self.rows(n)[0].start, self.rows(n)[-1].stop)] = own
-        with _talking():
+        with self._exchange():
             for number, rows in enumerate(self._slabs(n)):
                 dist.broadcast(whole[rows].view(torch.uint8), src=number * self.size // SLABS)
         return whole
@@ -158,7 +166,7 @@ class Team:
         """Each process adds up its share of the elements, then all tell each other."""
         mine = panel.contiguous().view(-1)
         theirs = mine.new_empty(self.size, mine.numel() // self.size)
-        with _talking():
+        with self._exchange():
             if mine.numel() % self.size:
                 theirs = mine.new_empty(self.size, mine.numel())
                 dist.all_gather_into_tensor(theirs.view(-1), mine)
@@ -179,7 +187,7 @@ class Team:
         own, start = counts[self.rank], slabs[self.rank * each].start
         if self.size > 1:
             theirs = tensor.new_empty(self.size, own, *tensor.shape[1:])
-            with _talking():
+            with self._exchange():
                 dist.all_to_all_single(theirs.flatten(0, 1), tensor, [own] * self.size, counts)
             tensor[start : start + own] = _sum(theirs)
 
@@ -193,7 +201,7 @@ class Team:
             return tensors[0]
         mine = torch.stack([tensors[min(rank, len(tensors) - 1)] for rank in range(self.size)])
         theirs = torch.empty_like(mine)
-        with _talking():
+        with self._exchange():
             dist.all_to_all_single(theirs, mine)
         return _sum(theirs)
 
@@ -202,20 +210,20 @@ class Team:
         if self.size == 1:
             return own
         whole = own.new_empty(self.size * len(own), *own.shape[1:])
-        with _talking():
+        with self._exchange():
             dist.all_gather_into_tensor(whole.view(-1).view(torch.uint8), own.contiguous().view(-1).view(torch.uint8))
         return whole
 
     def tell(self, tensor: Tensor, rank: int) -> None:
         """What the process of this rank has in `tensor`, all have from now on."""
         if self.size > 1:
-            with _talking():
+            with self._exchange():
                 dist.broadcast(tensor, src=rank)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes, in no order that would be kept: not for what has to come out the same."""
         if self.size > 1:
-            with _talking():
+            with self._exchange():
                 dist.all_reduce(value)
             value /= self.size
         return value
@@ -225,7 +233,7 @@ class Team:
         if self.size == 1:
             return choice
         said = torch.tensor([choice])
-        with _talking():
+        with self._exchange():
             dist.broadcast(said, src=0)
         return bool(said)
 
@@ -239,9 +247,32 @@ class Team:
             return [line]
         own = torch.tensor(list(line.encode()[:_LINE].ljust(_LINE)), dtype=torch.uint8)
         theirs = [torch.empty_like(own) for _ in range(self.size)]
-        with _talking():
+        with self._exchange():
             dist.all_gather(theirs, own)
         return [bytes(each.tolist()).decode(errors="replace").rstrip() for each in theirs]
+
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """Around work in which modules of torch exchange something: one that has gone is an error of ours, nothing else is."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or _EXCHANGE.search(str(error))):
+                raise
+            raise _gone(error, self.goes_on) from error
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around an exchange and nothing besides: whatever fails, another process has gone."""
+        try:
+            with span("exchange"):
+                yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _gone(error, self.goes_on) from error
 
     def _cuts_rows(self, n: int) -> bool:
         return self.cuts and n >= SLABS
@@ -301,17 +332,8 @@ def joined(device: torch.device, patience: timedelta) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _talking() -> Iterator[None]:
-    """Processes exchange something; one that has gone is an error of ours."""
-    try:
-        with span("exchange"):
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = re.sub(r"^\[\S*\] ", "", str(error).split("\n")[0]).split(". ")[0]
-        raise DeviceError(
-            f"another process is gone: {reason}",
-            hint="what it said last is the cause; the same command goes on after the last finished block",
-        ) from error
+def _gone(error: RuntimeError, goes_on: str) -> DeviceError:
+    """What to raise when an exchange has failed."""
+    reason = re.sub(r"^\[\S*\] ", "", str(error).split("\n")[0]).split(". ")[0]
+    hint = f"what it said last is the cause; the same command goes on after the last {goes_on}"
+    return DeviceError(f"another process is gone: {reason}", hint=hint)

@@ -165,7 +165,8 @@ def finetune(
                 Journal(output, run)
             team.wait()
             try:
-                _Work(plan, settings, team, output, say).run(tokens, run)
+                with team.talking():
+                    _Work(plan, settings, team, output, say).run(tokens, run)
             except torch.OutOfMemoryError as error:
                 raise DeviceError(f"training does not fit into the memory of {team.device}", hint=_SMALLER) from error
             team.wait()

@@ -42,7 +42,7 @@ def training_team(device: torch.device) -> Iterator[Team]:
         return
     device = own_device(device)
     with joined(device, _PATIENCE):
-        yield Team(dist.get_rank(), size, device=device)
+        yield Team(dist.get_rank(), size, device=device, goes_on="saved state")
 
 
 def whole(tensor: Tensor) -> Tensor:

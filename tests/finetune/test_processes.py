@@ -8,6 +8,7 @@ import torch
 
 from forked import started
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DeviceError, RecipeError
 from marlin_tools.training.finetune import FinetuneSettings, check_pair
 from marlin_tools.training.parallel import training_team
@@ -32,6 +33,61 @@ def test_two_processes_give_what_one_gives(
         torch.testing.assert_close(two.read(name).float(), one.read(name).float(), rtol=0, atol=2e-4)
         if "proj" in name:
             assert torch.equal(two.read(name) == 0, before.read(name) == 0)
+
+
+KILLED = """
+import os
+import signal
+import sys
+from marlin_tools.cli import main
+from marlin_tools.training.loop import Trainer
+
+teacher, pruned, out, text, victim = sys.argv[1:]
+take = Trainer.take
+
+def dying(self, heads):
+    if self.step == 3 and os.environ["RANK"] == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(self, heads)
+
+Trainer.take = dying
+main(["finetune", pruned, "--teacher", teacher, "--calib", text, "--num-samples", "12", "--seqlen", "32", "--batch", "4",
+      "--micro", "2", "--tokens", "1024", "--device", "cpu", "-o", out])
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_killed_ends_the_other_in_one_line(teacher: Path, pruned: Path, tmp_path: Path, victim: int) -> None:
+    """Even if what it waits for is an exchange of torch's own."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "text.txt").write_text(" ".join(f"The {n} marlins and the {n * n % 97} boats." for n in range(300)))
+    arguments = [str(each) for each in ("killed.py", teacher, pruned, tmp_path / "out", tmp_path / "text.txt", victim)]
+    with started(2, [str(tmp_path / arguments[0]), *arguments[1:]], tmp_path / "log") as processes:
+        ends, said = [process.ended(240) for process in processes], [process.said for process in processes]
+    left = said[1 - victim]
+    assert (-9, 2) == (ends[victim], ends[1 - victim]), left
+    errors = [line for line in left.splitlines() if line.startswith(("error: ", "hint: ", "Traceback"))]
+    assert 2 == len(errors), left
+    assert errors[0].startswith(f"error: process {1 - victim}: another process is gone: ")
+    assert errors[1] == "hint: what it said last is the cause; the same command goes on after the last saved state"
+
+
+@pytest.mark.parametrize(
+    ("error", "translated"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2. This is typical."), True),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited"), True),
+        (torch.distributed.DistBackendError("timed out"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("out of memory"), False),
+    ],
+)
+def test_only_a_failed_exchange_is_another_process_gone(error: RuntimeError, translated: bool) -> None:
+    with pytest.raises(DeviceError if translated else type(error)) as raised, Team(size=2).talking():
+        raise error
+    assert translated == str(raised.value).startswith("another process is gone: ")
+    with pytest.raises(type(error)), Team().talking():
+        raise error
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
