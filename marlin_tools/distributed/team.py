@@ -53,6 +53,9 @@ _SHARED = 16384
 _PANEL = 1 << 26
 """Bytes that are exchanged at a time."""
 
+_gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Torch 2.13 has given it another name, and warns of the old one."""
+
 _meetings = count()
 
 _EXCHANGE = re.compile(r"\bgloo\b|\bNCCL\b", re.IGNORECASE)
@@ -169,11 +172,11 @@ class Team:
         with self._exchange():
             if mine.numel() % self.size:
                 theirs = mine.new_empty(self.size, mine.numel())
-                dist.all_gather_into_tensor(theirs.view(-1), mine)
+                _gather_whole(theirs.view(-1), mine)
                 mine = _sum(theirs)
             else:
                 dist.all_to_all_single(theirs.view(-1), mine)
-                dist.all_gather_into_tensor(mine, _sum(theirs))
+                _gather_whole(mine, _sum(theirs))
         panel.copy_(mine.view_as(panel))
 
     def add_up_rows(self, tensor: Tensor) -> None:
@@ -211,7 +214,7 @@ class Team:
             return own
         whole = own.new_empty(self.size * len(own), *own.shape[1:])
         with self._exchange():
-            dist.all_gather_into_tensor(whole.view(-1).view(torch.uint8), own.contiguous().view(-1).view(torch.uint8))
+            _gather_whole(whole.view(-1).view(torch.uint8), own.contiguous().view(-1).view(torch.uint8))
         return whole
 
     def tell(self, tensor: Tensor, rank: int) -> None:
