@@ -136,9 +136,13 @@ class Recipe(Settings):
 
     @property
     def scheme(self) -> str:
-        """How the weights are stored: bits and what shares a scale, whether half of them are zero, and FP8 activations."""
+        """How the weights are stored: bits and what shares a scale, whether half of them are zero, and FP8 activations.
+
+        As far as the recipe decides it: what is finetuned alone stays what it was.
+        """
         if self.quantize is None:
-            return "-".join(self.formats) or next((f"2of4-{name}" for name in reversed(self.made)), "")
+            zeros = "2of4-" if any(isinstance(stage, PruneSettings) for stage in self.stages) else ""
+            return "-".join(self.formats) or next((f"{zeros}{name}" for name in reversed(self.made)), "")
         size = self.quantize.group_size
         bits = "int4-channel" if size == -1 else f"int4-{size}" if size == "auto" else f"int4-g{size}"
         bits += "-fp8" if self.quantize.activations == "fp8" else ""

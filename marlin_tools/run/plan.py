@@ -17,6 +17,7 @@ from marlin_tools.compress.job import Preparation
 from marlin_tools.families import find_family
 from marlin_tools.recipe.recipe import Recipe, settle
 from marlin_tools.stage import Facts, Outlook, Source, Stage
+from marlin_tools.training.finetune import FinetuneSettings
 from marlin_tools.verification.engines import judge_engines
 
 RUNS = Path("runs")
@@ -66,11 +67,11 @@ class Plan:
 def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     """Find the model, check what can be checked without work, and say what would happen; `dry` downloads no weights for it."""
     recipe, notes = settle(recipe)
-    root = out or RUNS / f"{recipe.name}-{recipe.scheme}"
-    homes = {name: root if len(recipe.made) == 1 else root / name for name in recipe.made}
     accept = find_family if dry or recipe.remaking else None  # other stages take models that we could not compress
     find = partial(sketch if dry else Checkpoint.open, accept=accept)
     original = source = Source(recipe.model, find)
+    root = out or RUNS / f"{recipe.name}-{_scheme(recipe, original)}"
+    homes = {name: root if len(recipe.made) == 1 else root / name for name in recipe.made}
     steps: list[Step] = []
     first, quantized = True, False
     for stage in recipe.stages:
@@ -82,6 +83,12 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
             source = Source(next(iter(outputs.values())))
         first, quantized = first and not stage.remakes, quantized or stage is recipe.quantize
     return Plan(recipe, tuple(steps), (*_about(recipe.model, original), *notes), home=None if recipe.made else out)
+
+
+def _scheme(recipe: Recipe, source: Source) -> str:
+    """What is finetuned alone has its zeros from the model: one that is not quantised can only be 2:4."""
+    alone = len(recipe.remaking) == 1 and isinstance(recipe.remaking[0], FinetuneSettings)
+    return f"2of4-{recipe.scheme}" if alone and source.checkpoint.quantization is None else recipe.scheme
 
 
 def _engines(recipe: Recipe, source: Source, known: Preparation) -> Iterator[tuple[str, str]]:

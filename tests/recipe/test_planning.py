@@ -8,6 +8,8 @@ import pytest
 from marlin_tools.checkpoint import cards
 from marlin_tools.checkpoint.cards import CARDS, Card, sketch
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
+from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import FormatError, ModelError, RecipeError
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import catalog, load, tables
@@ -143,6 +145,29 @@ def test_codes_learn_once_they_are_there():
     assert ["quantize", "finetune"] == [step.stage.stage for step in plan(Recipe(name="a", model="demo", stages=stages)).steps]
     with pytest.raises(RecipeError, match="`code_rate` means nothing"):
         plan(Recipe(name="a", model="demo", stages=[learning]))
+
+
+@pytest.mark.parametrize(
+    ("before", "quantised", "name"),
+    (
+        ([], True, "a-finetuned"),
+        ([], False, "a-2of4-finetuned"),
+        ([{"stage": "prune", "preset": "magnitude"}], False, "a-2of4-finetuned/finetuned"),
+    ),
+)
+def test_only_what_has_zeros_is_called_2of4(tiny_llama, tmp_path, before, quantised, name):
+    """A dense INT4 model that learns stays dense; what is finetuned in 16 bits can only be 2:4."""
+    model = tmp_path / "model"
+    if quantised:
+        quantize(tiny_llama, None, QuantizeSettings(preset="rtn", device="cpu"), model)
+    elif before:
+        model = tiny_llama
+    else:
+        prune(tiny_llama, None, PruneSettings(preset="magnitude", device="cpu"), model)
+    stages = [*before, {"stage": "finetune", "teacher": str(tiny_llama)}]
+    planned = plan(Recipe(name="a", model=str(model), calibrate={"source": "demo"}, stages=stages))
+
+    assert Path("runs") / name == planned.outputs[-1]
 
 
 @pytest.mark.parametrize(("told", "tied"), [({}, True), ({"tie_word_embeddings": False}, False)])
