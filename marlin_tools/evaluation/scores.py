@@ -11,6 +11,9 @@ FIRM = {"items": 100, "tokens": 1000}
 BESIDE_ANOTHER = ("kl", "top1")
 """Metrics that compare a model with its baseline."""
 
+PLAIN = 1e9
+"""Numbers from here on are written with a power of ten: a ruined model has some with hundreds of digits."""
+
 COLUMNS = ("task", "metric", "on", "model", "baseline", "difference", "recovery")
 
 
@@ -47,18 +50,28 @@ class Score:
 
     @property
     def recovery(self) -> float | None:
-        """What is left of the original, in percent: value / baseline, or the inverse where lower is better."""
-        if self.baseline is None or self.higher_is_better is None:
+        """What is left of the original, in percent: value / baseline, or the inverse where lower is better.
+
+        Nothing is left where the value is not finite; None where there is nothing to compare it with.
+        """
+        if self.baseline is None or self.higher_is_better is None or not math.isfinite(self.baseline):
             return None
+        if not math.isfinite(self.value):
+            return 0.0
         top, bottom = (self.value, self.baseline) if self.higher_is_better else (self.baseline, self.value)
         return 100 * top / bottom if bottom else None
 
     @property
     def recovery_stderr(self) -> float | None:
         """Its standard error, to first order: the error of the difference over what one difference is."""
-        if self.recovery is None or self.difference_stderr is None or not self.baseline:
+        if self.recovery is None or self.difference_stderr is None or not self.baseline or not math.isfinite(self.value):
             return None
         return 100 * self.difference_stderr / abs(self.baseline if self.higher_is_better else self.value**2 / self.baseline)
+
+    @property
+    def recovered(self) -> str:
+        """The same for people; empty where it is not known."""
+        return "" if self.recovery is None else f"{digits(self.recovery, 1)} %"
 
     @property
     def firm(self) -> bool:
@@ -78,10 +91,9 @@ class Score:
     def row(self) -> list[str]:
         """One line for people, in the order of `COLUMNS`."""
         difference = "" if self.difference is None else spell(self.difference, self.difference_stderr, sign="+")
-        recovery = "" if self.recovery is None else f"{self.recovery:.1f} %"
         baseline = "" if self.baseline is None else spell(self.baseline, self.baseline_stderr)
         on = str(self.details.get("on", ""))
-        return [self.task, self.metric, on, spell(self.value, self.stderr), baseline, difference, recovery]
+        return [self.task, self.metric, on, spell(self.value, self.stderr), baseline, difference, self.recovered]
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,11 @@ def finite(value: object) -> object:
 
 def spell(value: float, stderr: float | None = None, sign: str = "") -> str:
     """Four digits after the point, with the standard error; what these digits show as zero has no sign."""
-    number = f"{value:{sign}.4f}"
+    number = digits(value, sign=sign)
     number = number if number.strip("+-0.") else number.lstrip("+-")
-    return number if stderr is None else f"{number} ± {stderr:.4f}"
+    return number if stderr is None else f"{number} ± {digits(stderr)}"
+
+
+def digits(value: float, count: int = 4, sign: str = "") -> str:
+    """So many digits after the point; of a number that is too long to be read, before a power of ten."""
+    return f"{value:{sign}.{count}{'f' if abs(value) < PLAIN or not math.isfinite(value) else 'e'}}"

@@ -42,10 +42,11 @@ def _quantized(result: Result, place: str) -> Iterator[Step]:
 
 
 def _sparse(result: Result, place: str) -> Iterator[Step]:
+    text = " --calib demo" if result.base == "demo" else ""  # what is at hand; else it would be fetched
     if result.stage == "prune":
         teacher = shlex.quote(str(result.original.get("origin", "MODEL")))
-        yield "Let it learn from the original", f"marlin-tools finetune {place} --teacher {teacher}"
-    yield "Quantise it, keeping the zeros", f"marlin-tools quantize {place} --sparsity keep --format marlin-24"
+        yield "Let it learn from the original", f"marlin-tools finetune {place} --teacher {teacher}{text}"
+    yield "Quantise it, keeping the zeros", f"marlin-tools quantize {place} --sparsity keep --format marlin-24{text}"
 
 
 def _tasks(result: Result) -> str:

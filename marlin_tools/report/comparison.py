@@ -68,9 +68,10 @@ def remarks(outcome: Outcome) -> list[str]:
     lines = [f"{'FAIL' if outcome.failed else 'not run'}: {outcome.problem}"] if outcome.problem else []
     lines += [f"`{each.task}` was not run: {each.reason}" for each in outcome.findings if each.reason and not outcome.problem]
     lines += [
-        f"FAIL: `{each.task}` {each.metric} is {each.difference:+.4f} from {each.expected:g}, ±{each.tolerance:g} allowed"
+        f"FAIL: `{each.task}` {each.metric} is {spell(each.difference, sign='+')} from {each.expected:g}, "
+        f"±{each.tolerance:g} allowed"
         for each in outcome.findings
-        if each.verdict == "FAIL"
+        if each.verdict == "FAIL" and each.difference is not None
     ]
     return lines + [f"`{each.task}`: {each.note}" for each in outcome.findings if each.note]
 

@@ -6,6 +6,7 @@ people give to files, tasks and tensors.
 
 import re
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from marlin_tools import __version__
-from marlin_tools.evaluation.scores import Score, spell
+from marlin_tools.evaluation.scores import Score, digits, spell
 from marlin_tools.report.text import table
 from marlin_tools.verification.inspect import size
 
@@ -42,7 +43,7 @@ def markdown(template: str, **values: Any) -> str:
 @cache
 def _html() -> Environment:
     filters = {"words": words, "number": number, "named": named, "cells": score_cells, "metric": metric_name}
-    return _environment(filters | {"size": size, "duration": duration}, autoescape=True)
+    return _environment(filters | {"size": size, "duration": duration, "finite": isfinite}, autoescape=True)
 
 
 @cache
@@ -78,7 +79,7 @@ def number(value: float | None, stderr: float | None = None, sign: str = "") -> 
     """A number with its standard error; empty if there is none."""
     if value is None:
         return Markup("")
-    error = Markup("") if stderr is None else Markup(" <small>± {}</small>").format(f"{stderr:.4f}")
+    error = Markup("") if stderr is None else Markup(" <small>± {}</small>").format(digits(stderr))
     return Markup("<span>{}{}</span>").format(spell(value, sign=sign).replace("-", MINUS), error)
 
 
@@ -95,7 +96,7 @@ def score_cells(score: Score) -> list[str]:
         number(score.value, score.stderr),
         number(score.baseline, score.baseline_stderr),
         number(score.difference, score.difference_stderr, sign="+"),
-        "" if score.recovery is None else f"{score.recovery:.1f} %",
+        score.recovered,
     ]
 
 

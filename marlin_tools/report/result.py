@@ -143,6 +143,22 @@ class Result:
         return self.manifest.get("calibration")
 
     @property
+    def learned_last(self) -> bool:
+        """Whether a teacher's lessons were the last that changed the weights: `calibration` is then what it was trained on."""
+        return "teacher" in self.manifest
+
+    @property
+    def text_role(self) -> str:
+        """What `calibration` was to it."""
+        return "training text" if self.learned_last else "calibration"
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is known how it was made; of what another tool has quantised nobody knows."""
+        steps = (*self.manifest.get("history", ()), self.manifest)
+        return not self.quantized or any(_kind(each) == "quantize" for each in steps)
+
+    @property
     def original(self) -> Mapping[str, Any]:
         """Origin and fingerprint of the model that everything began with."""
         steps: list[Mapping[str, Any]] = [*self.manifest.get("history", ()), self.manifest]
@@ -184,9 +200,12 @@ class Result:
     def method(self) -> str:
         """Preset and algorithm in a few words."""
         settings, solver = self.manifest.get("settings") or {}, self.manifest.get("solver") or {}
-        before = [_before(each) for each in self.manifest.get("history", ())]
-        if "teacher" in self.manifest:  # in another format, too
+        before = [] if self.recorded else [_ELSEWHERE]
+        before += [_before(each) for each in self.manifest.get("history", ()) if _kind(each)]
+        if self.learned_last:  # in another format, too
             return ", then ".join([*before, _before({"stage": "finetune", "settings": settings})])
+        if not self.recorded:
+            return ", then ".join(before)
         if not self.quantized:
             return ", then ".join([*before, *([_before(self.manifest)] if self.stage == "prune" else [])])
         kind = {"gptq": "GPTQ", "rtn": "round to nearest"}.get(str(solver.get("kind")), str(solver.get("kind", "unknown")))
@@ -196,7 +215,7 @@ class Result:
     @property
     def finetuned(self) -> bool:
         """Whether the weights, and the norms with them, have been trained on the way."""
-        return "teacher" in self.manifest or any(each.get("stage") == "finetune" for each in self.manifest.get("history", ()))
+        return self.learned_last or any(_kind(each) == "finetune" for each in self.manifest.get("history", ()))
 
     @property
     def quantized(self) -> bool:
@@ -205,22 +224,27 @@ class Result:
 
     @property
     def bits(self) -> float:
-        """Stored bits per quantised weight, scales included."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
-        return 8 * self.facts["bytes"]["quantized linears"] / weights if weights else 0.0
+        """Stored bits per quantised weight, scales included; of a model that is not quantised those of its type."""
+        if not self.quantized:
+            return 32.0 if "32" in str(self.facts["dtype"]) else 16.0
+        return 8 * self.facts["bytes"]["quantized linears"] / max(1, self.facts["quantized_weights"])
 
     @property
     def before_bytes(self) -> int:
         """What the same model takes in 16 bits."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
-        return int(self.facts["bytes"]["total"] - self.facts["bytes"]["quantized linears"] + 2 * weights)
+        sizes = self.facts["bytes"]
+        return int(sizes["total"] - sizes["quantized linears"] + 2 * self.facts["quantized_weights"])
 
     @property
     def headline(self) -> Score | None:
-        """The score that suffered most, of those that rest on enough to be said in one number."""
+        """The score that suffered most, of those that rest on enough to be said in one number.
+
+        One that is not finite is the worst, and comes of no chance, however few items were asked.
+        """
         scores = self.evaluation.scores if self.evaluation else ()
-        firm = [score for score in scores if score.part_of is None and score.recovery is not None and score.firm]
-        return min(firm, key=lambda score: score.recovery or 0.0, default=None)
+        whole = [score for score in scores if score.part_of is None and score.recovery is not None]
+        sure = [score for score in whole if score.firm or not math.isfinite(score.value)]
+        return min(sure, key=lambda score: (math.isfinite(score.value), score.recovery or 0.0), default=None)
 
     @property
     def losses(self) -> Losses | None:
@@ -275,7 +299,7 @@ class Result:
         """What was left out, replaced, or refused."""
         lines = [f"Warning: {text}" for text in self.manifest.get("warnings", [])]
         lines += [f"`{name}` was left as it is: {reason}" for name, reason in self.manifest.get("kept", {}).items()]
-        lines += [f"Calibration: {note}" for note in (self.calibration or {}).get("notes", ())]
+        lines += [f"{self.text_role.capitalize()}: {note}" for note in (self.calibration or {}).get("notes", ())]
         for check in self.verification.checks if self.verification else ():
             verb = "was skipped" if check.skipped else "failed"
             lines += [f"Check `{check.name}` {verb}: {check.detail}"] if check.skipped or not check.ok else []
@@ -293,13 +317,13 @@ class Result:
             )
         if tokens:
             shape = f"{tokens['sequences']} sequences, {tokens['tokens']:,} tokens, seed {tokens['seed']}"
-            rows.append(("calibration", f"`{tokens['source']}`: {shape}, fingerprint `{tokens['fingerprint'][:16]}`"))
+            rows.append((self.text_role, f"`{tokens['source']}`: {shape}, fingerprint `{tokens['fingerprint'][:16]}`"))
         if errors := list(dict.fromkeys(tuple(each["block_error"]) for each in self.linears if each.get("block_error"))):
             told = ", ".join(f"{before:.3%} -> {after:.3%}" for before, after in errors)
             rows.append(("error of each block, before and after it was trained", told))
         if self.stays_dense:
             rows.append(("not 2:4", self.stays_dense))
-        rows.append(("computed on", str(manifest.get("device", "unknown"))))
+        rows += [("computed on", str(manifest.get("device", "unknown")))] if self.recorded or self.learned_last else []
         return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()))]
 
 
@@ -319,12 +343,24 @@ def gather(
     )
 
 
+_ELSEWHERE = "quantised by another tool (how is not recorded)"
+"""The method of a model without a manifest that says more."""
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    """What changed the weights; an export has the settings of what it has stored anew, and none if another tool made that."""
+    if (stage := str(entry.get("stage", ""))) != "export":
+        return stage
+    settings = entry.get("settings") or {}
+    return "finetune" if "tokens" in settings else "quantize" if settings else ""
+
+
 def _before(entry: Mapping[str, Any]) -> str:
     """A stage that the weights have been through."""
     settings = entry.get("settings") or {}
-    if entry.get("stage") == "quantize":
+    if _kind(entry) == "quantize":
         return f"quantised (preset {settings.get('preset', 'unknown')})"
-    if entry.get("stage") == "finetune":
+    if _kind(entry) == "finetune":
         return f"finetuned on {settings.get('tokens', 0):,} tokens with the original as the teacher"
     trained = f" and {settings['reconstruct']} passes of training by block" if settings.get("reconstruct") else ""
     return f"pruned to 2:4 (preset {settings.get('preset', 'unknown')}{trained})"

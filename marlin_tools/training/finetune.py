@@ -114,7 +114,7 @@ class FinetuneSettings(TrainingSettings, Stage):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Train the model into the one directory that there is."""
-        with work.clock("calibrate and finetune", work.output, device=self.device):
+        with work.clock("finetune", work.output, device=self.device):
             tokens = work.tokens(self.text or (work.text if self.needs_data else None))
             settings = self.model_copy(update={"teacher": self.teacher or work.original})
             finetune(work.model, tokens, settings, work.output, emit=work.emit, overwrite=work.overwrite, resume=work.resume)

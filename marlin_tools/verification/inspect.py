@@ -44,9 +44,11 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "group_sizes": sorted(contents.group_sizes),
         "activations": contents.activations if contents.grids else None,
         "quantized": len(contents.grids),
+        "quantized_weights": sum(grid.n * grid.k for grid in contents.grids.values()),
         "kept": [name for name in contents.plain if name != head] if contents.grids else [],
         "sparsity": _sparsity(contents, head),
         "made_from": manifest.get("model"),
+        "teacher": manifest.get("teacher"),
         "calibration": manifest.get("calibration"),
         "solver": manifest.get("solver"),
         "warnings": manifest.get("warnings", []),
@@ -77,7 +79,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         read = "exact" if sparsity["exact"] else f"{sparsity['read']} of {sparsity['linears']} linears sampled"
         table.append(("sparsity", f"{pattern}, {sparsity['zeros']:.1%} zeros ({read})"))
     if tokens := facts["calibration"]:
-        table.append(("calibration", f"{tokens['source']}, {tokens['sequences']} sequences, {tokens['tokens']} tokens"))
+        what = "training text" if facts["teacher"] else "calibration"
+        table.append((what, f"{tokens['source']}, {tokens['sequences']} sequences, {tokens['tokens']} tokens"))
     if solver := facts["solver"]:
         table.append(("solver", ", ".join(f"{key} {value}" for key, value in solver.items())))
     table += [("warning", warning) for warning in facts["warnings"]]

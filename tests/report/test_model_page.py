@@ -2,8 +2,8 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,82 +11,20 @@ import torch
 
 from marlin_tools import report
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.evaluation.scores import Score
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.report.advice import next_steps
-from marlin_tools.report.page import TIMES, code, markdown, plain, words
+from marlin_tools.report.page import TIMES, code, plain, words
 from marlin_tools.report.page import page as render
 from marlin_tools.report.result import Losses, gather
 from marlin_tools.run.execute import execute
 from marlin_tools.run.plan import plan
-
-VOID = {"meta", "br", "link", "img", "hr"}
-
-
-class Reader(HTMLParser):
-    """Complains about tags that are not closed, and collects what a browser would load."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.loads, self.text = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.loads += [
-            value for name, value in attrs if name in {"src", "srcset", "data", "poster"} or (tag, name) == ("link", "href")
-        ]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def read(page):
-    reader = Reader()
-    reader.feed(page)
-    assert reader.open == []
-    return reader
-
-
-def card(directory):
-    return report.pages(directory)[0]["README.md"]
-
-
-def changed(result, **manifest):
-    return type(result)(**{**vars(result), "manifest": {**result.manifest, **manifest}})
-
-
-def card_of(result):
-    return markdown("card.md.j2", result=result, steps=[])
+from report_pages import STAGES, card, card_of, changed, read
 
 
 def without_times(page):
     before, _, rest = page.partition(TIMES[0])
     return before + rest.partition(TIMES[1])[2]
-
-
-STAGES = [
-    {"stage": "quantize", "preset": "rtn", "ignore": ["layers.1.mlp.down_proj"]},
-    {"stage": "export", "formats": ["marlin"]},
-    {"stage": "evaluate", "tasks": ["ppl:demo"], "baseline": "demo", "limit": 4},
-    {"stage": "verify"},
-]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The embedded model, rounded, in two formats, with one linear left out."""
-    recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": STAGES})
-    out = tmp_path_factory.mktemp("made") / "x"
-    report.write_pages(execute(plan(recipe, out)))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +148,6 @@ def test_page_is_the_same_wherever_and_whenever_it_is_made(made, tmp_path):
 
 
 def test_page_without_an_evaluation_says_so(made, tmp_path):
-    import shutil
-
     bare = Path(shutil.copytree(made / "compressed-tensors", tmp_path / "bare"))
     (bare / "evaluation.json").unlink()
     page = report.pages(bare)[0]["report.html"]
@@ -239,17 +175,6 @@ def test_the_title_has_every_group_size(made, sizes, scheme):
     result = gather(made / "marlin", None)
 
     assert scheme == replace(result, facts={**result.facts, "group_sizes": sizes}).scheme
-
-
-@pytest.mark.parametrize(("items", "shown"), ((2, False), (99, False), (100, True)))
-def test_a_few_items_make_no_headline(made, items, shown):
-    score = Score("t", "acc", 1.0, 0.0, True, 1.0, 0.0, 0.0, 0.01, None, {"items": items, "on": f"{items} items, 0-shot"})
-    result = gather(made / "marlin", None)
-    result = replace(result, evaluation=replace(gather(made / "compressed-tensors", None).evaluation, scores=(score,)))
-    page = render("model.html.j2", result=result, steps=[])
-
-    assert shown == ("of the original at worst ± 1.0: t, accuracy, 100 items, 0-shot" in page)
-    assert shown == ('<p class="what">Recovery</p>' in page)
 
 
 def test_all_linears_are_in_a_table_that_sorts_without_a_server(made, page):
@@ -343,54 +268,3 @@ def test_markdown_shows_text_as_it_is(text, shown):
 def test_code_in_markdown_survives_backticks():
     assert "`a`" == code("a")
     assert "``` a``b ```" == code("a``b")
-
-
-LEARNING = {"text": {"source": "demo", "num_samples": 12, "seqlen": 64}, "tokens": 256, "batch": 2, "micro": 2}
-SPARSE = [
-    {"stage": "prune", "preset": "magnitude"},
-    {"stage": "finetune", **LEARNING},
-    {"stage": "quantize", "preset": "rtn", "sparsity": "keep", "format": "marlin-24"},
-    {"stage": "evaluate", "tasks": ["ppl:demo"], "limit": 2},
-]
-
-
-def test_every_model_of_a_chain_has_its_page(tmp_path):
-    report.write_pages(execute(plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": SPARSE}), tmp_path / "x")))
-    pages = {name: (tmp_path / "x" / name / "report.html") for name in ("pruned", "finetuned", "marlin-24")}
-    pruned, finetuned, quantized = ("".join(read(path.read_text(encoding="utf-8")).text) for path in pages.values())
-
-    for text in (pruned, finetuned):
-        assert "demo · 2:4, 16 bits" in text
-        assert "50.0 %" in text
-        assert "Nobody has measured this model yet." in text
-        assert "--sparsity keep --format marlin-24" in text
-        assert "Not verified" not in text
-    assert "energy that pruning has taken" in pruned
-    assert "Finetuning report" in finetuned
-    assert f"marlin-tools finetune {tmp_path / 'x' / 'pruned'} --teacher demo" in pruned
-    assert "marlin-tools finetune" not in finetuned
-    kl = json.loads((tmp_path / "x" / "finetuned" / "manifest.json").read_text(encoding="utf-8"))["held_out_kl"]
-    assert f"It began at {kl[0][1]:.4f} and ended at {kl[-1][1]:.4f} nats" in finetuned
-    assert len(kl) == pages["finetuned"].read_text(encoding="utf-8").count("<title>after ")
-    assert "pruned to 2:4 (preset magnitude), then finetuned on 256 tokens" in quantized
-    assert not (tmp_path / "x" / "pruned" / "README.md").exists()
-
-
-LEARNED = [
-    {"stage": "quantize", "preset": "rtn"},
-    {"stage": "finetune", **LEARNING},
-    {"stage": "export", "formats": ["gptq"]},
-]
-
-
-def test_a_quantised_model_that_has_learned_says_so_in_every_format(tmp_path):
-    recipe = Recipe.model_validate({"name": "x", "model": "demo", "stages": LEARNED})
-    report.write_pages(execute(plan(recipe, tmp_path / "x")))
-    kept = json.loads((tmp_path / "x" / "finetuned" / "manifest.json").read_text(encoding="utf-8"))["best_step"]
-    for name in ("finetuned", "gptq"):
-        told = "".join(read((tmp_path / "x" / name / "report.html").read_text(encoding="utf-8")).text)
-        assert "quantised (preset rtn), then finetuned on 256 tokens with the original as the teacher" in told
-        assert f"Kept is the best state, that after {kept} steps." in told
-        card = (tmp_path / "x" / name / "README.md").read_text(encoding="utf-8")
-        assert "Embeddings and the head are as in the original" in card
-        assert "unknown" not in card

@@ -40,6 +40,16 @@ def test_quantized(in_format, name):
     assert 5 == len(facts["engines"])
 
 
+def test_what_a_model_was_trained_on_is_not_called_calibration(copy, edit_json):
+    def named(directory):
+        return [what for what, _ in rows(inspect(directory)) if what in {"calibration", "training text"}]
+
+    directory = copy()
+    assert ["calibration"] == named(directory)
+    edit_json(directory / "manifest.json", teacher={"origin": "x", "fingerprint": "f"})
+    assert ["training text"] == named(directory)
+
+
 def test_worst_layers_lose_most(in_format):
     linears = json.loads((in_format("gptq") / "manifest.json").read_text())["linears"]
     worst = inspect(in_format("gptq"))["worst"]
@@ -91,6 +101,7 @@ def test_another_tools_checkpoint(foreign):
     facts = inspect(foreign)
 
     assert ("gptq", 14, None, None, []) == tuple(facts[k] for k in ("format", "quantized", "calibration", "solver", "worst"))
+    assert LINEARS == facts["quantized_weights"]
     assert 5 == len(facts["engines"])
 
 
