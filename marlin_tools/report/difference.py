@@ -4,6 +4,8 @@ Any model directories, two or more; the first is what the others are compared wi
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,15 @@ from marlin_tools.verification.inspect import size
 
 TOLD = 10
 """Linears on the terminal: those whose losses differ most. The page and the JSON have all."""
+
+
+_DECIDES = {"fingerprint": "text", "bos": "BOS", "task_version": "version"}
+"""Details of a score that make it another one, and what they are called beside it; a fingerprint is shortened to `SHORT`."""
+
+SHORT = 8
+
+_MEASURED = ("backend", "activations", "computed_in")
+"""How a model was computed with when it was measured: scores can be compared all the same, but one has to know."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Difference:
             ("format", [each.facts["format"] or each.facts["dtype"] for each in of]),
             ("method", [each.method for each in of]),
             ("size", [size(each.facts["bytes"]["total"]) for each in of]),
-            ("bits per weight", [f"{each.bits:.2f}" if each.quantized else _plain_bits(each) for each in of]),
+            ("bits per weight", [f"{each.bits:.2f}" if each.quantized else f"{each.bits:g}" for each in of]),
             ("sparsity", [_sparsity(each) for each in of]),
             ("made in", ["" if each.seconds is None else duration(each.seconds) for each in of]),
         ]
@@ -57,19 +68,20 @@ class Difference:
 
     @property
     def settings(self) -> list[tuple[str, list[str]]]:
-        """What was set, read or used otherwise: only what is not the same for all that tell how they were made."""
-        flat = [dict(_flat(_made_with(each))) if each.manifest else {} for each in self._all]
-        told = [each for each in flat if each]
-        keys = dict.fromkeys(key for each in told for key in each)
-        return [(key, [each.get(key, "") for each in flat]) for key in keys if len({each.get(key, "") for each in told}) > 1]
+        """What was set, read or used otherwise: only what is not the same for all that tell how they were made or measured."""
+        made = [_made_with(each) if each.manifest else {} for each in self._all]
+        return [*_unlike(made), *_unlike([_measured_with(each) for each in self._all])]
 
     @property
-    def scores(self) -> list[tuple[Score, list[Score | None]]]:
-        """Every score that one of them has, and what each has of it; what was measured on another sample is another score."""
-        found = [{(s.task, s.metric, s.details.get("on")): s for s in _scores(each)} for each in self._all]
-        keys = dict.fromkeys(key for each in found for key in each)
+    def scores(self) -> list[tuple[Score, str, list[Score | None]]]:
+        """Every score that one of them has, on what it was measured, and what each has of it.
+
+        What was measured on another sample, of another text or by another version of a task is another score.
+        """
+        found = [{_identity(score): score for score in _scores(each)} for each in self._all]
+        keys = list(dict.fromkeys(key for each in found for key in each))
         rows = [[each.get(key) for each in found] for key in keys]
-        return [(next(score for score in row if score), row) for row in rows]
+        return [(next(filter(None, row)), _told_apart(key, keys), row) for key, row in zip(keys, rows, strict=True)]
 
     @property
     def of(self) -> str:
@@ -102,9 +114,10 @@ class Difference:
                 {
                     "task": first.task,
                     "metric": first.metric,
+                    "on": on,
                     "values": [None if each is None else finite(each.value) for each in row],
                 }
-                for first, row in self.scores
+                for first, on, row in self.scores
             ],
             "linears": dict(self.linears),
         }
@@ -127,7 +140,7 @@ def as_text(found: Difference) -> str:
     if found.settings:
         parts.append(table(("setting", *found.labels), [(what, *cells) for what, cells in found.settings]))
     if found.scores:
-        rows = [(first.task, first.metric, str(first.details.get("on", "")), *_told(row)) for first, row in found.scores]
+        rows = [(first.task, first.metric, on, *_told(row)) for first, on, row in found.scores]
         parts.append(table(("task", "metric", "on", *found.labels), rows))
     if found.linears:
         losses = [(name, *("" if loss is None else f"{loss:.3%}" for loss in row)) for name, row in found.linears[:TOLD]]
@@ -146,25 +159,43 @@ def as_page(found: Difference) -> str:
 
 
 def points(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Mean KL beside bits and time, of those that were measured: what quality costs."""
-    found = []
-    for name, each in results.items():
-        kl = next((score for score in _scores(each) if score.metric == "kl"), None)
-        if kl is not None:
-            found.append({"name": name, "kl": kl.value, "bits": each.bits or 16.0, "seconds": each.seconds})
-    return found if len(found) > 1 else []
+    """Mean KL beside bits and time: what quality costs. Of those that were measured alike, if some were not of the most."""
+    distances = {
+        name: {_identity(score): score.value for score in _scores(each) if score.metric == "kl" and math.isfinite(score.value)}
+        for name, each in results.items()
+    }
+    counted = Counter(key for found in distances.values() for key in found).most_common(1)
+    if not counted or counted[0][1] < 2:
+        return []
+    ((key, _),) = counted
+    return [
+        {"name": name, "kl": distances[name][key], "bits": each.bits, "seconds": each.seconds}
+        for name, each in results.items()
+        if key in distances[name]
+    ]
 
 
 def _scores(result: Result) -> Sequence[Score]:
     return result.evaluation.scores if result.evaluation else ()
 
 
+def _identity(score: Score) -> tuple[str, ...]:
+    """What has to be the same for two numbers to be put side by side."""
+    known = {key: str(score.details.get(key, "unknown")) for key in _DECIDES}
+    known["fingerprint"] = known["fingerprint"][:SHORT]
+    return (score.task, score.metric, str(score.details.get("on", "")), *known.values())
+
+
+def _told_apart(key: tuple[str, ...], keys: Sequence[tuple[str, ...]]) -> str:
+    """On what a score was measured, with what tells it from others that would look the same."""
+    alike = [other for other in keys if other[:3] == key[:3]]
+    unlike = [place for place in range(3, len(key)) if len({other[place] for other in alike}) > 1]
+    names = list(_DECIDES.values())
+    return ", ".join(filter(None, [key[2], *(f"{names[place - 3]} {key[place]}" for place in unlike)]))
+
+
 def _told(row: Sequence[Score | None]) -> Iterator[str]:
     yield from ("" if score is None else spell(score.value, score.stderr) for score in row)
-
-
-def _plain_bits(result: Result) -> str:
-    return "32" if "32" in str(result.facts["dtype"]) else "16"
 
 
 def _sparsity(result: Result) -> str:
@@ -186,6 +217,21 @@ def _made_with(result: Result) -> dict[str, Any]:
     tokens = {key: value for key, value in (result.calibration or {}).items() if key != "notes"}
     tokens |= {key: str(value)[:16] for key, value in tokens.items() if key == "fingerprint"}
     return {**own, "calibration": tokens, "original": str(result.original.get("fingerprint", ""))[:16]}
+
+
+def _measured_with(result: Result) -> dict[str, Any]:
+    """How the scores came to be, besides the text."""
+    how = result.evaluation.model if result.evaluation else {}
+    told = {key: how.get(key) for key in _MEASURED}
+    return {"measured with": told} if how else {}
+
+
+def _unlike(values: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """What is not the same in all that say anything."""
+    flat = [dict(_flat(each)) for each in values]
+    told = [each for each in flat if each]
+    keys = dict.fromkeys(key for each in told for key in each)
+    return [(key, [each.get(key, "") for each in flat]) for key in keys if len({each.get(key, "") for each in told}) > 1]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

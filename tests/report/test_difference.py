@@ -8,15 +8,16 @@ import pytest
 from marlin_tools.compress.export import export
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import RecipeError
-from marlin_tools.report.difference import as_page, as_text, compare
+from marlin_tools.report.difference import as_page, as_text, compare, points
 
 SCORE = {"task": "ppl:demo", "metric": "kl", "value": 0.5, "details": {"on": "8 documents", "tokens": 2000}}
 NAMES = "stderr higher_is_better baseline baseline_stderr difference difference_stderr part_of".split()
 
 
-def measured(directory, kl, on="8 documents"):
-    score = dict.fromkeys(NAMES) | SCORE | {"value": kl, "details": {"on": on}}
-    how = {"origin": "x", "fingerprint": "x", "format": None, "backend": None, "device": "cpu", "computed_in": "float32"}
+def measured(directory, kl, on="8 documents", how=None, **details):
+    score = dict.fromkeys(NAMES) | SCORE | {"value": kl, "details": {"on": on, **details}}
+    known = {"origin": "x", "fingerprint": "x", "format": None, "backend": None, "device": "cpu", "computed_in": "float32"}
+    how = known | (how or {})
     content = {"fingerprint": "x", "model": how, "baseline": None, "scores": [score], "notes": []}
     content |= {"settings": {}, "versions": {}}
     (directory / "evaluation.json").write_text(json.dumps(content))
@@ -55,6 +56,62 @@ def test_scores_on_other_samples_are_other_scores(pair):
     assert [[0.5, 0.25]] == [each["values"] for each in compare(pair).describe()["scores"]]
     measured(pair[1], 0.25, on="2 documents")
     assert [[0.5, None], [None, 0.25]] == [each["values"] for each in compare(pair).describe()["scores"]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    (
+        ({"fingerprint": "a" * 64}, {"fingerprint": "b" * 64}, ["8 documents, text aaaaaaaa", "8 documents, text bbbbbbbb"]),
+        ({"bos": "none"}, {"bos": "one per document"}, ["8 documents, BOS none", "8 documents, BOS one per document"]),
+        ({"task_version": 1}, {"task_version": 0}, ["8 documents, version 1", "8 documents, version 0"]),
+        ({"task_version": 1}, {"task_version": 1}, ["8 documents"]),
+    ),
+)
+def test_scores_of_another_text_or_version_are_other_scores_and_say_why(pair, first, second, told):
+    measured(pair[0], 0.5, **first)
+    measured(pair[1], 0.25, **second)
+    found = compare(pair)
+
+    assert told == [each["on"] for each in found.describe()["scores"]]
+    assert (1 if len(told) == 1 else 2) == len(found.scores)
+    for on in told:
+        assert on in as_text(found)
+        assert on in as_page(found)
+    assert (len(told) == 1) == ("Distance to the original beside" in as_page(found))  # distances on two texts are no picture
+
+
+@pytest.mark.parametrize(
+    ("key", "here", "there"),
+    (("activations", "16bit", "fp8"), ("backend", "reference", "marlin"), ("computed_in", "float32", "float16")),
+)
+def test_what_scores_were_computed_with_is_told_where_it_differs(pair, key, here, there):
+    for path, value in zip(pair, (here, there), strict=True):
+        measured(path, 0.5, how={key: value})
+    found = compare(pair)
+
+    assert {f"measured with.{key}": [here, there], "settings.group_size": ["128", "64"]} == dict(found.settings)
+    (pair[0] / "evaluation.json").unlink()
+    assert {"settings.group_size": ["128", "64"]} == dict(compare(pair).settings)  # nothing to differ from
+
+
+def test_weights_are_counted_where_they_lie_not_where_somebody_noted_them(pair, tiny_model):
+    known = dict(compare(pair).facts)["bits per weight"]
+    plain = tiny_model("llama")
+    for number, path in enumerate(pair):
+        measured(path, 0.5 + number)
+        (path / "manifest.json").unlink()
+    found = compare([*pair, plain])
+
+    assert [*known, "16"] == dict(found.facts)["bits per weight"]
+    assert known == [f"{each['bits']:.2f}" for each in points(found.results)]
+
+
+def test_a_distance_that_is_not_finite_is_not_drawn(pair):
+    measured(pair[0], None)
+    measured(pair[1], 0.25)
+
+    assert [] == points(compare(pair).results)
+    assert "nan" in as_text(compare(pair))
 
 
 def test_page_and_table_show_all_of_it(pair):
