@@ -1,6 +1,7 @@
 """Where the files that ship with the package lie, in a wheel and in a checkout alike."""
 
 import os
+import tempfile
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -29,4 +30,14 @@ def demo_dir() -> Path:
 
 def cache_dir() -> Path:
     """Where small things are kept that can be made again: `marlin-tools` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marlin-tools"
+    home = expanded("~")
+    usual = home / ".cache" if home.is_absolute() else Path(tempfile.gettempdir())  # a user without a home
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "marlin-tools"
+
+
+def expanded(name: str | Path) -> Path:
+    """With `~` as the user's home; `~nobody`, who is unknown here, stays as it is, and nothing is found there."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

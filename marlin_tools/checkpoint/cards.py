@@ -15,6 +15,7 @@ import torch
 from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint, hub_repository, read_config
 from marlin_tools.errors import ErrorTranslation, ModelError
+from marlin_tools.resources import expanded
 
 SIZES = (
     "hidden_size",
@@ -130,7 +131,7 @@ def sketch(ref: str | Path | Checkpoint, accept: Callable[[dict[str, Any]], obje
     """The model that `ref` names, from disk if it is there, else from its card or its config.json; no weights are fetched."""
     if isinstance(ref, Checkpoint):
         return ref
-    if str(ref) == "demo" or Path(ref).expanduser().is_dir():
+    if str(ref) == "demo" or expanded(ref).is_dir():
         return Checkpoint.open(ref, accept)
     repository, revision = hub_repository(str(ref))
     if (cached := _cached(repository, revision, str(ref))) is not None:

@@ -277,6 +277,7 @@ COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked
 """Buffers, masks among them, that old checkpoints store and that models compute today."""
 
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|blocks|h))\.(?P<index>\d{1,9})\.")
+_WEIGHT = re.compile(r"\.(weight|bias)$|\.experts\.(gate_up_proj|down_proj)(_bias)?$")
 _OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|mtp")
 """Parts of a model that are not its text decoder."""
 
@@ -304,12 +305,15 @@ def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
                     raise _disagreement(where, f"`{key}` is {value or 'missing'}, but `{name}` is {list(shape)}")
         if COMPUTED.search(name):
             continue
-        weight = name.endswith(("norm.weight", "embed_tokens.weight")) or (
-            config.get("quantization_config") is None and name.endswith((".weight", ".bias"))
-        )
-        if weight and not tensors.dtypes[name].is_floating_point:
-            kind = dtype_name(tensors.dtypes[name])
-            raise ModelError(f"`{where.parent}`: `{name}` is stored as {kind}, weights are floating-point numbers", hint=HINT)
+        plain = config.get("quantization_config") is None
+        weight = name.endswith(("norm.weight", "embed_tokens.weight")) or (plain and bool(_WEIGHT.search(name)))
+        kind = tensors.dtypes[name]
+        if weight and not kind.is_floating_point:
+            told = f"`{name}` is stored as {dtype_name(kind)}, weights are floating-point numbers"
+            raise ModelError(f"`{where.parent}`: {told}", hint=HINT)
+        if weight and plain and kind.itemsize == 1:
+            told = f"`{name}` is stored as {dtype_name(kind)}, and no `quantization_config` says how to read it"
+            raise ModelError(f"`{where}`: {told}", hint="download config.json again")
 
 
 def _check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:

@@ -18,11 +18,13 @@ from torch import Tensor
 from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError
+from marlin_tools.quantized import dtype_name
 
 _SCALES, _READ = "_scale_inv", ".activation_scale"
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
+_REAL = {torch.float32, torch.float16, torch.bfloat16}
 _BROKEN = "the tensors do not follow the quantization_config; download the model again"
 
 
@@ -47,10 +49,13 @@ class DequantizedView(Checkpoint):
         headers = []
         for name in sorted(names):
             stored = self._source.stored(name)
-            if name.endswith(_BLOCKS) and name.removesuffix(_BLOCKS) + _EXPONENTS in names:
+            if name.endswith(_BLOCKS) and (exponents := name.removesuffix(_BLOCKS) + _EXPONENTS) in names:
+                _check_pairs(name.removesuffix(_BLOCKS), stored, self._source.stored(exponents))
                 experts, rows, groups, half = stored.shape
                 headers.append((name.removesuffix(_BLOCKS), self._as_16_bits(stored, (experts, groups * half * 2, rows))))
             elif name + _SCALES in names:
+                if (kind := self._source.stored(name + _SCALES).dtype) not in _REAL:
+                    raise ModelError(f"`{name}{_SCALES}` is stored as {dtype_name(kind)}, which is no scale here", hint=_BROKEN)
                 if stored.dtype != torch.float8_e4m3fn or math.prod(self._source.shape(name + _SCALES)) != 1:
                     _check_blocks(name, stored.dtype, stored.shape, self._source.shape(name + _SCALES), self._block_size)
                 headers.append((name, self._as_16_bits(stored, stored.shape)))
@@ -75,7 +80,7 @@ class DequantizedView(Checkpoint):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, expanded."""
         if name + _BLOCKS in self._source:
-            return _from_mxfp4(name, self._source.read(name + _BLOCKS), self._source.read(name + _EXPONENTS)).to(self.dtype)
+            return _from_mxfp4(self._source.read(name + _BLOCKS), self._source.read(name + _EXPONENTS)).to(self.dtype)
         if name in self._source and name + _SCALES in self._source:
             codes, scales = self._source.read(name), self._source.read(name + _SCALES)
             if scales.numel() == 1:
@@ -92,7 +97,7 @@ class DequantizedView(Checkpoint):
     def _block_size(self) -> tuple[int, int]:
         """Rows and columns that share a scale."""
         size = (self._source.quantization or {}).get("weight_block_size")
-        if not isinstance(size, list) or len(size) != 2 or not all(isinstance(each, int) and each > 0 for each in size):
+        if not isinstance(size, list) or len(size) != 2 or not all(type(each) is int and each > 0 for each in size):
             raise ModelError(f"`{self.path / 'config.json'}`: `weight_block_size` is {size!r}, not two sizes", hint=_BROKEN)
         return size[0], size[1]
 
@@ -109,6 +114,12 @@ def _check_blocks(name: str, dtype: torch.dtype, shape: Sequence[int], scales: S
         raise ModelError(f"`{name}` is {list(shape)} with scales {list(scales)}, not {wanted}", hint=_BROKEN)
 
 
+def _check_pairs(name: str, blocks: TensorInfo, exponents: TensorInfo) -> None:
+    """Refuse codes [E, N, K/32, 16] whose exponents are not one byte [E, N, K/32] for each 32 of them."""
+    if len(blocks.shape) != 4 or {blocks.dtype, exponents.dtype} != {torch.uint8} or blocks.shape[:-1] != exponents.shape:
+        raise ModelError(f"`{name}` is {list(blocks.shape)} with exponents {list(exponents.shape)}", hint=_BROKEN)
+
+
 def _from_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """Codes [N, K] times the scale of their block; the blocks at the edges may be smaller."""
     height, width = block
@@ -116,10 +127,8 @@ def _from_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     return codes.float() * each
 
 
-def _from_mxfp4(name: str, blocks: Tensor, exponents: Tensor) -> Tensor:
+def _from_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
     """Codes [E, N, K/32, 16] and exponents [E, N, K/32] -> [E, K, N], as transformers holds experts of this kind."""
-    if blocks.ndim != 4 or blocks.dtype != torch.uint8 or blocks.shape[:-1] != exponents.shape:
-        raise ModelError(f"`{name}` is {list(blocks.shape)} with exponents {list(exponents.shape)}", hint=_BROKEN)
     values = torch.tensor((*_E2M1, *(-value for value in _E2M1)), dtype=torch.bfloat16)
     pairs = torch.stack((values[(blocks & 15).int()], values[(blocks >> 4).int()]), dim=-1).flatten(-2)
     numbers = torch.ldexp(pairs.float(), exponents.int()[..., None] - _BIAS)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.headers import DTYPES
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import MarlinToolsError, OutputError
+from marlin_tools.resources import expanded
 
 ELSEWHERE = "choose another `-o DIR`"
 
@@ -42,7 +44,7 @@ def check_output(out: Path | str, sources: Iterable[Path | str] = (), *, overwri
     Decided before the work. Only a directory whose manifest says that we wrote it is ever replaced, never one that is or holds
     a source (a model, baseline, teacher or text of the run) or the working directory, and nothing in it that is not ours.
     """
-    path = Path(out).expanduser()
+    path = expanded(out)
     if not path.name or path.name == ".." or "\0" in str(out):
         raise OutputError(f"`{out}` is no name for a result", hint="give it a directory of its own: `-o DIR`")
     try:
@@ -87,7 +89,7 @@ def _check_apart(path: Path, sources: Iterable[Path | str]) -> None:
     if Path.cwd().is_relative_to(resolved):
         raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
     for source in sources:
-        if "\0" not in str(source) and Path(source).expanduser().resolve().is_relative_to(resolved):
+        if "\0" not in str(source) and expanded(source).resolve().is_relative_to(resolved):
             raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=ELSEWHERE)
 
 
@@ -115,8 +117,9 @@ def _not_ours(directory: Path) -> str | None:
 def clear_published(out: Path) -> None:
     """Remove what a run that was killed after it published `out` has left; a run that goes on is left alone."""
     for name in BESIDE:  # small files that are written into a result when it is there already
-        with suppress(OSError):
-            (out / f"{name}.tmp").unlink(missing_ok=True)
+        for left in out.glob(f"{name}.*tmp"):
+            with suppress(OSError):
+                left.unlink()
     output = OutputDirectory(out)
     if output.partial.is_dir() and not output.work.exists():
         try:
@@ -142,7 +145,7 @@ class OutputDirectory:
     def __init__(
         self, out: Path | str, *, overwrite: bool = False, resume: bool = False, sources: Iterable[Path | str] = ()
     ) -> None:
-        self.out = Path(out).expanduser()
+        self.out = expanded(out)
         self.partial = self.out.parent / (self.out.name + ".partial")
         self.work, self.state, self.replaced = (self.partial / name for name in ("model", "state", "replaced"))
         self.overwrite = overwrite
@@ -263,12 +266,18 @@ class OutputDirectory:
 
 def put(path: Path, text: str, hint: str = ELSEWHERE) -> None:
     """Write one small file, whole or not at all, in a directory that is made if need be."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # others may write this file as well
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise explained(error, path, hint) from error
 
 

@@ -26,7 +26,7 @@ from marlin_tools.checkpoint.output import BESIDE, sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError
-from marlin_tools.resources import demo_dir
+from marlin_tools.resources import demo_dir, expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class Checkpoint:
         """Find the model that `ref` names. `accept` sees config.json before any weights are fetched and may raise."""
         if isinstance(ref, Checkpoint):
             return ref
-        path = Path(ref).expanduser()
+        path = expanded(ref)
         if str(ref) == "demo":
             path = demo_dir() / "model"
         elif not path.is_dir():

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that ends us is somebody who presses Ctrl-C
     try:
+        _check_place()
         code = app(arguments, prog_name="marlin-tools", standalone_mode=False) or 0
     except typer.Abort:
         code = 130
@@ -80,6 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         kept = ": what is finished is kept" if not _RESUMED.isdisjoint(arguments[:1]) else ""
         _complain(MarlinToolsError("interrupted", hint=f"run the same command again{kept}"))
     sys.exit(code)
+
+
+def _check_place() -> None:
+    """Libraries end the program without a word where the working directory is gone."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise MarlinToolsError("the working directory does not exist any more", hint="`cd` to one that does") from None
 
 
 def _complain(error: MarlinToolsError) -> int:

@@ -87,7 +87,7 @@ def build_kernels(
 def _known(text: str) -> tuple[str, ...]:
     from marlin_tools.ops import TARGETS
 
-    asked = words(text) or ()
+    asked = tuple(dict.fromkeys(words(text) or ()))
     for target in asked:
         if target not in TARGETS:
             raise RecipeError(f"--arch: no kernels are made for `{target}`", hint=f"there are: {', '.join(TARGETS)}")

@@ -82,7 +82,9 @@ class ExportStage(Stage):
         return StagePlan((("formats", ", ".join(self.formats)),))
 
     def run(self, work: Work) -> dict[str, Any]:
-        """One format after the other."""
+        """One format after the other, once all of them can hold the model."""
+        for name in self.formats if len(self.formats) > 1 else ():
+            _Conversion(work.model, get_format(name), silent).check()
         for name, path in work.outputs.items():
             with work.clock("export", path):
                 export(work.model, name, path, emit=work.emit, overwrite=work.overwrite)

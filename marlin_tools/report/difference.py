@@ -16,6 +16,7 @@ from marlin_tools.evaluation.scores import Score, finite, spell
 from marlin_tools.report.page import duration, page
 from marlin_tools.report.result import Result, gather
 from marlin_tools.report.text import table
+from marlin_tools.resources import expanded
 from marlin_tools.verification.inspect import size
 
 TOLD = 10
@@ -126,12 +127,12 @@ class Difference:
 def compare(directories: Sequence[Path]) -> Difference:
     """Read two or more model directories."""
     names = [str(path) for path in directories]
-    if len({path.expanduser().resolve() for path in directories}) < max(2, len(names)):
+    if len({expanded(path).resolve() for path in directories}) < max(2, len(names)):
         raise RecipeError(
             f"two or more different directories can be compared, not {' and '.join(f'`{name}`' for name in names)}",
             hint="marlin-tools compare DIR DIR",
         )
-    return Difference({name: gather(Path(name).expanduser(), None, weights=False) for name in names})
+    return Difference({name: gather(expanded(name), None, weights=False) for name in names})
 
 
 def as_text(found: Difference) -> str:

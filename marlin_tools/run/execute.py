@@ -16,6 +16,7 @@ from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.recipe.files import load
 from marlin_tools.recipe.recipe import Recipe
+from marlin_tools.resources import expanded
 from marlin_tools.run.plan import RUNS, Plan, Step
 from marlin_tools.stage import Work
 from marlin_tools.verification.verify import Verification
@@ -114,7 +115,7 @@ def check_outputs(planned: Plan) -> None:
     read = [planned.recipe.model, *([text.source] if text else [])]
     read += [name for each in stages for key in ("baseline", "teacher") if (name := getattr(each, key, None))]
     read += [task.removeprefix("ppl:") for task in planned.recipe.tasks]
-    there = [name for name in read if name != "demo" and Path(name).expanduser().exists()]
+    there = [name for name in read if name != "demo" and expanded(name).exists()]
     for step in planned.steps:
         for path in step.outputs.values():
             check_output(path, there, overwrite=True)  # whether a result of ours may go is asked for stage by stage

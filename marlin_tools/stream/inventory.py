@@ -205,7 +205,10 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
                 targets.append(Target(name, n, k, ref, layout.share(index, linear)))
     if not targets:
         raise ModelError(f"`{checkpoint.origin}`: no linear is left to work on", hint="check `--ignore`")
-    there = [*kept, *(target.name for target in targets), *checkpoint.names(), "lm_head"]  # which is often the embedding
+    taken = {(target.ref or WeightRef(f"{target.name}.weight")).tensor for target in targets}
+    others = (name for name in checkpoint.names() if name.removesuffix("_bias") not in taken)
+    there = [*kept, *(target.name for target in targets), *others]
+    there.append("lm_head")  # which is often the embedding
     if idle := next((p.pattern for p in patterns if not any(p.search(name) for name in there)), None):
         hint = f"names look like `{targets[0].name}`"
         raise ModelError(f"`--ignore {idle}` matches nothing in `{checkpoint.origin}`", hint=hint)

@@ -13,6 +13,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import pick_device
 from marlin_tools.errors import DeviceError, FormatError, ModelError
+from marlin_tools.resources import expanded
 from marlin_tools.verification.checks import Check, judge
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _original(checkpoint: Checkpoint) -> Checkpoint | None:
     """The very model that this was made from, if it is on this machine: nothing is fetched."""
     made_from = (read_manifest(checkpoint.path) or {}).get("model") or {}
     origin = str(made_from.get("origin", ""))
-    if origin != "demo" and not Path(origin).expanduser().is_dir():
+    if origin != "demo" and not expanded(origin).is_dir():
         return None
     try:
         found = Checkpoint.open(origin)

@@ -18,6 +18,7 @@ from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats.contents import Contents
+from marlin_tools.resources import expanded
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 from marlin_tools.verification.checks import Check, Subject, check_config, check_files
 from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint
@@ -80,7 +81,7 @@ def _checks(directory: str | Path | Checkpoint, device: str) -> Iterator[Check]:
     try:
         checkpoint = Checkpoint.open(directory)
     except ModelError as error:
-        if not _looks_like_a_model(Path(str(directory)).expanduser()):
+        if not _looks_like_a_model(expanded(str(directory))):
             raise
         yield Check("files", ok=False, detail=error.message)
         return

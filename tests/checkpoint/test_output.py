@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import pytest
 from hostile_files import MANIFEST, write_json
 from marlin_tools.checkpoint.journal import Journal
 from marlin_tools.checkpoint.manifest import holds
-from marlin_tools.checkpoint.output import OutputDirectory, check_output
-from marlin_tools.errors import OutputError
+from marlin_tools.checkpoint.output import OutputDirectory, check_output, put
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.errors import ModelError, OutputError
+from marlin_tools.resources import cache_dir, expanded
 
 RUN = "f" * 64
 
@@ -248,3 +252,43 @@ def test_a_place_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
     Path("locked").mkdir()
     refused("locked/out", "not writable")
+
+
+def test_two_that_write_one_small_file_do_not_disturb_each_other() -> None:
+    texts, seen = [letter * 100_000 for letter in "ab"], set[str]()
+
+    def write(text: str) -> None:
+        for _ in range(40):
+            put(Path("note.json"), text)
+
+    with ThreadPoolExecutor() as threads:
+        writing = [threads.submit(write, text) for text in texts]
+        while not all(each.done() for each in writing):
+            if Path("note.json").exists():
+                seen.add(Path("note.json").read_text())
+        for each in writing:
+            each.result()
+    assert seen <= set(texts)
+    assert [path.name for path in Path().iterdir()] == ["note.json"]
+
+
+def test_a_link_beside_a_small_file_is_not_written_through() -> None:
+    Path("mine.txt").write_text("mine")
+    Path("note.json.tmp").symlink_to("mine.txt")
+    put(Path("note.json"), "ours")
+    assert (Path("mine.txt").read_text(), Path("note.json").read_text()) == ("mine", "ours")
+    assert not Path("note.json").is_symlink()
+
+
+def test_a_home_that_nobody_has_is_a_name_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    assert check_output("~nobody-of-this-name") == Path("~nobody-of-this-name")
+    with pytest.raises(ModelError, match="there is no directory `~nobody-of-this-name/x`"):
+        Checkpoint.open("~nobody-of-this-name/x")
+
+    def nowhere(_path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == Path(tempfile.gettempdir()) / "marlin-tools"

@@ -165,6 +165,7 @@ def test_a_config_says_what_cannot_be(model: Path, key: str, value: object) -> N
 
 def test_what_transformers_refuses_in_a_config_is_not_the_tokenizers_fault(model: Path) -> None:
     write_json(model / "config.json", CONFIG | {"attention_dropout": "much"})
+    (model / "tokenizer.model").touch()
     with pytest.raises(ModelError, match=r"config\.json` is not understood by transformers: .*'attention_dropout'"):
         Checkpoint.open(model).tokenizer()
 

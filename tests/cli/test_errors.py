@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from marlin_tools.cli import kernels
+
 CASES = [
     (("quant", "demo"), "error: no such command 'quant'\nhint: did you mean 'quantize'?\n"),
     (("quantize",), "error: missing argument 'MODEL'\nhint: `marlin-tools quantize --help` lists what there is\n"),
@@ -209,3 +211,25 @@ def test_a_model_that_cannot_be_written_to_is_not_measured_in_vain(cli, tiny_lla
     assert "hint: measure a copy of the model, or make its directory writable" in outcome.err
     assert "windows" not in outcome.err
     assert before == {path.name: path.read_bytes() for path in Path("made").iterdir()}
+
+
+def test_of_several_formats_none_is_written_if_one_cannot_hold_the_model(cli):
+    assert 0 == cli("quantize", "demo", "--preset", "rtn", "-o", "base").code
+    outcome = cli("export", "base", "--format", "gptq,marlin-24", "-o", "several")
+
+    assert 2 == outcome.code
+    assert not Path("several").exists()
+
+
+def test_a_working_directory_that_is_gone(cli, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    outcome = cli("inspect", "demo")
+
+    assert 2 == outcome.code
+    assert "error: the working directory does not exist any more\nhint: `cd` to one that does\n" == outcome.err
+
+
+def test_an_architecture_is_compiled_once():
+    assert ("sm_80", "sm_90a") == kernels._known("sm_80,sm_90a,sm_80")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from marlin_tools.errors import ModelError
 from marlin_tools.formats.stored import StoredLinears
 
 
-def rewritten(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None], scheme: dict[str, object]) -> Path:
+def rewritten(
+    source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None], scheme: dict[str, object] | None
+) -> Path:
     """The model with other tensors, and a quantization_config that says so."""
     folder.mkdir()
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
@@ -55,6 +58,16 @@ def test_fp8_blocks_are_codes_times_their_scale(made: Callable[[str], Path], tmp
             )
             assert torch.equal(value[:60], expected.bfloat16())
             break
+
+
+def scaled_by(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
+    """The same with scales of another type."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        to_fp8(tensors)
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items() if name.endswith("_scale_inv")})
+
+    return change
 
 
 def to_fp8_at_once(tensors: dict[str, Tensor]) -> None:
@@ -121,6 +134,10 @@ def test_mxfp4_is_what_transformers_reads(made: Callable[[str], Path], tmp_path:
         (lambda tensors: (to_fp8(tensors), tensors.pop("model.layers.0.mlp.up_proj.weight_scale_inv")), FP8, "but no"),
         (to_fp8, {"quant_method": "fp8"}, "weight_block_size"),
         (to_fp8, FP8 | {"weight_block_size": [64, 64]}, "with scales"),
+        (to_fp8, FP8 | {"weight_block_size": [True, 48]}, "not two sizes"),
+        (scaled_by(torch.uint8), FP8, "is stored as uint8, which is no scale here"),
+        (scaled_by(torch.int32), FP8, "is stored as int32, which is no scale here"),
+        (to_fp8, None, "stored as float8_e4m3fn, and no `quantization_config` says"),
         (lambda _tensors: None, {"quant_method": "bitsandbytes"}, "already quantised"),
     ],
 )
@@ -128,10 +145,45 @@ def test_what_cannot_be_expanded_is_refused_by_name(
     made: Callable[[str], Path],
     tmp_path: Path,
     change: Callable[[dict[str, Tensor]], None],
-    scheme: dict[str, object],
+    scheme: dict[str, object] | None,
     message: str,
 ) -> None:
     path = rewritten(made("llama"), tmp_path / "odd", change, scheme)
     with pytest.raises(ModelError, match=message):
         quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, tensors: tensors.update({f"{name}_blocks": tensors[f"{name}_blocks"].flatten(2)}),
+        lambda name, tensors: tensors.update({f"{name}_blocks": tensors[f"{name}_blocks"].int()}),
+        lambda name, tensors: tensors.update({f"{name}_scales": tensors[f"{name}_scales"].float()}),
+        lambda name, tensors: tensors.update({f"{name}_scales": tensors[f"{name}_scales"][:, :1].clone()}),
+    ],
+)
+def test_mxfp4_of_another_shape_or_type_is_refused(made: Callable[[str], Path], tmp_path: Path, change: Any) -> None:
+    def damaged(tensors: dict[str, Tensor]) -> None:
+        to_mxfp4(tensors)
+        change("model.layers.1.mlp.experts.down_proj", tensors)
+
+    path = rewritten(made("gpt_oss"), tmp_path / "odd", damaged, {"quant_method": "mxfp4"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.down_proj` is \[.*\] with exponents \["):
+        quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+
+
+def test_experts_that_are_no_numbers_are_refused(made: Callable[[str], Path], tmp_path: Path) -> None:
+    def damaged(tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        tensors[name] = tensors[name].to(torch.int32)
+
+    with pytest.raises(ModelError, match="gate_up_proj` is stored as int32, weights are floating-point"):
+        Checkpoint.open(rewritten(made("gpt_oss"), tmp_path / "odd", damaged, None))
+
+
+def test_the_name_of_fused_experts_is_not_that_of_a_linear(made: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = QuantizeSettings(preset="rtn", group_size=32, ignore=("experts.gate_up_proj",))
+    with pytest.raises(ModelError, match=r"`--ignore experts.gate_up_proj` matches nothing") as caught:
+        quantize(made("gpt_oss"), None, settings, tmp_path / "out")
+    assert "names look like" in str(caught.value.hint)

@@ -153,6 +153,15 @@ def test_a_generation_config_that_transformers_refuses_is_one_line(victim: Path,
     assert "\n" not in refusal.value.message
 
 
+def test_a_tokenizer_that_is_not_there_is_not_made_up(victim: Path) -> None:
+    for file in victim.glob("tokenizer*"):
+        file.unlink()
+    for model_type in ("llama", "qwen3_moe", "gemma3"):  # of the latter two a library makes one without words
+        change_config(victim, model_type=model_type)
+        with pytest.raises(ModelError, match="the tokenizer cannot be loaded: there is none"):
+            Checkpoint.open(victim).tokenizer()
+
+
 def test_outputs_as_tuples_are_not_asked_for(victim: Path, run: Run) -> None:
     change_config(victim, return_dict=False)
     assert run(victim, preset="fast").quantization

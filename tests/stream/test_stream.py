@@ -164,7 +164,7 @@ def test_tokens_that_are_rounded_change_nothing_but_the_logits(tiny_model: Calla
     for name in targets:
         model.get_submodule(name).register_forward_pre_hook(lambda _, args: (rounded(args[0]),))
     streams = [LayerStream(checkpoint, tokens, targets, torch.device("cpu"), with_original=True) for _ in range(2)]
-    streams[1].round_beside(24)
+    streams[1].look_at(24, rounded=True)
     for blocks in zip(*streams, strict=True):
         for group, same in zip(*(block.groups() for block in blocks), strict=True):
             assert group.hessian is not None

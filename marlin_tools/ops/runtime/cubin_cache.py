@@ -19,6 +19,7 @@ from pathlib import Path
 
 from marlin_tools.ops.runtime.compiler import Binary, Resources, compile_kernel, key_of
 from marlin_tools.ops.runtime.kernel import Kernel
+from marlin_tools.resources import cache_dir
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def default_dir() -> Path:
     chosen = os.environ.get("MARLIN_TOOLS_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marlin-tools" / "kernels"
+    return cache_dir() / "kernels"
 
 
 class CubinCache:
