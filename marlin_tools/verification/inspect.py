@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.families import known_family
@@ -24,7 +25,8 @@ WORST = 5
 
 def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
     """The facts about a model, all of them JSON values."""
-    checkpoint = Checkpoint.open(model)
+    source = Checkpoint.open(model)
+    checkpoint = dequantized(source)
     contents = Contents(checkpoint)
     manifest = read_manifest(checkpoint.path) or {}
     config = checkpoint.config
@@ -39,7 +41,8 @@ def inspect(model: str | Path | Checkpoint) -> dict[str, Any]:
         "positions": checkpoint.text_config.get("max_position_embeddings"),
         "dtype": dtype_name(checkpoint.dtype),
         "parameters": _parameters(contents),
-        "bytes": _bytes(contents),
+        "bytes": _bytes(source, contents),
+        "read_from": None if checkpoint is source else (source.quantization or {})["quant_method"],
         "format": contents.stored.format.name if contents.stored else None,
         "group_sizes": sorted(contents.group_sizes),
         "activations": contents.activations if contents.grids else None,
@@ -67,7 +70,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("family", f"{facts['family']}, {facts['blocks']} blocks" + ("" if facts["supported"] else ", not supported")),
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M, {facts['dtype']}"),
         ("size", f"{size(total)}: {parts}"),
-        ("format", facts["format"] or "dense"),
+        ("format", facts["format"] or (f"{facts['read_from']}, read as {facts['dtype']}" if facts["read_from"] else "dense")),
     ]
     if facts["quantized"]:
         groups = ", ".join("per column" if size == -1 else str(size) for size in facts["group_sizes"])
@@ -96,14 +99,15 @@ def _parameters(contents: Contents) -> int:
     return sum(grid.n * grid.k for grid in contents.grids.values()) + sum(map(prod, others))
 
 
-def _bytes(contents: Contents) -> dict[str, int]:
-    """What is stored, by kind."""
+def _bytes(source: Checkpoint, contents: Contents) -> dict[str, int]:
+    """What is stored, by kind; experts are linears, however many lie in one tensor."""
     taken = contents.stored.tensors if contents.stored else frozenset()
     sizes = {"quantized linears": 0, "other linears": 0, "embeddings and norms": 0}
-    for name in contents.checkpoint.names():
-        plain = "other linears" if name.removesuffix(".weight") in contents.plain else "embeddings and norms"
-        sizes["quantized linears" if name in taken else plain] += contents.checkpoint.stored(name).nbytes
-    return {**sizes, "total": contents.checkpoint.nbytes}
+    for name in source.names():
+        linear = ".experts." in name or name.partition(".weight")[0] in contents.plain
+        plain = "other linears" if linear else "embeddings and norms"
+        sizes["quantized linears" if name in taken else plain] += source.stored(name).nbytes
+    return {**sizes, "total": source.nbytes}
 
 
 def _sparsity(contents: Contents, head: str) -> dict[str, Any] | None:
@@ -117,8 +121,11 @@ def _sparsity(contents: Contents, head: str) -> dict[str, Any] | None:
         zero = _zeros(contents, name)
         zeros, total = zeros + int(zero.sum()), total + zero.numel()
         sparse += is_2_4(~zero)
-    found = {"2:4": sparse == len(read), "sparse": sparse, "zeros": zeros / total}
-    return found | {"read": len(read), "linears": len(names), "exact": len(read) == len(names)}
+    model = contents.checkpoint
+    fused = [name for name in model.names() if ".experts." in name and len(model.shape(name)) == 3]  # they are not read
+    count = len(names) + len(fused)
+    found = {"2:4": sparse == len(read) and not fused, "sparse": sparse, "zeros": zeros / total}
+    return found | {"read": len(read), "linears": count, "exact": len(read) == count}
 
 
 def _zeros(contents: Contents, name: str) -> Tensor:

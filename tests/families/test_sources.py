@@ -15,6 +15,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import ModelError
 from marlin_tools.formats.stored import StoredLinears
+from marlin_tools.verification.inspect import inspect, rows
 
 
 def rewritten(
@@ -187,3 +188,28 @@ def test_the_name_of_fused_experts_is_not_that_of_a_linear(made: Callable[[str],
     with pytest.raises(ModelError, match=r"`--ignore experts.gate_up_proj` matches nothing") as caught:
         quantize(made("gpt_oss"), None, settings, tmp_path / "out")
     assert "names look like" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "scheme"), [("llama", to_fp8, FP8), ("gpt_oss", to_mxfp4, {"quant_method": "mxfp4"})]
+)
+def test_inspect_says_what_a_source_is_and_what_it_takes(
+    made: Callable[[str], Path], tmp_path: Path, model_type: str, change: Callable[[dict[str, Tensor]], None], scheme: Any
+) -> None:
+    path = rewritten(made(model_type), tmp_path / "source", change, scheme)
+    facts = inspect(path)
+
+    assert (None, 0, scheme["quant_method"]) == (facts["format"], facts["quantized"], facts["read_from"])
+    assert f"{scheme['quant_method']}, read as bfloat16" == dict(rows(facts))["format"]
+    assert inspect(made(model_type))["parameters"] == facts["parameters"]
+    assert sum(tensor.nbytes for tensor in load_file(path / "model.safetensors").values()) == facts["bytes"]["total"]
+
+
+def test_experts_in_one_tensor_are_linears_that_nobody_has_read(made: Callable[[str], Path]) -> None:
+    tensors = load_file(made("gpt_oss") / "model.safetensors")
+    facts = inspect(made("gpt_oss"))
+
+    assert facts["bytes"]["other linears"] >= sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
+    assert facts["bytes"]["embeddings and norms"] < facts["bytes"]["other linears"]
+    assert not facts["sparsity"]["exact"]
+    assert facts["sparsity"]["linears"] == facts["sparsity"]["read"] + 4
