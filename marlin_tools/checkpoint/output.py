@@ -89,8 +89,13 @@ def _check_apart(path: Path, sources: Iterable[Path | str]) -> None:
     if Path.cwd().is_relative_to(resolved):
         raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
     for source in sources:
-        if "\0" not in str(source) and expanded(source).resolve().is_relative_to(resolved):
+        if "\0" in str(source):
+            continue
+        read = expanded(source).resolve()
+        if read.is_relative_to(resolved):
             raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=ELSEWHERE)
+        if resolved.is_relative_to(read) and (read / MANIFEST).is_file():
+            raise OutputError(f"`{path}` would lie in the result `{source}`, which is replaced as a whole", hint=ELSEWHERE)
 
 
 def _not_ours(directory: Path) -> str | None:

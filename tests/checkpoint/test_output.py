@@ -121,6 +121,15 @@ def test_sources_and_what_holds_them_stay() -> None:
     refused("../../source", "is, or holds, the working directory")
 
 
+def test_nothing_is_put_into_a_result_that_is_read() -> None:
+    make("result")
+    write_json(Path("result/manifest.json"), MANIFEST)
+    Path("model").mkdir()
+    with pytest.raises(OutputError, match="`result/gptq` would lie in the result `result`"):
+        check_output("result/gptq", ["result"])
+    assert check_output("model/int4", ["model"]) == Path("model/int4")  # what others made is not replaced
+
+
 def test_a_result_with_another_one_inside_stays_while_that_is_there() -> None:
     make("out")
     make("out/inner")
