@@ -274,7 +274,7 @@ def put(path: Path, text: str, hint: str = ELSEWHERE) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # others may write this file as well
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
+        _clear_unfinished(path)
         with temporary.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
@@ -284,6 +284,16 @@ def put(path: Path, text: str, hint: str = ELSEWHERE) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise explained(error, path, hint) from error
+
+
+def _clear_unfinished(path: Path) -> None:
+    """Remove what processes that were killed while they wrote this file have left."""
+    beginning = f"{path.name}."
+    for left in path.parent.iterdir():
+        if left.name.startswith(beginning) and left.name.endswith(".tmp"):
+            writer = left.name.removeprefix(beginning).partition("-")[0]
+            if writer.isdigit() and not Path("/proc", writer).exists():
+                left.unlink(missing_ok=True)
 
 
 def put_page(path: Path, text: str, mark: str) -> None:

@@ -281,6 +281,19 @@ def test_two_that_write_one_small_file_do_not_disturb_each_other() -> None:
     assert [path.name for path in Path().iterdir()] == ["note.json"]
 
 
+def test_what_a_killed_process_has_left_of_a_small_file_goes_away() -> None:
+    for left in (
+        "note.json.999999999-1.tmp",
+        f"note.json.{os.getppid()}-1.tmp",
+        "other.json.999999999-1.tmp",
+        "note.json.x.tmp",
+    ):
+        Path(left).touch()
+    put(Path("note.json"), "ours")
+    there = {path.name for path in Path().iterdir()}
+    assert there == {"note.json", f"note.json.{os.getppid()}-1.tmp", "other.json.999999999-1.tmp", "note.json.x.tmp"}
+
+
 def test_a_link_beside_a_small_file_is_not_written_through() -> None:
     Path("mine.txt").write_text("mine")
     Path("note.json.tmp").symlink_to("mine.txt")
