@@ -275,6 +275,7 @@ def put(path: Path, text: str, hint: str = ELSEWHERE) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_unfinished(path)
+        temporary.unlink(missing_ok=True)  # of a process that had our number
         with temporary.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
