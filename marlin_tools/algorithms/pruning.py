@@ -19,7 +19,7 @@ from torch import Tensor
 from marlin_tools.algorithms.alternation import Alternation
 from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
-from marlin_tools.algorithms.solution import Losses, Solution, not_finite, solve_all
+from marlin_tools.algorithms.solution import Losses, Solution, finite, solve_all
 from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import by_blocks, sweep
 from marlin_tools.ops.solver import kernels as solver
@@ -86,7 +86,7 @@ class Pruner(Settings):
 
     def prune(self, name: str, weight: Tensor, hessian: Hessian | None) -> Solution:
         """Prune one weight [N, K] to 2:4."""
-        return solve_all(self.problem(name, hessian), weight)
+        return finite(name, solve_all(self.problem(name, hessian), weight))
 
     def mask_solver(self, name: str, hessian: Hessian | None, fixed_nk: Tensor | None = None) -> "MaskSolver":
         """What all rows have in common. Rows in which `fixed_nk` keeps anything keep just that."""
@@ -95,7 +95,7 @@ class Pruner(Settings):
         hessian = None if hessian is None else hessian.unsure(self.noise)
         with span("factor"):
             factor = None if hessian is None else hessian.factorize(self.damp, name)
-        return MaskSolver(name, self, hessian, factor, fixed_nk)
+        return MaskSolver(self, hessian, factor, fixed_nk)
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,8 @@ class PruningProblem:
 class MaskSolver:
     """A pruner with the Hessian that it works on, if it needs one."""
 
-    def __init__(
-        self, name: str, pruner: Pruner, hessian: Hessian | None, factor: Factor | None, fixed_nk: Tensor | None
-    ) -> None:
-        self.name, self.pruner, self.hessian, self.factor, self._fixed_nk = name, pruner, hessian, factor, fixed_nk
+    def __init__(self, pruner: Pruner, hessian: Hessian | None, factor: Factor | None, fixed_nk: Tensor | None) -> None:
+        self.pruner, self.hessian, self.factor, self._fixed_nk = pruner, hessian, factor, fixed_nk
         if hessian is not None and factor is not None and (pruner.fit or pruner.reselect or pruner.mask == "alternation"):
             self._damped_kk = hessian.damped(factor.damp)
 
@@ -146,8 +144,6 @@ class MaskSolver:
         if self.pruner.fit:
             with span("fit"):
                 value_nk = fit(target_nk, value_nk, mask_nk, self._damped_kk)
-        if not bool(torch.isfinite(torch.linalg.vector_norm(value_nk, torch.inf))):  # activations whose squares underflow
-            raise not_finite(self.name)
         return SparseWeight(value_nk, mask_nk)
 
     def _chosen(self, target_nk: Tensor) -> tuple[Tensor, Tensor]:

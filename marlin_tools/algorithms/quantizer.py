@@ -7,7 +7,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.hessian import ALONE, Hessian, Sharing
 from marlin_tools.algorithms.pruning import MaskSolver
-from marlin_tools.algorithms.solution import Problem, Solution, solve_all
+from marlin_tools.algorithms.solution import Problem, Solution, finite, solve_all
 from marlin_tools.settings import Settings
 
 
@@ -36,4 +36,4 @@ class Quantizer(Settings):
         mask_solver: MaskSolver | None = None,
     ) -> Solution:
         """Quantise one weight [N, K], here and by itself."""
-        return solve_all(self.problem(name, hessian, group_size, dtype, mask_solver), weight)
+        return finite(name, solve_all(self.problem(name, hessian, group_size, dtype, mask_solver), weight))

@@ -1,7 +1,9 @@
 """What a solver returns: the new weight and how well that went, row by row."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -93,13 +95,13 @@ class Solution:
         """The weight [N, K] to compute with from here on."""
         return self.weight.dequantize(dtype) if isinstance(self.weight, QuantizedLinear) else self.weight.to(dtype)
 
-    @property
+    @cached_property
     def output_error(self) -> float | None:
         """Squared output error relative to the squared output."""
         losses = self.losses
         return None if losses.output is None or losses.output_energy is None else _ratio(losses.output, losses.output_energy)
 
-    @property
+    @cached_property
     def weight_error(self) -> float:
         """Squared weight error relative to the squared weight."""
         return _ratio(self.losses.weight, self.losses.weight_energy)
@@ -145,10 +147,12 @@ class Solution:
         return Solution(weight, Losses(**losses), parts[0].damp)
 
 
-def not_finite(name: str) -> NumericalError:
-    """What to raise when a linear of this name has no finite solution."""
-    hint = "try a higher `--damp`, or leave it out with `--ignore`"
-    return NumericalError(f"`{name}`: the solution is not finite", hint=hint)
+def finite(name: str, solution: Solution) -> Solution:
+    """The solution of a linear, unless it is none: looked at once it is whole, so that a GPU is waited for once."""
+    if not math.isfinite(solution.output_error or 0.0) or not math.isfinite(solution.weight_error):
+        hint = "try a higher `--damp`, or leave it out with `--ignore`"
+        raise NumericalError(f"`{name}`: the solution is not finite", hint=hint)
+    return solution
 
 
 class Problem(Protocol):

@@ -24,7 +24,7 @@ from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.checkpoint.output import BESIDE, sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
-from marlin_tools.checkpoint.tokenizer_files import check_tokenizer_files, panics_unprinted
+from marlin_tools.checkpoint.tokenizer_files import NEEDED, check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.resources import demo_dir, expanded
 
@@ -193,8 +193,7 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         check_tokenizer_files(self.path)
-        hint = "tokenizer.json or tokenizer.model must lie beside config.json"
-        with ErrorTranslation(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", hint), panics_unprinted():
+        with ErrorTranslation(ModelError, f"`{self.path}`: the tokenizer cannot be loaded", NEEDED), panics_unprinted():
             try:
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
             except StrictDataclassError as error:  # it looks at config.json as well

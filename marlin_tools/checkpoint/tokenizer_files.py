@@ -19,6 +19,8 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.j
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+NEEDED = "tokenizer.json or tokenizer.model must lie beside config.json"
+
 _WORDS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """What a tokenizer's words are read from, by one library or another."""
 
@@ -45,8 +47,7 @@ def check_tokenizer_files(directory: Path) -> None:
         if (directory / name).exists():
             read_object(directory / name)
     if not any(True for pattern in _WORDS for _ in directory.glob(pattern)):  # for some types a library makes up an empty one
-        hint = "tokenizer.json or tokenizer.model must lie beside config.json"
-        raise ModelError(f"`{directory}`: the tokenizer cannot be loaded: there is none", hint=hint)
+        raise ModelError(f"`{directory}`: the tokenizer cannot be loaded: there is none", hint=NEEDED)
     file = directory / "tokenizer.json"
     if not file.exists():
         return

@@ -5,7 +5,6 @@ the block is on disk before the next one is loaded. What is done to a group is a
 `job.py` makes a model directory of it.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Solution, not_finite, slabs
+from marlin_tools.algorithms.solution import Solution, finite, slabs
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.experts import Solve, SolveAll, solve_experts
 from marlin_tools.compress.shards import Shards
@@ -120,9 +119,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
 
 def record_of(name: str, solution: Solution) -> dict[str, Any]:
     """What the manifest says about one linear; a solution that is not finite stops the run here."""
-    output, weight = solution.output_error, solution.weight_error
-    if not math.isfinite(output or 0.0) or not math.isfinite(weight):
-        raise not_finite(name)
+    output, weight = finite(name, solution).output_error, solution.weight_error
     return {
         "name": name,
         "shape": list(solution.weight.shape),
