@@ -4,6 +4,8 @@
     python scripts/bench_vllm.py machete   # vLLM's own kernel: the plugin is off
     python scripts/bench_vllm.py dense
     python scripts/bench_vllm.py sparse
+    python scripts/bench_vllm.py fp8       # INT4 under activations in FP8; bfloat16
+    python scripts/bench_vllm.py cutlass   # the same on vLLM's own kernel
     python scripts/bench_vllm.py dense --profile kernels.json
     python scripts/bench_vllm.py dense --shape llama2-70b --layers 8 --tensor-parallel 2
 
@@ -22,7 +24,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-KINDS = ("fp16", "machete", "dense", "sparse")
+KINDS = ("fp16", "machete", "dense", "sparse", "fp8", "cutlass")
+FP8 = ("fp8", "cutlass")
+STOCK = ("machete", "cutlass")
+"""Kinds without the plugin."""
 BATCHES = (1, 8, 16, 32, 64, 128)
 PROFILED = (1, 16, 64)
 TIMES = 3
@@ -52,9 +57,17 @@ def write_config(folder: Path, kind: str, shape: str, layers: int | None = None)
         config["num_hidden_layers"] = layers
     if kind != "fp16":
         from marlin_tools.formats import FORMATS
+        from marlin_tools.formats.config import with_activations
 
-        config["quantization_config"] = FORMATS["compressed-tensors"].quantization_config(128, ["lm_head"])
+        quantized = FORMATS["compressed-tensors"].quantization_config(128, ["lm_head"])
+        config["quantization_config"] = with_activations(quantized, "fp8" if kind in FP8 else "16bit")
+        config["torch_dtype"] = dtype_of(kind)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def dtype_of(kind: str) -> str:
+    """Of activations in memory: CUTLASS knows bfloat16 alone."""
+    return "bfloat16" if kind in FP8 else "float16"
 
 
 def fill_at_random(*, sparse: bool) -> None:
@@ -79,7 +92,7 @@ def fill_at_random(*, sparse: bool) -> None:
                 codes_into(parameter.data)
             elif name.endswith("weight_scale"):
                 parameter.data.uniform_(0.001, 0.003)
-            elif parameter.dtype == torch.float16 and parameter.dim() == 2:
+            elif parameter.is_floating_point() and parameter.dim() == 2:
                 parameter.data.normal_(0, 0.02)
 
     DummyModelLoader.load_weights = load_weights
@@ -88,14 +101,14 @@ def fill_at_random(*, sparse: bool) -> None:
 class Engine:
     """vLLM with one model, asked for tokens that end nothing."""
 
-    def __init__(self, folder: str, ranks: int) -> None:
+    def __init__(self, folder: str, ranks: int, dtype: str) -> None:
         from vllm import LLM
 
         self.draw = random.Random(0)
         self.model = LLM(
             folder,
             load_format="dummy",
-            dtype="float16",
+            dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=2304,
             gpu_memory_utilization=0.6,
@@ -168,12 +181,12 @@ def main() -> int:
     asked = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are filled in this very process,
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # or in those that are made of it
-    if asked.kind == "machete":
+    if asked.kind in STOCK:
         os.environ["MARLIN_TOOLS_VLLM"] = "0"
     fill_at_random(sparse=asked.kind == "sparse")
     with TemporaryDirectory() as folder:
         write_config(Path(folder), asked.kind, asked.shape, asked.layers)
-        engine = Engine(folder, asked.tensor_parallel)
+        engine = Engine(folder, asked.tensor_parallel, dtype_of(asked.kind))
         print(json.dumps({"kind": asked.kind, **engine.measure()}), flush=True)
         if asked.profile:
             asked.profile.write_text(json.dumps({"kind": asked.kind, **engine.profile()}, indent=1))

@@ -21,7 +21,7 @@ import urllib.request
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench_vllm import BATCHES, KINDS, SHAPES, fill_at_random, write_config
+from bench_vllm import BATCHES, KINDS, SHAPES, STOCK, dtype_of, fill_at_random, write_config
 
 CLI = "vllm.entrypoints.cli.main"
 KEPT = ("request_throughput", "output_throughput", "completed", "failed", "max_concurrent_requests", "duration")
@@ -36,10 +36,21 @@ if kind := os.environ.get("SERVED_WEIGHTS"):  # in the server's process, and in 
 
 def server(folder: Path, kind: str, port: int) -> subprocess.Popen[bytes]:
     """The server, once it answers."""
-    asked = ["serve", str(folder), "--load-format", "dummy", "--dtype", "float16", "--port", str(port), "--max-num-seqs", "128"]
+    asked = [
+        "serve",
+        str(folder),
+        "--load-format",
+        "dummy",
+        "--dtype",
+        dtype_of(kind),
+        "--port",
+        str(port),
+        "--max-num-seqs",
+        "128",
+    ]
     asked += ["--max-model-len", "2304", "--served-model-name", "random", "--no-enable-log-requests"]
     asked += ["--compilation-config", json.dumps({"cudagraph_capture_sizes": list(BATCHES)})]
-    plugin = {"MARLIN_TOOLS_VLLM": "0"} if kind == "machete" else {}
+    plugin = {"MARLIN_TOOLS_VLLM": "0"} if kind in STOCK else {}
     started = subprocess.Popen(
         [sys.executable, __file__, "--", *asked],
         env=os.environ | plugin | {"SERVED_WEIGHTS": kind, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},

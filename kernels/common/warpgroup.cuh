@@ -29,6 +29,15 @@ __device__ __forceinline__ void sums_are_ready(float (&sums)[kFragments][4]) {
         for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(sums[f][e])::"memory");
 }
 
+// Sums in float16, two tokens in a register: of each n8 tile, those of a lane's first row and of its second.
+template <int kFragments>
+__device__ __forceinline__ void sums_are_ready(u32 (&sums)[kFragments][2]) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f)
+#pragma unroll
+        for (int row = 0; row < 2; ++row) asm volatile("" : "+r"(sums[f][row])::"memory");
+}
+
 // Operand B with the 128-byte swizzle: rows of 64 inputs, eight rows make a unit of 1 KB in which the 16-byte pieces of row r
 // lie at piece ^ r, as the TMA unit writes them. `shared` is 1 KB aligned. Plus 2 (32 bytes / 16) per 16 inputs further on.
 __device__ __forceinline__ u64 swizzled_descriptor(u32 shared) {
@@ -89,8 +98,32 @@ struct Warpgroup;
 WARPGROUP_PRODUCTS(Half, "f16")
 WARPGROUP_PRODUCTS(Bfloat16, "bf16")
 
-// 32 inputs of one byte each.
-WARPGROUP_PRODUCT(E4m3, "e4m3", "k32", "", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
+// 32 inputs of one byte each; the sums are float16.
+#define PAIRS2(f) "+r"(d[f][0]), "+r"(d[f][1])
+#define PAIRS8(f) PAIRS2(f), PAIRS2(f + 1), PAIRS2(f + 2), PAIRS2(f + 3)
+#define PAIRS32(f) PAIRS8(f), PAIRS8(f + 4), PAIRS8(f + 8), PAIRS8(f + 12)
+#define PAIRS64(f) PAIRS32(f), PAIRS32(f + 16)
+
+#define HALF_SUMS_PRODUCT(TOKENS, PAIRS, ACCUMULATORS, A0, A1, A2, A3, B, P)                                                \
+    template <>                                                                                                             \
+    struct Warpgroup<E4m3, TOKENS> {                                                                                        \
+        __device__ __forceinline__ static void multiply(u32 (&d)[TOKENS / 8][2], const u32 (&a)[4], u64 b, bool add) {      \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                     \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.f16.e4m3.e4m3 {" ACCUMULATORS "}, {" A0 ", " A1   \
+                         ", " A2 ", " A3 "}, " B ", p, 1, 1;\n}\n"                                                          \
+                         : PAIRS(0)                                                                                         \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                 \
+        }                                                                                                                   \
+    };
+
+HALF_SUMS_PRODUCT(128, PAIRS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37")
+HALF_SUMS_PRODUCT(256, PAIRS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
+
+#undef HALF_SUMS_PRODUCT
+#undef PAIRS64
+#undef PAIRS32
+#undef PAIRS8
+#undef PAIRS2
 
 // The same of 2:4-sparse weights: kept ones and their positions, of which the hardware reads those of two lanes of each four.
 template <class E, int kTokens>

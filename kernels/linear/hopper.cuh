@@ -52,6 +52,11 @@ struct ConsumerWarp {
 
     __device__ __forceinline__ void resume() {}
 
+    __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+        for (int r = 0; r < T::kTiles; ++r) clear(sums[r]);
+    }
+
     // The results of n8 tile `f`.
     template <class Outputs>
     __device__ __forceinline__ void store_fragment(const Outputs& outputs, int f, int first_token) const {
@@ -173,6 +178,7 @@ struct ConsumerWarp {
 //   multiply(more)  add the products of one stage to `sums`; `more` unless it is the CTA's last
 //   epilogue(at)      store the sums of a work range, or leave them to the warp that completes them
 //   resume()        what `begin` must do again before the next work range
+//   clear_sums()    before every work range
 template <class T, class E, int kGroup>
 struct Consumer;
 
@@ -184,8 +190,7 @@ __device__ __forceinline__ void consume(Consumer<T, E, kGroup>& m) {
     // Its registers would be missed in the loop over the stages.
     HopperWork& at = *reinterpret_cast<HopperWork*>(m.memory + T::kWorkAt + m.warp * sizeof(HopperWork));
     for (at = HopperWork::first(m.p, blockIdx.x, gridDim.x);; at.next(m.p, gridDim.x)) {
-#pragma unroll
-        for (int r = 0; r < T::kTiles; ++r) clear(m.sums[r]);
+        m.clear_sums();
         const bool more = at.more(m.p);
 #pragma unroll 1
         for (int left = at.end - at.begin; left > 0; --left) m.multiply(left > 1 || more);

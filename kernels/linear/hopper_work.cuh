@@ -20,7 +20,8 @@ struct HopperProblem {
     int tiles;         // on the line
     int shared_tiles;  // the first of them: each is split by a cluster, or `schedule` deals out their steps ("stream-K")
     Schedule schedule;
-    u32 offset_per_scale;       // two float16: -(zero point) / growth; for float16 weights that are rounded
+    u32 offset_per_scale;       // two float16: -(zero point) / growth; for float16 weights that are rounded. Or, for sums in
+                                // float16, 1 / growth, with which scales are multiplied
     float growth;               // of sums of these
     const float* token_scales;  // [m], of activations that were rounded to 8 bits
 };

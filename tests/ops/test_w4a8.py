@@ -103,7 +103,7 @@ def test_narrow_groups_are_refused():
 
 
 INSTRUCTIONS = {
-    "hopper": ("compute_90a", b"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
+    "hopper": ("compute_90a", b"wgmma.mma_async.sync.aligned.m64n%dk32.f16.e4m3.e4m3"),
     "ada": ("compute_89", b"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
 }
 
@@ -112,6 +112,7 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("tile", FP8_TILES)
 def test_tensor_cores_multiply_eight_bits(tile, group):
     target, instruction = INSTRUCTIONS[FP8_TILES[tile].kernel]
+    instruction = instruction.replace(b"%d", str(FP8_TILES[tile].tokens).encode())
     kernel = fp8_kernel(tile, torch.float16, target, group)
     text = compile_kernel(kernel).image
     assert instruction in text
@@ -137,7 +138,7 @@ def test_hopper_and_ada_have_them():
     assert not fp8_kernels("sm_80")
     assert not fp8_kernels("sm_86")
     assert len(fp8_kernels("sm_89")) == 8 + 6
-    assert len(fp8_kernels("sm_90a")) == 4 + 2 + 8 + 6
+    assert len(fp8_kernels("sm_90a")) == 8 + 8 + 6
 
 
 def test_each_gpu_takes_its_own():
@@ -165,3 +166,38 @@ def test_other_gpus_are_refused(monkeypatch, target, refused):
     assert w4a8._kernel("64x256-ada", torch.float16, 128, "sm_90a").threads == 256
     with pytest.raises(DeviceError, match="does not run on `sm_89`"):
         w4a8._kernel("128x128-fp8", torch.float16, 128, "sm_89")
+
+
+@pytest.mark.parametrize("exponent", [-12, -2, 8, 12, 24])
+@pytest.mark.parametrize("groups", [1, 73, 74, 224, 1000])
+def test_no_sum_in_float16_can_overflow(exponent, groups):
+    bits, growth = w4a8._smaller_scales(exponent, groups)
+    smaller = torch.tensor([bits & 0xFFFF], dtype=torch.int32).to(torch.int16).view(torch.float16).item()
+    largest_scale = min(2.0 ** (exponent - 8), 65504.0)
+    assert bits >> 16 == bits & 0xFFFF
+    assert smaller * growth == 1
+    assert groups * 896 * largest_scale * smaller <= 65504
+    assert exponent < 0 or groups * 896 * 2.0 ** (exponent - 8) * smaller > 65504 / 4 or groups < 37  # not without need
+
+
+@pytest.mark.parametrize("k", [256, 2048, 9600])
+def test_sums_in_float16_stay_within_the_bound(k):
+    """As the kernel adds: 32 inputs at a time, of 128 the sum that is scaled; the bound is not far beyond what is lost."""
+    packed = pack(weight(64, k))
+    x = torch.randn((20, k), generator=torch.Generator().manual_seed(3)).half()
+    rounded, token_scales = fp8_reference.round_tokens(x)
+    unpacked, smaller = ops.unpack(packed), 2.0 ** fp8_reference.smaller_scales(packed.exponent, k // 128)
+    codes = (unpacked.codes.double() - ZERO) / 512
+    total = torch.zeros((20, 64), dtype=torch.float16)
+    for group in range(k // 128):
+        part = torch.zeros_like(total)
+        for first in range(group * 128, group * 128 + 128, 32):
+            here = slice(first, first + 32)
+            part = (part.double() + rounded[:, here].double() @ codes[:, here].T).half()
+        total = (total.double() + part.double() * (unpacked.scales[:, group].double() * smaller)).half()
+    y = total.double() * 512 / smaller * token_scales.double()[:, None]
+    error = (y - fp8_reference.exact(x, packed)).abs()
+    bound = fp8_reference.error_bound(x, packed)
+    assert (error <= bound).all()
+    assert (error / bound).max() > 0.02
+    assert (fp8_reference.error_bound(x, packed, half_sums=False) < bound).all()

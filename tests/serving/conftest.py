@@ -53,7 +53,7 @@ class Engine:
         fields = [(name, object) for name in [*FIELDS, *(["has_g_idx"] if self.old else [])]]
         self.config_class = make_dataclass("MPLinearLayerConfig", [*fields, ("out_type", object, None)])
         self.base = OldMPLinearKernel if self.old else MPLinearKernel
-        self.types = types.SimpleNamespace(**{name: ScalarType(name) for name in ("uint4b8", "uint4", "uint8b128")})
+        self.types = types.SimpleNamespace(**{name: ScalarType(name) for name in ("uint4b8", "uint4", "uint8b128", "int4")})
 
         class Stock(self.base):
             """vLLM's own kernel: takes all, says what it was given."""
@@ -128,11 +128,12 @@ class Engine:
         """Choose a kernel for a layer, give it the checkpoint's tensors, and let the kernel have them."""
         (n, k), per_column = weight.shape, weight.group_size == weight.shape[1]
         config = self.describe(n, k, group_size=-1 if per_column else weight.group_size, **changes)
-        tensors = FORMATS[layout].pack(weight, config.act_type)
+        dtype = config.out_type or config.act_type
+        tensors = FORMATS[layout].pack(weight, dtype)
         names = {"compressed-tensors": ("weight_packed", "weight_scale"), "gptq": ("qweight", "scales")}[layout]
         layer = nn.Module()
         for name in names:
-            tensor = tensors[name].to(config.act_type) if tensors[name].is_floating_point() else tensors[name]
+            tensor = tensors[name].to(dtype) if tensors[name].is_floating_point() else tensors[name]
             parameter = nn.Parameter(tensor, requires_grad=False)
             parameter.output_dim = 0 if layout == "compressed-tensors" else 1
             layer.register_parameter(name, parameter)
@@ -156,6 +157,8 @@ def engine(request, monkeypatch):
     monkeypatch.setattr(vllm.kernel, "unfit", lambda *_args, **_kwargs: None)
     monkeypatch.setattr(ops, "prepare", lambda *_: None)
     monkeypatch.setattr(ops, "prepare_sparse", lambda *_: None)
+    monkeypatch.setattr(ops, "prepare_fp8", lambda *_: None)
+    monkeypatch.setattr(ops, "fp8_supported", lambda *_: None)
     from marlin_tools.serving import vllm as plugin
 
     plugin.register()

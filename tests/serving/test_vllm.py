@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 
+from marlin_tools import ops
+from marlin_tools.ops.linear import w4a8, w4a16, w24a16
+from marlin_tools.ops.linear.fp8_reference import round_tokens
 from marlin_tools.serving import vllm as plugin
 
 
@@ -71,7 +74,13 @@ def test_fused_linears_are_one_weight(engine, make, n):
 BAD = {
     "not symmetric INT4": lambda e: {"weight_type": e.types.uint8b128},
     "zero points": lambda e: {"zero_points": True},
-    "not float16 or bfloat16": lambda e: {"act_type": torch.float8_e4m3fn},
+    "outputs of type torch.float32, not float16 or bfloat16": lambda e: {"act_type": torch.float32},
+    "activations of type torch.bfloat16, not torch.float16": lambda e: {"act_type": torch.bfloat16, "out_type": torch.float16},
+    "weights of type uint4": lambda e: {
+        "act_type": torch.float8_e4m3fn,
+        "out_type": torch.float16,
+        "weight_type": e.types.uint4,
+    },
     "group_size 16": lambda e: {"group_size": 16},
     "outputs of type": lambda e: {"out_type": torch.float32},
     "not a multiple of 128": lambda e: {"partition_weight_shape": (192, 128)},
@@ -86,6 +95,53 @@ def test_what_we_cannot_hold_stays_with_vllm(engine, caplog, reason, changes):
 
     assert chosen == [engine.stock] * 3
     assert [reason in line for line in caplog.messages] == [True]  # said once, however many layers there are
+
+
+def fp8(engine, dtype=torch.bfloat16):
+    """How vLLM describes a layer of its scheme for FP8 activations."""
+    return {"weight_type": engine.types.int4, "act_type": torch.float8_e4m3fn, "out_type": dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_column", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_activations_in_fp8(engine, make, caplog, dtype, per_column, sparse):
+    """Many tokens are rounded, each by its largest value; few are not. Scales are those that were stored."""
+    weight = make(group_size=256 if per_column else 128, sparse=sparse)
+    kernel, layer = engine.load(weight, **fp8(engine, dtype))
+    many, bias = torch.randn(w4a8.LEAST_ROWS, 256).to(dtype), torch.randn(128).to(dtype)
+
+    assert type(kernel).__name__ == "PackedInt4LinearKernel"
+    assert layer.weight_packed.shape[2] == 1024  # dense, whatever the codes are
+    assert "1 layers FP8 on our kernels" in caplog.messages[-1]
+    for x, rounded in ((many, True), (many[:-1], False)):
+        values, scales = round_tokens(x)
+        read = values.double() * scales.double()[:, None] if rounded else x.double()
+        expected = read @ weight.dequantize(torch.float64).T + bias.double()
+        y = kernel.apply_weights(layer, x, bias).double()
+        assert torch.allclose(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_fp8_needs_both_kinds_of_kernels(engine, monkeypatch, caplog):
+    asked = []
+
+    def unfit(_index, dtype, operator, group):
+        asked.append((dtype, operator, group))
+        return "self-test: wrong" if operator is w4a8.OPERATOR else None
+
+    monkeypatch.setattr(engine.kernel, "unfit", unfit)
+
+    assert engine.choose(engine.describe(**fp8(engine))) is engine.stock
+    assert asked == [(torch.bfloat16, w4a16.OPERATOR, 128), (torch.bfloat16, w4a8.OPERATOR, 128)]
+    assert "self-test: wrong" in caplog.text
+
+
+def test_fp8_stays_with_vllm_where_no_kernel_of_ours_has_it(engine, monkeypatch, caplog):
+    monkeypatch.setattr(ops, "fp8_supported", lambda *_: "`Some GPU` is neither a Hopper nor an Ada GPU")
+
+    assert engine.choose(engine.describe(**fp8(engine))) is engine.stock
+    assert engine.choose(engine.describe()) is not engine.stock
+    assert "neither a Hopper nor an Ada GPU" in caplog.text
 
 
 def test_act_order_stays_with_vllm(engine, caplog):
@@ -143,7 +199,7 @@ def test_scales_that_float16_cannot_hold_go_back(engine, scale):
 
 
 def test_a_failure_of_sparse_kernels_leaves_the_dense_ones(engine, make, monkeypatch, caplog):
-    monkeypatch.setattr(engine.kernel, "unfit", lambda *_args, sparse, **_kwargs: "wrong" if sparse else None)
+    monkeypatch.setattr(engine.kernel, "unfit", lambda *arguments: "wrong" if arguments[2] is w24a16.OPERATOR else None)
     _kernel, layer = engine.load(make(sparse=True))
 
     assert layer.weight_packed.shape[2] == 1024
@@ -178,10 +234,13 @@ def test_the_compile_cache_knows_our_choice(engine, make):
     dense = settings.compute_hash()
     engine.load(make(sparse=True))
     both = settings.compute_hash()
+    engine.tally._layers.clear()
+    engine.load(make(), **fp8(engine))
+    rounded = settings.compute_hash()
 
     assert plain == "0123456789"  # nothing of ours is loaded: vLLM's own hash
-    assert len({plain, dense, both}) == 3
-    assert {len(value) for value in (plain, dense, both)} == {10}
+    assert len({plain, dense, both, rounded}) == 4
+    assert {len(value) for value in (plain, dense, both, rounded)} == {10}
 
 
 def test_loading_again_keeps_the_layer(engine, make):

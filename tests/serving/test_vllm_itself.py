@@ -23,6 +23,8 @@ def kernel(monkeypatch):
     monkeypatch.setattr(vllm_kernel, "unfit", lambda *_args, **_kwargs: None)
     monkeypatch.setattr(ops, "prepare", lambda *_: None)
     monkeypatch.setattr(ops, "prepare_sparse", lambda *_: None)
+    monkeypatch.setattr(ops, "prepare_fp8", lambda *_: None)
+    monkeypatch.setattr(ops, "fp8_supported", lambda *_: None)
     return vllm_kernel
 
 
@@ -71,6 +73,24 @@ def test_a_layer_computes_its_product(kernel, make, layout, sparse):
 
     expected = x.double() @ weight.dequantize(torch.float64).T
     assert torch.allclose(ours.apply_weights(layer, x).double(), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_a_layer_that_reads_fp8(kernel, make):
+    weight = make()
+    tensors, layer = FORMATS["compressed-tensors"].pack(weight), nn.Module()
+    for name in ("weight_packed", "weight_scale"):
+        parameter = nn.Parameter(tensors[name].clone(), requires_grad=False)
+        parameter.output_dim = 0
+        layer.register_parameter(name, parameter)
+    fp8 = {"weight_type": kernel.scalar_types.int4, "act_type": torch.float8_e4m3fn, "out_type": torch.float16}
+    ours = kernel.PackedInt4LinearKernel(describe(kernel, **fp8), "weight_packed", "weight_scale")
+    ours.process_weights_after_loading(layer)
+
+    x = torch.randn(600, 256).half()
+    y = ours.apply_weights(layer, x)
+    exact = x.double() @ weight.dequantize(torch.float64).T
+    lost = (y.double() - exact).norm() / exact.norm()
+    assert 0.01 < lost < 0.04  # what rounding to e4m3 costs
 
 
 def test_what_we_cannot_hold_has_a_reason(kernel):

@@ -1,15 +1,20 @@
 """Products with activations of 8 bits in plain torch: the oracle of `kernels/w4a8/`, and what runs on a CPU."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear import reference
-from marlin_tools.ops.linear.layout import PackedWeight, unpack
+from marlin_tools.ops.linear.layout import TILE_K, PackedWeight, unpack
 
 _LARGEST, _LEAST = 448.0, 2.0**-100  # of e4m3; of a token's largest value
 _CHUNK = 16  # inputs that are permuted among themselves
 _BITS_OF_SUMS = 13  # of tensor cores, below the largest product
 _ADDITIONS = 128  # of products, before scales are applied
+_STEP = 32  # inputs that tensor cores add at once
+_LARGEST_HALF, _MOST_EXPONENT = 65504, 15  # of float16
+_CODE = 8  # the largest distance of a code from zero
 
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,18 +51,49 @@ def exact(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor
     return reference.exact(rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None], packed, bias)
 
 
-def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and for the short sums of tensor cores 2^-13 of
-    the sum of magnitudes, of which mostly less than 2^-15 is lost. A sum that holds the product of an outlier loses the bits of
-    other products below 2^-13 of that one, in up to 128 additions: no more than 2^-6 of the largest product.
+def smaller_scales(exponent: int, groups: int) -> int:
+    """The power of two by which kernels with sums in float16 multiply scales, so that no sum overflows.
+
+    Scales are at most 2^(exponent - 8), and the sum of a group at most 896 of its scale: 128 products of 448 and 8 / 512.
+    """
+    return min(_MOST_EXPONENT, 8 - exponent - math.ceil(math.log2(max(1.0, groups * 896 / _LARGEST_HALF))))
+
+
+def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, half_sums: bool = True) -> Tensor:
+    """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and what sums of tensor cores lose.
+
+    These keep 13 bits below their largest product. That is 2^-13 of the sum of magnitudes, of which mostly less than 2^-15 is
+    lost; and a sum that holds the product of an outlier loses the bits of other products below 2^-13 of that one, in up to 128
+    additions: no more than 2^-6 of the largest product. With `half_sums` (Hopper) see `_loss_of_half_sums` besides.
     """
     rounded, token_scales = round_tokens(x)
-    values = (rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None]).abs()
-    weight = unpack(packed).dequantize(torch.float64).abs()
-    total = values @ weight.T
+    values = rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None]
+    weight = unpack(packed).dequantize(torch.float64)
+    total = values.abs() @ weight.abs().T
     if bias is not None:
         total = total + bias.to(torch.float64).abs()
-    largest = values.amax(dim=1, keepdim=True) * weight.amax(dim=1)
-    cut = 2.0**-_BITS_OF_SUMS * (total + _ADDITIONS * largest)
+    largest = values.abs().amax(dim=1, keepdim=True) * weight.abs().amax(dim=1)
+    lost = 2.0**-_BITS_OF_SUMS * (total + _ADDITIONS * largest)
+    if half_sums:
+        lost = lost + _loss_of_half_sums(values, weight, token_scales, packed.exponent)
     info = torch.finfo(x.dtype)
-    return info.eps * exact(x, packed, bias).abs() + packed.in_features * 2.0**-24 * total + cut + info.tiny * info.eps
+    return info.eps * exact(x, packed, bias).abs() + packed.in_features * 2.0**-24 * total + lost + info.tiny * info.eps
+
+
+def _loss_of_half_sums(values: Tensor, weight: Tensor, token_scales: Tensor, exponent: int) -> Tensor:
+    """What roundings to float16 lose: of the sum of each 128 inputs four times, in either direction; of the sum of all before,
+    wherever it began, once for each 128 inputs, to nearest. And what numbers lose that are too small for all bits.
+    """
+    running = values.new_zeros((values.shape[0], weight.shape[0]))
+    largest, parts = running, running
+    for tile in range(0, values.shape[1], TILE_K):
+        part = torch.zeros_like(running)
+        for first in range(tile, tile + TILE_K, _STEP):
+            part = part + values[:, first : first + _STEP] @ weight[:, first : first + _STEP].T
+            parts = parts + part.abs()
+        running = running + part
+        largest = torch.maximum(largest, running.abs())
+    groups = values.shape[1] // TILE_K
+    growth = 2.0 ** -smaller_scales(exponent, groups)
+    small = 2.0**-24 * growth * (512 * groups * token_scales.to(torch.float64) + _CODE * values.abs().sum(dim=1))
+    return 2.0**-10 * parts + groups * 2.0**-11 * 2 * largest + small[:, None]

@@ -1,8 +1,8 @@
 """The tiles of `kernels/w4a8/{hopper,ada}.cu` and the kernels of the family: what `tiles.py` has for activations of 16 bits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 
@@ -25,10 +25,6 @@ class Fp8Tile(Tile):
     """A tile for dense weights and activations of 8 bits, for `hopper`."""
 
     activation_bytes: ClassVar[int] = 1
-
-    def for_group(self, group: int) -> Self:
-        """With one scale per output, 128 tokens: for 256 a few registers are missing."""
-        return super().for_group(group) if group else replace(self, n8=min(self.n8, 16))
 
     @property
     def name(self) -> str:
@@ -131,10 +127,15 @@ def _round_kernel(dtype: torch.dtype, held: int, target: str) -> Kernel:
     )
 
 
+def round_kernels(dtype: torch.dtype, target: str) -> list[Kernel]:
+    """All that round activations of a type."""
+    return [_round_kernel(dtype, held, target) for held in _HELD]
+
+
 def fp8_kernels(target: str) -> list[Kernel]:
     """Every kernel of the family that exists for a target."""
     found = choices(FP8_TILES, target, FP8_GROUP_SIZES)
     if not found:
         return []
     products = dict.fromkeys(fp8_kernel(name, dtype, target, group) for name, dtype, group in found)
-    return [*products, *(_round_kernel(dtype, held, target) for dtype in ELEMENTS for held in _HELD)]
+    return [*products, *(kernel for dtype in ELEMENTS for kernel in round_kernels(dtype, target))]

@@ -1,14 +1,17 @@
 """`marlin_tools::packed_linear`: packed weights, dense or 2:4 sparse, as tensors alone, for engines that compile a model once.
+And `marlin_tools::packed_fp8_linear`, the same of a dense weight whose linear reads FP8.
 
 Such an engine keeps what it compiled and may run it with another checkpoint under the same path. So nothing that depends on the
 weights' values is a number in the graph: the width of the tiles says whether a weight is dense or sparse, and the exponent lies
 in a tensor. That one stays on the CPU: reading it synchronises nothing, also while a CUDA graph is being captured.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from marlin_tools.ops.linear import w4a16, w24a16
+from marlin_tools.ops.linear import w4a8, w4a16, w24a16
 from marlin_tools.ops.linear.layout import WORDS, PackedTiles
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.sparse_layout import WORDS as SPARSE_WORDS
@@ -16,15 +19,22 @@ from marlin_tools.ops.linear.sparse_layout import WORDS as SPARSE_WORDS
 _OPERATORS = {WORDS: w4a16.OPERATOR, SPARSE_WORDS: w24a16.OPERATOR}
 
 _library = torch.library.Library("marlin_tools", "FRAGMENT")
-_library.define(
-    "packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor exponent, Tensor? bias, int out_features) -> Tensor"
-)
+_ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor exponent, Tensor? bias, int out_features"
 
 
 def packed_linear(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Compute x [..., K] times the packed weight, transposed, plus bias; `exponent` is `exponent_tensor` of the weight."""
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.marlin_tools.packed_linear(rows, codes, scales, exponent, bias, out_features)
+    y: Tensor = torch.ops.marlin_tools.packed_linear(x.reshape(-1, x.shape[-1]), codes, scales, exponent, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def packed_fp8_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """The same where x is meant to be rounded to FP8: it is where that is faster, which its rows say when the operator runs."""
+    y: Tensor = torch.ops.marlin_tools.packed_fp8_linear(
+        x.reshape(-1, x.shape[-1]), codes, scales, exponent, bias, out_features
+    )
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -33,19 +43,15 @@ def exponent_tensor(weight: PackedTiles) -> Tensor:
     return torch.tensor([weight.exponent], dtype=torch.int32, device="cpu")
 
 
-def _operator(codes: Tensor) -> LinearOperator:
+def _stored(rows: int, codes: Tensor) -> LinearOperator:  # noqa: ARG001
     words = codes.shape[-1]
     if words not in _OPERATORS:
         raise ValueError(f"codes have {words} words a tile, packed weights have {' or '.join(map(str, _OPERATORS))}")
     return _OPERATORS[words]
 
 
-def _on_cuda(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return _operator(codes).on_cuda(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
-
-
-def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return _operator(codes).on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+def _fp8(rows: int, codes: Tensor) -> LinearOperator:  # noqa: ARG001
+    return w4a8.operator_for(rows)
 
 
 def _fake(
@@ -59,6 +65,20 @@ def _fake(
     return x.new_empty((x.shape[0], out_features))
 
 
-_library.impl("packed_linear", _on_cuda, "CUDA")
-_library.impl("packed_linear", _on_cpu, "CPU")
-torch.library.register_fake("marlin_tools::packed_linear", _fake, lib=_library)
+def _register(name: str, choose: Callable[[int, Tensor], LinearOperator]) -> None:
+    def on_cuda(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        operator = choose(x.shape[0], codes)
+        return operator.on_cuda(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+
+    def on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        operator = choose(x.shape[0], codes)
+        return operator.on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+
+    _library.define(f"{name}({_ARGUMENTS}) -> Tensor")
+    _library.impl(name, on_cuda, "CUDA")
+    _library.impl(name, on_cpu, "CPU")
+    torch.library.register_fake(f"marlin_tools::{name}", _fake, lib=_library)
+
+
+_register("packed_linear", _stored)
+_register("packed_fp8_linear", _fp8)

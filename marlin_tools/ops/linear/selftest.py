@@ -23,6 +23,7 @@ from marlin_tools.ops.linear import (
 )
 from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES
 from marlin_tools.ops.linear.layout import GROUP_SIZES, SPARSE_GROUP_SIZES, pack
+from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.sparse_layout import pack_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES, Tile
@@ -46,6 +47,7 @@ class CheckResult:
 class _Family:
     """Kernels for one kind of operands, and what they are compared with."""
 
+    operator: LinearOperator
     mark: str
     groups: tuple[int, ...]
     tables: dispatch.Tables
@@ -57,8 +59,19 @@ class _Family:
 
 
 _FAMILIES = (
-    _Family("", GROUP_SIZES, dispatch.DENSE, TILES, pack, w4a16.multiply_with, reference.exact, reference.error_bound),
     _Family(
+        w4a16.OPERATOR,
+        "",
+        GROUP_SIZES,
+        dispatch.DENSE,
+        TILES,
+        pack,
+        w4a16.multiply_with,
+        reference.exact,
+        reference.error_bound,
+    ),
+    _Family(
+        w24a16.OPERATOR,
         "2:4 ",
         SPARSE_GROUP_SIZES,
         sparse_dispatch.SPARSE,
@@ -69,6 +82,7 @@ _FAMILIES = (
         sparse_reference.error_bound,
     ),
     _Family(
+        w4a8.OPERATOR,
         "fp8 ",
         FP8_GROUP_SIZES,
         w4a8.FP8,
@@ -89,8 +103,6 @@ def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
     results = []
     for family in _FAMILIES:
         choices = family.tables.choices_on(target_of(device))
-        if family.tables is w4a8.FP8:  # cuBLAS would not round
-            choices = tuple(choice for choice in choices if choice != dispatch.CUBLAS)
         for dtype in ELEMENTS:
             for group in (*family.groups, 0):
                 results += _check_family(family, device, dtype, choices, group)
@@ -98,10 +110,11 @@ def self_test(device: torch.device | str = "cuda") -> list[CheckResult]:
 
 
 def check_choices(
-    device: torch.device, dtype: torch.dtype, choices: Iterable[str], *, sparse: bool, group: int
+    device: torch.device, dtype: torch.dtype, choices: Iterable[str], operator: LinearOperator, group: int
 ) -> list[CheckResult]:
-    """The same for some kernels of 16-bit activations, one type of these and one size of groups (0: one scale per output)."""
-    return _check_family(_FAMILIES[sparse], device, dtype, choices, group)
+    """The same for some kernels of one operator, one type of outputs and one size of groups (0: one scale per output)."""
+    family = next(family for family in _FAMILIES if family.operator is operator)
+    return _check_family(family, device, dtype, choices, group)
 
 
 def _check_family(
@@ -109,6 +122,8 @@ def _check_family(
 ) -> list[CheckResult]:
     packed = family.pack(_weight(group or _K, device))
     kind = f"{dtype_name(dtype)} {f'g{group}' if group else 'column'}"
+    if family.operator is w4a8.OPERATOR:  # cuBLAS would not round
+        choices = [choice for choice in choices if choice != dispatch.CUBLAS]
     return [_check(f"{family.mark}{choice} {kind}", family, choice, packed, dtype) for choice in choices]
 
 

@@ -4,14 +4,15 @@ The weights are those of `w4a16.py`, packed as there. Activations come in 16 bit
 token, by a kernel of their own; on Hopper the product starts while that one ends.
 """
 
+import struct
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from marlin_tools.errors import DeviceError
-from marlin_tools.ops.linear import fp8_reference
+from marlin_tools.ops.linear import fp8_reference, w4a16
 from marlin_tools.ops.linear.decomposition import Costs, Decomposition
 from marlin_tools.ops.linear.dispatch import CUBLAS, TableRow, Tables
 from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES, fp8_kernel, round_kernel
@@ -20,7 +21,6 @@ from marlin_tools.ops.linear.layout import WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.plan import LaunchPlan, PortablePlan
 from marlin_tools.ops.linear.tiles import Tile, dequantizing_kernel
-from marlin_tools.ops.linear.w4a16 import decompose
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.ops.runtime.target import capability_of, target_of
@@ -83,7 +83,15 @@ class Fp8Plan(_RoundingPlan, HopperPlan):
         return Costs(shared / step, split / step, _SPLIT_EACH / step, super()._costs().shared_step)
 
     def _rounding(self, exponent: int) -> tuple[float, ...]:
-        return 0, 1.0, self._token_scales
+        return (*_smaller_scales(exponent, self._groups), self._token_scales)
+
+
+@cache
+def _smaller_scales(exponent: int, groups: int) -> tuple[int, float]:
+    """What scales are multiplied by, twice, as float16 in one register, and what sums are multiplied by in turn."""
+    smaller = 2.0 ** fp8_reference.smaller_scales(exponent, groups)
+    (bits,) = struct.unpack("<H", struct.pack("<e", smaller))
+    return bits * 0x10001, 1 / smaller
 
 
 class AdaPlan(_RoundingPlan, PortablePlan):
@@ -116,7 +124,7 @@ def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
 def _plan(tile: Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
     if tile.kernel == "hopper":
         return Fp8Plan(tile, function, x, codes, out_features)
-    return AdaPlan(partial(decompose, tile), tile, function, x, codes, out_features)
+    return AdaPlan(partial(w4a16.decompose, tile), tile, function, x, codes, out_features)
 
 
 OPERATOR = LinearOperator("w4a8_linear", WORDS, FP8, _kernel, _plan, fp8_reference.w4a8_linear, FP8_GROUP_SIZES)
@@ -130,6 +138,11 @@ def fp8_supported(device: torch.device, in_features: int, group_size: int) -> st
     if device.type == "cuda" and target_of(device) not in _TARGETS:
         return f"`{torch.cuda.get_device_name(device)}` is neither a Hopper nor an Ada GPU"
     return None
+
+
+def operator_for(rows: int) -> LinearOperator:
+    """What multiplies so many tokens whose linears read FP8: with few of them 16 bits are as fast, and nothing is lost."""
+    return OPERATOR if rows >= LEAST_ROWS else w4a16.OPERATOR
 
 
 def prepare_fp8(weight: PackedWeight, dtype: torch.dtype) -> None:
