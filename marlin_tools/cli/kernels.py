@@ -10,7 +10,7 @@ from marlin_tools.cli import ui
 from marlin_tools.cli.complete import list_of, one_of
 from marlin_tools.cli.options import PLAIN, Json, option
 from marlin_tools.cli.perform import words
-from marlin_tools.errors import DeviceError, RecipeError
+from marlin_tools.errors import DeviceError, OutputError, RecipeError
 
 kernels = typer.Typer(help="The bundled CUDA kernels.", **PLAIN)
 
@@ -29,7 +29,7 @@ def list_kernels(
     from marlin_tools.ops.catalog import PURPOSES
 
     members: dict[str, list[str]] = {}
-    for family, kernel in ops.kernels(_known(arch)[0] if arch else None):
+    for family, kernel in ops.kernels(_known(arch)[0] if arch is not None else None):
         members.setdefault(family, []).append(kernel.name)
     if json:
         ui.write_json({family: {"purpose": PURPOSES[family], "kernels": names} for family, names in members.items()})
@@ -58,16 +58,22 @@ def build_kernels(
     Copy the cache to where no compiler is, and point MARLIN_TOOLS_CACHE at it.
     """
     from marlin_tools import ops, report
+    from marlin_tools.checkpoint.output import ELSEWHERE, explained
     from marlin_tools.events import Event
     from marlin_tools.ops.runtime.cubin_cache import CubinCache
 
-    targets, cache = _known(arch), CubinCache(output)
+    targets = _known(arch)
+    if output is not None and (not output.name or output.name == ".."):  # `.` is also what an empty name becomes
+        raise OutputError(f"`{output}` is no name for a cache", hint="give it a directory of its own: `-o DIR`")
+    cache = CubinCache(output)
     if reason := cache.obstacle():
-        raise DeviceError(f"cannot write `{cache.folder}`: {reason}", hint="choose another `-o DIR`")
+        raise DeviceError(f"cannot write `{cache.folder}`: {reason}", hint=ELSEWHERE)
     total = sum(len(ops.kernels(target)) for target in targets)
     built = []
     with ui.Display() as display:
         for done in ops.build(targets, cache):
+            if cache.refused:
+                raise explained(cache.refused, cache.folder)
             built.append(done)
             display(Event("progress", "compiling", len(built), total, {"kernel": done.kernel, "target": done.target}))
     if json:

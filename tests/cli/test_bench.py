@@ -1,6 +1,8 @@
 """`bench` and `kernels`: every option reaches what measures, results are printed and written, errors are one line."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -148,6 +150,8 @@ def test_model_as_json_and_as_a_table(cli, decoded, tmp_path):
         (("bench", "model", "--out", "1"), "error: `--out 1`: must be greater than or equal to 2\n"),
         (("kernels", "list", "--arch", "sm_70"), "error: --arch: no kernels are made for `sm_70`\nhint: there are: sm_80, "),
         (("kernels", "build", "--arch", ","), "error: --arch: no architecture is named\n"),
+        (("kernels", "list", "--arch", ""), "error: --arch: no architecture is named\n"),
+        (("kernels", "build", "-o", ""), "error: `.` is no name for a cache\nhint: give it a directory of its own: `-o DIR`"),
         (
             ("kernels", "build", "-o", "/dev/null/x"),
             "error: cannot write `/dev/null/x`: Not a directory\nhint: choose another ",
@@ -218,3 +222,16 @@ def test_build_compiles_once(cli, monkeypatch, tmp_path):
     assert first["kernels"][0]["resources"]["registers"] == 40
     assert again.code == 0
     assert len(list((tmp_path / "cubins").glob("*.kernel"))) == count
+
+
+def test_a_build_that_could_not_be_kept_is_no_success(cli, monkeypatch, tmp_path):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cubin_cache, "compile_kernel", lambda _kernel: Binary(b"cubin", "symbol", Resources(40, 0, 0, 1024)))
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(cubin_cache.os, "fsync", full)
+    outcome = cli("kernels", "build", "--arch", "sm_80", "-o", tmp_path / "cubins")
+
+    assert (2, "") == (outcome.code, outcome.out)
+    assert outcome.err.startswith(f"error: no space left for `{tmp_path / 'cubins'}` (")

@@ -335,8 +335,21 @@ def test_a_full_disk_leaves_nothing(tmp_path, compilations, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
 
-    assert CubinCache(tmp_path).get(SMALL).symbol == "symbol"
+    cache = CubinCache(tmp_path)
+    assert cache.get(SMALL).symbol == "symbol"
+    assert cache.refused.errno == 28
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_what_one_user_compiles_others_can_read(tmp_path, compilations):
+    before = os.umask(0o022)
+    try:
+        CubinCache(tmp_path).get(SMALL)
+    finally:
+        os.umask(before)
+    (entry,) = tmp_path.glob("*.kernel")
+
+    assert oct(entry.stat().st_mode & 0o777) == "0o644"
 
 
 def _get_slowly(folder, log):

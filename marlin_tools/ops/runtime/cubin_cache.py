@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from marlin_tools.ops.runtime.compiler import Binary, Resources, compile_kernel, key_of
 from marlin_tools.ops.runtime.kernel import Kernel
-from marlin_tools.resources import cache_dir
+from marlin_tools.resources import cache_dir, expanded
 
 _log = logging.getLogger(__name__)
 
@@ -28,15 +29,19 @@ def default_dir() -> Path:
     """`$MARLIN_TOOLS_CACHE`, or `marlin-tools/kernels` in the user's cache folder."""
     chosen = os.environ.get("MARLIN_TOOLS_CACHE")
     if chosen:
-        return Path(chosen)
+        return expanded(chosen)
     return cache_dir() / "kernels"
 
 
 class CubinCache:
-    """A folder of compiled kernels; `get` returns one and compiles it if nobody has."""
+    """A folder of compiled kernels; `get` returns one and compiles it if nobody has.
+
+    refused  what the system said when a kernel could not be kept in the folder, None as long as all of them could
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = default_dir() if folder is None else folder
+        self.refused: OSError | None = None
         self._in_memory: dict[str, Binary] = {}
 
     def has(self, kernel: Kernel) -> bool:
@@ -86,7 +91,7 @@ class CubinCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / f"{key}.lock").open("w")
         except OSError as error:
-            _log.info("`%s` cannot be written (%s): compiled kernels stay in memory", self.folder, error.strerror)
+            self._refuse(error)
             yield False
             return
         with lock:
@@ -100,19 +105,22 @@ class CubinCache:
             "resources": asdict(binary.resources),
             "sha256": hashlib.sha256(binary.image).hexdigest(),
         }
-        name = None
+        # Not a file of `tempfile`: nobody else could read that, and a cache may be filled by one user for others.
+        name = self.folder / f"{key}.{os.getpid()}-{threading.get_ident()}.new"
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{key}.", suffix=".new", delete=False) as file:
-                name = Path(file.name)
+            with name.open("wb") as file:
                 file.write(json.dumps(head).encode() + b"\n" + binary.image)
                 file.flush()
                 os.fsync(file.fileno())
             name.replace(self._path(key))
         except OSError as error:
-            if name is not None:  # half of a kernel helps nobody, on a full disk least of all
-                with contextlib.suppress(OSError):
-                    name.unlink()
-            _log.info("`%s` cannot be written (%s): compiled kernels stay in memory", self.folder, error.strerror)
+            with contextlib.suppress(OSError):  # half of a kernel helps nobody, on a full disk least of all
+                name.unlink()
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> None:
+        self.refused = error
+        _log.info("`%s` cannot be written (%s): compiled kernels stay in memory", self.folder, error.strerror)
 
 
 def _parse(head: bytes, image: bytes) -> Binary:
