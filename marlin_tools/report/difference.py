@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools.errors import RecipeError
-from marlin_tools.evaluation.scores import Score, finite, spell
+from marlin_tools.evaluation.scores import BESIDE_ANOTHER, Score, finite, spell
 from marlin_tools.report.page import duration, page
 from marlin_tools.report.result import Result, gather
 from marlin_tools.report.text import table
@@ -77,9 +77,10 @@ class Difference:
     def scores(self) -> list[tuple[Score, str, list[Score | None]]]:
         """Every score that one of them has, on what it was measured, and what each has of it.
 
-        What was measured on another sample, of another text or by another version of a task is another score.
+        What was measured on another sample, of another text or by another version of a task is another score, and so is the
+        distance to another original.
         """
-        found = [{_identity(score): score for score in _scores(each)} for each in self._all]
+        found = [{_identity(each, score): score for score in _scores(each)} for each in self._all]
         keys = list(dict.fromkeys(key for each in found for key in each))
         rows = [[each.get(key) for each in found] for key in keys]
         return [(next(filter(None, row)), _told_apart(key, keys), row) for key, row in zip(keys, rows, strict=True)]
@@ -162,7 +163,11 @@ def as_page(found: Difference) -> str:
 def points(results: Mapping[str, Result]) -> list[dict[str, Any]]:
     """Mean KL beside bits and time: what quality costs. Of those that were measured alike, if some were not of the most."""
     distances = {
-        name: {_identity(score): score.value for score in _scores(each) if score.metric == "kl" and math.isfinite(score.value)}
+        name: {
+            _identity(each, score): score.value
+            for score in _scores(each)
+            if score.metric == "kl" and math.isfinite(score.value)
+        }
         for name, each in results.items()
     }
     counted = Counter(key for found in distances.values() for key in found).most_common(1)
@@ -180,18 +185,25 @@ def _scores(result: Result) -> Sequence[Score]:
     return result.evaluation.scores if result.evaluation else ()
 
 
-def _identity(score: Score) -> tuple[str, ...]:
+def _identity(result: Result, score: Score) -> tuple[str, ...]:
     """What has to be the same for two numbers to be put side by side."""
     known = {key: str(score.details.get(key, "unknown")) for key in _DECIDES}
     known["fingerprint"] = known["fingerprint"][:SHORT]
+    known["baseline"] = _baseline(result)[:SHORT] if score.metric in BESIDE_ANOTHER else ""
     return (score.task, score.metric, str(score.details.get("on", "")), *known.values())
+
+
+def _baseline(result: Result) -> str:
+    """Which model the scores stand beside."""
+    found = result.evaluation.baseline if result.evaluation else None
+    return str((found or {}).get("fingerprint", "unknown"))
 
 
 def _told_apart(key: tuple[str, ...], keys: Sequence[tuple[str, ...]]) -> str:
     """On what a score was measured, with what tells it from others that would look the same."""
     alike = [other for other in keys if other[:3] == key[:3]]
     unlike = [place for place in range(3, len(key)) if len({other[place] for other in alike}) > 1]
-    names = list(_DECIDES.values())
+    names = [*_DECIDES.values(), "baseline"]
     return ", ".join(filter(None, [key[2], *(f"{names[place - 3]} {key[place]}" for place in unlike)]))
 
 
@@ -224,6 +236,8 @@ def _measured_with(result: Result) -> dict[str, Any]:
     """How the scores came to be, besides the text."""
     how = result.evaluation.model if result.evaluation else {}
     told = {key: how.get(key) for key in _MEASURED}
+    if result.evaluation and result.evaluation.baseline:
+        told["baseline"] = f"{result.evaluation.baseline['origin']} ({_baseline(result)[:SHORT]})"
     return {"measured with": told} if how else {}
 
 

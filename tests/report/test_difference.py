@@ -14,11 +14,11 @@ SCORE = {"task": "ppl:demo", "metric": "kl", "value": 0.5, "details": {"on": "8 
 NAMES = "stderr higher_is_better baseline baseline_stderr difference difference_stderr part_of".split()
 
 
-def measured(directory, kl, on="8 documents", how=None, **details):
+def measured(directory, kl, on="8 documents", how=None, beside=None, **details):
     score = dict.fromkeys(NAMES) | SCORE | {"value": kl, "details": {"on": on, **details}}
     known = {"origin": "x", "fingerprint": "x", "format": None, "backend": None, "device": "cpu", "computed_in": "float32"}
     how = known | (how or {})
-    content = {"fingerprint": "x", "model": how, "baseline": None, "scores": [score], "notes": []}
+    content = {"fingerprint": "x", "model": how, "baseline": beside and known | beside, "scores": [score], "notes": []}
     content |= {"settings": {}, "versions": {}}
     (directory / "evaluation.json").write_text(json.dumps(content))
 
@@ -78,6 +78,18 @@ def test_scores_of_another_text_or_version_are_other_scores_and_say_why(pair, fi
         assert on in as_text(found)
         assert on in as_page(found)
     assert (len(told) == 1) == ("Distance to the original beside" in as_page(found))  # distances on two texts are no picture
+
+
+def test_distances_to_other_originals_are_other_scores_and_say_why(pair):
+    for path, name in zip(pair, ("a", "b"), strict=True):
+        measured(path, 0.5, beside={"origin": f"owner/{name}", "fingerprint": name * 64})
+    found = compare(pair)
+
+    assert ["8 documents, baseline aaaaaaaa", "8 documents, baseline bbbbbbbb"] == [on for _, on, _ in found.scores]
+    assert ["owner/a (aaaaaaaa)", "owner/b (bbbbbbbb)"] == dict(found.settings)["measured with.baseline"]
+    assert "Distance to the original beside" not in as_page(found)
+    measured(pair[1], 0.25, beside={"origin": "elsewhere/a", "fingerprint": "a" * 64})
+    assert [[0.5, 0.25]] == [each["values"] for each in compare(pair).describe()["scores"]]
 
 
 @pytest.mark.parametrize(
