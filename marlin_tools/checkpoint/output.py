@@ -145,16 +145,25 @@ class OutputDirectory:
     work      where its files go until `publish`
     state     what must survive a crash but does not belong into the result
     replaced  what stood in the way, for the moment of publishing
+
+    Work that always begins anew is not `lasting`: what it has finished is removed when it fails, and takes up no disk.
     """
 
     def __init__(
-        self, out: Path | str, *, overwrite: bool = False, resume: bool = False, sources: Iterable[Path | str] = ()
+        self,
+        out: Path | str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        lasting: bool = True,
+        sources: Iterable[Path | str] = (),
     ) -> None:
         self.out = expanded(out)
         self.partial = self.out.parent / (self.out.name + ".partial")
         self.work, self.state, self.replaced = (self.partial / name for name in ("model", "state", "replaced"))
         self.overwrite = overwrite
         self.resume = resume
+        self.lasting = lasting
         self.sources = tuple(sources)
 
     def __enter__(self) -> Self:
@@ -196,8 +205,9 @@ class OutputDirectory:
             raise explained(error, self.partial) from error
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and self.partial.exists() and not self.begun:
-            shutil.rmtree(self.partial, ignore_errors=True)  # it failed before anything was finished
+        useless = not self.replaced.exists() and not (self.lasting and self.begun)
+        if kind is not None and self.partial.exists() and useless:  # it failed, and nobody would go on from here
+            shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._descriptor)  # releases the lock
 
     @property

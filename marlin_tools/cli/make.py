@@ -80,7 +80,7 @@ def quantize(
 
     Started by `torchrun`, 2, 4 or 8 processes share the work; with --tune it is one.
     """
-    first, *others = words(format) or (None,)
+    first, *others = _formats(format) or (None,)
     signed = False if no_negative_scales else None
     tuning = given(iters=tune) or None
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
@@ -180,8 +180,15 @@ def export(
 
     The original model is not needed.
     """
-    stage = {"stage": "export", "formats": words(format)}
+    stage = {"stage": "export", "formats": _formats(format)}
     return perform(recipe_of(short_name(str(directory)), str(directory), [stage]), output, overwrite=overwrite, as_json=json)
+
+
+def _formats(text: str | None) -> tuple[str, ...] | None:
+    named = words(text)
+    if named == ():  # neither the default nor nothing at all was asked for
+        raise RecipeError("--format: no format is named", hint=f"there are: {', '.join(LAYOUTS)}")
+    return named
 
 
 def _preview(recipe: "Recipe", *, as_json: bool) -> int:

@@ -57,7 +57,7 @@ def export(
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
     facts = work.facts(run)
-    with OutputDirectory(out, overwrite=overwrite, sources=(checkpoint.path,)) as output:
+    with OutputDirectory(out, overwrite=overwrite, lasting=False, sources=(checkpoint.path,)) as output:
         begin = time.perf_counter()
         work.run(output)
         write_manifest(output, "export", facts, {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)

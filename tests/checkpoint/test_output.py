@@ -169,6 +169,23 @@ def test_what_fails_before_anything_is_finished_leaves_nothing() -> None:
     assert not list(Path().iterdir())
 
 
+def test_what_fails_and_cannot_be_continued_leaves_nothing_but_what_it_replaces() -> None:
+    def fail(*, replaced: bool) -> None:
+        with OutputDirectory("out", overwrite=True, lasting=False) as output:
+            output.write_text("weights.txt", "new")
+            if replaced:
+                output.out.rename(output.replaced)
+            raise OutputError("something")
+
+    make("out", "old")
+    with pytest.raises(OutputError):
+        fail(replaced=False)
+    assert ["out"] == [path.name for path in Path().iterdir()]
+    with pytest.raises(OutputError):
+        fail(replaced=True)
+    assert "old" == Path("out.partial/replaced/weights.txt").read_text()
+
+
 class Killed(BaseException):
     """The process is gone: nothing is cleaned up."""
 

@@ -62,6 +62,8 @@ CASES = [
         "error: there is nothing to preview: this preset looks at no data\nhint: choose another `--preset`\n",
     ),
     (("quantize", "demo", "--device", "cuda:99"), "error: device `cuda:99` does not exist: "),
+    (("quantize", "demo", "--format", ","), "error: --format: no format is named\nhint: there are: compressed-tensors, gptq, "),
+    (("export", "x", "-o", "y", "--format", ""), "error: --format: no format is named\nhint: there are: compressed-tensors, "),
     (("export", "x"), "error: missing option '--format'\nhint: `marlin-tools export --help` lists what there is\n"),
     (
         ("eval", "--tasks", "ppl:demo"),
