@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from marlin_tools.checkpoint.contract import Index
-from marlin_tools.checkpoint.strict_json import HINT, conforms, parse_object, read_object
+from marlin_tools.checkpoint.strict_json import HINT, READABLE, conforms, parse_object, read_object
 from marlin_tools.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -151,6 +151,8 @@ def _raw_header(file: Path) -> tuple[int, int, bytes]:
             return length, size, stream.read(length)
     except FileNotFoundError as error:
         raise ModelError(f"`{file}` is missing, though the index names it", hint=HINT) from error
+    except PermissionError as error:
+        raise ModelError(f"`{file}` cannot be read: {error.strerror}", hint=READABLE) from error
     except OSError as error:
         raise ModelError(f"`{file}` is not a safetensors file: {error.strerror}", hint=HINT) from error
 

@@ -54,10 +54,10 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
     refused = ErrorTranslation(ModelError, what, "update transformers, or check config.json")
     with refused, _without_warnings():
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        for each in (config, config.get_text_config()):  # it may keep a `text_config` that it does not know as plain values
+            each.return_dict = True  # with false transformers' own models fail
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for each in (config, config.get_text_config()):
-        each.return_dict = True  # with false transformers' own models fail
     nested = config.get_text_config() is not config
     maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     with refused, torch.device("meta"), _without_warnings():

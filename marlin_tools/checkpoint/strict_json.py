@@ -26,6 +26,8 @@ LARGEST = 64 << 20
 
 HINT = "download the file again"
 
+READABLE = "let this user read it: `chmod u+r`, or as its owner `chmod a+r`"
+
 
 def read_object(path: Path, kind: type[MarlinToolsError] = ModelError, hint: str = HINT) -> dict[str, Any]:
     """The JSON object in a file; `kind` is raised if it is no file, too large or not such an object."""
@@ -44,6 +46,7 @@ def read_bounded(path: Path, kind: type[MarlinToolsError] = ModelError, hint: st
                 raise kind(f"`{path}` has {found.st_size} bytes, at most {limit} are read", hint=hint)
             return stream.read(limit)
     except (OSError, ValueError) as error:
+        hint = READABLE if isinstance(error, PermissionError) else hint
         raise kind(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}", hint=hint) from error
 
 

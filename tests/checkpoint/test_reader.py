@@ -1,5 +1,6 @@
 """What a model directory may say, and what is refused: one error of ours that names file, key and rule, and no more."""
 
+import errno
 import json
 import os
 import struct
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from hostile_files import CONFIG, MANIFEST, QUANTIZATION, header, safetensors, tensors, write_json, write_model
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.tokenizer_files import panics_unprinted
 from marlin_tools.errors import ModelError
 
@@ -101,6 +103,24 @@ def test_a_pipe_is_not_waited_for(model: Path, name: str) -> None:
     refused(model, f"{name}` is not an ordinary file")
 
 
+@pytest.mark.parametrize("name", [SHARD, "config.json", "manifest.json"])
+def test_a_file_of_somebody_else_is_neither_damaged_nor_to_be_removed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (model / name).touch()
+    opened = os.open
+
+    def closed(path: Path, *flags: int) -> int:
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *flags)
+
+    monkeypatch.setattr(os, "open", closed)
+    with pytest.raises(ModelError, match=rf"`{model / name}` cannot be read: Permission denied") as refusal:
+        (read_manifest if name == "manifest.json" else Checkpoint.open)(model)
+    assert "let this user read it" in (refusal.value.hint or "")
+
+
 def test_links_to_nothing_and_in_circles(model: Path) -> None:
     (model / "notes.txt").symlink_to("notes.txt")
     refused(model, "notes.txt` is a link to nothing")
@@ -168,6 +188,13 @@ def test_what_transformers_refuses_in_a_config_is_not_the_tokenizers_fault(model
     (model / "tokenizer.model").touch()
     with pytest.raises(ModelError, match=r"config\.json` is not understood by transformers: .*'attention_dropout'"):
         Checkpoint.open(model).tokenizer()
+
+
+def test_a_language_model_of_no_known_kind_inside_of_a_config_is_refused(model: Path) -> None:
+    checkpoint = Checkpoint.open(model)
+    write_json(model / "config.json", CONFIG | {"text_config": {}})
+    with pytest.raises(ModelError, match=r"config\.json` is not understood by transformers: "):
+        skeleton(checkpoint, checkpoint.dtype)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
