@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MISMATCH = "config.json and weights do not belong together; download the model again"
+
+
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
     model, nested = _whole(checkpoint, dtype)
@@ -100,7 +103,7 @@ def mismatched(name: str, found: Sequence[int], asked: Sequence[int]) -> ModelEr
     """What to raise for a weight of another shape."""
     return ModelError(
         f"`{name}` is {tuple(found)} in the checkpoint, config.json asks for {tuple(asked)}",
-        hint="config.json and weights do not belong together; download the model again",
+        hint=MISMATCH,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import foreign_linears, mismatched, skeleton
+from marlin_tools.checkpoint.skeleton import MISMATCH, foreign_linears, mismatched, skeleton
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import NESTED, Family, known_types
 from marlin_tools.families.layout import Layout, WeightRef
@@ -216,17 +216,23 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
 
 
 def check_shapes(inventory: Inventory) -> None:
-    """Refuse weights of other shapes than config.json asks for, and a config.json that makes no model, before any text is read.
+    """Refuse weights that are missing or of other shapes than config.json asks for, before any text is read.
 
-    It takes seconds to import the model's class, so a dry run does without. Experts are looked at one by one later.
+    And a config.json that makes no model. It takes seconds to import the model's class, so a dry run does without. Experts are
+    looked at one by one later. What is tied may lie under any of its names.
     """
     layout, checkpoint = inventory.layout, inventory.checkpoint
-    for name, parameter in skeleton(checkpoint, torch.float16).named_parameters():
+    tied: dict[int, list[str]] = {}
+    model = skeleton(checkpoint, torch.float16)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".experts." in name:
             continue
         ref = layout.place(name)
+        tied.setdefault(id(parameter), []).append(ref.tensor)
         if ref.whole and ref.tensor in checkpoint and checkpoint.shape(ref.tensor) != tuple(parameter.shape):
             raise mismatched(ref.tensor, checkpoint.shape(ref.tensor), parameter.shape)
+    if missing := next((names[0] for names in tied.values() if not any(name in checkpoint for name in names)), None):
+        raise ModelError(f"`{checkpoint.origin}` lacks `{missing}`, which config.json asks for", hint=MISMATCH)
 
 
 def _refuse_unknown_parts(layout: Layout) -> None:

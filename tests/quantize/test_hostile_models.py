@@ -14,6 +14,7 @@ from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, RecipeError
+from marlin_tools.stream.inventory import check_shapes, take_linears
 
 Run = Callable[..., Checkpoint]
 
@@ -202,6 +203,20 @@ def test_values_that_transformers_refuses(
 def test_a_missing_tensor(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
     change_weights(victim, lambda tensors: tensors.__delitem__("model.layers.0.self_attn.o_proj.weight"))
     refused(victim, ModelError, r"has no tensor `model\.layers\.0\.self_attn\.o_proj\.weight`")
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.norm", "model.embed_tokens"])
+def test_what_no_block_needs_is_missed_before_the_work(victim: Path, name: str) -> None:
+    change_weights(victim, lambda tensors: tensors.__delitem__(f"{name}.weight"))
+    with pytest.raises(ModelError, match=rf"lacks `{name}\.weight`, which config\.json asks for"):
+        check_shapes(take_linears(Checkpoint.open(victim), ()))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_what_is_tied_may_lie_under_either_name(victim: Path, name: str) -> None:
+    change_config(victim, tie_word_embeddings=True)
+    change_weights(victim, lambda tensors: tensors.__delitem__(f"{name}.weight"))
+    check_shapes(take_linears(Checkpoint.open(victim), ()))
 
 
 def test_config_and_weights_of_different_models(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
