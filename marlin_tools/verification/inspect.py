@@ -112,7 +112,8 @@ def _bytes(source: Checkpoint, contents: Contents) -> dict[str, int]:
 
 def _sparsity(contents: Contents, head: str) -> dict[str, Any] | None:
     """Zeros, and in how many linears every four neighbouring inputs have two: of all, or of some if there are many."""
-    names = list(contents.grids) or [name for name in contents.plain if name != head]
+    whole = [name for name, shape in contents.plain.items() if name != head and 0 not in shape]  # no weights, no pattern
+    names = list(contents.grids) or whole
     read = names if len(names) <= SAMPLE else [names[i * len(names) // SAMPLE] for i in range(SAMPLE)]
     if not read:
         return None

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from marlin_tools.verification import inspect as stage
 from marlin_tools.verification.inspect import inspect, rows
@@ -25,6 +26,17 @@ def test_dense(tiny_llama):
     } == facts["bytes"]
     assert (None, 0, [], [], []) == tuple(facts[key] for key in ("format", "quantized", "kept", "worst", "engines"))
     assert (False, True, 14) == tuple(facts["sparsity"][key] for key in ("2:4", "exact", "linears"))
+
+
+@pytest.mark.parametrize(("emptied", "left"), (("up_proj", 12), ("_proj", None)))
+def test_linears_without_weights_are_not_sparse(tiny_llama, emptied, left):
+    tensors = load_file(tiny_llama / "model.safetensors")
+    tensors = {name: t[:0].clone() if emptied in name else t for name, t in tensors.items()}
+    save_file(tensors, tiny_llama / "model.safetensors")
+    found = inspect(tiny_llama)["sparsity"]
+
+    assert left == (found and found["linears"])
+    assert not found or 0 == found["sparse"]
 
 
 @pytest.mark.parametrize("name", ("gptq", "marlin", "compressed-tensors"))
