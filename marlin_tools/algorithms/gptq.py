@@ -158,7 +158,7 @@ class GPTQProblem:
             with span("polish"):
                 codes, scales = polish(weight, codes, scales, self.damped, self.dtype, self.settings.polish, mask)
         if self.looks and not bool(torch.isfinite(scales).all()):
-            raise too_large(weight)
+            raise too_large()
         with span("judge"):
             return Solution.quantized(original, weight, codes, scales, self.hessian, factor.damp)
 

@@ -38,7 +38,7 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` rounded to a value that float16 and the model's own `dtype` both hold exactly, never zero."""
     rounded = nearest_storable(scale, dtype)
     if bool((rounded.abs() > _LARGEST).any()):
-        raise too_large(scale)
+        raise too_large()
     return rounded
 
 
@@ -53,10 +53,14 @@ def nearest_storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale < 0, -rounded, rounded)
 
 
-def too_large(scale: Tensor) -> NumericalError:
-    """What to raise when float16 cannot hold one of these scales."""
-    return NumericalError(
-        f"a weight of magnitude {float(scale.abs().max()) / _SYMMETRIC:g} needs a scale beyond float16",
+class ScaleError(NumericalError):
+    """A scale that float16 cannot hold. Whose it is, nobody knows here: `compress/naming.py` says it."""
+
+
+def too_large() -> ScaleError:
+    """What to raise when float16 cannot hold a scale."""
+    return ScaleError(
+        f"weights need a scale beyond float16, which ends at {_LARGEST:g}",
         hint="check the checkpoint for corrupt weights, or leave the layer out with `--ignore`",
     )
 

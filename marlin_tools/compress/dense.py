@@ -25,6 +25,7 @@ from torch import Tensor
 from marlin_tools.algorithms.solution import Problem, Solution, slabs
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.compress.experts import Solve, solve_experts
+from marlin_tools.compress.naming import naming
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import Pairs, Team
 from marlin_tools.errors import FormatError, RecipeError
@@ -201,14 +202,17 @@ def _solved(block: Block, ways: tuple[Solve, Solve], team: Team) -> dict[tuple[s
     for batch in block.batches():
         todo = {group.names for group in batch if not all(is_2_4(group.weight(name)) for name in group.names)}
         for number, way in enumerate(ways if todo else ()):
-            solved = (
-                solve_experts(batch, way, team) if batch[0].tokens else [(batch[0], _solution(way(batch[0]), batch[0], team))]
-            )
-            for group, solution in solved:
-                if group.names in todo:
-                    value = solution.value(group.weight(group.names[0]).dtype)
-                    version = found.setdefault(_unit(group.names), ({}, {}))[number]
-                    version.update((name, value[rows]) for name, rows in group.rows())
+            with naming(batch):
+                solved = (
+                    solve_experts(batch, way, team)
+                    if batch[0].tokens
+                    else [(batch[0], _solution(way(batch[0]), batch[0], team))]
+                )
+                for group, solution in solved:
+                    if group.names in todo:
+                        value = solution.value(group.weight(group.names[0]).dtype)
+                        version = found.setdefault(_unit(group.names), ({}, {}))[number]
+                        version.update((name, value[rows]) for name, rows in group.rows())
     return {tuple(versions[0]): versions for versions in found.values()}
 
 

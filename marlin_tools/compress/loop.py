@@ -15,6 +15,7 @@ from torch import Tensor
 from marlin_tools.algorithms.solution import Solution, finite, slabs
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.experts import Solve, SolveAll, solve_experts
+from marlin_tools.compress.naming import naming
 from marlin_tools.compress.shards import Shards
 from marlin_tools.distributed.team import Team
 from marlin_tools.events import Emit, Event
@@ -83,22 +84,23 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                     continue
                 emit(Event("progress", batch[-1].names[-1]))
                 method.before(batch)
-                if batch[0].tokens is None:
-                    problem, weight = method.problem(batch[0]), batch[0].stacked()
-                    n, k = weight.shape
-                    parts = []
-                    for own in team.rows(n):
-                        for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
-                            parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
-                    solution = Solution.join(parts).map(lambda own, n=n: team.gather(own, n))  # type: ignore[misc]
-                    solved: Iterable[tuple[Group, Solution]] = [(batch[0], solution)]
-                else:
-                    solved = solve_experts(batch, method.problem, team, method.experts)
-                for group, solution in solved:
-                    for name, rows in group.rows():
-                        facts[name] = group.facts
-                        solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
-                        group.replace(name, solutions[name].value(group.weight(name).dtype))
+                with naming(batch):
+                    if batch[0].tokens is None:
+                        problem, weight = method.problem(batch[0]), batch[0].stacked()
+                        n, k = weight.shape
+                        parts = []
+                        for own in team.rows(n):
+                            for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
+                                parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
+                        solution = Solution.join(parts).map(lambda own, n=n: team.gather(own, n))  # type: ignore[misc]
+                        solved: Iterable[tuple[Group, Solution]] = [(batch[0], solution)]
+                    else:
+                        solved = solve_experts(batch, method.problem, team, method.experts)
+                    for group, solution in solved:
+                        for name, rows in group.rows():
+                            facts[name] = group.facts
+                            solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
+                            group.replace(name, solutions[name].value(group.weight(name).dtype))
             found: dict[str, Any] = {}
             if method.refine and entering is not None and solutions:
                 with span("train"):

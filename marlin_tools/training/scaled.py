@@ -117,7 +117,7 @@ class ScaledLinear(nn.Module):
         learned = {**self.learned(), **learned}
         rounded = self.rounded(**learned)
         if not bool(rounded.scales_ng.isfinite().all()):
-            raise too_large(self.scales * learned["factor"])
+            raise too_large()
         return QuantizedLinear((rounded.steps_nk + ZERO).to(torch.uint8), rounded.scales_ng.to(torch.float16), self._group_size)
 
     def forward(self, x: Tensor) -> Tensor:

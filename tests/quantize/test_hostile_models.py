@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings
-from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, RecipeError
+from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, NumericalError, RecipeError
 from marlin_tools.stream.inventory import check_shapes, take_linears
 
 Run = Callable[..., Checkpoint]
@@ -98,6 +98,23 @@ def test_weights_that_are_not_finite(victim: Path, refused: Callable[..., Marlin
 
     change_weights(victim, poison)
     refused(victim, ModelError, r"model\.layers\.1\.mlp\.up_proj\.weight` holds NaN or infinite")
+
+
+@pytest.mark.parametrize("settings", [{"preset": "rtn"}, {"preset": "default"}, {"sparsity": "2:4", "keep_dense": "40%"}])
+def test_a_weight_that_no_scale_reaches_is_told_with_its_linear(
+    victim: Path, refused: Callable[..., MarlinToolsError], settings: dict[str, str]
+) -> None:
+    """Of linears that are solved together, the one to be named in `--ignore` is told."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.float() for name, tensor in tensors.items()})
+        tensors["model.layers.1.self_attn.k_proj.weight"][2, 3] = 1e7
+
+    change_weights(victim, change)
+    error = refused(
+        victim, NumericalError, r"^`model\.layers\.1\.self_attn\.k_proj`, whose largest weight is 1e\+07: ", **settings
+    )
+    assert "--ignore" in (error.hint or "")
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
