@@ -106,6 +106,12 @@ class _Conversion:
         grids = self.contents.grids
         if not grids:
             raise FormatError(f"`{self.source.origin}` holds no quantised linears", hint="see `marlin-tools inspect`")
+        if strange := self._strange():
+            raise FormatError(
+                f"`{strange[0]}` belongs to a quantised linear, and `{self.stored.format.name}` has no such tensor"
+                + (f"; and {len(strange) - 1} more" if len(strange) > 1 else ""),
+                hint="what it changes is not known, so nothing can stand for it; start from the unquantized model",
+            )
         if (self.source.quantization or {}).get("kv_cache_scheme"):
             raise FormatError("`quantization_config`: `kv_cache_scheme` cannot be carried over", hint="remove it, then export")
         sizes = self.contents.group_sizes
@@ -120,6 +126,11 @@ class _Conversion:
         if self._depends_on_values():
             self.emit(Event("note", f"looking whether `{self.target.name}` can hold every value"))
             self._refuse({name: reason for name in grids if (reason := self._rehearse(name))})
+
+    def _strange(self) -> list[str]:
+        """Tensors of quantised linears that are neither of their format nor a bias: zero points, an order of the inputs."""
+        rest = (name for name in self.source.names() if name not in self.stored.tensors and not name.endswith(".bias"))
+        return [name for name in rest if name.rpartition(".")[0] in self.contents.grids]
 
     def _depends_on_values(self) -> bool:
         """Whether headers are not enough: the target wants 2:4, or scales may have to change their type."""

@@ -239,6 +239,18 @@ def test_quantized_caches_are_refused(copy, edit_json, tmp_path):
         export(source, "gptq", tmp_path / "out")
 
 
+@pytest.mark.parametrize("suffix", ("weight_g_idx", "weight_zero_point"))
+def test_tensors_that_change_what_codes_stand_for_are_refused(copy, edit, tmp_path, suffix):
+    source, name = copy("compressed-tensors"), "model.layers.0.self_attn.q_proj"
+    with edit(source, f"{name}.weight_packed") as tensors:
+        tensors[f"{name}.{suffix}"] = torch.zeros(8, dtype=torch.int32)
+    for target in ("gptq", "compressed-tensors"):
+        with pytest.raises(FormatError, match=f"`{name}.{suffix}` belongs to a quantised linear") as caught:
+            export(source, target, tmp_path / "out")
+        assert caught.value.hint
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_dense_model_is_refused(tiny_llama, tmp_path):
     with pytest.raises(FormatError, match="is not quantised") as caught:
         export(tiny_llama, "gptq", tmp_path / "out")
