@@ -2,10 +2,12 @@
 
 One policy for calibration and evaluation. A BOS stands where the tokenizer puts one: before each document that is
 tokenised alone, and once before a running text. A conversation that went through the chat template already has its
-special tokens, so the tokenizer adds none. Nothing is padded or truncated, and no EOS is added.
+special tokens, so the tokenizer adds none. Nothing is padded or truncated, and an EOS that the tokenizer puts behind a text is
+left out: a text goes on, in its next window or in what is generated after it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -35,8 +37,9 @@ class Encoder:
     def __call__(self, document: Document) -> Tensor:
         """The ids of one document, int64 [L]."""
         text = self.render(document)
-        ids = self.tokenizer(text, add_special_tokens=not self._templated(document), verbose=False)["input_ids"]
-        tokens = torch.tensor(ids, dtype=torch.int64)
+        special = not self._templated(document)
+        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        tokens = torch.tensor(ids[:-1] if special and self.eos else ids, dtype=torch.int64)
         if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
             message = f"token id {int(tokens.max())} is outside the model's vocabulary of {self.vocab_size}"
             raise DataError(message, hint="the tokenizer belongs to another model: check the model directory")
@@ -53,6 +56,12 @@ class Encoder:
         """Whether the tokenizer puts a BOS before a text."""
         first = self.tokenizer("a", verbose=False)["input_ids"][:1]
         return bool(first == [self.tokenizer.bos_token_id])
+
+    @cached_property
+    def eos(self) -> bool:
+        """Whether the tokenizer puts an EOS behind a text."""
+        last = self.tokenizer("a", verbose=False)["input_ids"][-1:]
+        return bool(last == [self.tokenizer.eos_token_id])
 
     def _templated(self, document: Document) -> bool:
         if self.chat_template == "on":

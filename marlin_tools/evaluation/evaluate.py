@@ -161,6 +161,12 @@ def unavailable(model: str | Path | Checkpoint, settings: EvaluateSettings, emit
     return {}
 
 
+_CLOSED = (
+    "the tokenizer puts an EOS behind each text, and so lm-eval puts one behind each question: scores of tasks say little. "
+    "Leave it out in tokenizer.json, or set `add_eos_token` to false in tokenizer_config.json"
+)
+
+
 @dataclass
 class _Side:
     """One of the two models, how it was run, and what it answered."""
@@ -204,6 +210,8 @@ class _Run:
         self.harness = self._harness()  # first: what fails most often, and loads least
         self.tokenizer = checkpoint.tokenizer()
         self.bos = Encoder(self.tokenizer).bos
+        if self.harness is not None and Encoder(self.tokenizer).eos:
+            self.emit(Event("warning", _CLOSED))
         self.texts = {name: self._tokens(name) for name in settings.texts}
         if original is not None and self.texts:
             self._check_vocabulary(original)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from marlin_tools.data.render import Encoder
 from marlin_tools.errors import DataError
@@ -17,6 +18,19 @@ def test_a_text_is_its_tokens_behind_one_bos(tokenizer: Any) -> None:
     ids = Encoder(tokenizer)("aä\n").tolist()
 
     assert [0, *tokenizer.convert_tokens_to_ids(["a", "Ã", "¤", "Ċ"])] == ids
+
+
+def test_a_text_goes_on_though_the_tokenizer_would_end_it(make_tokenizer: Make) -> None:
+    plain, ending = make_tokenizer(), make_tokenizer(TEMPLATE)
+    ending.eos_token = "!"
+    end = ending.convert_tokens_to_ids("!")
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A !", special_tokens=[("<s>", 0), ("!", end)])
+    assert end == ending("a")["input_ids"][-1]
+
+    assert [Encoder(plain).eos, Encoder(ending).eos] == [False, True]
+    for text in ("aä", "so!", ""):
+        assert Encoder(plain)(text).tolist() == Encoder(ending)(text).tolist()
+    assert Encoder(ending)([{"role": "user", "content": "hi!"}])[-1] == end
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])

@@ -50,6 +50,19 @@ def int4(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def closing(tiny_llama: Path) -> Path:
+    """`model`, with a tokenizer that puts an EOS behind each text."""
+    file = tiny_llama / "tokenizer.json"
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    rule = {"type": "TemplateProcessing", "single": single, "pair": single}
+    content = json.loads(file.read_text())
+    number = next(token["id"] for token in content["added_tokens"] if token["content"] == "</s>")
+    rule["special_tokens"] = {"</s>": {"id": "</s>", "ids": [number], "tokens": ["</s>"]}}
+    file.write_text(json.dumps(content | {"post_processor": rule}))
+    return tiny_llama
+
+
+@pytest.fixture
 def text(tmp_path: Path) -> str:
     """`ppl:FILE` of a text that is 11 windows of 32 tokens long, and a bit."""
     path = tmp_path / "held.txt"

@@ -32,6 +32,14 @@ def test_the_demo_model_answers_with_the_space_that_belongs_there():
     assert "Question: What colour" not in text
 
 
+def test_a_prompt_goes_on_though_the_tokenizer_would_end_it(model, closing):
+    assert (
+        AutoTokenizer.from_pretrained(closing)("The boat").input_ids[-1]
+        == 1 + AutoTokenizer.from_pretrained(model).bos_token_id
+    )
+    assert generate(model, "The boat left", settings()) == generate(closing, "The boat left", settings())
+
+
 def test_an_empty_prompt_starts_from_bos(model):
     assert generate(model, "", settings()) == generate(model, "<s>", settings())
 

@@ -82,6 +82,17 @@ def test_shots_and_limit_reach_lm_eval(model, write_task, run):
     assert (2, 4) == (details["num_fewshot"], details["items"])
 
 
+def test_questions_that_the_tokenizer_ends_are_said_aloud(model, closing, write_task, run, text):
+    folder = write_task("fish")
+    told = [
+        run(each, *tasks, include_path=(folder,), seqlen=32).notes
+        for each in (model, closing)
+        for tasks in (("fish",), (text,))
+    ]
+
+    assert [0, 0, 1, 0] == [sum("puts an EOS behind each text" in note for note in notes) for notes in told]
+
+
 def test_shots_that_do_not_apply_are_said_aloud(model, write_task, run):
     folder = write_task("fish")
     with (folder / "fish.yaml").open("a") as file:
