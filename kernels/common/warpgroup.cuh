@@ -76,24 +76,24 @@ struct Warpgroup;
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define WARPGROUP_PRODUCT(ELEMENT, TYPE, INPUTS, ORDER, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                 \
-    template <>                                                                                                               \
-    struct Warpgroup<ELEMENT, TOKENS> {                                                                                       \
-        __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, bool add) {      \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                       \
-                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS INPUTS ".f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0 \
-                         ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1" ORDER ";\n}\n"                                           \
-                         : OPERANDS(0)                                                                                        \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                   \
-        }                                                                                                                     \
+#define WARPGROUP_PRODUCT(ELEMENT, TYPE, TOKENS, OPERANDS, ACCUMULATORS, A0, A1, A2, A3, B, P)                            \
+    template <>                                                                                                           \
+    struct Warpgroup<ELEMENT, TOKENS> {                                                                                   \
+        __device__ __forceinline__ static void multiply(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b, bool add) {  \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." TYPE "." TYPE " {" ACCUMULATORS "}, {" A0 \
+                         ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                                             \
+                         : OPERANDS(0)                                                                                    \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));               \
+        }                                                                                                                 \
     };
 
-#define WARPGROUP_PRODUCTS(ELEMENT, TYPE)                                                                                    \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")          \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")     \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21") \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37") \
-    WARPGROUP_PRODUCT(ELEMENT, TYPE, "k16", ", 0", 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
+#define WARPGROUP_PRODUCTS(ELEMENT, TYPE)                                                                      \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 8, OPERANDS4, ACCUMULATORS4, "%4", "%5", "%6", "%7", "%8", "%9")          \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 16, OPERANDS8, ACCUMULATORS8, "%8", "%9", "%10", "%11", "%12", "%13")     \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 32, OPERANDS16, ACCUMULATORS16, "%16", "%17", "%18", "%19", "%20", "%21") \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 64, OPERANDS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37") \
+    WARPGROUP_PRODUCT(ELEMENT, TYPE, 128, OPERANDS64, ACCUMULATORS64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 WARPGROUP_PRODUCTS(Half, "f16")
 WARPGROUP_PRODUCTS(Bfloat16, "bf16")
@@ -104,16 +104,16 @@ WARPGROUP_PRODUCTS(Bfloat16, "bf16")
 #define PAIRS32(f) PAIRS8(f), PAIRS8(f + 4), PAIRS8(f + 8), PAIRS8(f + 12)
 #define PAIRS64(f) PAIRS32(f), PAIRS32(f + 16)
 
-#define HALF_SUMS_PRODUCT(TOKENS, PAIRS, ACCUMULATORS, A0, A1, A2, A3, B, P)                                                \
-    template <>                                                                                                             \
-    struct Warpgroup<E4m3, TOKENS> {                                                                                        \
-        __device__ __forceinline__ static void multiply(u32 (&d)[TOKENS / 8][2], const u32 (&a)[4], u64 b, bool add) {      \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                     \
-                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.f16.e4m3.e4m3 {" ACCUMULATORS "}, {" A0 ", " A1   \
-                         ", " A2 ", " A3 "}, " B ", p, 1, 1;\n}\n"                                                          \
-                         : PAIRS(0)                                                                                         \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                 \
-        }                                                                                                                   \
+#define HALF_SUMS_PRODUCT(TOKENS, PAIRS, ACCUMULATORS, A0, A1, A2, A3, B, P)                                              \
+    template <>                                                                                                           \
+    struct Warpgroup<E4m3, TOKENS> {                                                                                      \
+        __device__ __forceinline__ static void multiply(u32 (&d)[TOKENS / 8][2], const u32 (&a)[4], u64 b, bool add) {    \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.f16.e4m3.e4m3 {" ACCUMULATORS "}, {" A0 ", " A1 \
+                         ", " A2 ", " A3 "}, " B ", p, 1, 1;\n}\n"                                                        \
+                         : PAIRS(0)                                                                                       \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));               \
+        }                                                                                                                 \
     };
 
 HALF_SUMS_PRODUCT(128, PAIRS32, ACCUMULATORS32, "%32", "%33", "%34", "%35", "%36", "%37")

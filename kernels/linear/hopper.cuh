@@ -175,7 +175,7 @@ struct ConsumerWarp {
 
 // Each kernel's own: a ConsumerWarp that can
 //   begin()         convert the first weights of the first stage, which has arrived
-//   multiply(more)  add the products of one stage to `sums`; `more` unless it is the CTA's last
+//   multiply(more)  add the products of one stage to its sums; `more` unless it is the CTA's last
 //   epilogue(at)      store the sums of a work range, or leave them to the warp that completes them
 //   resume()        what `begin` must do again before the next work range
 //   clear_sums()    before every work range
@@ -194,7 +194,7 @@ __device__ __forceinline__ void consume(Consumer<T, E, kGroup>& m) {
         const bool more = at.more(m.p);
 #pragma unroll 1
         for (int left = at.end - at.begin; left > 0; --left) m.multiply(left > 1 || more);
-        if constexpr (kGroup == 0 || T::kRounded) {
+        if constexpr (T::kBoxes > 1 && (kGroup == 0 || T::kRounded)) {  // products that nothing has waited for
             warpgroup_wait<0>();
 #pragma unroll
             for (int r = 0; r < T::kTiles; ++r) sums_are_ready(m.sums[r]);

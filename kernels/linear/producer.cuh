@@ -6,7 +6,7 @@
 
 #include "linear/hopper_work.cuh"
 
-template <int kTokens_,            // tokens per CTA: 8 to 128
+template <int kTokens_,            // tokens per CTA: 8 to 256
           int kConsumers_,         // warpgroups that multiply, side by side along the outputs
           int kTiles_,             // packed tiles of 64 outputs of each of them: 1, 2 or 4
           int kStages_,            // stages of the pipeline

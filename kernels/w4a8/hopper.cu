@@ -223,6 +223,6 @@ struct Consumer : ConsumerWarp<T> {
         asm volatile("bar.sync %0, 128;" ::"r"(1 + tile) : "memory");  // 0 and 15 are for the CTA
     }
 
-    static constexpr u32 kOnes = 0x3C003C00;                                                // two float16
+    static constexpr u32 kOnes = 0x3C003C00;                                         // two float16
     static constexpr int kStoredTokens = 128, kStoredFragments = kStoredTokens / 8;  // put together at once
 };

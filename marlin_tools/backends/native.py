@@ -70,11 +70,12 @@ class NativeSparseLinear(NativeLinear):
 class NativeFp8Linear(NativeLinear):
     """The same on Hopper and Ada for FP8 activations: many tokens are rounded, each with its scale, and multiplied in 8 bits.
 
-    Few tokens are multiplied as they are: that is as fast, and nothing is lost.
+    Few tokens are multiplied as they are, so that nothing is lost (`w4a8.LEAST_ROWS`).
     """
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        return w4a8.operator_for(len(rows))(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
+        operator = w4a8.operator_for(len(rows), self.exponent)
+        return operator(rows, self.codes, self.scales, self.bias, self.out_features, self.exponent)
 
 
 def obstacle(model: "PreTrainedModel", linears: StoredLinears, device: torch.device) -> str | None:

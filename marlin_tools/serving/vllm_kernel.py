@@ -2,7 +2,7 @@
 
 Three moments of a layer: vLLM asks `can_implement` before there are weights, and this is where the kernels are compiled and
 tested; `process_weights_after_loading` packs the weights, as 2:4 if their codes are; `apply_weights` is one operator. Whatever
-we cannot do goes to the kernel that vLLM would have taken without us.
+we cannot do goes to the kernel that vLLM would have taken without us, if it has one.
 
 vLLM keeps what `torch.compile` made of a model and finds it again by a hash of its settings, which does not know about kernels:
 `_knows_our_choice` adds what we took to the hash, so that no compiled model meets weights that were packed for another one.
@@ -108,8 +108,11 @@ class PackedInt4LinearKernel(MPLinearKernel):
             self._keep(layer, packed)
             TALLY.take(packed, fp8=_reads_fp8(self.config))
             return
-        with _standing_aside():
-            chosen = registry.choose_mp_linear_kernel(self.config)
+        try:
+            with _standing_aside():
+                chosen = registry.choose_mp_linear_kernel(self.config)
+        except ValueError as error:
+            raise ValueError(f"marlin-tools: {attempt.failure}, and vLLM has no other kernel for such a layer") from error
         args, kwargs = self._arguments
         self._instead = chosen(self.config, *args, **kwargs)
         self._instead.process_weights_after_loading(layer)

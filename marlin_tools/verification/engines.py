@@ -69,7 +69,7 @@ ENGINES = (
         splits=True,
         marlin=True,
         pads=True,
-        fp8="on Hopper only; rounds group scales to FP8 beside one float32 scale for each output",
+        fp8="on Hopper only; without our plugin group scales are rounded to FP8 beside one float32 scale for each output",
         command="vllm serve {}",
         serves=True,
     ),
@@ -244,7 +244,7 @@ def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
     if model.fp8 and (others := set(model.sizes.values()) - {128}):
         return f"its kernel for FP8 activations has groups of 128, not {min(others)}"
     if model.fp8 and model.config.get("dtype", model.config.get("torch_dtype")) == "float16":
-        return "its kernel for FP8 activations puts out bfloat16, the model is float16"
+        return "its own kernel for FP8 activations puts out bfloat16, the model is float16 (our plugin takes it)"
     heads, kv_heads, _ = model.heads
     if heads % size:
         return f"{heads} attention heads do not divide among {size}"

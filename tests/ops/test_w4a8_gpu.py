@@ -8,6 +8,7 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.ops.linear import fp8_reference, layout, reference, w4a8
 from marlin_tools.ops.linear.decomposition import Decomposition
 from marlin_tools.ops.linear.fp8_tiles import FP8_TILES, fp8_kernel, round_kernel
+from marlin_tools.ops.linear.packed import exponent_tensor, packed_fp8_linear
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.target import target_of
 from marlin_tools.quantized import QuantizedLinear
@@ -173,17 +174,31 @@ def test_sums_beside_one_outlier(kernel, size):
 
 
 @pytest.mark.parametrize("tile", HOPPER)
-@pytest.mark.parametrize("k", [1024, 9344, 9472, 28672])
+@pytest.mark.parametrize("k", [128, 1024, 8960, 9088, 28672, 149504])
 @pytest.mark.parametrize("code", [0, 15])
 def test_the_largest_sums_stay_finite(tile, k, code):
     """All products are the largest of their sign; sums in float16 would overflow if scales were taken as they are."""
     for scale in (2.0**-12, 0.01, 0.999, 15.0, 60000.0):
-        codes, scales = torch.full((64, k), code, dtype=torch.uint8), torch.full((64, k // 128), scale)
-        packed = ops.pack(QuantizedLinear(codes.cuda(), scales.half().cuda(), 128))
-        x = torch.full((130, k), 1e-4 if scale > 1 else 0.5, dtype=torch.bfloat16, device="cuda")
-        y = multiply((tile, None), x, packed)
-        assert y.isfinite().all()
-        assert_close(y, x, packed)
+        for group in (128, k):
+            codes, scales = torch.full((64, k), code, dtype=torch.uint8), torch.full((64, k // group), scale)
+            packed = ops.pack(QuantizedLinear(codes.cuda(), scales.half().cuda(), group))
+            x = torch.full((130, k), 1e-4 if scale > 1 else 0.5, dtype=torch.bfloat16, device="cuda")
+            y = multiply((tile, None), x, packed)
+            assert y.isfinite().all()
+            assert_close(y, x, packed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_small_products_after_a_large_sum(kernel):
+    """The sum so far is an operand too, beside which tensor cores may cut what is added."""
+    codes, x = torch.full((64, 1024), 9, dtype=torch.uint8), torch.full((4, 1024), 1.0)
+    codes.view(64, 8, 128)[..., :30], x.view(4, 8, 128)[..., :30] = 15, 320.0
+    codes.view(64, 8, 128)[:, 1::2, :30] = 1
+    codes.view(64, 8, 128)[..., 30:] = 15
+    x[:, 0] = 448
+    packed = ops.pack(QuantizedLinear(codes.cuda(), torch.full((64, 8), 0.02).half().cuda(), 128))
+    x = x.half().cuda()
+    assert_close(multiply(kernel, x, packed), x, packed, kernel=kernel)
 
 
 @pytest.mark.parametrize("tile", HOPPER)
@@ -232,6 +247,26 @@ def test_graphs_streams_and_chains():
             expected = w4a8.fp8_linear(expected, packed)
             torch.cuda.synchronize()
         assert y.isfinite().all()
+        assert torch.equal(y, expected)
+
+
+def test_engines_have_few_rows_multiplied_in_16_bits():
+    """In a graph that was captured for some rows, and in one that was compiled for all."""
+    packed, bias = ops.pack(random_weight(200, 384)), random_x(1, 200)[0]
+    weight = (packed.codes, packed.scales, exponent_tensor(packed), bias, 200)
+    ops.prepare(packed, torch.float16)
+    ops.prepare_fp8(packed, torch.float16)
+    compiled = torch.compile(lambda x: packed_fp8_linear(x, *weight), backend="aot_eager", dynamic=True, fullgraph=True)
+    for m in (2, w4a8.LEAST_ROWS - 1, w4a8.LEAST_ROWS, 600):
+        x = random_x(m, 384)
+        expected = (ops.fp8_linear if m >= w4a8.LEAST_ROWS else ops.linear)(x, packed, bias)
+        assert torch.equal(packed_fp8_linear(x, *weight), expected)
+        assert torch.equal(compiled(x), expected)
+        graph, held = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+        with torch.cuda.graph(graph):
+            y = packed_fp8_linear(held, *weight)
+        held.copy_(x)
+        graph.replay()
         assert torch.equal(y, expected)
 
 

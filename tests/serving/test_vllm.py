@@ -144,6 +144,34 @@ def test_fp8_stays_with_vllm_where_no_kernel_of_ours_has_it(engine, monkeypatch,
     assert "neither a Hopper nor an Ada GPU" in caplog.text
 
 
+def test_a_layer_that_vllm_has_no_kernel_for_either_says_what_was_wrong(engine, make, monkeypatch):
+    """Its own kernel for FP8 wants bfloat16."""
+
+    def explode(*_args):
+        raise torch.OutOfMemoryError("full")
+
+    def bfloat16_alone(_class, c):
+        return c.out_type == torch.bfloat16, "bfloat16 alone"
+
+    monkeypatch.setattr(engine.stock, "can_implement", classmethod(bfloat16_alone))
+    monkeypatch.setattr(engine.kernel.ops, "pack", explode)
+
+    kernel, layer = engine.load(make(), **fp8(engine))
+    assert kernel.apply_weights(layer, torch.randn(1, 256).bfloat16()) == "stock"
+    with pytest.raises(ValueError, match="marlin-tools: OutOfMemoryError: full, and vLLM has no other kernel for such a layer"):
+        engine.load(make(), **fp8(engine, torch.float16))
+
+
+def test_scales_beyond_what_float16_sums_can_hold_are_multiplied_in_16_bits(engine, make):
+    weight = make()
+    weight.scales[0, 0] = 300
+    kernel, layer = engine.load(weight, **fp8(engine, torch.float16))
+    x = torch.randn(w4a8.LEAST_ROWS, 256).half() / 64
+
+    expected = x.double() @ weight.dequantize(torch.float64).T
+    assert torch.allclose(kernel.apply_weights(layer, x).double(), expected, rtol=2e-3, atol=1e-3)
+
+
 def test_act_order_stays_with_vllm(engine, caplog):
     if not engine.old:
         assert "has_g_idx" not in engine.config_class.__dataclass_fields__  # newer versions do not offer such layers

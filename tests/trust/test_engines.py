@@ -243,7 +243,12 @@ def test_every_engine_is_started_on_a_directory_whatever_its_name():
         ({}, 128, (1, 2, 4, 8), None),
         ({}, 64, (), "its kernel for FP8 activations has groups of 128, not 64"),
         ({}, -1, (), "its kernel for FP8 activations has groups of 128, not -1"),
-        ({"dtype": "float16"}, 128, (), "its kernel for FP8 activations puts out bfloat16, the model is float16"),
+        (
+            {"dtype": "float16"},
+            128,
+            (),
+            "its own kernel for FP8 activations puts out bfloat16, the model is float16 (our plugin takes it)",
+        ),
         ({"intermediate_size": 14400}, 128, (), f"{DOWN}: 14400 inputs per rank are not a multiple of group_size 128"),
         ({"num_key_value_heads": 1, "head_dim": 96}, 128, (), "`model.layers.0.self_attn.q_proj` with what is fused to it"),
     ),

@@ -51,12 +51,18 @@ def exact(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor
     return reference.exact(rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None], packed, bias)
 
 
+COLUMN_EXPONENT = 8
+"""Of a weight with one scale per output for kernels with sums in float16, which scale these by one until the end."""
+
+
 def smaller_scales(exponent: int, groups: int) -> int:
     """The power of two by which kernels with sums in float16 multiply scales, so that no sum overflows.
 
-    Scales are at most 2^(exponent - 8), and the sum of a group at most 896 of its scale: 128 products of 448 and 8 / 512.
+    Scales are at most 2^(exponent - 8), and the sum of a group at most 896 of its scale: 128 products of 448 and 8 / 512. Each
+    addition may round up by 2^-11.
     """
-    return min(_MOST_EXPONENT, 8 - exponent - math.ceil(math.log2(max(1.0, groups * 896 / _LARGEST_HALF))))
+    largest = groups * 896 * (1 + groups * 2.0**-11)
+    return min(_MOST_EXPONENT, 8 - exponent - math.ceil(math.log2(max(1.0, largest / _LARGEST_HALF))))
 
 
 def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, half_sums: bool = True) -> Tensor:
@@ -75,12 +81,12 @@ def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, 
     largest = values.abs().amax(dim=1, keepdim=True) * weight.abs().amax(dim=1)
     lost = 2.0**-_BITS_OF_SUMS * (total + _ADDITIONS * largest)
     if half_sums:
-        lost = lost + _loss_of_half_sums(values, weight, token_scales, packed.exponent)
+        lost = lost + _loss_of_half_sums(values, weight, token_scales, packed)
     info = torch.finfo(x.dtype)
     return info.eps * exact(x, packed, bias).abs() + packed.in_features * 2.0**-24 * total + lost + info.tiny * info.eps
 
 
-def _loss_of_half_sums(values: Tensor, weight: Tensor, token_scales: Tensor, exponent: int) -> Tensor:
+def _loss_of_half_sums(values: Tensor, weight: Tensor, token_scales: Tensor, packed: PackedWeight) -> Tensor:
     """What roundings to float16 lose: of the sum of each 128 inputs four times, in either direction; of the sum of all before,
     wherever it began, once for each 128 inputs, to nearest. And what numbers lose that are too small for all bits.
     """
@@ -94,6 +100,11 @@ def _loss_of_half_sums(values: Tensor, weight: Tensor, token_scales: Tensor, exp
         running = running + part
         largest = torch.maximum(largest, running.abs())
     groups = values.shape[1] // TILE_K
-    growth = 2.0 ** -smaller_scales(exponent, groups)
-    small = 2.0**-24 * growth * (512 * groups * token_scales.to(torch.float64) + _CODE * values.abs().sum(dim=1))
-    return 2.0**-10 * parts + groups * 2.0**-11 * 2 * largest + small[:, None]
+    tokens, column = token_scales.to(torch.float64), packed.scales.shape[1] == 1
+    growth = 2.0 ** -smaller_scales(COLUMN_EXPONENT if column else packed.exponent, groups)
+    small = 2.0**-24 * growth * 512 * groups * tokens[:, None]  # for each sum that is too small for all bits
+    if column:
+        small = small * unpack(packed).scales.to(torch.float64).abs().T
+    else:  # and for each scale
+        small = small + 2.0**-24 * growth * _CODE * values.abs().sum(dim=1, keepdim=True)
+    return 2.0**-10 * parts + groups * 2.0**-11 * 2 * largest + small

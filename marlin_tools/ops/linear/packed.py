@@ -43,15 +43,15 @@ def exponent_tensor(weight: PackedTiles) -> Tensor:
     return torch.tensor([weight.exponent], dtype=torch.int32, device="cpu")
 
 
-def _stored(rows: int, codes: Tensor) -> LinearOperator:  # noqa: ARG001
+def _stored(_rows: int, codes: Tensor, _exponent: int) -> LinearOperator:
     words = codes.shape[-1]
     if words not in _OPERATORS:
         raise ValueError(f"codes have {words} words a tile, packed weights have {' or '.join(map(str, _OPERATORS))}")
     return _OPERATORS[words]
 
 
-def _fp8(rows: int, codes: Tensor) -> LinearOperator:  # noqa: ARG001
-    return w4a8.operator_for(rows)
+def _fp8(rows: int, _codes: Tensor, exponent: int) -> LinearOperator:
+    return w4a8.operator_for(rows, exponent)
 
 
 def _fake(
@@ -65,14 +65,14 @@ def _fake(
     return x.new_empty((x.shape[0], out_features))
 
 
-def _register(name: str, choose: Callable[[int, Tensor], LinearOperator]) -> None:
+def _register(name: str, choose: Callable[[int, Tensor, int], LinearOperator]) -> None:
     def on_cuda(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        operator = choose(x.shape[0], codes)
-        return operator.on_cuda(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+        two_to = int(exponent.item())
+        return choose(x.shape[0], codes, two_to).on_cuda(x.contiguous(), codes, scales, bias, out_features, two_to)
 
     def on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        operator = choose(x.shape[0], codes)
-        return operator.on_cpu(x.contiguous(), codes, scales, bias, out_features, int(exponent.item()))
+        two_to = int(exponent.item())
+        return choose(x.shape[0], codes, two_to).on_cpu(x.contiguous(), codes, scales, bias, out_features, two_to)
 
     _library.define(f"{name}({_ARGUMENTS}) -> Tensor")
     _library.impl(name, on_cuda, "CUDA")

@@ -17,7 +17,7 @@ from marlin_tools.ops.linear.decomposition import Costs, Decomposition
 from marlin_tools.ops.linear.dispatch import CUBLAS, TableRow, Tables
 from marlin_tools.ops.linear.fp8_tiles import FP8_GROUP_SIZES, FP8_TILES, fp8_kernel, round_kernel
 from marlin_tools.ops.linear.hopper import HopperPlan
-from marlin_tools.ops.linear.layout import WORDS, PackedWeight
+from marlin_tools.ops.linear.layout import MOST_ROUNDED, WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
 from marlin_tools.ops.linear.plan import LaunchPlan, PortablePlan
 from marlin_tools.ops.linear.tiles import Tile, dequantizing_kernel
@@ -32,9 +32,9 @@ FP8 = Tables(
     TableRow(4096, 4096, (64,), ("64x256-ada",)),  # for every M: of as many bytes for a product, it pads fewer tokens
 )
 
-LEAST_ROWS = 512
-"""From so many rows on this is faster than `w4a16.linear` wherever it was measured, on Hopper; below, that one is the better
-choice. Nothing was measured on Ada, which follows.
+LEAST_ROWS = 256
+"""From so many rows on this is faster than `w4a16.linear` wherever it was measured, on Hopper. With half as many it is slower
+on one layer of eight, with a quarter on all. Nothing was measured on Ada, which follows.
 """
 
 _TARGETS = ("sm_90a", "sm_89")
@@ -66,7 +66,7 @@ class _RoundingPlan(LaunchPlan):
         self._token_scales = token_scales.data_ptr()
         stream = driver.current_stream(self._device_index)
         self._round(stream, x.data_ptr(), rounded.data_ptr(), self._token_scales, x.shape[1])
-        super()._run(rounded, codes, scales, bias, y, exponent)
+        super()._run(rounded, codes, scales, bias, y, fp8_reference.COLUMN_EXPONENT if scales.shape[1] == 1 else exponent)
 
 
 class Fp8Plan(_RoundingPlan, HopperPlan):
@@ -140,9 +140,11 @@ def fp8_supported(device: torch.device, in_features: int, group_size: int) -> st
     return None
 
 
-def operator_for(rows: int) -> LinearOperator:
-    """What multiplies so many tokens whose linears read FP8: with few of them 16 bits are as fast, and nothing is lost."""
-    return OPERATOR if rows >= LEAST_ROWS else w4a16.OPERATOR
+def operator_for(rows: int, exponent: int) -> LinearOperator:
+    """What multiplies so many tokens whose linears read FP8. Few of them go to 16 bits, where nothing is lost; and so do all of
+    a weight with a scale so large that float16 sums of other outputs would have few bits.
+    """
+    return OPERATOR if rows >= LEAST_ROWS and exponent <= MOST_ROUNDED else w4a16.OPERATOR
 
 
 def prepare_fp8(weight: PackedWeight, dtype: torch.dtype) -> None:
