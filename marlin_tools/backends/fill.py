@@ -5,7 +5,6 @@ in use never exceeds the finished model by more than one of them. Buffers that a
 scales) are computed by transformers itself, in the way in which its own loading computes them.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.checkpoint.contract import COMPUTED
 from marlin_tools.checkpoint.reader import GENERATION, Checkpoint
 from marlin_tools.checkpoint.skeleton import damaged, mismatched, read_weight
 from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.events import Emit, Event
 from marlin_tools.families import known_family
+from marlin_tools.families.experts import refuse_strangers
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
@@ -107,23 +106,7 @@ def _account(
     if missing := [places[names[0]].tensor for names in ties if not any(places[name].tensor in checkpoint for name in names)]:
         raise ModelError(f"`{checkpoint.origin}` lacks {_some(missing)}", hint=_MISMATCH)
     used = {places[name].tensor for names in ties for name in names} | (linears.tensors if linears is not None else frozenset())
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
-    layout = Layout(checkpoint) if known_family(checkpoint.config) is not None else None
-    left = [
-        name
-        for name in checkpoint.names()
-        if name not in used and not COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored)
-        if not _is_zero_bias(checkpoint, name) and not (layout is not None and layout.foreign(name))
-    ]
-    if left:
-        raise ModelError(
-            f"`{checkpoint.origin}` holds {_some(left)}, which the model of config.json has no place for", hint=_MISMATCH
-        )
-
-
-def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
-    """Older GPTQ writers store a bias for every linear, zero where the model has none."""
-    return name.endswith(".bias") and checkpoint.quantization is not None and not bool(checkpoint.read(name).any())
+    refuse_strangers(checkpoint, model, used)
 
 
 def _some(names: list[str]) -> str:

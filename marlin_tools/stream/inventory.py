@@ -14,9 +14,10 @@ from torch import Tensor
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import MISMATCH, foreign_linears, mismatched, skeleton
+from marlin_tools.checkpoint.skeleton import MISMATCH, foreign_linears, mismatched
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.families import NESTED, Family, known_types
+from marlin_tools.families.experts import refuse_strangers, shell, stored_shapes
 from marlin_tools.families.layout import Layout, WeightRef
 from marlin_tools.formats import FORMATS
 from marlin_tools.ops.linear.layout import GROUP_SIZES
@@ -216,14 +217,14 @@ def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
 
 
 def check_shapes(inventory: Inventory) -> None:
-    """Refuse weights that are missing or of other shapes than config.json asks for, before any text is read.
+    """Refuse weights that are missing, too many or of other shapes than config.json asks for, before any text is read.
 
     And a config.json that makes no model. It takes seconds to import the model's class, so a dry run does without. Experts are
     looked at one by one later. What is tied may lie under any of its names.
     """
     layout, checkpoint = inventory.layout, inventory.checkpoint
     tied: dict[int, list[str]] = {}
-    model = skeleton(checkpoint, torch.float16)
+    model = shell(checkpoint, torch.float16)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".experts." in name:
             continue
@@ -233,6 +234,7 @@ def check_shapes(inventory: Inventory) -> None:
             raise mismatched(ref.tensor, checkpoint.shape(ref.tensor), parameter.shape)
     if missing := next((names[0] for names in tied.values() if not any(name in checkpoint for name in names)), None):
         raise ModelError(f"`{checkpoint.origin}` lacks `{missing}`, which config.json asks for", hint=MISMATCH)
+    refuse_strangers(checkpoint, model, stored_shapes(layout, model).keys())
 
 
 def _refuse_unknown_parts(layout: Layout) -> None:

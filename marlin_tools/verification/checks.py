@@ -1,6 +1,5 @@
 """What `verify` finds in the files of a quantised checkpoint, without running the model."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,16 +13,13 @@ from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError
 from marlin_tools.families import find_family
-from marlin_tools.families.experts import stored_shapes
+from marlin_tools.families.experts import shell, stored_shapes, strangers
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats import find_format
 from marlin_tools.formats.contents import Contents, declared_sizes, ignores, keeps
 from marlin_tools.formats.gptq import Gptq
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import unpack_nibbles
-
-_UNREAD = re.compile(r"rotary_emb\.inv_freq$|\.attn\.masked_bias$")
-"""Buffers that older checkpoints store and nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,8 @@ class Subject:
     def inventory(self) -> Check:
         """Every tensor of the model is there, every linear is quantised or meant not to be, and nothing is left over."""
         names = set(self.checkpoint.names())
-        expected = stored_shapes(self.layout)
+        model = shell(self.checkpoint, torch.float16)
+        expected = stored_shapes(self.layout, model)
         problems = []
         for name, grid in self.grids.items():
             shape = expected.pop(f"{name}.weight", None)
@@ -108,8 +105,8 @@ class Subject:
                 problems.append(f"`{name}` is missing")
             elif self.checkpoint.shape(name) != shape:
                 problems.append(f"`{name}` is {list(self.checkpoint.shape(name))}, the model has {list(shape)}")
-        left = sorted(names - set(expected) - self.stored.tensors)
-        problems += [f"`{name}` is unknown to the model" for name in left if self._matters(name)]
+        left = strangers(self.checkpoint, model, expected.keys() | self.stored.tensors)
+        problems += [f"`{name}` is unknown to the model" for name in left]
         plain = [name for name in self.layout.linears() if name not in self.grids]
         problems += [f"`{name}` is not quantised and not listed as kept" for name in plain if not self._kept(name)]
         problems += self._untied()
@@ -129,11 +126,6 @@ class Subject:
 
     def _kept(self, name: str) -> bool:
         return name in self.manifest.get("kept", {}) or keeps(self.checkpoint.quantization or {}, name)
-
-    def _matters(self, name: str) -> bool:
-        """Some writers store buffers that nobody reads, and a bias of zeros for every linear."""
-        zeros = name.endswith(".bias") and not bool(self.checkpoint.read(name).any())
-        return not zeros and not self.layout.foreign(name) and _UNREAD.search(name) is None
 
     def size(self) -> Check:
         """Whether the quantised linears take the space that their codes, 3 bits if 2:4 and else 4, and their scales take."""

@@ -236,6 +236,30 @@ def test_what_is_tied_may_lie_under_either_name(victim: Path, name: str) -> None
     check_shapes(take_linears(Checkpoint.open(victim), ()))
 
 
+def test_a_tensor_that_the_model_has_no_place_for_is_told_before_the_work(victim: Path) -> None:
+    change_weights(victim, lambda tensors: tensors.update({"extra.weight": torch.ones(4, 4).half()}))
+    with pytest.raises(ModelError, match=r"holds `extra\.weight`, which the model of config\.json has no place for") as refusal:
+        check_shapes(take_linears(Checkpoint.open(victim), ()))
+    assert refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (32,)),
+        ("mtp.fc.weight", (256, 512)),
+        ("model.layers.2.eh_proj.weight", (256, 512)),
+        ("model.layers.0.mlp.up_proj.bias", (512,)),
+    ],
+)
+def test_tensors_that_nobody_reads_do_no_harm(victim: Path, run: Run, name: str, shape: tuple[int, ...]) -> None:
+    """Buffers of old writers, heads that predict ahead, and biases of zeros."""
+    change_config(victim, num_nextn_predict_layers=1)
+    change_weights(victim, lambda tensors: tensors.update({name: torch.zeros(shape).half()}))
+    check_shapes(take_linears(Checkpoint.open(victim), ()))
+    load(run(victim, preset="rtn").path, device="cpu")
+
+
 def test_config_and_weights_of_different_models(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:
     change_config(victim, intermediate_size=768)
     refused(victim, ModelError, "config.json asks for")
