@@ -1,6 +1,7 @@
 """Write a complete Hugging Face model directory, shard by shard, without ever holding it whole."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,17 @@ from torch import Tensor
 from marlin_tools.checkpoint.headers import read_header
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.strict_json import READABLE
+from marlin_tools.errors import ModelError
+
+
+def check_companions(source: Checkpoint) -> None:
+    """Refuse files that `finish` takes over and that this user may not read, before the work."""
+    for companion in source.companions():
+        try:
+            os.close(os.open(companion, os.O_RDONLY))
+        except OSError as error:
+            raise ModelError(f"`{companion}` cannot be read: {error.strerror}", hint=READABLE) from error
 
 
 class ModelWriter:

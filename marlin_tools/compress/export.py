@@ -15,15 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from marlin_tools.checkpoint.headers import read_header
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import holds, read_manifest, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import check_finite
-from marlin_tools.checkpoint.writer import ModelWriter
-from marlin_tools.errors import FormatError
+from marlin_tools.checkpoint.writer import ModelWriter, check_companions
+from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
+from marlin_tools.families.experts import refuse_strangers, shell, stored_shapes
+from marlin_tools.families.layout import Layout
 from marlin_tools.formats import FORMATS, Format, FormatName, get_format
 from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.formats.contents import Contents
@@ -98,6 +101,7 @@ class _Conversion:
         self.source, self.target, self.emit = checkpoint, target, emit
         self.stored = StoredLinears(checkpoint)
         self.contents = Contents(checkpoint)
+        self.reference = checkpoint.path / "verify" / "reference.safetensors"
         self.manifest = read_manifest(checkpoint.path)
         self.warnings: list[str] = (self.manifest or {}).get("warnings", [])
 
@@ -121,11 +125,32 @@ class _Conversion:
                 hint=f"`{self.target.name}` can name only one: export to `compressed-tensors`, or quantise again with one",
             )
         self.target.admit_activations(self.contents.activations)
+        self._check_model()
+        check_companions(self.source)
+        if self.reference.is_file():
+            self._check_reference()
         check_finite(self.source, self.source.names())
         self._refuse({name: reason for name, grid in grids.items() if (reason := self.target.limits(*grid))})
         if self._depends_on_values():
             self.emit(Event("note", f"looking whether `{self.target.name}` can hold every value"))
             self._refuse({name: reason for name in grids if (reason := self._rehearse(name))})
+
+    def _check_model(self) -> None:
+        """Refuse what is no model, or has tensors that none reads, as whoever loads the result would; if its type is known."""
+        if known_family(self.source.config) is None:
+            return
+        model = shell(self.source, torch.float16)
+        expected = stored_shapes(Layout(self.source), model)
+        linears = [name for name in self.stored.names if f"{name}.weight" in expected]
+        codes = {f"{name}.{suffix}" for name in linears for suffix in self.stored.format.suffixes}
+        refuse_strangers(self.source, model, expected.keys() | codes)
+
+    def _check_reference(self) -> None:
+        """Refuse one that cannot be copied, or that `verify` could not compare with."""
+        try:
+            read_header(self.reference)
+        except ModelError as error:
+            raise ModelError(error.message, hint="make it readable, or remove it: `verify` then does without") from error
 
     def _strange(self) -> list[str]:
         """Tensors of quantised linears that are neither of their format nor a bias: zero points, an order of the inputs."""
@@ -170,9 +195,8 @@ class _Conversion:
                 tensors |= self._convert(unit) if unit in linears else {unit: self.source.read(unit)}
             writer.write_shard(index, dict(sorted(tensors.items())))
             self.emit(Event("progress", "shards", index + 1, len(shards)))
-        reference = self.source.path / "verify" / "reference.safetensors"
-        if reference.is_file():
-            output.write_bytes("verify/reference.safetensors", reference.read_bytes())
+        if self.reference.is_file():
+            output.write_bytes("verify/reference.safetensors", self.reference.read_bytes())
         sizes = self.contents.sizes
         config = with_group_sizes(self.target.quantization_config(max(sizes.values()), self._ignored()), sizes)
         writer.finish(self.source, with_activations(config, self.contents.activations))

@@ -19,7 +19,7 @@ from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import check_finite
-from marlin_tools.checkpoint.writer import ModelWriter
+from marlin_tools.checkpoint.writer import ModelWriter, check_companions
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
@@ -132,6 +132,7 @@ def compress(
         emit(Event("note", f"`{name}` stays as it is: {reason}"))
     check_output(out, (plan.checkpoint.path,), overwrite=True)
     plan.forecast.check(Path(out))
+    check_companions(plan.checkpoint)
     check_finite(plan.inventory.checkpoint, sorted(plan.inventory.kept_tensors))
     run = job.fingerprint if team.leads else ""
     finished = team.leads and not overwrite and holds(Path(out), run)

@@ -1,7 +1,9 @@
 """Models that cannot be quantised: one clear error that names the thing, and nothing left that loads."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress import job
 from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError, NumericalError, RecipeError
 from marlin_tools.stream.inventory import check_shapes, take_linears
@@ -258,6 +261,21 @@ def test_tensors_that_nobody_reads_do_no_harm(victim: Path, run: Run, name: str,
     change_weights(victim, lambda tensors: tensors.update({name: torch.zeros(shape).half()}))
     check_shapes(take_linears(Checkpoint.open(victim), ()))
     load(run(victim, preset="rtn").path, device="cpu")
+
+
+def test_a_tokenizer_that_may_not_be_read_is_told_before_the_work(
+    victim: Path, refused: Callable[..., MarlinToolsError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def closed(path: Path, *flags: int, **rest: int) -> int:
+        if Path(path).parent == victim and Path(path).name == "tokenizer.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *flags, **rest)
+
+    monkeypatch.setattr(os, "open", closed)
+    monkeypatch.setattr(job, "compress_blocks", lambda *_: pytest.fail("work was done"))
+    refused(victim, ModelError, r"tokenizer\.json` cannot be read: Permission denied", preset="rtn")
 
 
 def test_config_and_weights_of_different_models(victim: Path, refused: Callable[..., MarlinToolsError]) -> None:

@@ -10,7 +10,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.compress import export as stage
 from marlin_tools.compress.export import export
-from marlin_tools.errors import FormatError, OutputError
+from marlin_tools.errors import FormatError, ModelError, OutputError
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.verification.checks import check_config
@@ -249,6 +249,49 @@ def test_tensors_that_change_what_codes_stand_for_are_refused(copy, edit, tmp_pa
             export(source, target, tmp_path / "out")
         assert caught.value.hint
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ("extra.weight", "extra.qweight", "extra.B"))
+def test_tensors_that_no_model_reads_are_refused_before_the_work(copy, edit, tmp_path, name):
+    source, shape = copy(), (8, 32)
+    with edit(source, "model.norm.weight") as tensors:
+        tensors[name] = torch.ones(shape, dtype=torch.int32)
+        if name == "extra.qweight":  # a whole linear
+            tensors |= {"extra.qzeros": torch.full((1, 4), 0x77777777, dtype=torch.int32), "extra.scales": torch.ones(1, 32)}
+            tensors["extra.g_idx"] = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(ModelError, match=f"`{name}`.*no place for") as caught:
+        export(source, "compressed-tensors", tmp_path / "out")
+    assert caught.value.hint
+    assert [] == list(tmp_path.glob("out*"))
+
+
+def test_heads_that_predict_ahead_are_taken_over(copy, edit, tmp_path):
+    source = copy()
+    with edit(source, "model.norm.weight") as tensors:
+        tensors["mtp.fc.weight"] = torch.ones(8, 8).half()
+
+    assert "mtp.fc.weight" in export(source, "marlin", tmp_path / "out")
+
+
+def test_a_config_that_makes_no_model_is_refused_before_the_work(copy, edit_json, tmp_path):
+    source = copy()
+    edit_json(source / "config.json", text_config={})
+    with pytest.raises(ModelError, match=r"config.json` is not understood by transformers"):
+        export(source, "marlin", tmp_path / "out")
+    assert [] == list(tmp_path.glob("out*"))
+
+
+def test_a_reference_that_cannot_be_read_is_told_before_the_work(copy, tmp_path):
+    source = copy()
+    reference = source / "verify" / "reference.safetensors"
+    reference.write_bytes(reference.read_bytes()[:100])
+    with pytest.raises(ModelError, match=r"reference.safetensors` is truncated") as caught:
+        export(source, "marlin", tmp_path / "out")
+    assert "or remove it" in caught.value.hint
+    assert [] == list(tmp_path.glob("out*"))
+
+    reference.unlink()
+    assert export(source, "marlin", tmp_path / "out").path.is_dir()
 
 
 def test_a_dense_model_is_refused(tiny_llama, tmp_path):
