@@ -35,11 +35,16 @@ class Record:
             folder(home, hint="measure a copy of the model, or make its directory writable")
 
     def found(self, emit: Emit = silent) -> Evaluation | None:
-        """An earlier measurement, if nothing that decides it has changed."""
+        """An earlier measurement, if nothing that decides it has changed.
+
+        What we did not write is written anew, but not what cannot be read at all: it may be somebody else's.
+        """
         try:
             found = read_record(self.home) if self.home else None
-        except ModelError:
-            return None  # it is written anew
+        except ModelError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            return None
         if found is None or found["fingerprint"] != self.fingerprint:
             return None
         emit(Event("note", f"`{self.home}/{NAME}` already holds this evaluation; nothing to do"))

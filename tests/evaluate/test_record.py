@@ -64,6 +64,29 @@ def test_what_we_did_not_write_is_an_error_to_readers_and_nothing_to_a_measureme
     assert (tmp_path / "home" / record.NAME).read_text(encoding="utf-8") == written
 
 
+def test_what_may_not_be_read_is_not_replaced(measure, tmp_path, monkeypatch):
+    measure()
+    opened = os.open
+
+    def closed(path, *flags, **rest):
+        if Path(path).name == record.NAME:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *flags, **rest)
+
+    monkeypatch.setattr(os, "open", closed)
+    monkeypatch.setattr(record, "evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(ModelError, match=r"evaluation\.json` cannot be read: Permission denied") as caught:
+        measure(limit=2)
+    assert "let this user read it" in str(caught.value.hint)
+
+
+def test_a_folder_in_the_place_of_the_record_is_told_before_the_work(measure, tmp_path, monkeypatch):
+    (tmp_path / "home" / record.NAME).mkdir(parents=True)
+    monkeypatch.setattr(record, "evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(ModelError, match=r"evaluation\.json` cannot be read: Is a directory"):
+        measure()
+
+
 def test_every_key_of_a_score_is_looked_at():
     assert set(Scored.model_fields) == {each.name for each in fields(Score)}
 
