@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlin_tools.data.render import Encoder
-from marlin_tools.data.rows import TABLES, read_rows, read_text, texts
+from marlin_tools.data.rows import TABLES, no_text, read_rows, read_text, texts
 from marlin_tools.data.samples import LONGEST_DOCUMENT, divide, kept, pack
 from marlin_tools.data.sources import Corpus, redpajama, wikitext
 from marlin_tools.data.tokens import TokenSet
@@ -48,7 +48,10 @@ def _running_text(name: str) -> tuple[str, tuple[str, ...]]:
     if not path.is_file():
         hint = "use `ppl:wikitext2`, `ppl:redpajama`, `ppl:demo` or `ppl:FILE`"
         raise DataError(f"`ppl:{name}`: no such file or evaluation text", hint=hint)
-    return ("\n\n".join(texts(read_rows(path))) if path.suffix.lower() in TABLES else read_text(path)), ()
+    text = "\n\n".join(texts(read_rows(path))) if path.suffix.lower() in TABLES else read_text(path)
+    if not text.strip():
+        raise no_text(name)
+    return text, ()
 
 
 def _demo(encode: Encoder, seqlen: int) -> TokenSet:

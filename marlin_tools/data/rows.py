@@ -48,8 +48,13 @@ def _content(path: Path) -> str:
         hint = "convert it to UTF-8, or name a `.txt`, `.jsonl` or `.parquet` file"
         raise DataError(f"`{path}`: not UTF-8 text, see byte {failure.start}", hint=hint) from failure
     if not text.strip():
-        raise DataError(f"`{path}`: holds no text", hint="name a file with text in it")
+        raise no_text(str(path))
     return text
+
+
+def no_text(name: str) -> DataError:
+    """What to raise for a source in which there is nothing to read."""
+    return DataError(f"`{name}`: holds no text", hint="name a source with text in it")
 
 
 def paragraphs(text: str) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.data.render import Encoder
-from marlin_tools.data.rows import Document
+from marlin_tools.data.rows import Document, no_text
 from marlin_tools.data.sources import Corpus
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError
@@ -79,6 +79,8 @@ def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, 
     found = list(windows(stream(), seqlen) if seed else islice(windows(stream(), seqlen), num_samples))
     wanted = num_samples or 1
     if len(found) < wanted:
+        if not any(lengths):
+            raise no_text(corpus.name)
         message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {sum(lengths)} tokens, {wanted} asked for"
         raise DataError(message, hint=_remedy(len(found), "a smaller `--seqlen`, or a longer text"))
     drawn = seed != 0 or corpus.held_out > 0
@@ -99,6 +101,8 @@ def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed:
     numbered = enumerate(map(encode, permuted(left, seed) if seed else left), start=1)
     fitting = ((read, ids) for read, ids in numbered if 1 < len(ids) <= seqlen)
     chosen = dict(islice(fitting, num_samples))  # by how many documents had been read
+    if not left and not corpus.held_out:
+        raise no_text(corpus.name)
     if len(chosen) < num_samples:
         message = f"`{corpus.name}`: {len(chosen)} of {len(left)} documents have 2 to {seqlen} tokens, {num_samples} asked for"
         raise DataError(message, hint=_remedy(len(chosen), "a larger `--seqlen`, or `shape: packed`"))

@@ -89,6 +89,17 @@ def test_an_unknown_reference_is_refused() -> None:
         _running_text("wikitext3")
 
 
+@pytest.mark.parametrize("rows", [[{"text": ""}, {"text": " "}], []])
+def test_rows_without_text_are_no_text(write_jsonl: Write, rows: list[Any]) -> None:
+    from pyarrow import Table, parquet, schema, string
+
+    file = write_jsonl(rows)
+    parquet.write_table(Table.from_pylist(rows, schema([("text", string())])), file.with_suffix(".parquet"))
+    for each in (file, file.with_suffix(".parquet")):
+        with pytest.raises(DataError, match=f"`{each}`: holds no text"):
+            evaluation_documents(f"ppl:{each}", None)  # type: ignore[arg-type]
+
+
 def test_a_wrong_tokenizer_is_noticed(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "held.txt"
     path.write_text("abcdefg")

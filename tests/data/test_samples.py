@@ -91,6 +91,14 @@ def test_a_draw_from_a_stream_looks_at_its_first_documents_and_says_so(tokenizer
     assert (20, ()) == (in_order.documents, in_order.notes)
 
 
+@pytest.mark.parametrize("shape", [pack, choose])
+def test_no_text_is_not_a_short_one(tokenizer: Any, shape: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match="`mine`: holds no text") as caught:
+        shape(Corpus("mine", []), Encoder(tokenizer), 4, 3)
+
+    assert "name a source with text in it" == caught.value.hint
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_too_few_windows_say_how_many_there_are(tokenizer: Any, seed: int) -> None:
     with pytest.raises(DataError, match="`mine`: 2 windows of 4 tokens in its 11 tokens, 3 asked for") as caught:
