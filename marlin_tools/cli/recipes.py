@@ -100,14 +100,16 @@ def recipes_show(name: Name, json: Json = False) -> int:
 
 @recipes.command(name="copy")
 def recipes_copy(
-    name: Name, to: Annotated[Path, argument("FILE", "Where to; a directory keeps the name.")] = Path(), json: Json = False
+    name: Name, to: Annotated[str, argument("FILE", "Where to; a directory keeps the name.")] = ".", json: Json = False
 ) -> int:
     """Copy a recipe, to be changed."""
     from marlin_tools.checkpoint.output import put
     from marlin_tools.recipe import files as recipe_files
 
     text = recipe_files.show(name)
-    target = to / f"{name}.yaml" if to.is_dir() else to
+    if not to:  # as a variable that is not set
+        raise OutputError("FILE is empty", hint="name a file or a directory, or leave it out for the one that you are in")
+    target = Path(to, f"{name}.yaml") if Path(to).is_dir() else Path(to)
     if target.exists():
         raise OutputError(f"`{target}` exists", hint="choose another name: marlin-tools recipes copy NAME FILE")
     put(target, text)

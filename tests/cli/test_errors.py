@@ -64,6 +64,7 @@ CASES = [
     (("quantize", "demo", "--device", "cuda:99"), "error: device `cuda:99` does not exist: "),
     (("quantize", "demo", "--format", ","), "error: --format: no format is named\nhint: there are: compressed-tensors, gptq, "),
     (("export", "x", "-o", "y", "--format", ""), "error: --format: no format is named\nhint: there are: compressed-tensors, "),
+    (("recipes", "copy", "demo", ""), "error: FILE is empty\nhint: name a file or a directory, or leave it out"),
     (("export", "x"), "error: missing option '--format'\nhint: `marlin-tools export --help` lists what there is\n"),
     (
         ("eval", "--tasks", "ppl:demo"),
