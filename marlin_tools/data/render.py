@@ -1,9 +1,9 @@
 """Document -> token ids: the chat template, then the tokenizer, then a check that the ids belong to the model.
 
-One policy for calibration and evaluation. A BOS stands where the tokenizer puts one: before each document that is
-tokenised alone, and once before a running text. A conversation that went through the chat template already has its
-special tokens, so the tokenizer adds none. Nothing is padded or truncated, and an EOS that the tokenizer puts behind a text is
-left out: a text goes on, in its next window or in what is generated after it.
+One policy for calibration and evaluation. A BOS, or what a tokenizer has in its place, stands where the tokenizer puts one:
+before each document that is tokenised alone, and once before a running text. A conversation that went through the chat
+template already has its special tokens, so the tokenizer adds none. Nothing is padded or truncated, and an EOS that the
+tokenizer puts behind a text is left out: a text goes on, in its next window or in what is generated after it.
 """
 
 from dataclasses import dataclass
@@ -53,9 +53,10 @@ class Encoder:
 
     @property
     def bos(self) -> bool:
-        """Whether the tokenizer puts a BOS before a text."""
+        """Whether the tokenizer puts a BOS before a text, or what its model has instead: GLM's begin with two marks."""
         first = self.tokenizer("a", verbose=False)["input_ids"][:1]
-        return bool(first == [self.tokenizer.bos_token_id])
+        plain = self.tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"][:1]
+        return bool(first == [self.tokenizer.bos_token_id] or first != plain)
 
     @cached_property
     def eos(self) -> bool:

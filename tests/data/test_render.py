@@ -93,3 +93,23 @@ def test_a_tokenizer_of_another_model_is_noticed(tokenizer: Any) -> None:
 def test_bos_is_told_apart(make_tokenizer: Make) -> None:
     assert Encoder(make_tokenizer()).bos
     assert not Encoder(make_tokenizer(bos=False)).bos
+
+
+def test_marks_in_the_place_of_a_bos_are_as_good(make_tokenizer: Make) -> None:
+    """As GLM's `[gMASK]<sop>`."""
+    marked = make_tokenizer()
+    mark = marked.convert_tokens_to_ids("!")
+    process = TemplateProcessing(single="! <s> $A", special_tokens=[("<s>", 0), ("!", mark)])
+    marked.backend_tokenizer.post_processor = process
+
+    assert [mark, 0] == Encoder(marked)("a")[:2].tolist()
+    for bos in ("<s>", None):
+        marked.bos_token = bos
+        assert Encoder(marked).bos
+
+
+def test_an_end_is_no_bos(make_tokenizer: Make) -> None:
+    ending = make_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 0)])
+
+    assert not Encoder(ending).bos
