@@ -68,7 +68,7 @@ class Contents:
 
 def grid_of(stored: StoredLinears, name: str) -> LinearShape:
     """The size of one quantised linear, without reading its codes."""
-    headers = {suffix: _header(stored.checkpoint, f"{name}.{suffix}") for suffix in stored.format.suffixes}
+    headers = {suffix: _header(stored.checkpoint, full) for suffix, full in stored.places(name).items()}
     try:
         n, k = stored.format.shape_of(headers)
     except FormatError as error:

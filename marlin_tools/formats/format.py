@@ -26,6 +26,7 @@ class Format(ABC):
     name       what users call it
     suffixes   names of its tensors, after the name of the linear and a dot
     spellings  the (quant_method, layout) pairs by which checkpoints announce it; the first is the one written
+    left_out   those of them that some writers do without
     says       what its config.json can say of the activations
     mixes      whether its config.json can give linears groups of different sizes
     """
@@ -33,6 +34,7 @@ class Format(ABC):
     name: str
     suffixes: tuple[str, ...]
     spellings: tuple[Spelling, ...]
+    left_out: tuple[str, ...] = ()
     says: tuple[ActivationType, ...] = ("16bit",)
     mixes: bool = False
 

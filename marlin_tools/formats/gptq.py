@@ -31,6 +31,7 @@ class Gptq(Format):
     name: str = "gptq"
     suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     spellings: tuple[Spelling, ...] = (("gptq", "gptq"),)
+    left_out: tuple[str, ...] = ("g_idx",)
     stored_zero: int = ZERO - 1
 
     def limits(self, n: int, k: int, group_size: int, *, sparse: bool | None = None) -> str | None:

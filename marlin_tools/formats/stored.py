@@ -36,7 +36,17 @@ class StoredLinears:
 
     def raw(self, name: str) -> Mapping[str, Tensor]:
         """The stored tensors of one linear by suffix."""
-        return {suffix: self.checkpoint.read(f"{name}.{suffix}") for suffix in self.format.suffixes}
+        return {suffix: self.checkpoint.read(full) for suffix, full in self.places(name).items()}
+
+    def places(self, name: str) -> dict[str, str]:
+        """The names of the stored tensors of one linear, by suffix; an error if some tools leave out what we need."""
+        for suffix in self.format.left_out:
+            if f"{name}.{suffix}" not in self.checkpoint:
+                raise FormatError(
+                    f"`{name}` is stored without `{suffix}`, which readers of `{self.format.name}` go by",
+                    hint="some tools leave it out: quantise the original again with one that does not, or with `marlin-tools`",
+                )
+        return {suffix: f"{name}.{suffix}" for suffix in self.format.suffixes}
 
     def read(self, name: str) -> QuantizedLinear:
         """One linear in the neutral form; an error in it names it."""

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.export import export
 from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.formats.contents import Contents
+from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.report.result import gather
 from marlin_tools.verification.verify import verify
 
@@ -149,6 +152,18 @@ def test_missing_tensor(damaged, edit, name, check, detail, failures):
 
     assert [check] == list(found)
     assert detail in found[check]
+
+
+def test_what_some_tools_leave_out_is_no_broken_download(damaged, edit, failures):
+    with edit(damaged, f"{LINEAR}.g_idx") as tensors:
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            del tensors[name]
+
+    assert "is stored without `g_idx`, which readers of `gptq` go by" in failures(damaged)["config"]
+    for use in (lambda: Contents(Checkpoint.open(damaged)).grids, lambda: StoredLinears(Checkpoint.open(damaged)).read(LINEAR)):
+        with pytest.raises(FormatError, match="is stored without `g_idx`") as caught:
+            use()
+        assert "some tools leave it out" in caught.value.hint
 
 
 def test_a_linear_that_nobody_quantized(damaged, edit, failures):
