@@ -83,6 +83,7 @@ class Family:
     multiple  the key of config.json that scales what joins the residual stream
     scalar    a stored number of each block by which its output is multiplied
     lacks     parts of a block that others of this type have and that cannot be worked on
+    unset     keys of config.json by which blocks of others of this type use what another has computed: zero here
     stored    what tensors of the decoder begin with, if that is not `decoder`
     """
 
@@ -96,6 +97,7 @@ class Family:
     multiple: str | None = None
     scalar: str | None = None
     lacks: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
     stored: str | None = None
 
     @property

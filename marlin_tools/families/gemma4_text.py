@@ -11,4 +11,5 @@ FAMILY = Family(
     branches=(_ATTENTION, replace(_ATTENTION, entry=("q_proj", "k_proj"), instead=True), _MLP),
     scalar="layer_scalar",
     lacks=("per_layer_input_gate", "experts"),
+    unset=("num_kv_shared_layers",),
 )

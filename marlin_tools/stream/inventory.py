@@ -244,6 +244,12 @@ def _refuse_unknown_parts(layout: Layout) -> None:
             f"`{layout.checkpoint.origin}`: blocks with `{part}` are not known",
             hint="dense models of this type without embeddings for each layer work",
         )
+    if key := next((key for key in layout.family.unset if layout.config.get(key)), None):
+        raise ModelError(
+            f"`{layout.checkpoint.origin}`: blocks that share what another computes are not known "
+            f"(`{key}` is {layout.config[key]} in config.json)",
+            hint="models of this type in which it is 0 work",
+        )
     if any(branch.experts is not None for branch in layout.family.branches):
         return
     prefix = layout.family.block_prefix(0).removesuffix("0.")

@@ -304,6 +304,15 @@ def test_mixture_of_experts_and_unknown_types(victim: Path, refused: Callable[..
     refused(victim, ModelError, r"mixture of experts \(`model\.layers\.1\.mlp\.experts\.0")
 
 
+def test_blocks_that_share_keys_are_refused_by_the_key_of_config_json(
+    tiny_model: Callable[..., Path], refused: Callable[..., MarlinToolsError]
+) -> None:
+    own = {"hidden_size_per_layer_input": 0, "global_head_dim": 64, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tiny_model("gemma4_text", sliding_window=16, layer_types=kinds, **own)
+    refused(model, ModelError, r"share what another computes are not known \(`num_kv_shared_layers` is 2 in config\.json\)")
+
+
 def test_shapes_that_do_not_fit_name_the_layers(
     tiny_model: Callable[..., Path], refused: Callable[..., MarlinToolsError]
 ) -> None:
