@@ -170,7 +170,7 @@ def forecast_prune(
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.0f} MB"
+    return f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.{int(size < 0.01)}f} MB"
 
 
 def _spell(seconds: float) -> str:
