@@ -329,6 +329,15 @@ def test_interrupted_write_leaves_nothing_to_read(tmp_path, compilations, monkey
     assert not list(tmp_path.glob("*.kernel"))
 
 
+def test_what_a_killed_process_left_goes_away(tmp_path, compilations):
+    ours, others = (tmp_path / f"{key_of(kernel)}.1-2.new" for kernel in (SMALL, OTHER))
+    for left in (ours, others):
+        left.write_bytes(b"half of a kernel")
+    CubinCache(tmp_path).get(SMALL)
+
+    assert [others] == list(tmp_path.glob("*.new"))  # which somebody may be writing
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, compilations, monkeypatch):
     def full(_descriptor):
         raise OSError(28, "No space left on device")

@@ -97,7 +97,13 @@ class CubinCache:
         with lock:
             with contextlib.suppress(OSError):  # without locks, as some network file systems are, two may compile the same
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                self._clear_unfinished(key)
             yield True
+
+    def _clear_unfinished(self, key: str) -> None:
+        """Remove what processes that were killed while they wrote this kernel have left; whoever writes it holds its lock."""
+        for left in self.folder.glob(f"{key}.*.new"):
+            left.unlink()
 
     def _publish(self, key: str, binary: Binary) -> None:
         head = {
