@@ -6,9 +6,10 @@ template already has its special tokens, so the tokenizer adds none. Nothing is 
 tokenizer puts behind a text is left out: a text goes on, in its next window or in what is generated after it.
 """
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,3 +80,22 @@ class Encoder:
         # A template is a program: besides what it means to refuse, it may divide by zero or add a number to a text.
         with ErrorTranslation(DataError, refused, "repair the row or the template, or use `--chat-template off`"):
             return str(self.tokenizer.apply_chat_template(document, tokenize=False))
+
+
+def leave_open(tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    """Let a tokenizer that others will ask put no EOS behind a text from here on, where its rule for that is known."""
+    raw = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer is None or raw is None or not Encoder(tokenizer).eos:
+        return
+    rule = json.loads(raw.to_str())["post_processor"] or {}
+    for part in rule.get("processors", [rule]):
+        _drop_end(part, tokenizer.eos_token_id)
+    empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    raw.post_processor = type(raw).from_str(json.dumps(empty | {"post_processor": rule})).post_processor
+
+
+def _drop_end(rule: dict[str, Any], eos: int) -> None:
+    """Take the EOS out of a template such as `<s> $A </s>`."""
+    single = rule.get("single", []) if rule.get("type") == "TemplateProcessing" else []
+    while single and rule["special_tokens"].get(single[-1].get("SpecialToken", {}).get("id"), {}).get("ids") == [eos]:
+        single.pop()

@@ -22,7 +22,7 @@ from marlin_tools.backends import BACKENDS, check_activations, load
 from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents
-from marlin_tools.data.render import Encoder
+from marlin_tools.data.render import Encoder, leave_open
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import free_memory
 from marlin_tools.errors import DataError, DeviceError, RecipeError
@@ -210,8 +210,10 @@ class _Run:
         self.harness = self._harness()  # first: what fails most often, and loads least
         self.tokenizer = checkpoint.tokenizer()
         self.bos = Encoder(self.tokenizer).bos
-        if self.harness is not None and Encoder(self.tokenizer).eos:
-            self.emit(Event("warning", _CLOSED))
+        if self.harness is not None:
+            leave_open(self.tokenizer)  # as that of whoever is asked will be
+            if Encoder(self.tokenizer).eos:
+                self.emit(Event("warning", _CLOSED))
         self.texts = {name: self._tokens(name) for name in settings.texts}
         if original is not None and self.texts:
             self._check_vocabulary(original)

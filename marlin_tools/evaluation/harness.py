@@ -28,6 +28,7 @@ from lm_eval import evaluate
 from lm_eval.api.model import LM
 
 from marlin_tools.checkpoint.offline import give_up_early
+from marlin_tools.data.render import leave_open
 from marlin_tools.errors import DataError, DeviceError, first_line
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.evaluation.task_index import Tasks
@@ -185,6 +186,7 @@ class Harness:
         try:
             with _subdued(emit) as aloud:
                 asked = judge if isinstance(judge, LM) else judge(aloud)
+                leave_open(getattr(asked, "tokenizer", None))  # an EOS would end each question, and be the answer that counts
                 results = evaluate(asked, self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
             return Answers(results, _items(results["samples"]))
         except _FOREIGN as error:

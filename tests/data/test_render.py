@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import Sequence, TemplateProcessing
 
-from marlin_tools.data.render import Encoder
+from marlin_tools.data.render import Encoder, leave_open
 from marlin_tools.errors import DataError
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -31,6 +31,21 @@ def test_a_text_goes_on_though_the_tokenizer_would_end_it(make_tokenizer: Make) 
     for text in ("aä", "so!", ""):
         assert Encoder(plain)(text).tolist() == Encoder(ending)(text).tolist()
     assert Encoder(ending)([{"role": "user", "content": "hi!"}])[-1] == end
+
+
+def test_others_are_given_a_tokenizer_that_leaves_texts_open(make_tokenizer: Make) -> None:
+    plain, unruled = make_tokenizer(), make_tokenizer(bos=False)
+    rule = TemplateProcessing(single="<s> $A !", special_tokens=[("<s>", 0), ("!", plain.convert_tokens_to_ids("!"))])
+    for processor in (rule, Sequence([rule])):
+        ending = make_tokenizer()
+        ending.eos_token, ending.backend_tokenizer.post_processor = "!", processor
+        leave_open(ending)
+        for text in ("aä", "so!", ""):
+            assert plain(text)["input_ids"] == ending(text)["input_ids"]
+    for other in (plain, unruled):
+        before = other.backend_tokenizer.to_str()
+        leave_open(other)
+        assert before == other.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])

@@ -11,6 +11,7 @@ import torch
 from marlin_tools.errors import DataError, DeviceError, RecipeError
 from marlin_tools.evaluation import evaluate as stage
 from marlin_tools.evaluation.harness import influences
+from marlin_tools.evaluation.judge import Judge
 
 SUBJECTS = {
     "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
@@ -82,7 +83,26 @@ def test_shots_and_limit_reach_lm_eval(model, write_task, run):
     assert (2, 4) == (details["num_fewshot"], details["items"])
 
 
-def test_questions_that_the_tokenizer_ends_are_said_aloud(model, closing, write_task, run, text):
+def test_questions_stay_open_though_the_tokenizer_would_end_them(model, closing, write_task, run, monkeypatch):
+    asked, folder = {}, write_task("fish")
+    through = Judge._loglikelihood_tokens
+
+    def hear(self, requests, *args, **kwargs):
+        asked.setdefault(here, []).extend((context, answer) for _, context, answer in requests)
+        return through(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(Judge, "_loglikelihood_tokens", hear)
+    notes = []
+    for here in (model, closing):
+        notes += run(here, "fish", include_path=(folder,)).notes
+
+    assert asked[model]
+    assert asked[model] == asked[closing]
+    assert not any("EOS" in note for note in notes)
+
+
+def test_questions_that_the_tokenizer_ends_are_said_aloud(model, closing, write_task, run, text, monkeypatch):
+    monkeypatch.setattr("marlin_tools.evaluation.evaluate.leave_open", lambda _: None)  # one that knows no rules
     folder = write_task("fish")
     told = [
         run(each, *tasks, include_path=(folder,), seqlen=32).notes
