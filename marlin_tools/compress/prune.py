@@ -120,11 +120,10 @@ def prune(
     solver = settings.solver
     if solver.needs_data and tokens is None:
         raise ValueError("this way of pruning needs calibration tokens")
-    plan = (
-        model
-        if isinstance(model, Preparation)
-        else prepare_prune(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
-    )
+    if not isinstance(model, Preparation):
+        model = prepare_prune(model, settings, *((tokens.tokens, tokens.longest) if tokens else (0, 0)))
+        check_shapes(model.inventory)
+    plan = model
     identity = {
         "stage": "prune",
         "revision": REVISION,

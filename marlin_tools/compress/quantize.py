@@ -242,12 +242,10 @@ def quantize(
         emit(Event("stage", "quantize"))
         seen = tokens if solver.needs_data else None
         _introduce(team, seen, device, emit)
-        plan = (
-            model
-            if isinstance(model, Preparation)
-            else prepare_quantize(model, settings, tokens.tokens if tokens else 0, tokens.longest if tokens else 0)
-        )
-        sizes = plan.group_sizes
+        if not isinstance(model, Preparation):
+            model = prepare_quantize(model, settings, *((tokens.tokens, tokens.longest) if tokens else (0, 0)))
+            check_shapes(model.inventory)
+        plan, sizes = model, model.group_sizes
         if len(set(sizes.values())) == 1:
             settings = settings.model_copy(update={"group_size": max(sizes.values())})
         if settings.sparsity == "keep":
