@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import describe_device, free_memory, pick_device
-from marlin_tools.errors import DeviceError, RecipeError
+from marlin_tools.errors import DeviceError, ModelError, RecipeError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families.experts import shell
 from marlin_tools.formats.config import activations_of
@@ -87,7 +87,9 @@ def load(
 ) -> "PreTrainedModel":
     """A transformers model, ready to run. `dtype` is float32 on a CPU (bfloat16 for `torch-int4`) and the checkpoint's own on a
     GPU unless it is given. `activations` is what the quantised linears read, "fp8" or "16bit", if not what the checkpoint says.
+    `save_pretrained` writes what the backend `reference` dequantised, and refuses linears that are packed or read FP8.
     """
+    _check_dtype(dtype)
     checkpoint = dequantized(Checkpoint.open(model))
     place = pick_device(device)
     usual = torch.bfloat16 if backend == "torch-int4" else torch.float32
@@ -103,13 +105,38 @@ def load(
     kind = f"backend `{name}` ({reason}){said}" if linears else "no quantised linears"
     emit(Event("note", f"`{checkpoint.origin}` on {place} in {dtype_name(dtype)}: {kind}", data=how))
     try:
-        return fill(empty, checkpoint, linears, BACKENDS[name].function(reads), place, emit)
+        filled = fill(empty, checkpoint, linears, BACKENDS[name].function(reads), place, emit)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"`{checkpoint.origin}` does not fit into the memory of {place}", hint=_SMALLER) from error
+    if linears and (BACKENDS[name].bits or reads == "fp8"):
+        filled.__dict__["save_pretrained"] = _refuse_to_save
+    return filled
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse what no model computes in, before transformers takes it for a mistake of config.json."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` is a type of torch, such as torch.bfloat16, not {dtype!r}")
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"no model computes in {dtype}; use torch.float32, torch.float16 or torch.bfloat16")
+
+
+def _refuse_to_save(*_args: Any, **_kwargs: Any) -> NoReturn:
+    """In the place of a model's `save_pretrained`: transformers would write tensors that nothing can read back.
+
+    A function and not a method, so that a model can still be copied and pickled.
+    """
+    raise ModelError(
+        "`save_pretrained` cannot write linears that are packed for a backend, or read FP8 activations",
+        hint="after `import marlin_tools.transformers`, load with AutoModelForCausalLM to save the format again; "
+        "`marlin-tools export` writes another",
+    )
 
 
 def check_activations(checkpoint: Checkpoint, activations: ActivationType | None) -> None:
-    """Refuse a choice for linears that are not there."""
+    """Refuse a choice that there is not, and one for linears that are not there."""
+    if activations is not None and activations not in (known := get_args(ActivationType)):
+        raise RecipeError(f"unknown activations `{activations}`", hint=f"known: {', '.join(known)}")
     if activations and dequantized(checkpoint).quantization is None:
         raise RecipeError(
             f"`{checkpoint.origin}` holds no quantised linears, which `--activations` is about",
@@ -129,7 +156,7 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
             hint = "only `marlin-tools eval` runs through vLLM; to serve, `vllm serve DIR`"
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
     free = free_memory(device)
-    tried = []
+    tried, crowded = [], False
     quantized = sum(grid_of(linears, name).n * grid_of(linears, name).k for name in linears.names) if linears else 0
     candidates = [name] if name != "auto" else list(BACKENDS) if quantized else ["reference"]
     for candidate in candidates:
@@ -140,15 +167,14 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
         elif (need := _bytes(model, quantized, backend)) > free:
             subject = f"backend `{candidate}`" if quantized else "the model"
             tried.append(f"{subject} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}")
+            crowded = True
         else:
             chosen = "; ".join([*tried, "the first that can"]) if tried else "the default"
             return candidate, f"{backend.what}; {'asked for' if name != 'auto' else chosen}"
     elsewhere = name != "auto" and device.type not in BACKENDS[name].devices
-    hint = (
-        f"leave `--backend` out, or name a device of its own: {', '.join(sorted(BACKENDS[name].devices))}"
-        if elsewhere
-        else _SMALLER
-    )
+    hint = _SMALLER if crowded else "use `--backend reference-packed`, which runs anything"
+    if elsewhere:
+        hint = f"leave `--backend` out, or name a device of its own: {', '.join(sorted(BACKENDS[name].devices))}"
     raise DeviceError("; ".join(tried), hint=hint)
 
 

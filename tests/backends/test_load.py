@@ -1,5 +1,6 @@
 """Loading is strict: nothing missing, nothing left over, and every choice is said aloud."""
 
+import copy
 import json
 
 import pytest
@@ -197,6 +198,51 @@ def test_an_unknown_backend_is_answered_with_the_nearest(tiny_llama):
         load(tiny_llama, device="cpu", backend="referense")
 
     assert ("unknown backend `referense`", "did you mean `reference`?") == (caught.value.message, caught.value.hint)
+
+
+@pytest.mark.parametrize("how", [{"backend": "reference-packed"}, {"backend": "torch-int4"}, {"activations": "fp8"}])
+def test_what_transformers_could_not_read_back_is_not_saved(tiny_llama, write_int4, tmp_path, how):
+    packed, _ = write_int4(tiny_llama, "gptq")
+    model, ids = load(packed, device="cpu", **how), torch.tensor([[1, 2, 3]])
+    copies = [model, copy.deepcopy(model)]
+
+    assert all(torch.equal(model(ids).logits, each(ids).logits) for each in copies)
+    for each in copies:
+        with pytest.raises(ModelError, match="`save_pretrained` cannot write"):
+            each.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_was_dequantised_is_saved_dense(tiny_llama, write_int4, tmp_path):
+    packed, _ = write_int4(tiny_llama, "gptq")
+    model, ids = load(packed, device="cpu", backend="reference"), torch.tensor([[1, 2, 3]])
+    model.save_pretrained(tmp_path / "saved")
+
+    assert torch.equal(model(ids).logits, load(tmp_path / "saved", device="cpu")(ids).logits)
+
+
+def test_activations_that_there_are_not_are_refused(tiny_llama, write_int4):
+    packed, _ = write_int4(tiny_llama, "gptq")
+
+    with pytest.raises(RecipeError, match="unknown activations `int8`"):
+        load(packed, device="cpu", activations="int8")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [("bf16", TypeError), ("float32", TypeError), (torch.int8, ValueError), (torch.float8_e4m3fn, ValueError)],
+)
+def test_types_that_no_model_computes_in_are_refused_as_such(tiny_llama, dtype, error):
+    with pytest.raises(error, match=r"torch\.bfloat16"):
+        load(tiny_llama, device="cpu", dtype=dtype)
+
+
+def test_a_backend_that_is_refused_for_its_type_is_not_sent_for_memory(tiny_llama, write_int4):
+    packed, _ = write_int4(tiny_llama, "gptq")
+
+    with pytest.raises(DeviceError, match="multiplies bfloat16 activations") as refused:
+        load(packed, device="cpu", backend="torch-int4", dtype=torch.float32)
+    assert "memory" not in refused.value.hint
 
 
 @pytest.mark.parametrize("name", BACKENDS)
