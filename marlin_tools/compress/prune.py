@@ -19,7 +19,7 @@ from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.compress.reconstruct import Reconstruction, reconstruct
 from marlin_tools.compress.stores import DenseStore
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import pick_device
 from marlin_tools.errors import RecipeError
 from marlin_tools.events import Emit, Event, silent
@@ -117,8 +117,8 @@ def prune(
 ) -> Checkpoint:
     """Prune `model` to 2:4 into the directory `out`; a killed run continues where it stopped, with the same bytes."""
     emit(Event("stage", "prune"))
-    solver = settings.solver
-    if solver.needs_data and tokens is None:
+    check_arguments(settings, PruneSettings, tokens)
+    if (solver := settings.solver).needs_data and tokens is None:
         raise ValueError("this way of pruning needs calibration tokens")
     if not isinstance(model, Preparation):
         model = prepare_prune(model, settings, *((tokens.tokens, tokens.longest) if tokens else (0, 0)))

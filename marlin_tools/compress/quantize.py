@@ -36,7 +36,7 @@ from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method, Refine
 from marlin_tools.compress.stores import CodeStore
 from marlin_tools.compress.tune import STEP_TOKENS, Tuning, held_out, tune
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team, assembled, expected
 from marlin_tools.errors import DataError, ModelError, RecipeError
@@ -233,8 +233,8 @@ def quantize(
 
     Several processes that `torchrun` has started do it together.
     """
-    solver = settings.solver
-    if solver.needs_data and tokens is None:
+    check_arguments(settings, QuantizeSettings, tokens)
+    if (solver := settings.solver).needs_data and tokens is None:
         raise ValueError("this algorithm needs calibration tokens")
     device = pick_device(settings.device)
     with assembled(device) as team:

@@ -5,6 +5,7 @@
 Read next: `data/samples.py` for the two shapes of samples and what a seed means.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -43,12 +44,20 @@ class CalibrationSettings(Settings):
     chat_template: ChatTemplate = "auto"
 
 
-def calibrate(source: str | CalibrationSettings, checkpoint: "Checkpoint", *, emit: Emit = silent, **options: Any) -> TokenSet:
+def calibrate(
+    source: str | Path | CalibrationSettings, checkpoint: "str | Path | Checkpoint", *, emit: Emit = silent, **options: Any
+) -> TokenSet:
     """Token sequences for one model. `source` is a name with fields of `CalibrationSettings` as `options`, or all settings."""
-    if isinstance(source, str):
-        source = CalibrationSettings(source=source, **options)
+    if isinstance(source, str | Path):
+        source = CalibrationSettings(source=str(source), **options)
+    elif not isinstance(source, CalibrationSettings):
+        raise TypeError(f"a source is a name, a file or CalibrationSettings, not {type(source).__name__}")
     elif options:
         raise TypeError(f"options belong into the settings: {', '.join(options)}")
+    if isinstance(checkpoint, str | Path):
+        from marlin_tools.checkpoint.reader import Checkpoint
+
+        checkpoint = Checkpoint.open(checkpoint)
     emit(Event("stage", "calibrate"))
     tokens = _collect(source, checkpoint, emit)
     for note in tokens.notes:

@@ -21,6 +21,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.headers import read_header
 from marlin_tools.checkpoint.strict_json import parse_object
 from marlin_tools.errors import DataError, ErrorTranslation, ModelError
+from marlin_tools.settings import Settings
 
 Order = Literal["first", "shuffled"]
 
@@ -91,8 +92,9 @@ class TokenSet:
             "notes": list(self.notes),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
+        path = Path(path)
         derived = ("sequences", "tokens", "seqlen")
         words = {key: value for key, value in self.describe().items() if key not in derived}
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -101,8 +103,9 @@ class TokenSet:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> "TokenSet":
+    def load(cls, path: str | Path) -> "TokenSet":
         """Read what `save` wrote, and check that it still is what it was."""
+        path = Path(path)
         hint = "make it again with `TokenSet.save`"
         try:
             read_header(path)
@@ -117,6 +120,14 @@ class TokenSet:
         if tokens.fingerprint != expected:
             raise DataError(f"`{path}`: its tokens do not match its fingerprint", hint="make it again with `TokenSet.save`")
         return tokens
+
+
+def check_arguments(settings: object, kind: type[Settings], tokens: object) -> None:
+    """Refuse what a caller from Python has mixed up, before it fails as a missing attribute somewhere else."""
+    if not isinstance(settings, kind):
+        raise TypeError(f"settings are `{kind.__name__}(...)`, not {type(settings).__name__}")
+    if not isinstance(tokens, TokenSet | None):
+        raise TypeError(f"tokens are a TokenSet, as `calibrate` makes it, not {type(tokens).__name__}")
 
 
 def chunks_of(sequences: Sequence[Tensor], max_tokens: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents
 from marlin_tools.data.render import Encoder, leave_open
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import free_memory
 from marlin_tools.errors import DataError, DeviceError, RecipeError
 from marlin_tools.evaluation.perplexity import Traces, score_text, tokens_per_batch, trace
@@ -116,6 +116,7 @@ def evaluate(
     emit: Emit = silent,
 ) -> Evaluation:
     """Score a model on every task, beside `baseline` if one is given."""
+    check_arguments(settings, EvaluateSettings, None)
     emit(Event("stage", "evaluate"))
     begin = time.perf_counter()
     notes: list[str] = []

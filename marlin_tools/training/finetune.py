@@ -35,7 +35,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.data.calibrate import CalibrationSettings
-from marlin_tools.data.tokens import TokenSet
+from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, DeviceError
@@ -132,6 +132,7 @@ def finetune(
     resume: bool = True,
 ) -> Checkpoint:
     """Train a compressed model to do what its teacher does on `tokens`; the result goes to the directory `out`."""
+    check_arguments(settings, FinetuneSettings, tokens)
     if settings.teacher is None:
         raise ValueError("finetuning needs a teacher")
     if tokens is None and not settings.sampled:

@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.calibrate import CalibrationSettings, calibrate, preview
 from marlin_tools.errors import DataError
 from marlin_tools.events import Event
 
 Write = Callable[..., Path]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def test_a_model_and_a_file_are_named_as_everywhere(tmp_path: Path, tiny_llama: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("0123456789" * 20)
+    model = Checkpoint.open(tiny_llama)
+    prints = [calibrate(file, named, num_samples=2, seqlen=8).fingerprint for named in (model, tiny_llama, str(tiny_llama))]
+
+    assert {calibrate(str(file), model, num_samples=2, seqlen=8).fingerprint} == set(prints)
 
 
 @pytest.fixture

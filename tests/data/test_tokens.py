@@ -83,6 +83,13 @@ def test_a_saved_set_comes_back_whole(tmp_path_factory: pytest.TempPathFactory, 
     assert [path] == list(path.parent.iterdir())
 
 
+def test_a_set_is_saved_under_a_name_as_well_as_under_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make([[1, 2]]).save("tokens.safetensors")
+
+    assert [[1, 2]] == as_lists(TokenSet.load("tokens.safetensors"))
+
+
 def test_a_file_whose_tokens_were_changed_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokens.safetensors"
     make([[1, 2], [3]]).save(path)

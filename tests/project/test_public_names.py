@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 
 import marlin_tools as mt
 
@@ -23,3 +24,22 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_version_is_a_plain_release():
     assert all(part.isdecimal() for part in mt.__version__.split("."))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda out: mt.quantize("demo", "demo", mt.QuantizeSettings(), out),
+        lambda out: mt.quantize("demo", torch.zeros(2, 8, dtype=torch.int64), mt.QuantizeSettings(), out),
+        lambda out: mt.quantize("demo", None, {"preset": "rtn"}, out),
+        lambda out: mt.prune("demo", None, mt.QuantizeSettings(), out),
+        lambda out: mt.finetune("demo", [[1, 2]], mt.FinetuneSettings(teacher="demo"), out),
+        lambda out: mt.finetune("demo", None, None, out),
+        lambda _: mt.evaluate("demo", None),
+        lambda _: mt.calibrate(None, "demo"),
+    ],
+)
+def test_misuse_is_a_type_error_that_says_what_is_wanted(wrong, tmp_path):
+    with pytest.raises(TypeError, match=r"settings are `|tokens are a TokenSet|a source is"):
+        wrong(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
