@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import GENERATION, Checkpoint
-from marlin_tools.checkpoint.skeleton import damaged, mismatched, read_weight
+from marlin_tools.checkpoint.skeleton import MAKING, damaged, mismatched, read_weight
 from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.events import Emit, Event
 from marlin_tools.families import known_family
@@ -150,4 +150,5 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # noqa: SLF001 (transformers' protocol)
         module._is_hf_initialized = not waiting  # noqa: SLF001
-    model.initialize_weights()
+    with MAKING:
+        model.initialize_weights()

@@ -1,6 +1,7 @@
 """The modules of a model without its weights, and the checks under which a stored tensor becomes one of its weights."""
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MAKING = threading.RLock()
+"""Held while transformers makes modules or fills buffers: it changes torch's default type and functions for all threads."""
 MISMATCH = "config.json and weights do not belong together; download the model again"
 
 
@@ -55,7 +58,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
     refused = ErrorTranslation(ModelError, what, "update transformers, or check config.json")
-    with refused, _without_warnings():
+    with MAKING, refused, _without_warnings():
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for each in (config, config.get_text_config()):  # it may keep a `text_config` that it does not know as plain values
             each.return_dict = True  # with false transformers' own models fail
@@ -63,7 +66,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         del config.quantization_config
     nested = config.get_text_config() is not config
     maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
-    with refused, torch.device("meta"), _without_warnings():
+    with MAKING, refused, torch.device("meta"), _without_warnings():
         # eagerly where nothing else caps the logits of attention, else as transformers likes best for the model
         how = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=how)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -243,6 +245,25 @@ def test_a_backend_that_is_refused_for_its_type_is_not_sent_for_memory(tiny_llam
     with pytest.raises(DeviceError, match="multiplies bfloat16 activations") as refused:
         load(packed, device="cpu", backend="torch-int4", dtype=torch.float32)
     assert "memory" not in refused.value.hint
+
+
+def test_threads_make_models_of_different_types_one_after_the_other(tiny_llama, monkeypatch):
+    make = AutoModelForCausalLM.from_config
+
+    def slowly(config, dtype, **how):
+        model = make(config, dtype=dtype, **how)
+        torch.set_default_dtype(dtype)  # as transformers does while it makes one, for longer
+        time.sleep(0.05)
+        torch.set_default_dtype(torch.float32)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", slowly)
+    kinds = [torch.bfloat16, torch.float32] * 4
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda dtype: skeleton(Checkpoint.open(tiny_llama), dtype), kinds))
+
+    assert [{parameter.dtype for parameter in model.parameters()} for model in models] == [{dtype} for dtype in kinds]
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("name", BACKENDS)
