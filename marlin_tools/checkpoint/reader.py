@@ -261,9 +261,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory, every key that we use of its right kind."""
     file = path / "config.json"
     if not file.exists():
-        raise ModelError(
-            f"`{path}` holds no config.json", hint="a Hugging Face model directory has config.json and *.safetensors"
-        )
+        hint = "a Hugging Face model directory has config.json and *.safetensors"
+        if inside := sorted(each.parent for each in path.glob("*/config.json")):  # as a result in several formats has
+            hint = f"name a model in it: {', '.join(f'`{each}`' for each in inside[:4])}"
+        raise ModelError(f"`{path}` holds no config.json", hint=hint)
     config = read_object(file)
     check_config(config, file)
     return config

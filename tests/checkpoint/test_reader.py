@@ -41,6 +41,12 @@ def test_the_undamaged_model_opens(model: Path) -> None:
     assert MANIFEST == read_manifest(model)
 
 
+def test_a_directory_of_models_names_them(model: Path) -> None:
+    (model.parent / "notes").mkdir()
+
+    assert refused(model.parent, "holds no config.json").hint == f"name a model in it: `{model}`"
+
+
 # ---- names and links --------------------------------------------------------------------------------------------------
 
 
