@@ -12,6 +12,7 @@ from marlin_tools.backends import load
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.render import Encoder
+from marlin_tools.data.tokens import check_arguments
 from marlin_tools.errors import DataError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.quantized import ActivationType
@@ -56,7 +57,8 @@ def generate(
     model: str | Path | Checkpoint, prompt: str, settings: GenerateSettings | None = None, *, emit: Emit = silent
 ) -> str:
     """What the model writes after `prompt`, without the prompt. An empty prompt starts from the BOS token."""
-    settings = settings or GenerateSettings()
+    settings = GenerateSettings() if settings is None else settings
+    check_arguments(settings, GenerateSettings, None)
     emit(Event("stage", "generate"))
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise DataError("the prompt is no text in UTF-8", hint="check the terminal's locale, or call `generate` from Python")

@@ -36,6 +36,7 @@ def test_version_is_a_plain_release():
         lambda out: mt.finetune("demo", [[1, 2]], mt.FinetuneSettings(teacher="demo"), out),
         lambda out: mt.finetune("demo", None, None, out),
         lambda _: mt.evaluate("demo", None),
+        lambda _: mt.generate("demo", "Hello", {"max_new_tokens": 3}),
         lambda _: mt.calibrate(None, "demo"),
     ],
 )
