@@ -13,19 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import GENERATION, Checkpoint
-from marlin_tools.checkpoint.skeleton import MAKING, damaged, mismatched, read_weight
+from marlin_tools.checkpoint.skeleton import MAKING, MISMATCH, damaged, mismatched, read_weight, some
 from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.events import Emit, Event
 from marlin_tools.families import known_family
-from marlin_tools.families.experts import refuse_strangers
-from marlin_tools.families.layout import Layout, WeightRef
+from marlin_tools.families.layout import Layout, WeightRef, refuse_strangers
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_MISMATCH = "config.json and weights do not belong together; download the model again"
 
 
 def fill(
@@ -52,7 +49,7 @@ def fill(
         assert linears is not None
         weight, linear = linears.read(stored), modules[name]
         if weight.shape != (asked := (linear.out_features, linear.in_features)):
-            raise ModelError(f"`{name}` is {weight.shape} in the checkpoint, config.json asks for {asked}", hint=_MISMATCH)
+            raise ModelError(f"`{name}` is {weight.shape} in the checkpoint, config.json asks for {asked}", hint=MISMATCH)
         model.set_submodule(name, build(weight, linear.bias, device, dtype))
         emit(Event("progress", "linears", done, len(modules)))
     compute_buffers(model, device)
@@ -76,10 +73,10 @@ def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(
-            f"the checkpoint holds a quantised `{name}`, the model of config.json has none", hint=_MISMATCH
+            f"the checkpoint holds a quantised `{name}`, the model of config.json has none", hint=MISMATCH
         ) from error
     if not isinstance(module, nn.Linear):
-        raise ModelError(f"`{name}` is quantised, but a {type(module).__name__} in the model", hint=_MISMATCH)
+        raise ModelError(f"`{name}` is quantised, but a {type(module).__name__} in the model", hint=MISMATCH)
     return module
 
 
@@ -104,14 +101,9 @@ def _account(
 ) -> None:
     """Raise ModelError unless the checkpoint holds what the model needs, and nothing that would be left over."""
     if missing := [places[names[0]].tensor for names in ties if not any(places[name].tensor in checkpoint for name in names)]:
-        raise ModelError(f"`{checkpoint.origin}` lacks {_some(missing)}", hint=_MISMATCH)
+        raise ModelError(f"`{checkpoint.origin}` lacks {some(missing)}", hint=MISMATCH)
     used = {places[name].tensor for names in ties for name in names} | (linears.tensors if linears is not None else frozenset())
     refuse_strangers(checkpoint, model, used)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"`{name}`" for name in names[:3]) + more
 
 
 def _fill_tied(model: "PreTrainedModel", checkpoint: Checkpoint, names: Mapping[str, WeightRef], device: torch.device) -> None:

@@ -102,6 +102,12 @@ def read_shaped(checkpoint: Checkpoint, name: str, shape: Sequence[int], *, pinn
     return checkpoint.read_pinned(name) if pinned else checkpoint.read(name)
 
 
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for people."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
+
+
 def mismatched(name: str, found: Sequence[int], asked: Sequence[int]) -> ModelError:
     """What to raise for a weight of another shape."""
     return ModelError(

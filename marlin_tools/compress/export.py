@@ -25,8 +25,8 @@ from marlin_tools.checkpoint.writer import ModelWriter, check_companions
 from marlin_tools.errors import FormatError, ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
-from marlin_tools.families.experts import refuse_strangers, shell, stored_shapes
-from marlin_tools.families.layout import Layout
+from marlin_tools.families.experts import shell, stored_shapes
+from marlin_tools.families.layout import Layout, refuse_strangers
 from marlin_tools.formats import FORMATS, Format, FormatName, get_format
 from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.formats.contents import Contents

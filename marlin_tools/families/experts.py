@@ -7,19 +7,16 @@ A GPU computes an expert's few tokens faster than Python starts the kernels for 
 often are computed side by side, as long as they are plain linears. Others are computed one by one.
 """
 
-import re
 import types
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.checkpoint.contract import COMPUTED
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
-from marlin_tools.errors import ModelError
 from marlin_tools.families import Family, known_family
 from marlin_tools.families.layout import Layout
 
@@ -238,31 +235,3 @@ def stored_shapes(layout: Layout, model: nn.Module) -> dict[str, tuple[int, ...]
         there = {name: shape for name, shape in same.items() if name in layout.checkpoint}
         shapes |= there or dict([next(iter(same.items()))])
     return shapes
-
-
-def strangers(checkpoint: Checkpoint, model: "PreTrainedModel", used: Collection[str]) -> list[str]:
-    """The stored tensors that nothing reads: not `used` by the model, nor of something beside it.
-
-    Buffers that models compute today, what transformers passes over, and a bias of zeros, which older writers store for every
-    linear, do no harm.
-    """
-    passed_over = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
-    layout = Layout(checkpoint) if known_family(checkpoint.config) is not None else None
-    return [
-        name
-        for name in checkpoint.names()
-        if name not in used and not COMPUTED.search(name) and not any(each.search(name) for each in passed_over)
-        if not (layout is not None and layout.foreign(name))
-        if not (name.endswith(".bias") and not bool(checkpoint.read(name).any()))
-    ]
-
-
-def refuse_strangers(checkpoint: Checkpoint, model: "PreTrainedModel", used: Collection[str]) -> None:
-    """Raise ModelError if there are any: a model that needs them is not the one of config.json."""
-    if left := strangers(checkpoint, model, used):
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        raise ModelError(
-            f"`{checkpoint.origin}` holds {', '.join(f'`{name}`' for name in left[:3])}{more}, "
-            "which the model of config.json has no place for",
-            hint="download the model again, or remove these tensors if nothing needs them",
-        )

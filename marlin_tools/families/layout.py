@@ -9,20 +9,22 @@ where the language model is part of a larger one, and where experts are stored u
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.contract import EXPERTS
+from marlin_tools.checkpoint.contract import COMPUTED, EXPERTS
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import MISMATCH, some
 from marlin_tools.errors import ModelError
-from marlin_tools.families import NESTED, Branch, Experts, Family, find_family
+from marlin_tools.families import NESTED, Branch, Experts, Family, find_family, known_family
 
-_MISMATCH = "config.json and weights do not belong together; download the model again"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DECODERS = ("model.language_model", "language_model.model", "model", "language_model")
 """What the names of a language model's tensors begin with, where it is part of a larger one."""
@@ -61,7 +63,7 @@ class WeightRef:
         if self.whole:
             return stored
         if len(stored) < len(self.index):
-            raise ModelError(f"`{self.tensor}` has shape {list(stored)}, not one matrix for each expert", hint=_MISMATCH)
+            raise ModelError(f"`{self.tensor}` has shape {list(stored)}, not one matrix for each expert", hint=MISMATCH)
         return tuple(self.take(torch.empty(stored, device="meta")).shape)
 
 
@@ -112,7 +114,7 @@ class Layout:
         else:
             found = next(number for number in range(len(self._modules)) if f"{prefix}.{number}" not in self._modules)
         if found != asked:
-            raise ModelError(f"`{prefix}` holds {found} experts, config.json asks for {asked}", hint=_MISMATCH)
+            raise ModelError(f"`{prefix}` holds {found} experts, config.json asks for {asked}", hint=MISMATCH)
         return found
 
     def _fused(self, prefix: str) -> str | None:
@@ -228,3 +230,29 @@ def _beginnings(name: str) -> Iterator[str]:
     """`a.b.c` begins with `a.b` and `a`."""
     while name := name.rpartition(".")[0]:
         yield name
+
+
+def strangers(checkpoint: Checkpoint, model: "PreTrainedModel", used: Collection[str]) -> list[str]:
+    """The stored tensors that nothing reads: not `used` by the model, nor of something beside it.
+
+    Buffers that models compute today, what transformers passes over, and a bias of zeros, which older writers store for every
+    linear, do no harm.
+    """
+    passed_over = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
+    layout = Layout(checkpoint) if known_family(checkpoint.config) is not None else None
+    return [
+        name
+        for name in checkpoint.names()
+        if name not in used and not COMPUTED.search(name) and not any(each.search(name) for each in passed_over)
+        if not (layout is not None and layout.foreign(name))
+        if not (name.endswith(".bias") and not bool(checkpoint.read(name).any()))
+    ]
+
+
+def refuse_strangers(checkpoint: Checkpoint, model: "PreTrainedModel", used: Collection[str]) -> None:
+    """Raise ModelError if there are any: a model that needs them is not the one of config.json."""
+    if left := strangers(checkpoint, model, used):
+        raise ModelError(
+            f"`{checkpoint.origin}` holds {some(left)}, which the model of config.json has no place for",
+            hint="download the model again, or remove these tensors if nothing needs them",
+        )

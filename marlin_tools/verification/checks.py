@@ -13,8 +13,8 @@ from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import FormatError, MarlinToolsError, ModelError
 from marlin_tools.families import find_family
-from marlin_tools.families.experts import shell, stored_shapes, strangers
-from marlin_tools.families.layout import Layout
+from marlin_tools.families.experts import shell, stored_shapes
+from marlin_tools.families.layout import Layout, strangers
 from marlin_tools.formats import find_format
 from marlin_tools.formats.contents import Contents, declared_sizes, ignores, keeps
 from marlin_tools.formats.gptq import Gptq

@@ -67,12 +67,12 @@ def _fake(
 
 def _register(name: str, choose: Callable[[int, Tensor, int], LinearOperator]) -> None:
     def on_cuda(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        two_to = int(exponent.item())
-        return choose(x.shape[0], codes, two_to).on_cuda(x.contiguous(), codes, scales, bias, out_features, two_to)
+        power = int(exponent.item())
+        return choose(x.shape[0], codes, power).on_cuda(x.contiguous(), codes, scales, bias, out_features, power)
 
     def on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        two_to = int(exponent.item())
-        return choose(x.shape[0], codes, two_to).on_cpu(x.contiguous(), codes, scales, bias, out_features, two_to)
+        power = int(exponent.item())
+        return choose(x.shape[0], codes, power).on_cpu(x.contiguous(), codes, scales, bias, out_features, power)
 
     _library.define(f"{name}({_ARGUMENTS}) -> Tensor")
     _library.impl(name, on_cuda, "CUDA")
