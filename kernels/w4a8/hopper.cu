@@ -181,7 +181,7 @@ struct Consumer : ConsumerWarp<T> {
     }
 
     // A warp has four bytes of each 16 that belong to a token. The warpgroup puts them together in shared memory, and then
-    // writes 128 bytes at a time.
+    // writes 128 bytes at a time. Lanes that have other tokens write to other words of 16 bytes, or they would meet in a bank.
     __device__ __forceinline__ void store_together(const Outputs& outputs, int tile_n, int first_token) {
         u8* const turned = memory + T::kOutputsAt + tile * T::kTileOutputBytes;
 #pragma unroll
@@ -192,8 +192,8 @@ struct Consumer : ConsumerWarp<T> {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float (&v)[4] = sums[0][number * kStoredFragments + f];
-                    *reinterpret_cast<u32*>(turned + (f * 8 + lane % 4 * 2 + e) * 128 + lane / 4 * 16 + fragment * 4) =
-                        outputs.round(v[e], v[2 + e], 0);
+                    *reinterpret_cast<u32*>(turned + (f * 8 + lane % 4 * 2 + e) * 128 + lane / 4 * 16 +
+                                            (fragment ^ lane % 4) * 4) = outputs.round(v[e], v[2 + e], 0);
                 }
             warpgroup_sync();
             write_rows(turned, tile_n, first_token + number * kStoredTokens);
@@ -207,7 +207,7 @@ struct Consumer : ConsumerWarp<T> {
         for (int row = thread / 8; row < kStoredTokens; row += 16) {
             const int token = first_token + row;
             if (token >= p.m) break;
-            const Vec16 v = *reinterpret_cast<const Vec16*>(turned + row * 128 + thread % 8 * 16);
+            const Vec16 v = ordered(*reinterpret_cast<const Vec16*>(turned + row * 128 + thread % 8 * 16), thread / 16 % 4);
             u8* const to = p.y + (static_cast<u64>(token) * p.n + n) * 2;
             if (p.n % 8 == 0) {
                 if (n < p.n) *reinterpret_cast<Vec16*>(to) = v;
@@ -217,6 +217,14 @@ struct Consumer : ConsumerWarp<T> {
                     if (n + o < p.n) reinterpret_cast<u16*>(to)[o] = static_cast<u16>(v.word[o / 2] >> (o % 2 * 16));
             }
         }
+    }
+
+    // Word `i` of what lay at `i ^ by`.
+    __device__ __forceinline__ static Vec16 ordered(const Vec16& v, int by) {
+        const bool odd = by % 2 != 0, high = by >= 2;
+        const u32 a = odd ? v.word[1] : v.word[0], b = odd ? v.word[0] : v.word[1];
+        const u32 c = odd ? v.word[3] : v.word[2], d = odd ? v.word[2] : v.word[3];
+        return {high ? c : a, high ? d : b, high ? a : c, high ? b : d};
     }
 
     __device__ __forceinline__ void warpgroup_sync() {

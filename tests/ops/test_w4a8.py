@@ -183,34 +183,58 @@ def test_no_sum_in_float16_can_overflow(exponent, groups):
     assert exponent < 0 or groups * 896 * 2.0 ** (exponent - 8) * smaller > 65504 / 4 or groups < 37  # not without need
 
 
+def of_tensor_cores(so_far, products):
+    """A sum [M, N] and 32 products, cut 13 bits below the largest of them all, rounded to float16."""
+    operands = torch.cat([products, so_far.double()[..., None]], dim=-1)
+    unit = torch.frexp(operands.abs().amax(dim=-1, keepdim=True)).exponent.double().sub(14).exp2()
+    return ((operands / unit).trunc() * unit).sum(dim=-1).half()
+
+
+def of_kernel(x, packed):
+    """As the kernel adds: 32 inputs at a time, of 128 the sum that is scaled."""
+    rounded, token_scales = fp8_reference.round_tokens(x)
+    column, groups = packed.scales.shape[1] == 1, x.shape[1] // 128
+    exponent = fp8_reference.COLUMN_EXPONENT if column else packed.exponent
+    unpacked, smaller = ops.unpack(packed), 2.0 ** fp8_reference.smaller_scales(exponent, groups)
+    scales = torch.ones((packed.out_features, groups)) if column else unpacked.scales
+    codes = (unpacked.codes.double() - ZERO) / 512
+    total = torch.zeros((len(x), packed.out_features), dtype=torch.float16)
+    for group in range(groups):
+        part = torch.zeros_like(total)
+        for first in range(group * 128, group * 128 + 128, 32):
+            here = slice(first, first + 32)
+            part = of_tensor_cores(part, rounded[:, None, here].double() * codes[None, :, here])
+        total = (total.double() + part.double() * (scales[:, group].double() * smaller)).half()
+    y = total.double() * 512 / smaller * token_scales.double()[:, None]
+    return y * unpacked.scales[:, 0].double() if column else y
+
+
 @pytest.mark.parametrize("k", [128, 256, 2048, 9600])
 @pytest.mark.parametrize("size", [1, 3e-4])
 @pytest.mark.parametrize("column", [False, True])
 def test_sums_in_float16_stay_within_the_bound(k, size, column):
-    """As the kernel adds: 32 inputs at a time, of 128 the sum that is scaled; the bound is not far beyond what is lost."""
+    """The bound is not far beyond what is lost."""
     quantized = weight(64, k, k if column else 128)
     quantized.scales.mul_(size)
     packed = pack(quantized)
     x = torch.randn((20, k), generator=torch.Generator().manual_seed(3)).half()
-    rounded, token_scales = fp8_reference.round_tokens(x)
-    column = packed.scales.shape[1] == 1  # with 128 inputs in either case
-    exponent = fp8_reference.COLUMN_EXPONENT if column else packed.exponent
-    unpacked, smaller = ops.unpack(packed), 2.0 ** fp8_reference.smaller_scales(exponent, k // 128)
-    scales = torch.ones((64, k // 128)) if column else unpacked.scales
-    codes = (unpacked.codes.double() - ZERO) / 512
-    total = torch.zeros((20, 64), dtype=torch.float16)
-    for group in range(k // 128):
-        part = torch.zeros_like(total)
-        for first in range(group * 128, group * 128 + 128, 32):
-            here = slice(first, first + 32)
-            part = (part.double() + rounded[:, here].double() @ codes[:, here].T).half()
-        total = (total.double() + part.double() * (scales[:, group].double() * smaller)).half()
-    y = total.double() * 512 / smaller * token_scales.double()[:, None]
-    if column:
-        y *= unpacked.scales[:, 0].double()
-    assert total.isfinite().all()
+    y = of_kernel(x, packed)
+    assert y.isfinite().all()
     error = (y - fp8_reference.exact(x, packed)).abs()
     bound = fp8_reference.error_bound(x, packed)
     assert (error <= bound).all()
     assert (error / bound).max() > 0.01
     assert (fp8_reference.error_bound(x, packed, half_sums=False) <= bound).all()
+
+
+def test_the_bound_knows_that_small_products_are_lost_behind_a_large_sum():
+    codes, x = torch.full((64, 1024), 15, dtype=torch.uint8), torch.ones((4, 1024)).half()
+    x.view(4, 8, 128)[..., :30] = 320.0
+    codes.view(64, 8, 128)[:, 1::2, :30] = 1
+    x[:, 0] = 448
+    packed = pack(QuantizedLinear(codes, torch.full((64, 8), 0.02).half(), 128))
+    error = (of_kernel(x, packed) - fp8_reference.exact(x, packed)).abs()
+    small = x == 1
+    assert (error > 0.9 * small.sum(dim=1, keepdim=True) * 7 * 0.02).all()
+    assert (error <= fp8_reference.error_bound(x, packed)).all()
+    assert (error > fp8_reference.error_bound(x, packed, half_sums=False) / 4).all()

@@ -68,9 +68,11 @@ def smaller_scales(exponent: int, groups: int) -> int:
 def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, half_sums: bool = True) -> Tensor:
     """What `|y - exact|` may not exceed, per element: `reference.error_bound`, and what sums of tensor cores lose.
 
-    These keep 13 bits below their largest product. That is 2^-13 of the sum of magnitudes, of which mostly less than 2^-15 is
-    lost; and a sum that holds the product of an outlier loses the bits of other products below 2^-13 of that one, in up to 128
-    additions: no more than 2^-6 of the largest product. With `half_sums` (Hopper) see `_loss_of_half_sums` besides.
+    These add 32 products to the sum so far and keep 13 bits below the largest of all. So what is cut off of a product is less
+    than 2^-13 of the sum before it; less than 2^-13 of the largest product, in up to 128 additions; and of the sum of
+    magnitudes once more, though mostly less than 2^-15. With `half_sums` (Hopper) sums are rounded to float16 besides: that of
+    each 128 inputs four times, in either direction; that of all before, wherever it began, once for each 128 inputs, to
+    nearest. And small numbers have fewer bits.
     """
     rounded, token_scales = round_tokens(x)
     values = rounded.to(torch.float64) * token_scales.to(torch.float64)[:, None]
@@ -79,32 +81,36 @@ def error_bound(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, 
     if bias is not None:
         total = total + bias.to(torch.float64).abs()
     largest = values.abs().amax(dim=1, keepdim=True) * weight.abs().amax(dim=1)
-    lost = 2.0**-_BITS_OF_SUMS * (total + _ADDITIONS * largest)
+    before, after, largest_sum = _sums_on_the_way(values, weight)
+    lost = 2.0**-_BITS_OF_SUMS * (total + _ADDITIONS * largest + _STEP * before)
     if half_sums:
-        lost = lost + _loss_of_half_sums(values, weight, token_scales, packed)
+        to_nearest = x.shape[1] // TILE_K * 2.0**-11 * 2 * largest_sum
+        lost = lost + 2.0**-10 * after + to_nearest + _loss_of_small_halves(values, token_scales, packed)
     info = torch.finfo(x.dtype)
     return info.eps * exact(x, packed, bias).abs() + packed.in_features * 2.0**-24 * total + lost + info.tiny * info.eps
 
 
-def _loss_of_half_sums(values: Tensor, weight: Tensor, token_scales: Tensor, packed: PackedWeight) -> Tensor:
-    """What roundings to float16 lose: of the sum of each 128 inputs four times, in either direction; of the sum of all before,
-    wherever it began, once for each 128 inputs, to nearest. And what numbers lose that are too small for all bits.
-    """
+def _sums_on_the_way(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitudes of the sums within each 128 inputs, before steps and after, added up; and the largest sum of all so far."""
     running = values.new_zeros((values.shape[0], weight.shape[0]))
-    largest, parts = running, running
+    before = after = largest = running
     for tile in range(0, values.shape[1], TILE_K):
         part = torch.zeros_like(running)
         for first in range(tile, tile + TILE_K, _STEP):
+            before = before + part.abs()
             part = part + values[:, first : first + _STEP] @ weight[:, first : first + _STEP].T
-            parts = parts + part.abs()
+            after = after + part.abs()
         running = running + part
         largest = torch.maximum(largest, running.abs())
+    return before, after, largest
+
+
+def _loss_of_small_halves(values: Tensor, token_scales: Tensor, packed: PackedWeight) -> Tensor:
+    """What float16 loses of sums, and of scales, that are too small for all bits."""
     groups = values.shape[1] // TILE_K
-    tokens, column = token_scales.to(torch.float64), packed.scales.shape[1] == 1
+    column = packed.scales.shape[1] == 1
     growth = 2.0 ** -smaller_scales(COLUMN_EXPONENT if column else packed.exponent, groups)
-    small = 2.0**-24 * growth * 512 * groups * tokens[:, None]  # for each sum that is too small for all bits
+    sums = 2.0**-24 * growth * 512 * groups * token_scales.to(torch.float64)[:, None]
     if column:
-        small = small * unpack(packed).scales.to(torch.float64).abs().T
-    else:  # and for each scale
-        small = small + 2.0**-24 * growth * _CODE * values.abs().sum(dim=1, keepdim=True)
-    return 2.0**-10 * parts + groups * 2.0**-11 * 2 * largest + small
+        return sums * unpack(packed).scales.to(torch.float64).abs().T
+    return sums + 2.0**-24 * growth * _CODE * values.abs().sum(dim=1, keepdim=True)
