@@ -129,6 +129,10 @@ class Student(Reader):
 
 
 def recompute(student: Student) -> None:
-    """Let it forget activations within blocks, and compute them again for the gradient."""
+    """Let it forget activations within blocks, and compute them again for the gradient.
+
+    transformers does so in blocks that are in training. What is in them is not, or some of it would drop out at random.
+    """
     student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    student.model.train()
+    for block in student.blocks:
+        block.training = True

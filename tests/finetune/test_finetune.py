@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, ModelError, NumericalError, OutputError, RecipeError
@@ -121,6 +123,24 @@ def test_accumulated_gradients_are_those_of_the_batch(run: Run) -> None:
 
 def test_recomputing_changes_nothing(run: Run) -> None:
     assert same_files(run("kept").path, run("recomputed", recompute=True).path)
+
+
+def test_nothing_drops_out_at_random(run: Run, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A config.json may ask for it in training; a run that goes on would draw something else."""
+    model = tiny_model("llama", attention_dropout=0.5)
+    pruned = prune(model, None, PruneSettings(preset="magnitude", device="cpu"), tmp_path / "pruned").path
+    runs = [run(str(how), model=pruned, teacher=str(model), recompute=how).path for how in (False, True)]
+    assert same_files(*runs)
+
+
+def test_recomputing_calls_blocks_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or forward(self, x))
+    run("kept")
+    kept = len(calls)
+    run("recomputed", recompute=True)
+    assert len(calls) - kept == kept + 8 * 2 * 2  # steps, forwards and blocks
 
 
 def test_the_teacher_can_write_the_text(run: Run, tmp_path: Path) -> None:
