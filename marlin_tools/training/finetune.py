@@ -32,7 +32,6 @@ from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.tokens import TokenSet, check_arguments
@@ -40,7 +39,8 @@ from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.families import text_config
+from marlin_tools.families import find_family, text_config
+from marlin_tools.families.experts import shell
 from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
@@ -56,7 +56,7 @@ from marlin_tools.training.student import Reader, Student, recompute
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REVISION = 6
+REVISION = 7
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 _SMALLER = "use `--recompute`, a smaller `--micro`, `--code-rate 0` for a quantised model, or several GPUs with `torchrun`"
@@ -211,22 +211,23 @@ class _Work:
     def run(self, tokens: TokenSet | None, fingerprint: str) -> None:
         """Train, write, publish."""
         begin = time.perf_counter()
+        original = find_family(self.plan.teacher.config)
         teacher = self._model(self.plan.teacher, torch.float32 if self.team.device.type == "cpu" else self.plan.teacher.dtype)
         text = self._text(tokens, teacher)
         every = self.settings.every if self.settings.square_head else 0
         model = self._model(self.plan.student, torch.float32, self.plan.stored)
         if self.settings.code_rate:
-            free_codes(model, teacher)
+            free_codes(model.get_submodule(self.family.decoder), teacher.get_submodule(original.decoder))
         if activations_of(self.plan.student.quantization) == "fp8":
             read_rounded(model)
-        student = Student(model, self.family, every, self.plan.sparse)
+        student = Student(model, self.family, every, self._sparse_modules(model))
         if self.settings.recompute:
             recompute(student)
         shard(self.team, student.decoder, student.blocks)
         windows = torch.stack(text.sequences)
         held_out = windows[len(windows) - self.settings.held_out :]
         train = windows[: len(windows) - self.settings.held_out]
-        trainer = Trainer(student, Reader(teacher, self.family, every), (train, held_out), self.settings, self.team)
+        trainer = Trainer(student, Reader(teacher, original, every), (train, held_out), self.settings, self.team)
         if (rounds := trainer.steps * self.settings.batch / len(train)) >= 1.5:
             said = f"{len(train)} windows are read {rounds:.1f} times; more text might teach it more"
             self.emit(Event("note", said))
@@ -240,7 +241,12 @@ class _Work:
         def learning(weight: QuantizedLinear, bias: Any, device: torch.device, _dtype: torch.dtype) -> nn.Module:
             return ScaledLinear(weight.to(device), bias, checkpoint.dtype)
 
-        return fill(skeleton(checkpoint, dtype), checkpoint, stored, learning, self.team.device, silent)
+        return fill(shell(checkpoint, dtype), checkpoint, stored, learning, self.team.device, silent)
+
+    def _sparse_modules(self, model: "PreTrainedModel") -> frozenset[str]:
+        """The sparse linears by the names of their modules; in a checkpoint they may have others."""
+        places = ((name, self.plan.layout.place(f"{name}.weight").tensor) for name, _ in model.named_modules())
+        return frozenset(name for name, tensor in places if tensor.removesuffix(".weight") in self.plan.sparse)
 
     def _text(self, tokens: TokenSet | None, teacher: "PreTrainedModel") -> TokenSet:
         """What is given, and what the teacher writes; that is written once and kept with the state."""

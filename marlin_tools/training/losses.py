@@ -22,17 +22,20 @@ CHUNK = 8192
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states -> logits: the weight [V, H] and the cap that some families put on logits."""
+    """Hidden states -> logits: the weight [V, H], what some families multiply the product with, and the cap of others."""
 
     weight: Tensor
     cap: float | None = None
+    scale: float = 1.0
 
     def product(self, hidden_th: Tensor) -> Tensor:
         """[T, V] in float32, without the cap."""
         hidden_th = hidden_th.to(self.weight.dtype)
         if hidden_th.is_cuda:  # a product in 16 bits that comes out in 32
-            return torch.mm(hidden_th, self.weight.T, out_dtype=torch.float32)
-        return (hidden_th @ self.weight.T).float()
+            logits = torch.mm(hidden_th, self.weight.T, out_dtype=torch.float32)
+        else:
+            logits = (hidden_th @ self.weight.T).float()
+        return logits if self.scale == 1 else logits.mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def head_losses(
             (heads[0].product(student[part]), heads[1].product(teacher[part])),  # unnamed, so that they are gone afterwards
             following[part],
             (kl, ce),
-            scale=1 / len(student),
+            scale=heads[0].scale / len(student),
             caps=caps,
             dtype=weight.dtype,
         )

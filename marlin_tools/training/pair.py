@@ -95,9 +95,10 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
         _check_shapes(student, teacher)
     if settings.square_head:
         for key in ("hidden_size", "num_hidden_layers"):
-            if student.config.get(key) != teacher.config.get(key):
+            found = [text_config(each.config).get(key) for each in (student, teacher)]
+            if found[0] != found[1]:
                 raise ModelError(
-                    f"`{key}` is {student.config.get(key)} in `{student.origin}` and {teacher.config.get(key)} in its teacher",
+                    f"`{key}` is {found[0]} in `{student.origin}` and {found[1]} in its teacher `{teacher.origin}`",
                     hint="hidden states cannot be compared: set `square_head` to 0",
                 )
 
@@ -133,7 +134,7 @@ def _check_learning(settings: TrainingSettings) -> None:
 
 def check_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
     """Probabilities can only be compared if every token id means the same."""
-    sizes = [int(each.config.get("vocab_size", 0)) for each in (student, teacher)]
+    sizes = [int(text_config(each.config).get("vocab_size", 0)) for each in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(
             f"teacher `{teacher.origin}` has a vocabulary of {sizes[1]} tokens, `{student.origin}` one of {sizes[0]}",

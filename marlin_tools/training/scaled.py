@@ -186,7 +186,7 @@ def rounded_once(model: nn.Module) -> Iterator[None]:
 
 
 def free_codes(model: nn.Module, original: nn.Module) -> None:
-    """Let the codes of all quantised linears of a model learn; `original` has its weights as they were."""
+    """Let the codes of all quantised linears of a model learn; `original` has their weights as they were, by the same names."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ScaledLinear):
             linear, weight = module.solved(), original.get_submodule(name).weight

@@ -64,8 +64,15 @@ class Reader:
 
     def head(self, dtype: torch.dtype) -> Head:
         """What turns the last hidden states into logits."""
-        weight = whole(self.model.get_submodule(self.family.head).weight.detach())
-        return Head(weight.to(dtype), getattr(self.model.config, "final_logit_softcapping", None))
+        text = self.model.config.get_text_config()
+        scale = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
+        weight = whole(self._head.weight.detach())
+        return Head(weight.to(dtype), getattr(text, "final_logit_softcapping", None), scale)
+
+    @property
+    def _head(self) -> Any:
+        """The module before the logits; a checkpoint may call it otherwise."""
+        return self.model.get_output_embeddings()
 
 
 OFFSET = ".offset"
@@ -76,7 +83,7 @@ _LEARNED = (".factor", OFFSET)
 
 
 class Student(Reader):
-    """The model that is trained. Linears in `sparse` keep their zeros, whatever happens.
+    """The model that is trained. Linears in `sparse`, by the names of their modules, keep their zeros, whatever happens.
 
     Of a quantised model, its quantised linears, norms and biases learn; linears that are not quantised stay.
     """
@@ -92,8 +99,8 @@ class Student(Reader):
             parameter.requires_grad_(not self.quantized or parameter.ndim == 1 or name.endswith(_LEARNED))
         behind = {branch.post for branch in family.branches if branch.post}
         fuse_norms(model, int(model.config.get_text_config().hidden_size), behind)
-        for part in (f"{family.decoder}.{family.embedding}", family.head):
-            for parameter in model.get_submodule(part).parameters():
+        for part in (model.get_submodule(f"{family.decoder}.{family.embedding}"), self._head):
+            for parameter in part.parameters():
                 parameter.requires_grad_(False)  # noqa: FBT003
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 2,
         "global_head_dim": 64,
+        "final_logit_softcapping": 2.0,
     },
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},
     "smollm3": {"no_rope_layers": [1, 0]},

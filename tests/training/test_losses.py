@@ -13,23 +13,25 @@ B, L, H, V = 3, 11, 16, 40
 
 def plain(student: Tensor, teacher: Tensor, ids: Tensor, heads: tuple[Head, Head]) -> tuple[Tensor, Tensor]:
     """(KL, CE) as they are defined."""
+
+    def logits(hidden: Tensor, head: Head) -> Tensor:
+        product = hidden @ head.weight.T * head.scale
+        return cap * torch.tanh(product / cap) if (cap := head.cap) else product
+
     log_p, log_t = (
-        torch.log_softmax(
-            cap * torch.tanh(hidden @ head.weight.T / cap) if (cap := head.cap) else hidden @ head.weight.T, dim=-1
-        )[:, :-1]
-        for hidden, head in zip((student, teacher), heads, strict=True)
+        torch.log_softmax(logits(hidden, head), dim=-1)[:, :-1] for hidden, head in zip((student, teacher), heads, strict=True)
     )
     kl = (log_t.exp() * (log_t - log_p)).sum(dim=-1).mean()
     return kl, F.nll_loss(log_p.flatten(0, 1), ids[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (3.0, 1.0), (None, 0.3), (3.0, 2.0)])
 @pytest.mark.parametrize(("kl", "ce"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)])
-def test_losses_and_gradient(monkeypatch: pytest.MonkeyPatch, cap: float | None, kl: float, ce: float) -> None:
+def test_losses_and_gradient(monkeypatch: pytest.MonkeyPatch, cap: float | None, scale: float, kl: float, ce: float) -> None:
     monkeypatch.setattr(losses, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(B, L, H, generator=generator) for _ in range(2))
-    heads = tuple(Head(torch.randn(V, H, generator=generator), cap) for _ in range(2))
+    heads = tuple(Head(torch.randn(V, H, generator=generator), cap, scale * (1 + i)) for i in range(2))
     ids = torch.randint(0, V, (B, L), generator=generator)
     found = head_losses(student, teacher, ids, heads, kl=kl, ce=ce)
     student.requires_grad_()
