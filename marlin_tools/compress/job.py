@@ -143,7 +143,7 @@ def compress(
     with computing_on(job.device), output if team.leads else nullcontext():
         journal = Journal(output, run) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
-        shards = Shards(plan.inventory, writer, journal, job.device)
+        shards = Shards(plan.inventory, writer, journal, job.device, joins=store.joins)
         tokens, stream = method.chunk, None
         while True:
             try:

@@ -53,11 +53,18 @@ class Method:
 
 
 class Store(Protocol):
-    """How the linears are stored; `suffixes` are the tensors of each."""
+    """How the linears are stored; `suffixes` are the tensors of each.
+
+    `joins` says whether experts that lie in one tensor do so afterwards, too.
+    """
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """What the names of a linear's tensors end with."""
+
+    @property
+    def joins(self) -> bool:
+        """See above."""
 
     def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
         """What is written, by suffix."""

@@ -22,12 +22,14 @@ REFERENCE_TOKENS = 64
 class Shards:
     """A shard for each block, and one for the rest. `entries` is what each finished block has recorded, in their order.
 
-    Only the process that writes has a journal.
+    Only the process that writes has a journal. `joins` is that of the store.
     """
 
-    def __init__(self, inventory: Inventory, writer: ModelWriter, journal: Journal | None, device: torch.device) -> None:
+    def __init__(
+        self, inventory: Inventory, writer: ModelWriter, journal: Journal | None, device: torch.device, *, joins: bool = False
+    ) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._inventory, self._writer, self._journal = inventory, writer, journal
+        self._inventory, self._writer, self._journal, self._joins = inventory, writer, journal, joins
         self._copies = HostCopies(device)
         self._since = time.perf_counter()
 
@@ -46,7 +48,10 @@ class Shards:
         written = load_file(shard)
         for group in block.all_groups():
             for name in group.names:
-                stored = {suffix: written[f"{name}.{suffix}"] for suffix in suffixes}
+                if self._joins:
+                    stored = {"weight": self._inventory.part(name, written)}
+                else:
+                    stored = {suffix: written[f"{name}.{suffix}"] for suffix in suffixes}
                 group.replace(name, weight(stored, group.weight(name)))
         block.skip()
         if self._journal is not None:
@@ -66,7 +71,8 @@ class Shards:
             with apart("write"):
                 fetched = self._copies.fetch(stored, ready)
                 stored.clear()
-                self._writer.write_shard(index, self._untouched(index) | fetched)
+                joined = self._inventory.joined(index, fetched) if self._joins else self._untouched(index) | fetched
+                self._writer.write_shard(index, joined)
                 before, self._since = self._since, time.perf_counter()
                 facts = {"linears": records, "seconds": round(self._since - before, 3)}
                 self.entries.append(journal.record(index, self._writer.shard_path(index), facts))

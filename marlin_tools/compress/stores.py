@@ -16,6 +16,7 @@ class CodeStore:
 
     format: Format
     checkpoint: Checkpoint
+    joins: bool = False
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -34,10 +35,11 @@ class CodeStore:
 
 @dataclass(frozen=True)
 class DenseStore:
-    """Linears as the original stores them."""
+    """Linears as the original stores them, so that what reads the one reads the other."""
 
     inventory: Inventory
     suffixes: tuple[str, ...] = ("weight",)
+    joins: bool = True
 
     def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
         """In the type that the original has here."""

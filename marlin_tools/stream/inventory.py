@@ -88,6 +88,28 @@ class Inventory:
         plain = {name: WeightRef(name) for name in every if name.startswith(prefix) and name not in taken}
         return {name: ref for name, ref in (plain | split).items() if name.removesuffix(".weight") not in names}
 
+    def joined(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a block as the original stores them, with new weights of its targets in them; these are taken out."""
+        prefix = self.family.block_prefix(index)
+        left = (name for name in self.checkpoint.names() if name.startswith(prefix) and name not in weights)
+        tensors = {name: self.checkpoint.read(name) for name in left}
+        owned: set[str] = set()
+        for name in list(weights):
+            ref, weight = self._refs[name.removesuffix(".weight")], weights.pop(name)
+            if ref.whole:
+                tensors[ref.tensor] = weight
+                continue
+            if ref.tensor not in owned:
+                tensors[ref.tensor] = tensors[ref.tensor].clone()  # what was read may be the file itself
+                owned.add(ref.tensor)
+            ref.take(tensors[ref.tensor]).copy_(weight)
+        return tensors
+
+    def part(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight of a target out of these."""
+        ref = self._refs[name]
+        return ref.take(tensors[ref.tensor])
+
     @property
     def kept_tensors(self) -> set[str]:
         """The tensors that are taken over as they are, wholly or in part."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms import PRESETS
 from marlin_tools.algorithms.solution import Solution, solve_all
+from marlin_tools.backends import load
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -21,6 +22,7 @@ from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import ALONE
 from marlin_tools.errors import ModelError
+from marlin_tools.events import Event
 from marlin_tools.families import experts
 from marlin_tools.families.experts import SplitExperts
 from marlin_tools.families.layout import Layout
@@ -175,9 +177,45 @@ def test_the_experts_of_a_block_share_a_group_size(inner: int, experts: int) -> 
     assert {128} == {size for name, size in chosen.items() if ".experts." not in name}
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4", "mixtral", "qwen3_5_moe_text"])
+def test_pruned_experts_lie_where_they_lay(
+    made: Callable[[str], Path],
+    eager: Callable[[str, Path], torch.nn.Module],
+    tokens: TokenSet,
+    model_type: str,
+    tmp_path: Path,
+) -> None:
+    """Else transformers would make up experts of its own."""
+    source = Checkpoint.open(made(model_type))
+    settings = PruneSettings(preset="wanda", reconstruct=1, ignore=(r"experts\.1\.",), device="cpu")
+    out = prune(source, tokens, settings, tmp_path / "out")
+    assert sorted(out.names()) == sorted(source.names())
+    assert all(out.shape(name) == source.shape(name) for name in source.names())
+    ids = tokens.sequences[0][None]
+    expected = eager(model_type, out.path)(input_ids=ids).logits
+    torch.testing.assert_close(load(out, device="cpu")(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    reference = load_file(out.path / "verify" / "reference.safetensors")
+    torch.testing.assert_close(reference["logits"], expected[0, : len(reference["logits"])], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pruned_mixture_goes_on_where_it_was_killed(made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.text == "blocks" and event.done == 2:
+            raise KeyboardInterrupt
+
+    settings = PruneSettings(preset="wanda", device="cpu")
+    whole = prune(made("gpt_oss"), tokens, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        prune(made("gpt_oss"), tokens, settings, tmp_path / "killed", emit=stop)
+    assert list((tmp_path / "killed.partial").rglob("model-00001-of-*.safetensors"))
+    again = prune(made("gpt_oss"), tokens, settings, tmp_path / "killed")
+    for shard in whole.path.glob("*.safetensors"):
+        assert shard.read_bytes() == (again.path / shard.name).read_bytes()
+
+
 def test_pruned_experts_are_sparse_one_by_one(made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path) -> None:
     out = prune(made("gpt_oss"), tokens, PruneSettings(preset="magnitude"), tmp_path / "out")
-    weight = out.read("model.layers.1.mlp.experts.2.up_proj.weight")
+    weight = Layout(out).weight(1, "mlp.experts.2.up_proj.weight").read(out)
     assert bool(((weight.reshape(-1, 4) != 0).sum(dim=1) <= 2).all())
     again = quantize(out, None, QuantizeSettings(preset="rtn", group_size=32, sparsity="keep"), tmp_path / "int4")
     assert "model.layers.1.mlp.experts.2.up_proj.weight_packed" in again
