@@ -43,10 +43,23 @@ def _quantized(result: Result, place: str) -> Iterator[Step]:
 
 def _sparse(result: Result, place: str) -> Iterator[Step]:
     text = " --calib demo" if result.base == "demo" else ""  # what is at hand; else it would be fetched
-    if result.stage == "prune":
+    if result.stage == "prune" and not _is_mixture(result):  # which cannot be finetuned
         teacher = shlex.quote(str(result.original.get("origin", "MODEL")))
         yield "Let it learn from the original", f"marlin-tools finetune {place} --teacher {teacher}{text}"
-    yield "Quantise it, keeping the zeros", f"marlin-tools quantize {place} --sparsity keep --format marlin-24{text}"
+    dense = "".join(f" --ignore {shlex.quote(pattern)}" for pattern in _ignored(result))
+    yield "Quantise it, keeping the zeros", f"marlin-tools quantize {place} --sparsity keep --format marlin-24{dense}{text}"
+
+
+def _is_mixture(result: Result) -> bool:
+    names = [*(each["name"] for each in result.linears), *result.manifest.get("kept", ())]
+    return any(".experts." in name for name in names)
+
+
+def _ignored(result: Result) -> list[str]:
+    """By which patterns linears were left dense when it was pruned."""
+    steps = (*result.manifest.get("history", ()), result.manifest)
+    settings = [step.get("settings") or {} for step in steps if step.get("stage") == "prune"]
+    return list(dict.fromkeys(pattern for each in settings for pattern in each.get("ignore", ())))
 
 
 def _tasks(result: Result) -> str:

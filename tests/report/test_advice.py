@@ -1,0 +1,35 @@
+"""What is suggested for a sparse model can be done with it."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from marlin_tools.cli import main
+from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.report.advice import next_steps
+from marlin_tools.report.result import gather
+
+Make = Callable[..., Path]
+
+
+def advice(model: Path, out: Path, **settings: object) -> dict[str, str]:
+    made = prune(model, None, PruneSettings(preset="magnitude", device="cpu", **settings), out)
+    return dict(next_steps(gather(made.path, None), out))
+
+
+def test_a_mixture_is_not_sent_to_finetune(tiny_model: Make, tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    assert list(advice(tiny_model("qwen3_moe", **experts), tmp_path / "a")) == ["Quantise it, keeping the zeros"]
+    assert "Let it learn from the original" in advice(tiny_model("llama"), tmp_path / "b")
+
+
+def test_what_was_left_dense_stays_so(tiny_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = advice(tiny_model("llama"), tmp_path / "out", ignore=("gate_proj|up_proj", "layers.1.mlp"))
+    said = command["Quantise it, keeping the zeros"]
+    assert said.endswith("--format marlin-24 --ignore 'gate_proj|up_proj' --ignore layers.1.mlp")
+    words = [*shlex.split(said)[1:], "--preset", "rtn", "--device", "cpu", "-o", str(tmp_path / "int4")]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code, capsys.readouterr().err
