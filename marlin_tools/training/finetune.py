@@ -187,7 +187,7 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
     if count <= settings.held_out:
         raise DataError(
             f"{count} windows of text, of which {settings.held_out} are held out",
-            hint=f"use `--num-samples {settings.held_out + 1}` or more",
+            hint=f"use `{'--num-samples' if tokens else '--sampled'} {settings.held_out + 1}` or more",
         )
 
 

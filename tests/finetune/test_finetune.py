@@ -263,6 +263,12 @@ def test_settings_that_cannot_work(run: Run, settings: dict[str, Any], error: ty
         run(**settings)
 
 
+def test_too_few_windows_by_the_teacher_name_the_setting(run: Run) -> None:
+    with pytest.raises(DataError) as caught:
+        run(text=None, sampled=3, seqlen=16)
+    assert caught.value.hint == "use `--sampled 4` or more"
+
+
 def test_documents_of_different_lengths_are_refused(run: Run) -> None:
     ragged = TokenSet((torch.arange(2, 9), torch.arange(2, 30)), "ragged", packed=False, documents=2)
     with pytest.raises(DataError, match="windows of one length"):
