@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marlin_tools.backends import load
 from marlin_tools.checkpoint.dequantized import DequantizedView, dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import ModelError
 from marlin_tools.formats.stored import StoredLinears
@@ -59,6 +61,19 @@ def test_fp8_blocks_are_codes_times_their_scale(made: Callable[[str], Path], tmp
             )
             assert torch.equal(value[:60], expected.bfloat16())
             break
+
+
+@torch.no_grad()
+def test_pruned_mxfp4_is_a_model_in_16_bits(
+    made: Callable[[str], Path], eager: Callable[[str, Path], torch.nn.Module], tmp_path: Path
+) -> None:
+    path = rewritten(made("gpt_oss"), tmp_path / "mxfp4", to_mxfp4, {"quant_method": "mxfp4"})
+    out, view = prune(path, None, PruneSettings(preset="magnitude"), tmp_path / "out"), dequantized(Checkpoint.open(path))
+    assert out.quantization is None
+    assert out.names() == view.names()
+    ids = torch.arange(2, 40)[None]
+    ours, theirs = (model(input_ids=ids).logits for model in (load(out, device="cpu"), eager("gpt_oss", out.path)))
+    torch.testing.assert_close(ours.float(), theirs, rtol=0.1, atol=0.02 * float(theirs.abs().max()))
 
 
 def scaled_by(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
