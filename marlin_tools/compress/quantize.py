@@ -1,6 +1,6 @@
 """Stage `quantize`: a 16-bit model and calibration tokens -> the same model with INT4 linears.
 
-The loop over the blocks is `loop.py`; here is what a user can choose, and how one group of linears gets its codes.
+The loop over the blocks is `loop.py`, and how one group of linears gets its codes `codes.py`; here is what a user can choose.
 """
 
 import re
@@ -21,21 +21,16 @@ from marlin_tools.algorithms import (
     RTN,
     Algorithm,
     Preset,
-    Problem,
     Pruner,
-    Solution,
 )
-from marlin_tools.algorithms.hessian import ALONE
-from marlin_tools.algorithms.pruning import MaskSolver
-from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.dense import DenseChoice, Share, check_dense, check_room
-from marlin_tools.compress.experts import SolveAll
+from marlin_tools.compress.codes import method_of
+from marlin_tools.compress.dense import Share, check_dense, check_room
 from marlin_tools.compress.forecast import forecast_quantize
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
-from marlin_tools.compress.loop import Method, Refine
+from marlin_tools.compress.loop import Refine
 from marlin_tools.compress.stores import CodeStore
-from marlin_tools.compress.tune import STEP_TOKENS, Tuning, held_out, tune
+from marlin_tools.compress.tune import Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team, assembled, expected
@@ -47,7 +42,6 @@ from marlin_tools.formats.config import with_activations, with_group_sizes
 from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, check_shapes, largest_group_sizes, take_linears
-from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
 REVISION = 10
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
@@ -255,8 +249,9 @@ def quantize(
             "settings": settings.model_dump(exclude=_ELSEWHERE),
             **({"activations": settings.activations} if settings.activations != "16bit" else {}),
         }
-        if settings.sparsity is not None:
-            identity["pruner"] = settings.pruner.model_dump()
+        pruner = settings.pruner if settings.sparsity else None
+        if pruner:
+            identity["pruner"] = pruner.model_dump()
         if settings.keep_dense:
             identity["keep_dense"] = {"share": settings.keep_dense, "revision": CHOSEN}
         how = settings.tuned(tokens.tokens if tokens else 0)
@@ -274,7 +269,7 @@ def quantize(
             "quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, settings.activations
         )
         refine = _tuning(how, plan.checkpoint.dtype, emit) if how else None
-        method = _method(settings, plan, team, refine)
+        method = method_of(solver, pruner, settings.keep_dense, plan, device, team=team, refine=refine)
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 
@@ -322,68 +317,6 @@ def _check_tuning(solver: RTN | GPTQ, tokens: int, longest: int) -> None:
         raise RecipeError("tuning runs in one process", hint="start it without `torchrun`, or do without `--tune` and `max`")
     if 0 < tokens <= longest:
         raise DataError("one sequence cannot be tuned on and held out at once", hint="use `--num-samples 8` or more")
-
-
-def _size_of(group: Group, plan: Preparation) -> int:
-    """How many inputs of this group share a scale."""
-    size = plan.group_sizes[group.names[0]]
-    return size if size > 0 else group.weight(group.names[0]).shape[1]
-
-
-def _at_once(solver: RTN | GPTQ, plan: Preparation) -> SolveAll | None:
-    """How a GPU solves experts that need no mask."""
-    if not isinstance(solver, GPTQ):
-        return None
-    recordings = Recordings(solver, plan.checkpoint.dtype)
-
-    def experts(groups: list[Group]) -> list[Solution]:
-        asked = [(group.names[0], group.stacked(), group.hessian) for group in groups if group.hessian]
-        return recordings.solve(asked, _size_of(groups[0], plan))
-
-    return experts
-
-
-def _method(settings: QuantizeSettings, plan: Preparation, team: Team, refine: Refine | None) -> Method:
-    """How a group gets its codes. Linears that are 2:4 keep their zeros if that is wanted, the others are given a mask.
-
-    Those that are to stay dense are not.
-    """
-    solver, dtype, were_sparse = settings.solver, plan.checkpoint.dtype, dict[str, bool]()
-    mixed = len(set(plan.group_sizes.values())) > 1
-
-    def dense(group: Group, mask_solver: MaskSolver | None = None) -> Problem:
-        sharing = team if group.tokens is None else ALONE
-        return solver.problem(group.names[0], group.hessian, _size_of(group, plan), dtype, mask_solver, sharing)
-
-    def sparse(group: Group) -> Problem:
-        fixed = torch.cat([(group.weight(name) != 0) & is_2_4(group.weight(name)) for name in group.names])
-        return dense(group, settings.pruner.mask_solver(group.names[0], group.hessian, fixed))
-
-    choice = DenseChoice(settings.keep_dense, (dense, sparse), plan.inventory) if settings.keep_dense else None
-
-    def stays_dense(name: str) -> bool:
-        return not settings.sparsity or (choice is not None and name in choice.names)
-
-    def before(batch: list[Group]) -> None:
-        were_sparse.update((name, is_2_4(group.weight(name))) for group in batch for name in group.names)
-
-    def problem(group: Group) -> Problem:
-        return dense(group) if stays_dense(group.names[0]) else sparse(group)
-
-    def note(name: str, solution: Solution) -> dict[str, Any]:
-        said: dict[str, Any] = {"group_size": plan.group_sizes[name]} if mixed else {}
-        if not stays_dense(name):
-            assert solution.linear.is_2_4(), name
-            said["mask"] = "kept" if were_sparse[name] else "chosen"
-        elif were_sparse[name] and not solution.linear.is_2_4():
-            said["mask"] = "lost"
-        elif settings.sparsity:
-            said["mask"] = "none"
-        return said
-
-    kind = pick_device(settings.device).type
-    experts = _at_once(solver, plan) if kind == "cuda" and not settings.sparsity else None
-    return Method(problem, experts, before, solver.staged, note, refine, choice, STEP_TOKENS[kind] if refine else CHUNK_TOKENS)
 
 
 def _check_masks(plan: Preparation) -> None:

@@ -117,7 +117,7 @@ def test_blocks_end_nearer_to_the_original(run: Run, tiny_llama: Path) -> None:
 def test_where_nothing_gets_better_the_result_is_that_of_default(
     run: Run, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("marlin_tools.compress.quantize.CHUNK_TOKENS", 64)  # chunks that are cut in the same places
+    monkeypatch.setattr("marlin_tools.compress.codes.CHUNK_TOKENS", 64)  # chunks that are cut in the same places
     monkeypatch.setitem(STEP_TOKENS, "cpu", 64)
     plain = run(tiny_llama, "plain", preset="default")
     worse = run(tiny_llama, "worse", preset="default", tuning={"iters": 2, "lr": 1.0, "minmax_lr": 1.0})
