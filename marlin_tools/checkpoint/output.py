@@ -56,6 +56,21 @@ def check_output(out: Path | str, sources: Iterable[Path | str] = (), *, overwri
     return path
 
 
+def check_space(out: Path, need: float) -> None:
+    """Refuse a place where so many gigabytes do not fit."""
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free / 1e9
+    if free < need:
+        raise OutputError(
+            f"`{out}` needs {gigabytes(need)}, {gigabytes(free)} are free", hint="free some disk or choose another `-o DIR`"
+        )
+
+
+def gigabytes(size: float) -> str:
+    """A size as people say it."""
+    return f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.{int(size < 0.01)}f} MB"
+
+
 def _check_replaceable(path: Path, *, overwrite: bool) -> None:
     if path.is_symlink():
         raise OutputError(f"`{path}` is a link, and results replace what they are named", hint=ELSEWHERE)

@@ -7,7 +7,6 @@ nor of a mixture of experts, whose time goes to starting kernels.
 Memory is that of the moment at which most is alive.
 """
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,12 @@ import torch
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.algorithms.recorded import AT_ONCE, SMALL
 from marlin_tools.algorithms.solution import SLAB
+from marlin_tools.checkpoint.output import check_space, gigabytes
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds, works
 from marlin_tools.distributed.device import matmul_rate, peak_memory
 from marlin_tools.distributed.team import ALONE, PARTS, SLABS, Team, expected
-from marlin_tools.errors import DeviceError, OutputError
+from marlin_tools.errors import DeviceError
 from marlin_tools.stream.activations import MemoryBudget
 from marlin_tools.stream.inventory import Inventory, Target
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS
@@ -95,18 +95,12 @@ class Forecast:
         rows.append(("host memory", f"{self.host_gb:.1f} GB at the peak{each}"))
         if self.gpu_gb is not None:
             rows.append(("GPU memory", f"{self.gpu_gb:.1f} GB at the peak{each}"))
-        rows.append(("disk", _gigabytes(self.disk_gb)))
+        rows.append(("disk", gigabytes(self.disk_gb)))
         return rows if self.seconds is None else [*rows, ("time", _spell(self.seconds))]
 
     def check(self, out: Path) -> None:
         """Refuse what cannot end well."""
-        parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-        free = shutil.disk_usage(parent).free / 1e9
-        if free < self.disk_gb:
-            raise OutputError(
-                f"`{out}` needs {_gigabytes(self.disk_gb)}, {_gigabytes(free)} are free",
-                hint="free some disk or choose another `-o DIR`",
-            )
+        check_space(out, self.disk_gb)
         if self.gpu_gb is not None:
             available = torch.cuda.mem_get_info(self.device)[0] / 1e9
             if available < self.gpu_gb:
@@ -167,10 +161,6 @@ def forecast_prune(
 ) -> Forecast:
     """The same for pruning; `trained` if each block is trained afterwards."""
     return _forecast(checkpoint, inventory, solver, _Load(*text, 2, "pruned", trained=trained, pruner=solver), device)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.{int(size < 0.01)}f} MB"
 
 
 def _spell(seconds: float) -> str:

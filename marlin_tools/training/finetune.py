@@ -30,7 +30,7 @@ from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
-from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.output import OutputDirectory, check_space
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.data.calibrate import CalibrationSettings
@@ -231,6 +231,7 @@ class _Work:
         if (rounds := trainer.steps * self.settings.batch / len(train)) >= 1.5:
             said = f"{len(train)} windows are read {rounds:.1f} times; more text might teach it more"
             self.emit(Event("note", said))
+        self._check_space(trainer)
         self._go_on(trainer)
         trainer.run(self.emit, lambda: self._save(trainer))
         self._write(student)
@@ -267,6 +268,11 @@ class _Work:
         return TokenSet(
             (*written.sequences, *tokens.sequences), both, packed=True, documents=tokens.documents, seed=tokens.seed
         )
+
+    def _check_space(self, trainer: Trainer) -> None:
+        """Refuse what would end at a full disk. A saved state takes the place of the one before when it is whole."""
+        states = 1 if (self.output.state / _STATE).is_file() else 2
+        check_space(self.output.out, (states * trainer.state_bytes + self.plan.student.nbytes) / 1e9)
 
     def _go_on(self, trainer: Trainer) -> None:
         """Continue from the last saved state, if there is one."""

@@ -54,7 +54,7 @@ class TrainingSettings(Settings):
     rate: float | None = Field(None, gt=0, le=1)
     code_rate: float | None = Field(None, ge=0, le=1)
     warmup: float = Field(0.03, ge=0, le=1)
-    batch: int = Field(32, ge=1)
+    batch: int = Field(32, ge=1, le=1_000_000)
     micro: int = Field(8, ge=1)
     kl: float = Field(1.0, ge=0)
     ce: float = Field(0.0, ge=0)
@@ -251,6 +251,11 @@ class Trainer:
                 yield f"{name}|{moment}", whole(moments[moment]).cpu()
             if self._best:
                 yield f"{name}|best", whole(self._best[name]).cpu()
+
+    @property
+    def state_bytes(self) -> int:
+        """How large a saved state is: of each parameter its value, two moments and its best value."""
+        return sum(4 * parameter.nbytes for parameter in self._trained.values())
 
     def facts(self) -> dict[str, Any]:
         """The rest of a saved state."""

@@ -85,6 +85,22 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, stop: int) -> None:
     )
 
 
+def test_a_full_disk_is_seen_before_the_first_step(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StopError):
+        run(how={"emit": stop_at(3)})
+    state = (tmp_path / "out.partial" / "state" / "training.safetensors").stat().st_size
+    free = SimpleNamespace(free=1.5 * state)  # a state takes the place of another, and the result is small beside both
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    steps: list[int] = []
+    count = {"emit": lambda event: steps.append(event.done) if event.text == "steps" else None}
+    with pytest.raises(OutputError, match=r"`.*other` needs .* MB, .* MB are free"):
+        run("other", how=count)
+    assert not steps
+    assert not (tmp_path / "other.partial").exists()
+    run(how=count)
+    assert steps
+
+
 def test_what_gets_worse_is_not_kept(run: Run, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_WORSE", 1.1)  # a model of random weights has no more to lose
     notes: list[str] = []
