@@ -116,7 +116,10 @@ class Config(Part):
     num_local_experts: Count | None = None
     num_experts: Count | None = None
     n_routed_experts: Count | None = None
+    moe_num_experts: Count | None = None
     num_experts_per_tok: Count | None = None
+    moe_k: Count | None = None
+    moe_topk: Count | list[Count] | None = None
     moe_intermediate_size: Size | list[Size] | None = None
     vocab_size: Annotated[int, Field(ge=1, le=2**26)] | None = None
     max_position_embeddings: Size | None = None
@@ -270,8 +273,11 @@ class Tensors(NamedTuple):
     dtypes: Mapping[str, torch.dtype]
 
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Where a config.json says how many experts there are."""
+
+CALLED = ("num_experts_per_tok", "moe_k", "moe_topk")
+"""Where it says how many of them a token is sent to: one number, or one for each block."""
 
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
 """Buffers, masks among them, that old checkpoints store and that models compute today."""
@@ -334,10 +340,13 @@ def _check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> N
 
 def _check_experts(config: Mapping[str, Any], where: Path) -> None:
     """A router calls some of the experts that there are, each once for a token."""
-    count, called = next((config[key] for key in EXPERTS if config.get(key)), None), config.get("num_experts_per_tok")
-    if isinstance(count, int) and isinstance(called, int) and not 1 <= called <= count:
-        hint = "correct it, or download the model again"
-        raise ModelError(f"`{where}`: `num_experts_per_tok` is {called}, of {count} experts", hint=hint)
+    count = next((config[key] for key in EXPERTS if config.get(key)), None)
+    for key in CALLED:
+        called = config.get(key)
+        for each in called if isinstance(called, list) else [called]:
+            if isinstance(count, int) and isinstance(each, int) and not 1 <= each <= count:
+                hint = "correct it, or download the model again"
+                raise ModelError(f"`{where}`: `{key}` is {each}, of {count} experts", hint=hint)
 
 
 def _disagreement(where: Path, fact: str) -> ModelError:

@@ -26,14 +26,16 @@ class Experts:
     path         the module that holds them, relative to the branch's body
     shared       the network that every token goes through, likewise; None if there is none
     stored       what checkpoints call gate, up and down of a single expert
-    transposed   a tensor that holds all experts is [E, K, N], not [E, N, K]
+    together     what they call the tensors that hold gate and up, and down, of all experts, relative to the branch's body
+    transposed   such a tensor is [E, K, N], not [E, N, K]; None if both are found, which its shape tells
     interleaved  in such a tensor, rows of gate and up take turns
     """
 
     path: str = "experts"
     shared: str | None = None
     stored: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    transposed: bool = False
+    together: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
+    transposed: bool | None = False
     interleaved: bool = False
 
 

@@ -200,7 +200,8 @@ def split_experts(model: nn.Module, family: Family) -> None:
             body: Any = getattr(block, branch.body, None)
             fused = getattr(body, branch.experts.path, None)
             if isinstance(fused, nn.Module) and hasattr(fused, "gate_up_proj"):
-                own = _split(fused, transposed=branch.experts.transposed, scales_inputs=not hasattr(fused, "_apply_gate"))
+                turned = bool(getattr(fused, "is_transposed", branch.experts.transposed))  # the module, not what is stored
+                own = _split(fused, transposed=turned, scales_inputs=not hasattr(fused, "_apply_gate"))
                 setattr(body, branch.experts.path, own)
                 if own.scales_inputs:
                     setattr(block, branch.body, InputWeightedExperts(body))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.contract import COMPUTED, EXPERTS
+from marlin_tools.checkpoint.contract import CALLED, COMPUTED, EXPERTS
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import MISMATCH, some
 from marlin_tools.errors import ModelError
@@ -109,24 +109,28 @@ class Layout:
     def _count(self, index: int, branch: Branch, experts: Experts) -> int:
         prefix = f"{self.family.block_prefix(index)}{self._renamed(f'{branch.body}.{experts.path}')}"
         asked = next((int(self.config[key]) for key in EXPERTS if self.config.get(key)), 0)
-        if (fused := self._fused(prefix)) is not None:
-            found = self.checkpoint.shape(fused)[0]
+        if (together := self._together(index, branch)) is not None:
+            found = self.checkpoint.shape(together[0])[0]
         else:
             found = next(number for number in range(len(self._modules)) if f"{prefix}.{number}" not in self._modules)
         if found != asked:
             raise ModelError(f"`{prefix}` holds {found} experts, config.json asks for {asked}", hint=MISMATCH)
         return found
 
-    def _fused(self, prefix: str) -> str | None:
-        """The tensor in which gate and up of all experts lie, if there is one."""
-        name = f"{prefix}.gate_up_proj"
-        return name if name in self.checkpoint else None
+    def _together(self, index: int, branch: Branch) -> tuple[str, str] | None:
+        """The tensors in which gate and up, and down, of all experts of a branch lie, if there are such."""
+        if branch.experts is None:
+            return None
+        body = self.family.block_prefix(index) + self._renamed(branch.body)
+        gate_up, down = (f"{body}.{name}" for name in branch.experts.together)
+        return (gate_up, down) if gate_up in self.checkpoint else None
 
     def share(self, index: int, name: str) -> float:
         """About which share of all tokens goes through a linear of block `index`, by its name relative to the block."""
         for branch in self.branches(index):
             if branch.experts is not None and name.startswith(f"{branch.body}.{branch.experts.path}."):
-                return min(1.0, int(self.config.get("num_experts_per_tok") or 1) / self.experts(index, branch))
+                called = next((self.config[key] for key in CALLED if self.config.get(key)), 1)
+                return min(1.0, (called[index] if isinstance(called, list) else called) / self.experts(index, branch))
         return 1.0
 
     def steps(self, index: int, branch: Branch) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -152,40 +156,41 @@ class Layout:
         """Where a parameter of block `index` lies, for example `mlp.experts.3.up_proj.weight`."""
         for branch in self.branches(index):
             inside = f"{branch.body}.{branch.experts.path}." if branch.experts else None
-            if branch.experts and inside and name.startswith(inside):
-                prefix = self.family.block_prefix(index) + self._renamed(inside.removesuffix("."))
-                if self._fused(prefix) is not None:
-                    return self._slice(prefix, branch.experts, name.removeprefix(inside))
+            if branch.experts and inside and name.startswith(inside) and (together := self._together(index, branch)):
+                return self._slice(together, branch.experts, name.removeprefix(inside))
         return WeightRef(self.family.block_prefix(index) + self._renamed(name))
 
     def split(self, index: int) -> Iterator[tuple[str, str, WeightRef]]:
         """What lies in tensors that hold all experts of block `index`: (stored name of the linear, weight or bias, where)."""
         for branch in self.branches(index):
-            if branch.experts is None:
+            if branch.experts is None or (together := self._together(index, branch)) is None:
                 continue
-            prefix = self.family.block_prefix(index) + self._renamed(f"{branch.body}.{branch.experts.path}")
-            if self._fused(prefix) is None:
-                continue
-            kinds = [kind for kind, end in (("weight", ""), ("bias", "_bias")) if f"{prefix}.down_proj{end}" in self.checkpoint]
+            kinds = [kind for kind, end in (("weight", ""), ("bias", "_bias")) if f"{together[1]}{end}" in self.checkpoint]
             for number in range(self.experts(index, branch)):
                 for projection in ("gate_proj", "up_proj", "down_proj"):
                     name = f"{branch.body}.{branch.experts.path}.{number}.{projection}"
                     for kind in kinds:
                         yield self.linear(index, name), kind, self.weight(index, f"{name}.{kind}")
 
-    def _slice(self, prefix: str, experts: Experts, name: str) -> WeightRef:
+    def _slice(self, together: tuple[str, str], experts: Experts, name: str) -> WeightRef:
         """One expert's projection, or its bias, in a tensor that holds those of all."""
         number, projection, kind = name.split(".")
-        fused, suffix = ("down_proj" if projection == "down_proj" else "gate_up_proj"), ("" if kind == "weight" else "_bias")
-        tensor = f"{prefix}.{fused}{suffix}"
-        turned = experts.transposed and kind == "weight"
+        halved = projection != "down_proj"
+        tensor = together[0 if halved else 1] + ("" if kind == "weight" else "_bias")
+        turned = kind == "weight" and self._turned(tensor, experts, inputs=halved)
         index: Index = (int(number),)
-        if fused == "gate_up_proj":
+        if halved:
             second = projection == "up_proj"
             half = self.checkpoint.shape(tensor)[-1 if turned or kind == "bias" else 1] // 2
             rows = slice(int(second), None, 2) if experts.interleaved else slice(half * second, half * (1 + second))
             index = (*index, slice(None), rows) if turned else (*index, rows)
         return WeightRef(tensor, index, turned)
+
+    def _turned(self, tensor: str, experts: Experts, *, inputs: bool) -> bool:
+        """Whether a tensor is [E, K, N]; the hidden size is K if it is that of the `inputs`, else N."""
+        if experts.transposed is None:  # as transformers has it, unless that cannot be
+            return self.checkpoint.shape(tensor)[-1 if inputs else 1] != self.config.get("hidden_size")
+        return experts.transposed
 
     def place(self, name: str) -> WeightRef:
         """Where any parameter of transformers' model lies; experts are those of `families.experts`."""
