@@ -14,7 +14,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ErrorTranslation, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 MAKING = threading.RLock()
@@ -62,6 +62,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for each in (config, config.get_text_config()):  # it may keep a `text_config` that it does not know as plain values
             each.return_dict = True  # with false transformers' own models fail
+        _turn_in_part(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config
@@ -71,6 +72,13 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         how = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=how)
     return model, nested
+
+
+def _turn_in_part(config: "PreTrainedConfig") -> None:
+    """MiniMax M2 says with `rotary_dim` how much of a head is turned, which transformers 5.17 passes over and turns all."""
+    size, turns = getattr(config, "rotary_dim", None), getattr(config, "rope_parameters", None)
+    if config.model_type == "minimax_m2" and isinstance(size, int) and isinstance(turns, dict):
+        turns.setdefault("partial_rotary_factor", size / config.head_dim)
 
 
 @contextmanager

@@ -144,6 +144,7 @@ ALIASES = {
     "glm4_moe": "qwen2_moe",
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
+    "minimax_m2": "mixtral",
     "ministral3": "llama",
     "mistral": "llama",
     "olmo": "llama",

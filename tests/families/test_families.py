@@ -201,6 +201,25 @@ def test_what_corrects_a_router_keeps_its_type(made: Callable[[str], Path], tmp_
     assert torch.equal(next(value for name, value in held.items() if name.endswith("e_score_correction_bias")), tensors[bias])
 
 
+@torch.no_grad()
+def test_heads_of_which_a_part_is_turned(made: Callable[[str], Path], eager: Load, tokens: TokenSet, tmp_path: Path) -> None:
+    """As MiniMax M2 says so, and in the words that transformers reads."""
+    theirs, ours = (Path(shutil.copytree(made("minimax_m2"), tmp_path / name)) for name in ("theirs", "ours"))
+    config = json.loads((theirs / "config.json").read_text())
+    turns = {"rope_type": "default", "rope_theta": 1e4}
+    told = config | {"rope_parameters": turns | {"partial_rotary_factor": 0.25}}
+    (theirs / "config.json").write_text(json.dumps(told))
+    (ours / "config.json").write_text(json.dumps(config | {"rope_parameters": turns, "rotary_dim": 8}))
+    stream = LayerStream(Checkpoint.open(ours), tokens, frozenset(), torch.device("cpu"))
+    for block in stream:
+        block.skip()
+    ids, logits = stream.logits(40)
+    expected = eager("minimax_m2", theirs)(input_ids=ids[None]).logits[0]
+    loaded = load(ours, device="cpu", dtype=torch.float32)(input_ids=ids[None]).logits[0]
+    for found in (logits, loaded):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def write_words(folder: Path) -> None:
     """A tokenizer that knows the words of one sentence, and one for all others."""
     words = ["<s>", "</s>", "?", *"The boat left the harbour at dawn".split()]
