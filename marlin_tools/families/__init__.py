@@ -163,6 +163,7 @@ ALIASES = {
 FAMILIES = (
     "cohere2",
     "deepseek_v3",
+    "ernie4_5_moe",
     "gemma2",
     "gemma4_text",
     "glm",

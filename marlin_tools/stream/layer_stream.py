@@ -59,10 +59,10 @@ def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
         setattr(home, leaf, weight if leaf in home._buffers else nn.Parameter(weight, requires_grad=False))  # noqa: SLF001
 
 
-def _weights_of(module: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    """Shapes of all that is stored of a module, parameters (True) and buffers."""
-    parameters = dict(module.named_parameters())
-    return {name: (tensor.shape, name in parameters) for name, tensor in module.state_dict(keep_vars=True).items()}
+def _weights_of(module: nn.Module, dtype: torch.dtype) -> dict[str, tuple[torch.Size, bool]]:
+    """Shapes of all that is stored of a module, and whether it takes the type to compute in: buffers, some routers do not."""
+    computed = {name for name, parameter in module.named_parameters() if parameter.dtype == dtype}
+    return {name: (tensor.shape, name in computed) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 @dataclass
@@ -313,7 +313,7 @@ class LayerStream:
     def _wanted(self) -> Iterator[dict[str, WeightRequest]]:
         """The weights of block after block: full names and shapes."""
         for index, module in enumerate(self._blocks):
-            weights = _weights_of(module)
+            weights = _weights_of(module, self.dtype)
             yield {name: WeightRequest(self.layout.weight(index, name), *each) for name, each in weights.items()}
 
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
@@ -353,10 +353,11 @@ class LayerStream:
             raise ValueError("the stream carries no activations")
         norm = getattr(self._decoder, self.family.norm)
         materialize(norm, f"{self._stored}.{self.family.norm}.", self.checkpoint, self.device, self.dtype)
-        head = f"{self.family.head}.weight"
+        head, bias = (f"{self.family.head}.{kind}" for kind in ("weight", "bias"))
         weight = self.checkpoint.read(head if head in self.checkpoint else self._embedding_name).to(self.device, self.dtype)
         seen = self._beside[0] if self._beside else self.hidden
         logits = (norm(seen[0][0, :count]) @ weight.T).float()
+        logits += self.checkpoint.read(bias).to(logits) if bias in self.checkpoint else 0
         logits = logits * getattr(self._text, "logit_scale", 1.0) / getattr(self._text, "logits_scaling", 1.0)
         cap = getattr(self._text, "final_logit_softcapping", None)
         return self.first_tokens[:count], (torch.tanh(logits / cap) * cap if cap else logits).cpu()

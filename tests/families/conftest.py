@@ -97,6 +97,13 @@ CASES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": INNER,
+        "use_bias": True,
+    },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
