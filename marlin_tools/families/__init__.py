@@ -137,6 +137,7 @@ ALIASES = {
     "arcee": "nemotron",
     "cohere": "cohere2",
     "cwm": "llama",
+    "deepseek_v2": "deepseek_v3",
     "ernie4_5": "llama",
     "exaone4": "olmo2",
     "gemma": "llama",

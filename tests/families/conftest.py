@@ -26,6 +26,15 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INNER}
+CALLED: dict[str, Any] = {**EXPERTS, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
 DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -103,6 +112,15 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 1,
         "moe_intermediate_size": INNER,
         "use_bias": True,
+    },
+    "deepseek_v2": {
+        **CALLED,
+        **LATENT,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_shared_experts": 1,
+        "attention_bias": True,
     },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
