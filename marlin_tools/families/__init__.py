@@ -143,6 +143,7 @@ ALIASES = {
     "gemma": "llama",
     "gemma3_text": "gemma2",
     "glm4_moe": "qwen2_moe",
+    "glm4_moe_lite": "deepseek_v3",
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
     "minimax_m2": "mixtral",

@@ -122,6 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "attention_bias": True,
     },
+    "glm4_moe_lite": {**CALLED, **LATENT},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
