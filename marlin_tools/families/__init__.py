@@ -181,6 +181,7 @@ FAMILIES = (
     "phi3",
     "qwen2_moe",
     "qwen3_5_text",
+    "qwen3_vl_moe_text",
     "stablelm",
     "starcoder2",
 )
@@ -194,6 +195,7 @@ NESTED = {
     "qwen3_5": ("qwen3_5_text", "model.language_model"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "model.language_model"),
     "qwen3_vl": ("qwen3_vl_text", "model.language_model"),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", "model.language_model"),
 }
 """Types that hold a language model among other things: its own type if config.json does not say, and its module."""
 

@@ -165,6 +165,23 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [0],
         },
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **TEXT,
+            **EXPERTS,
+            "moe_intermediate_size": 96,
+            "mlp_only_layers": [0],
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": HIDDEN,
+            "deepstack_visual_indexes": [0],
+        },
+    },
     "qwen3_5": {
         "text_config": {**TEXT, **DELTA},
         "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
