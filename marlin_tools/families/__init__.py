@@ -138,6 +138,7 @@ ALIASES = {
     "cohere": "cohere2",
     "cwm": "llama",
     "deepseek_v2": "deepseek_v3",
+    "dots1": "qwen2_moe",
     "ernie4_5": "llama",
     "exaone4": "olmo2",
     "gemma": "llama",

@@ -123,6 +123,7 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "glm4_moe_lite": {**CALLED, **LATENT},
+    "dots1": {**CALLED, "n_shared_experts": 1, "first_k_dense_replace": 1, "sliding_window": 16, "max_window_layers": 1},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
