@@ -174,6 +174,7 @@ FAMILIES = (
     "gpt_neox",
     "gpt_oss",
     "granite",
+    "granitemoe",
     "llama",
     "llama4_text",
     "mixtral",

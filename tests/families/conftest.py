@@ -35,6 +35,12 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 32,
     "num_key_value_heads": 4,
 }
+MULTIPLIED: dict[str, Any] = {
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.2,
+}
 DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -69,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "olmo3": {"sliding_window": 16},
     "exaone4": {"sliding_window": 16},
-    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "attention_multiplier": 0.2},
+    "granite": MULTIPLIED,
     "phi3": {"partial_rotary_factor": 0.5},
     "glm": {},
     "glm4": {},
@@ -124,6 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe_lite": {**CALLED, **LATENT},
     "dots1": {**CALLED, "n_shared_experts": 1, "first_k_dense_replace": 1, "sliding_window": 16, "max_window_layers": 1},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96, **MULTIPLIED},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
