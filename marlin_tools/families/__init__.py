@@ -50,6 +50,7 @@ class Branch:
     beside    it reads what the branch before it read, not what that put out: "always", or if this key of config.json says so
     instead   a block has it in the place of the branch before it, or of one before that which is `instead` as well
     experts   the body is a mixture of experts; `entry` and `exit` are then empty
+    optional  a model may have it or not
     """
 
     pre: str | None
@@ -62,6 +63,7 @@ class Branch:
     beside: str | None = None
     instead: bool = False
     experts: Experts | None = None
+    optional: bool = False
 
     def steps(self, experts: int = 0) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """Its linears, relative to the body, as they are solved: step by step, in each the groups that read one tensor."""
@@ -126,7 +128,8 @@ class Family:
             parts += [f"{branch.body}.{experts.shared}"] if experts is not None and experts.shared is not None else []
             return all(present(name) for name in parts)
 
-        return tuple(next((branch for branch in slot if whole(branch)), slot[0]) for slot in self.slots())
+        found = (next((b for b in slot if whole(b)), None if slot[0].optional else slot[0]) for slot in self.slots())
+        return tuple(branch for branch in found if branch is not None)
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors start with."""
@@ -175,6 +178,7 @@ FAMILIES = (
     "gpt_oss",
     "granite",
     "granitemoe",
+    "granitemoeshared",
     "llama",
     "llama4_text",
     "mixtral",

@@ -131,6 +131,13 @@ CASES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**CALLED, **LATENT},
     "dots1": {**CALLED, "n_shared_experts": 1, "first_k_dense_replace": 1, "sliding_window": 16, "max_window_layers": 1},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96, **MULTIPLIED},
+    "granitemoeshared": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
+        "shared_intermediate_size": 64,
+        **MULTIPLIED,
+    },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,

@@ -1,0 +1,17 @@
+"""Granite with experts beside a shared one, of which gate and up are one linear."""
+
+from dataclasses import replace
+
+from marlin_tools.families import Branch
+from marlin_tools.families.granitemoe import FAMILY as GRANITEMOE
+
+_SHARED = Branch(
+    pre="post_attention_layernorm",
+    body="shared_mlp",
+    entry=("input_linear",),
+    exit="output_linear",
+    beside="always",
+    optional=True,
+)
+
+FAMILY = replace(GRANITEMOE, branches=(*GRANITEMOE.branches, _SHARED))
