@@ -179,6 +179,7 @@ FAMILIES = (
     "granite",
     "granitemoe",
     "granitemoeshared",
+    "hunyuan_v1_moe",
     "llama",
     "llama4_text",
     "mixtral",

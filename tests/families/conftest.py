@@ -138,6 +138,7 @@ CASES: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 64,
         **MULTIPLIED,
     },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2, 3]},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
