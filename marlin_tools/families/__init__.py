@@ -186,6 +186,7 @@ FAMILIES = (
     "nemotron",
     "olmo2",
     "phi3",
+    "phimoe",
     "qwen2_moe",
     "qwen3_5_text",
     "qwen3_vl_moe_text",

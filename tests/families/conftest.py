@@ -139,6 +139,13 @@ CASES: dict[str, dict[str, Any]] = {
         **MULTIPLIED,
     },
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2, 3]},
+    "phimoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
