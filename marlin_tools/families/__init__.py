@@ -170,6 +170,7 @@ FAMILIES = (
     "cohere2",
     "deepseek_v3",
     "ernie4_5_moe",
+    "flex_olmo",
     "gemma2",
     "gemma4_text",
     "glm",

@@ -146,6 +146,7 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "lm_head_bias": True,
     },
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
