@@ -167,6 +167,7 @@ ALIASES = {
     "smollm3": "llama",
 }
 FAMILIES = (
+    "afmoe",
     "cohere2",
     "deepseek_v3",
     "ernie4_5_moe",

@@ -203,6 +203,9 @@ def split_experts(model: nn.Module, family: Family) -> None:
                 turned = bool(getattr(fused, "is_transposed", branch.experts.transposed))  # the module, not what is stored
                 own = _split(fused, transposed=turned, scales_inputs=not hasattr(fused, "_apply_gate"))
                 setattr(body, branch.experts.path, own)
+                if isinstance(bias := getattr(body, "expert_bias", None), nn.Parameter):
+                    del body.expert_bias
+                    body.register_buffer("expert_bias", bias.data)  # what corrects a router keeps the type that is stored
                 if own.scales_inputs:
                     setattr(block, branch.body, InputWeightedExperts(body))
 

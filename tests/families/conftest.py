@@ -147,6 +147,15 @@ CASES: dict[str, dict[str, Any]] = {
         "lm_head_bias": True,
     },
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "afmoe": {
+        **EXPERTS,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mup_enabled": True,
+        "route_scale": 1.5,
+    },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,

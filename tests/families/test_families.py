@@ -17,12 +17,13 @@ from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.generate import GenerateSettings, generate
+from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register, unregister
 from marlin_tools.stream.inventory import check_shapes, take_linears
-from marlin_tools.stream.layer_stream import LayerStream
+from marlin_tools.stream.layer_stream import LayerStream, _weights_of
 from marlin_tools.verification.checks import Subject, check_config
 from marlin_tools.verification.engines import judge_checkpoint
 
@@ -188,17 +189,25 @@ def test_engines_look_into_a_model_within_another(made: Callable[[str], Path], t
     assert "q_proj` is not quantised, but fused with linears that are" in verdict.reasons[1]
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "ernie4_5_moe", "afmoe"])
 @torch.no_grad()
-def test_what_corrects_a_router_keeps_its_type(made: Callable[[str], Path], tmp_path: Path) -> None:
-    source = made("deepseek_v3")
+def test_what_corrects_a_router_keeps_its_type(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    source = made(model_type)
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
-    (bias,) = [name for name in tensors if name.endswith("e_score_correction_bias")]
-    tensors[bias] = 8 + torch.arange(tensors[bias].numel()) / 512  # of which bfloat16 knows two
+    (bias,) = [name for name in tensors if name.endswith(("e_score_correction_bias", "expert_bias"))]
+    tensors[bias] = (8 + torch.arange(tensors[bias].numel()) / 512).view_as(tensors[bias])  # of which bfloat16 knows two
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    held = dict(load(tmp_path, device="cpu", dtype=torch.bfloat16).named_buffers())
-    assert torch.equal(next(value for name, value in held.items() if name.endswith("e_score_correction_bias")), tensors[bias])
+    held = load(tmp_path, device="cpu", dtype=torch.bfloat16).state_dict()
+    (place,) = [name for name in held if name.endswith(("e_score_correction_bias", "expert_bias"))]
+    assert torch.equal(held[place], tensors[bias])
+
+    block: torch.nn.Module = shell(Checkpoint.open(tmp_path), torch.bfloat16).model.layers[1]
+    cast = {name for name, (_, cast) in _weights_of(block, torch.bfloat16).items() if cast}
+    assert "self_attn.o_proj.weight" in cast
+    assert place.removeprefix("model.layers.1.") not in cast
+    assert ("mlp.gate.weight" in cast) == (model_type == "deepseek_v3")
 
 
 @torch.no_grad()
