@@ -171,6 +171,7 @@ FAMILIES = (
     "cohere2",
     "deepseek_v3",
     "ernie4_5_moe",
+    "exaone_moe",
     "flex_olmo",
     "gemma2",
     "gemma4_text",

@@ -156,6 +156,13 @@ CASES: dict[str, dict[str, Any]] = {
         "mup_enabled": True,
         "route_scale": 1.5,
     },
+    "exaone_moe": {
+        **CALLED,
+        "num_shared_experts": 1,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
