@@ -148,6 +148,7 @@ ALIASES = {
     "gemma3_text": "gemma2",
     "glm4_moe": "qwen2_moe",
     "glm4_moe_lite": "deepseek_v3",
+    "glm4v_moe_text": "qwen2_moe",
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
     "minimax_m2": "mixtral",
@@ -200,6 +201,7 @@ FAMILIES = (
 NESTED = {
     "gemma3": ("gemma3_text", "model.language_model"),
     "gemma4": ("gemma4_text", "model.language_model"),
+    "glm4v_moe": ("glm4v_moe_text", "model.language_model"),
     "llama4": ("llama4_text", "language_model.model"),
     "mistral3": ("mistral", "model.language_model"),
     "qwen2_5_vl": ("qwen2_5_vl_text", "model.language_model"),

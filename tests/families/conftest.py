@@ -222,6 +222,15 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [0],
         },
     },
+    "glm4v_moe": {
+        "text_config": {
+            **TEXT,
+            **CALLED,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
+    },
     "qwen3_5": {
         "text_config": {**TEXT, **DELTA},
         "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},

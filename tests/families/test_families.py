@@ -238,7 +238,9 @@ def write_words(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=known, **marks).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama4"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama4", "glm4v_moe"]
+)
 def test_a_model_within_another_is_scored_and_writes(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
     source = tmp_path / "model"
     shutil.copytree(made(model_type), source)
