@@ -166,6 +166,7 @@ ALIASES = {
     "qwen3_vl_text": "llama",
     "seed_oss": "llama",
     "smollm3": "llama",
+    "solar_open": "qwen2_moe",
 }
 FAMILIES = (
     "afmoe",
