@@ -187,6 +187,7 @@ FAMILIES = (
     "hunyuan_v1_moe",
     "llama",
     "llama4_text",
+    "mimo_v2_flash",
     "mixtral",
     "nemotron",
     "olmo2",

@@ -164,6 +164,13 @@ CASES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
     },
     "solar_open": {**CALLED, "n_shared_experts": 1},
+    "mimo_v2_flash": {
+        **CALLED,
+        "num_key_value_heads": 1,
+        "v_head_dim": 64,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "llama4_text": {
         "num_local_experts": 4,
