@@ -141,6 +141,7 @@ ALIASES = {
     "cohere": "cohere2",
     "cwm": "llama",
     "deepseek_v2": "deepseek_v3",
+    "deepseek_v32": "deepseek_v3",
     "dots1": "qwen2_moe",
     "ernie4_5": "llama",
     "exaone4": "olmo2",
