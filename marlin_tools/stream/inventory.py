@@ -120,9 +120,9 @@ class Inventory:
         """The names of all linears that stay as they are, as config.json has to list them.
 
         What stands beside a language model is listed by its tensors and by transformers' modules, where these differ: some
-        engines go by the one, some by the other.
+        engines go by the one, some by the other. So are experts.
         """
-        found = list(self.kept)
+        found = [*self.kept, *self._also_called()]
         embedding = f"{self.family.stored or self.family.decoder}.{self.family.embedding}"
         for name in self.checkpoint.names():
             linear = name.removesuffix(".weight")
@@ -132,6 +132,19 @@ class Inventory:
         nested = self.checkpoint.config.get("model_type") in NESTED
         modules = [*(foreign_linears(self.checkpoint) if nested else ()), *({"lm_head"} - {self.family.head})]
         return [*found, *(name for name in modules if name not in found), self.family.head]
+
+    def _also_called(self) -> list[str]:
+        """Further names of experts that stay as they are: engines ask for those of modules, of tensors, or for half of each."""
+        layout, names = self.layout, []
+        for index in range(self.blocks if self.kept else 0):
+            for linear in (linear for group in layout.groups(index) for linear in group):
+                if (stored := layout.linear(index, linear)) in self.kept and ".experts." in stored:
+                    both = [name.partition(".experts.") for name in (stored, self.family.block_prefix(index) + linear)]
+                    number = both[0][2].partition(".")[0]
+                    ends = [end.partition(".")[2] for _, _, end in both]
+                    called = (f"{body}.experts.{number}.{end}" for body, _, _ in both for end in ends)
+                    names += [name for name in dict.fromkeys(called) if name != stored]
+        return names
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -177,7 +177,7 @@ def test_the_experts_of_a_block_share_a_group_size(inner: int, experts: int) -> 
     assert {128} == {size for name, size in chosen.items() if ".experts." not in name}
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4", "mixtral", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4", "mixtral", "qwen3_5_moe_text", "granitemoeshared", "qwen3_vl_moe"])
 def test_pruned_experts_lie_where_they_lay(
     made: Callable[[str], Path],
     eager: Callable[[str, Path], torch.nn.Module],
