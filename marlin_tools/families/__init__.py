@@ -171,6 +171,7 @@ ALIASES = {
 }
 FAMILIES = (
     "afmoe",
+    "apertus",
     "cohere2",
     "deepseek_v3",
     "ernie4_5_moe",

@@ -49,6 +49,16 @@ DELTA: dict[str, Any] = {
     "linear_value_head_dim": 32,
 }
 VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
+BLOCKS: dict[str, Any] = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -89,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "ernie4_5": {"use_bias": True},
     "cwm": {"sliding_window": 16},
+    "apertus": {"attention_bias": True},
     "qwen3_5_text": DELTA,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -104,12 +115,7 @@ CASES: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "q_lora_rank": 128,
-        "kv_lora_rank": 128,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 32,
-        "num_key_value_heads": 4,
+        **LATENT,
     },
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_moe": {
@@ -207,16 +213,13 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
         "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},
     },
     "qwen2_5_vl": {
-        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
-        "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
+        "text_config": MROPE,
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
     },
     "qwen3_vl": {
-        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
+        "text_config": MROPE,
         "vision_config": {
-            "depth": 1,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_heads": 2,
+            **BLOCKS,
             "out_hidden_size": HIDDEN,
             "deepstack_visual_indexes": [0],
         },
@@ -249,7 +252,7 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5": {
         "text_config": {**TEXT, **DELTA},
-        "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
     },
     "llama4": {
         "text_config": {**TEXT, **CASES["llama4_text"]},

@@ -59,11 +59,11 @@ def test_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_family(tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (title, code), (_, script) = _blocks("A model family")
-    assert "apertus" not in families.known_types()
+    assert "persimmon" not in families.known_types()
     _new_file(title, code, monkeypatch)
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, "apertus"))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, "persimmon"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny-apertus").symlink_to(tiny_model("apertus"))
+    (tmp_path / "tiny-persimmon").symlink_to(tiny_model("persimmon"))
 
     _run("script", script)
 
