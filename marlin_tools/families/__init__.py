@@ -153,6 +153,8 @@ ALIASES = {
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
     "minimax_m2": "mixtral",
+    "jais2": "nemotron",
+    "ministral": "llama",
     "ministral3": "llama",
     "mistral": "llama",
     "olmo": "llama",
@@ -200,6 +202,7 @@ FAMILIES = (
     "qwen3_vl_moe_text",
     "stablelm",
     "starcoder2",
+    "vaultgemma",
 )
 
 NESTED = {
