@@ -189,6 +189,7 @@ FAMILIES = (
     "granitemoe",
     "granitemoeshared",
     "hunyuan_v1_moe",
+    "lfm2",
     "llama",
     "llama4_text",
     "mimo_v2_flash",

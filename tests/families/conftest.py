@@ -101,6 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cwm": {"sliding_window": 16},
     "apertus": {"attention_bias": True},
     "ministral": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True, "block_auto_adjust_ff_dim": False},
     "vaultgemma": {"sliding_window": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
     "jais2": {"attention_bias": True, "mlp_bias": True},
     "qwen3_5_text": DELTA,
