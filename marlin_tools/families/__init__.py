@@ -84,7 +84,8 @@ class Family:
     """How a kind of model is built. `decoder` is the module that maps token ids to hidden states.
 
     renames   pairs (module, tensor): how names in a checkpoint differ from those of the modules, part by part
-    multiple  the key of config.json that scales what joins the residual stream
+    multiple  the number of a block's module that scales what joins the residual stream
+    enlarges  `logits_scaling` of config.json multiplies the logits, which it otherwise divides
     scalar    a stored number of each block by which its output is multiplied
     lacks     parts of a block that others of this type have and that cannot be worked on
     unset     keys of config.json by which blocks of others of this type use what another has computed: zero here
@@ -99,6 +100,7 @@ class Family:
     head: str = "lm_head"
     renames: tuple[tuple[str, str], ...] = ()
     multiple: str | None = None
+    enlarges: bool = False
     scalar: str | None = None
     lacks: tuple[str, ...] = ()
     unset: tuple[str, ...] = ()
@@ -130,6 +132,18 @@ class Family:
 
         found = (next((b for b in slot if whole(b)), None if slot[0].optional else slot[0]) for slot in self.slots())
         return tuple(branch for branch in found if branch is not None)
+
+    def head_numbers(self, config: "PreTrainedConfig") -> tuple[float, float | None]:
+        """What a model multiplies the product of its head with, and what caps it; as transformers does it.
+
+        The head of a larger model leaves out both, except that Gemma 4 has its cap.
+        """
+        text = config.get_text_config()
+        cap = getattr(text, "final_logit_softcapping", None)
+        if text is not config:
+            return 1.0, cap if config.model_type == "gemma4" else None
+        scaling = float(getattr(text, "logits_scaling", 1.0))
+        return float(getattr(text, "logit_scale", 1.0)) * (scaling if self.enlarges else 1 / scaling), cap
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors start with."""
@@ -189,6 +203,7 @@ FAMILIES = (
     "granitemoe",
     "granitemoeshared",
     "hunyuan_v1_moe",
+    "hyperclovax",
     "lfm2",
     "llama",
     "llama4_text",
@@ -196,6 +211,7 @@ FAMILIES = (
     "mixtral",
     "nemotron",
     "olmo2",
+    "phi",
     "phi3",
     "phimoe",
     "qwen2_moe",

@@ -327,8 +327,8 @@ class LayerStream:
 
     @property
     def _multiple(self) -> float:
-        key = self.family.multiple
-        return 1.0 if key is None else float(getattr(self._text, key))
+        name = self.family.multiple
+        return 1.0 if name is None else float(getattr(self._blocks[0], name))
 
     def contexts(self, index: int, hidden: Activations) -> list[dict[str, Any]]:
         """What block `index` is called with besides these, chunk by chunk."""
@@ -357,9 +357,10 @@ class LayerStream:
         weight = self.checkpoint.read(head if head in self.checkpoint else self._embedding_name).to(self.device, self.dtype)
         seen = self._beside[0] if self._beside else self.hidden
         logits = (norm(seen[0][0, :count]) @ weight.T).float()
-        logits += self.checkpoint.read(bias).to(logits) if bias in self.checkpoint else 0
-        logits = logits * getattr(self._text, "logit_scale", 1.0) / getattr(self._text, "logits_scaling", 1.0)
-        cap = getattr(self._text, "final_logit_softcapping", None)
+        if self.model.get_output_embeddings().bias is not None:
+            logits += self.checkpoint.read(bias).to(logits)
+        factor, cap = self.family.head_numbers(self.model.config)
+        logits = logits * factor
         return self.first_tokens[:count], (torch.tanh(logits / cap) * cap if cap else logits).cpu()
 
     @property

@@ -22,11 +22,12 @@ CHUNK = 8192
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states -> logits: the weight [V, H], what some families multiply the product with, and the cap of others."""
+    """Hidden states -> logits: the weight [V, H], what some families multiply the product with, the cap and bias of others."""
 
     weight: Tensor
     cap: float | None = None
     scale: float = 1.0
+    bias: Tensor | None = None
 
     def product(self, hidden_th: Tensor) -> Tensor:
         """[T, V] in float32, without the cap."""
@@ -35,6 +36,7 @@ class Head:
             logits = torch.mm(hidden_th, self.weight.T, out_dtype=torch.float32)
         else:
             logits = (hidden_th @ self.weight.T).float()
+        logits = logits if self.bias is None else logits.add_(self.bias)
         return logits if self.scale == 1 else logits.mul_(self.scale)
 
 

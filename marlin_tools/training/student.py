@@ -64,10 +64,11 @@ class Reader:
 
     def head(self, dtype: torch.dtype) -> Head:
         """What turns the last hidden states into logits."""
-        text = self.model.config.get_text_config()
-        scale = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
-        weight = whole(self._head.weight.detach())
-        return Head(weight.to(dtype), getattr(text, "final_logit_softcapping", None), scale)
+        factor, cap = self.family.head_numbers(self.model.config)
+        weight, bias = whole(self._head.weight.detach()).to(dtype), None
+        if self._head.bias is not None:
+            bias = whole(self._head.bias.detach()).float()
+        return Head(weight, cap, factor, bias)
 
     @property
     def _head(self) -> Any:

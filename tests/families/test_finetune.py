@@ -18,7 +18,21 @@ from marlin_tools.training.finetune import FinetuneSettings, finetune
 Load = Callable[[str, Path], torch.nn.Module]
 
 SETTINGS = {"tokens": 3 * 4 * 24, "batch": 4, "micro": 2, "held_out": 4, "device": "cpu"}
-DENSE = ("llama", "gemma2", "granite", "cohere2", "gpt_neox", "phi3", "apertus", "gemma3", "gemma4", "mistral3", "qwen2_5_vl")
+DENSE = (
+    "llama",
+    "gemma2",
+    "granite",
+    "cohere2",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "hyperclovax",
+    "apertus",
+    "gemma3",
+    "gemma4",
+    "mistral3",
+    "qwen2_5_vl",
+)
 
 
 @pytest.fixture(scope="module")
