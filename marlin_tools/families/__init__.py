@@ -208,6 +208,7 @@ FAMILIES = (
     "llama",
     "llama4_text",
     "mimo_v2_flash",
+    "minicpm3",
     "mixtral",
     "nemotron",
     "olmo2",
@@ -220,6 +221,7 @@ FAMILIES = (
     "stablelm",
     "starcoder2",
     "vaultgemma",
+    "youtu",
 )
 
 NESTED = {

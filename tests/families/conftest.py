@@ -112,6 +112,8 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "use_post_norm": True,
     },
+    "youtu": {**LATENT, "q_lora_rank": None},
+    "minicpm3": LATENT,
     "qwen3_5_text": DELTA,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
