@@ -301,7 +301,8 @@ def check_generation(config: dict[str, Any], where: Path) -> None:
 def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
     """Refuse a config.json that describes another model than the tensors beside it: other blocks, sizes or types."""
     text = config.get("text_config") or config
-    _check_blocks(text, tensors, where)
+    if text is config or "num_hidden_layers" in text:  # a part of a larger model leaves out what is as usual
+        check_blocks(text, tensors, where)
     _check_experts(text, where)
     wanted = text.get("vocab_size"), text.get("hidden_size")
     for name, shape in tensors.shapes.items():
@@ -322,7 +323,8 @@ def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
             raise ModelError(f"`{where}`: {told}", hint="download config.json again")
 
 
-def _check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
+def check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
+    """Refuse another number of blocks than the settings of the language model say."""
     count = config.get("num_hidden_layers")
     found: dict[str, set[int]] = {}
     for name in tensors.shapes:

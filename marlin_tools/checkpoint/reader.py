@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.contract import Tensors, agree, check_config, check_generation
+from marlin_tools.checkpoint.contract import Tensors, agree, check_blocks, check_config, check_generation
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.checkpoint.output import BESIDE, sha256_of
@@ -76,10 +76,7 @@ class Checkpoint:
         if (generation := path / GENERATION).exists():
             check_generation(read_object(generation), generation)
         self._tensors = read_headers(path)
-        shapes = {name: stored.shape for name, stored in self._tensors.items()}
-        agree(
-            self.config, Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()}), path / "config.json"
-        )
+        agree(self.config, self._shapes_and_types, path / "config.json")
         _ = self.dtype  # refused here, before anything else stumbles over it
 
     @classmethod
@@ -115,7 +112,15 @@ class Checkpoint:
         what = f"`{self.path / 'config.json'}` is not understood by transformers"
         with ErrorTranslation(ModelError, what, "update transformers, or check config.json"):
             whole = AutoConfig.for_model(self.config["model_type"], **deepcopy(known))  # which changes what it is given
-            return dict(whole.get_text_config().to_dict())
+            text = dict(whole.get_text_config().to_dict())
+        check_blocks(text, self._shapes_and_types, self.path / "config.json")
+        return text
+
+    @property
+    def _shapes_and_types(self) -> Tensors:
+        """Of all tensors, by name."""
+        shapes = {name: stored.shape for name, stored in self._tensors.items()}
+        return Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()})
 
     @property
     def dtype(self) -> torch.dtype:

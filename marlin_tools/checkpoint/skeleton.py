@@ -27,7 +27,8 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     model, nested = _whole(checkpoint, dtype)
     if nested:
         for owner in (model, getattr(model, "model", model)):
-            for name, _ in _foreign(owner):
+            loose = [name for name, _ in owner.named_parameters(recurse=False)]  # what marks the end of a line of an image
+            for name in (*loose, *(name for name, _ in _foreign(owner))):
                 setattr(owner, name, None)
     return model.eval()
 
@@ -47,9 +48,13 @@ def foreign_linears(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+_ON_THE_WAY = {"model", "language_model", "text_model", "lm_head"}
+"""What modules between tokens and logits are called."""
+
+
 def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
     """The parts of a module that are not on the way from tokens to logits."""
-    return [(name, part) for name, part in owner.named_children() if name not in {"model", "language_model", "lm_head"}]
+    return [(name, part) for name, part in owner.named_children() if name not in _ON_THE_WAY]
 
 
 def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel", bool]:

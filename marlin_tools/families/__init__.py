@@ -164,6 +164,7 @@ ALIASES = {
     "glm4_moe": "qwen2_moe",
     "glm4_moe_lite": "deepseek_v3",
     "glm4v_moe_text": "qwen2_moe",
+    "glm4v_text": "glm4",
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
     "minimax_m2": "mixtral",
@@ -176,6 +177,7 @@ ALIASES = {
     "olmoe": "qwen2_moe",
     "qwen2": "llama",
     "qwen2_5_vl_text": "llama",
+    "qwen2_vl_text": "llama",
     "qwen3": "llama",
     "qwen3_5_moe_text": "qwen2_moe",
     "qwen3_moe": "qwen2_moe",
@@ -225,16 +227,27 @@ FAMILIES = (
 )
 
 NESTED = {
+    "aya_vision": ("cohere2", "model.language_model"),
     "gemma3": ("gemma3_text", "model.language_model"),
     "gemma4": ("gemma4_text", "model.language_model"),
     "glm4v_moe": ("glm4v_moe_text", "model.language_model"),
+    "glm46v": ("glm4v_text", "model.language_model"),
+    "glm4v": ("glm4v_text", "model.language_model"),
+    "idefics3": ("llama", "model.text_model"),
+    "internvl": ("qwen2", "model.language_model"),
+    "lfm2_vl": ("lfm2", "model.language_model"),
     "llama4": ("llama4_text", "language_model.model"),
+    "llava": ("llama", "model.language_model"),
+    "llava_next": ("llama", "model.language_model"),
+    "llava_onevision": ("qwen2", "model.language_model"),
     "mistral3": ("mistral", "model.language_model"),
     "qwen2_5_vl": ("qwen2_5_vl_text", "model.language_model"),
+    "qwen2_vl": ("qwen2_vl_text", "model.language_model"),
     "qwen3_5": ("qwen3_5_text", "model.language_model"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "model.language_model"),
     "qwen3_vl": ("qwen3_vl_text", "model.language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "model.language_model"),
+    "smolvlm": ("llama", "model.text_model"),
 }
 """Types that hold a language model among other things: its own type if config.json does not say, and its module."""
 

@@ -51,6 +51,7 @@ DELTA: dict[str, Any] = {
 VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
 BLOCKS: dict[str, Any] = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+CLIP: dict[str, Any] = {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 128,
     "kv_lora_rank": 128,
@@ -225,6 +226,42 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
     "mistral3": {
         "text_config": {**TEXT, "model_type": "mistral"},
         "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},
+    },
+    "qwen2_vl": {
+        "text_config": MROPE,
+        "vision_config": {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": HIDDEN, "mlp_ratio": 1},
+    },
+    "internvl": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+        "image_seq_length": 1,
+    },
+    "llava": {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": CLIP},
+    "llava_next": {"text_config": {**TEXT, "model_type": "mistral"}, "vision_config": CLIP},
+    "llava_onevision": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": {**CLIP, "model_type": "siglip_vision_model"},
+    },
+    "idefics3": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+    },
+    "smolvlm": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+    },
+    "lfm2_vl": {
+        "text_config": {**TEXT, **CASES["lfm2"], "model_type": "lfm2"},
+        "vision_config": {**VISION, "model_type": "siglip2_vision_model", "num_patches": 4, "patch_size": 14},
+    },
+    "glm4v": {"text_config": MROPE, "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN}},
+    "glm46v": {
+        "text_config": {**MROPE, "model_type": "glm4v_text"},
+        "vision_config": {**BLOCKS, "model_type": "glm4v_vision", "out_hidden_size": HIDDEN},
+    },
+    "aya_vision": {
+        "text_config": {**TEXT, **CASES["cohere2"], "model_type": "cohere2"},
+        "vision_config": {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
     },
     "qwen2_5_vl": {
         "text_config": MROPE,

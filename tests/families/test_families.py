@@ -15,6 +15,7 @@ from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import ModelError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.families.experts import shell
@@ -114,6 +115,22 @@ def test_config_json_stays_as_it_was(made: Callable[[str], Path], tmp_path: Path
 
     written = json.loads((out.path / "config.json").read_text())
     assert config == {key: value for key, value in written.items() if key != "quantization_config"}
+
+
+def test_a_model_within_another_may_leave_out_how_many_blocks_it_has(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """LLaVA 1.5 does, and has as many as transformers takes then; another number is refused, not passed over."""
+    path = Path(shutil.copytree(made("llava"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    usual = AutoConfig.for_model("llama").num_hidden_layers
+    del config["text_config"]["num_hidden_layers"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"`num_hidden_layers` is {usual}, but there is no `language_model.model.layers.2`"):
+        Layout(Checkpoint.open(path))
+
+    two = load_file(path / "model.safetensors")
+    more = {name.replace("layers.1.", f"layers.{i}."): tensor.clone() for name, tensor in two.items() for i in range(2, usual)}
+    save_file(two | more, path / "model.safetensors", metadata={"format": "pt"})
+    assert usual == Layout(Checkpoint.open(path)).blocks
 
 
 @pytest.mark.parametrize("window", [48, 128])
@@ -239,7 +256,28 @@ def write_words(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama4", "glm4v_moe"]
+    "model_type",
+    [
+        "gemma3",
+        "gemma4",
+        "mistral3",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "idefics3",
+        "smolvlm",
+        "lfm2_vl",
+        "glm4v",
+        "glm46v",
+        "aya_vision",
+        "qwen3_vl",
+        "qwen3_5",
+        "llama4",
+        "glm4v_moe",
+    ],
 )
 def test_a_model_within_another_is_scored_and_writes(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
     source = tmp_path / "model"

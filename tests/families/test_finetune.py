@@ -32,6 +32,7 @@ DENSE = (
     "gemma4",
     "mistral3",
     "qwen2_5_vl",
+    "smolvlm",
 )
 
 
