@@ -205,6 +205,7 @@ FAMILIES = (
     "granitemoe",
     "granitemoeshared",
     "hunyuan_v1_moe",
+    "granitemoehybrid",
     "hyperclovax",
     "lfm2",
     "llama",

@@ -274,10 +274,11 @@ def check_shapes(inventory: Inventory) -> None:
 
 def _refuse_unknown_parts(layout: Layout) -> None:
     """Refuse what the type of the model does not have, by its tensors: a config.json may name numbers that mean nothing."""
-    if part := next((part for part in layout.family.lacks if layout.has(0, part)), None):
+    blocks = range(layout.blocks)
+    if part := next((part for part in layout.family.lacks if any(layout.has(i, part) for i in blocks)), None):
         raise ModelError(
             f"`{layout.checkpoint.origin}`: blocks with `{part}` are not known",
-            hint="dense models of this type without embeddings for each layer work",
+            hint="models of this type work in which no block has that",
         )
     if key := next((key for key in layout.family.unset if layout.config.get(key)), None):
         raise ModelError(

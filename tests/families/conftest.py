@@ -52,6 +52,12 @@ VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidde
 MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
 BLOCKS: dict[str, Any] = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
 CLIP: dict[str, Any] = {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+GRANITE: dict[str, Any] = {
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.2,
+}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 128,
     "kv_lora_rank": 128,
@@ -87,6 +93,14 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 16},
     "exaone4": {"sliding_window": 16},
     "granite": MULTIPLIED,
+    "granite": GRANITE,
+    "granitemoehybrid": {
+        **GRANITE,
+        "shared_intermediate_size": INNER,
+        "num_local_experts": 0,
+        "layer_types": ["full_attention"] * 2,
+        "position_embedding_type": "rope",
+    },
     "phi3": {"partial_rotary_factor": 0.5},
     "glm": {},
     "glm4": {},

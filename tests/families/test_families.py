@@ -158,6 +158,18 @@ def test_positions_that_turn_by_length_are_checked_as_a_short_text(eager: Load, 
     torch.testing.assert_close(reference["logits"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("part", ["mamba.in_proj", "block_sparse_moe.router.layer"])
+def test_a_part_that_cannot_be_worked_on_is_named_wherever_it_is(
+    made: Callable[[str], Path], part: str, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(made("granitemoehybrid"), tmp_path / "model"))
+    own = load_file(path / "model.safetensors")
+    more = {f"model.layers.1.{part}.weight": torch.ones(128, 128, dtype=torch.float16)}
+    save_file(own | more, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"blocks with `{part.partition('.')[0]}` are not known"):
+        quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+
+
 @torch.no_grad()
 def test_what_predicts_ahead_is_copied(
     made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
