@@ -25,7 +25,6 @@ class Experts:
 
     path         the module that holds them, relative to the branch's body
     shared       the network that every token goes through, likewise; None if there is none
-    stored       what checkpoints call gate, up and down of a single expert
     together     what they call the tensors that hold gate and up, and down, of all experts, relative to the branch's body
     transposed   such a tensor is [E, K, N], not [E, N, K]; None if both are found, which its shape tells
     interleaved  in such a tensor, rows of gate and up take turns
@@ -33,7 +32,6 @@ class Experts:
 
     path: str = "experts"
     shared: str | None = None
-    stored: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     together: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
     transposed: bool | None = False
     interleaved: bool = False
@@ -167,8 +165,8 @@ ALIASES = {
     "glm4v_text": "glm4",
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
-    "minimax_m2": "mixtral",
     "jais2": "nemotron",
+    "minimax_m2": "mixtral",
     "ministral": "llama",
     "ministral3": "llama",
     "mistral": "llama",
@@ -203,9 +201,9 @@ FAMILIES = (
     "gpt_oss",
     "granite",
     "granitemoe",
+    "granitemoehybrid",
     "granitemoeshared",
     "hunyuan_v1_moe",
-    "granitemoehybrid",
     "hyperclovax",
     "lfm2",
     "llama",
@@ -231,9 +229,9 @@ NESTED = {
     "aya_vision": ("cohere2", "model.language_model"),
     "gemma3": ("gemma3_text", "model.language_model"),
     "gemma4": ("gemma4_text", "model.language_model"),
-    "glm4v_moe": ("glm4v_moe_text", "model.language_model"),
     "glm46v": ("glm4v_text", "model.language_model"),
     "glm4v": ("glm4v_text", "model.language_model"),
+    "glm4v_moe": ("glm4v_moe_text", "model.language_model"),
     "idefics3": ("llama", "model.text_model"),
     "internvl": ("qwen2", "model.language_model"),
     "lfm2_vl": ("lfm2", "model.language_model"),

@@ -52,10 +52,6 @@ def pair(model: str | Path | Checkpoint, teacher: str, settings: TrainingSetting
     """Check that the two belong together and that there is something to keep, before any work."""
     student, original = Checkpoint.open(model, accept=find_family), Checkpoint.open(teacher, accept=find_family)
     check_pair(student, original, settings, quantized=student.quantization is not None)
-    for each in (student, original):
-        if (bias := f"{Layout(each).family.head}.bias") in each:
-            hint = "`marlin-tools quantize --preset max` trains block by block, without a head"
-            raise ModelError(f"`{each.origin}` has a head with a bias (`{bias}`), which finetuning does not know", hint=hint)
     if student.quantization is not None:
         manifest = read_manifest(student.path) or {}
         carried = {key: manifest[key] for key in ("kept_dense",) if key in manifest}

@@ -52,20 +52,6 @@ VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidde
 MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
 BLOCKS: dict[str, Any] = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
 CLIP: dict[str, Any] = {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
-GRANITE: dict[str, Any] = {
-    "residual_multiplier": 0.3,
-    "embedding_multiplier": 3.0,
-    "logits_scaling": 2.0,
-    "attention_multiplier": 0.2,
-}
-LATENT: dict[str, Any] = {
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "num_key_value_heads": 4,
-}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -93,9 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 16},
     "exaone4": {"sliding_window": 16},
     "granite": MULTIPLIED,
-    "granite": GRANITE,
     "granitemoehybrid": {
-        **GRANITE,
+        **MULTIPLIED,
         "shared_intermediate_size": INNER,
         "num_local_experts": 0,
         "layer_types": ["full_attention"] * 2,
@@ -283,11 +268,7 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl": {
         "text_config": MROPE,
-        "vision_config": {
-            **BLOCKS,
-            "out_hidden_size": HIDDEN,
-            "deepstack_visual_indexes": [0],
-        },
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
     },
     "qwen3_vl_moe": {
         "text_config": {
@@ -297,14 +278,7 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
             "mlp_only_layers": [0],
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
         },
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": HIDDEN,
-            "deepstack_visual_indexes": [0],
-        },
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
     },
     "glm4v_moe": {
         "text_config": {
@@ -313,7 +287,7 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
             "first_k_dense_replace": 1,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
         },
-        "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN},
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
     },
     "qwen3_5": {
         "text_config": {**TEXT, **DELTA},

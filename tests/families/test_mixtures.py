@@ -18,7 +18,6 @@ from marlin_tools.errors import MarlinToolsError, ModelError
 from marlin_tools.families.layout import Layout
 from marlin_tools.stream.inventory import check_shapes, take_linears
 from marlin_tools.stream.layer_stream import LayerStream
-from marlin_tools.training.finetune import FinetuneSettings, finetune
 
 Make = Callable[[str], Path]
 
@@ -153,9 +152,3 @@ def test_a_card_names_what_is_stored(made: Make, model_type: str) -> None:
     source = Checkpoint.open(made(model_type))
     card = take_linears(Card(source.config, "card"), ())
     assert card.names == take_linears(source, ()).names
-
-
-def test_a_head_with_a_bias_is_not_finetuned(made: Make, tokens: TokenSet, tmp_path: Path) -> None:
-    student = quantize(made("llama"), None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "student")
-    with pytest.raises(ModelError, match=r"has a head with a bias \(`lm_head.bias`\)"):
-        finetune(student, tokens, FinetuneSettings(teacher=str(made("phimoe")), code_rate=0), tmp_path / "out")
