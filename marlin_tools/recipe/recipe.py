@@ -38,9 +38,8 @@ PAPER_DOCUMENTS = 256
 DEMO_WINDOWS = 64
 """How many windows of 1024 tokens the embedded text surely has."""
 
-
-TRAINING_WINDOWS, TRAINING_LENGTH = 8192, 1024
-"""How much text is trained on when nobody says how much."""
+TRAINING_WINDOWS, MOST_WINDOWS, TRAINING_LENGTH = 8192, 65536, 1024
+"""How much text is trained on when nobody says how much: at least, at most, and how long a window is."""
 
 Step = Annotated[
     PruneSettings | FinetuneSettings | QuantizeSettings | ExportStage | EvaluateStage | VerifyStage | GenerateStage,
@@ -197,11 +196,17 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if "num_samples" not in given and {**chosen, **given}["source"] == "demo":
         chosen["num_samples"] = DEMO_WINDOWS
     elif "num_samples" not in given and all(isinstance(each, FinetuneSettings) for each in recipe.remaking):
-        chosen |= {"num_samples": TRAINING_WINDOWS, "seqlen": given.get("seqlen", TRAINING_LENGTH)}
+        chosen |= _enough_to_learn_from(recipe, given.get("seqlen", TRAINING_LENGTH))
     settings = CalibrationSettings.model_validate({**chosen, **given})
     shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
     notes = [f"calibrating on `{settings.source}`, {shape}; choose with `--calib` and `--num-samples`"] if chosen else []
     return recipe.model_copy(update={"calibrate": settings}), notes
+
+
+def _enough_to_learn_from(recipe: Recipe, length: int) -> dict[str, int]:
+    """Text of which nothing need be read twice, within limits."""
+    asked = [-(-(each.tokens or 0) // length) + each.held_out for each in recipe.stages if isinstance(each, FinetuneSettings)]
+    return {"num_samples": min(max(TRAINING_WINDOWS, *asked), MOST_WINDOWS), "seqlen": length}
 
 
 def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str]) -> Recipe:

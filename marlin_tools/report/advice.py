@@ -38,6 +38,9 @@ def _quantized(result: Result, place: str) -> Iterator[Step]:
         yield "Measure it beside the original", f"marlin-tools eval {place} --tasks {_tasks(result)}{beside}"
     if result.verification is None:
         yield "Check it", f"marlin-tools verify {place}"
+    if result.stage == "quantize" and result.base != "demo" and original and not _is_mixture(result):
+        command = f"marlin-tools finetune {place} --teacher {shlex.quote(str(original))}"
+        yield "Make it more accurate on a GPU: it learns from the original, and keeps its format and size", command
     yield from serving(result, shlex.split(place)[0])
 
 

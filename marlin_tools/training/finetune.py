@@ -109,7 +109,7 @@ class FinetuneSettings(TrainingSettings, Stage):
             facts.append(("text", f"{text.num_samples} samples of `{text.source}`"))
         if self.sampled:
             facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
-        facts.append(("training", f"{self.tokens:,} tokens, {self.batch} sequences a step"))
+        facts.append(("training", f"{self.fitted(quantized=quantized).tokens:,} tokens, {self.batch} sequences a step"))
         return StagePlan(tuple(facts))
 
     def run(self, work: Work) -> dict[str, Any]:

@@ -33,7 +33,8 @@ _SPEAK_EVERY = 10
 class TrainingSettings(Settings):
     """How to train.
 
-    tokens         tokens to train on in all; the text is repeated, each time in another order, until they are reached
+    tokens         tokens to train on in all, by default 20 million, of a quantised model 6; the text is repeated, each time in
+                   another order, until they are reached
     rate           highest learning rate of AdamW; by default 1e-4, of a quantised model 1e-3
     code_rate      that of the codes of a quantised model, in codes, by default 0.01; at 0 they stay what they are
     warmup         share of the steps in which the rate rises to it; afterwards it falls to a tenth along a cosine
@@ -50,7 +51,7 @@ class TrainingSettings(Settings):
     recompute      forget activations within blocks and compute them again for the gradient: slower, in less memory
     """
 
-    tokens: int = Field(20_000_000, ge=1)
+    tokens: int | None = Field(None, ge=1)
     rate: float | None = Field(None, gt=0, le=1)
     code_rate: float | None = Field(None, ge=0, le=1)
     warmup: float = Field(0.03, ge=0, le=1)
@@ -73,8 +74,8 @@ class TrainingSettings(Settings):
         return self.model_copy(update={key: value for key, value in usual.items() if getattr(self, key) is None})
 
 
-_SPARSE = {"rate": 1e-4, "code_rate": 0.0, "square_head": 1.0}
-_QUANTIZED = {"rate": 1e-3, "code_rate": 0.01, "square_head": 0.0}
+_SPARSE = {"tokens": 20_000_000, "rate": 1e-4, "code_rate": 0.0, "square_head": 1.0}
+_QUANTIZED = {"tokens": 6_000_000, "rate": 1e-3, "code_rate": 0.01, "square_head": 0.0}
 
 
 def schedule(step: int, steps: int, settings: TrainingSettings) -> float:
@@ -103,6 +104,7 @@ class Trainer:
     ) -> None:
         self.student, self.teacher, self.settings, self.team = student, teacher, settings, team
         self._train, self._held_out = texts
+        assert settings.tokens is not None, "an amount that nobody chose"
         self.steps = max(1, round(settings.tokens / (settings.batch * self._train.shape[1])))
         self.step = 0
         self._trained = student.trained()

@@ -157,6 +157,17 @@ def test_calibration_that_nobody_chose(recipe, source, num_samples, said):
     assert said == any(f"`{source}`, {num_samples} samples" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "windows", "length"),
+    [(None, 8192, None), (1000, 8192, None), (30_000_000, 29305, None), (30_000_000, 14657, 2048), (10**9, 65536, None)],
+)
+def test_there_is_as_much_text_as_is_trained_on(tokens, windows, length):
+    stage = {"stage": "finetune", "teacher": "llama2-7b", **({"tokens": tokens} if tokens else {})}
+    text = {"calibrate": {"seqlen": length}} if length else {}
+    settled, _ = settle(Recipe.model_validate({"name": "x", "model": "somewhere", "stages": [stage], **text}))
+    assert (windows, length or 1024) == (settled.calibrate.num_samples, settled.calibrate.seqlen)
+
+
 def test_rounding_needs_no_calibration():
     assert (None, []) == (settle(_recipe("demo", "rtn"))[0].calibrate, settle(_recipe("demo", "rtn"))[1])
     settled, notes = settle(_recipe("demo", "rtn", source="c4"))

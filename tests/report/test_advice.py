@@ -8,6 +8,7 @@ import pytest
 
 from marlin_tools.cli import main
 from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.report.advice import next_steps
 from marlin_tools.report.result import gather
 
@@ -33,3 +34,17 @@ def test_what_was_left_dense_stays_so(tiny_model: Make, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert not ended.value.code, capsys.readouterr().err
+
+
+def test_a_quantised_model_may_learn_unless_it_is_a_mixture(tiny_model: Make, tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    for name, source in {"dense": tiny_model("llama"), "mixture": tiny_model("qwen3_moe", **experts)}.items():
+        quantize(source, None, QuantizeSettings(preset="rtn", group_size=32, device="cpu"), tmp_path / name)
+        told = [command for _, command in next_steps(gather(tmp_path / name, None), tmp_path / name)]
+        command = f"marlin-tools finetune {tmp_path / name} --teacher {source}"
+        assert (command in told) == (name == "dense")
+    (tmp_path / "text.txt").write_text("The boat left the harbour at dawn. " * 400)
+    words = ["finetune", str(tmp_path / "dense"), "--teacher", str(tiny_model("llama")), "--calib", str(tmp_path / "text.txt")]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--dry-run"])
+    assert not ended.value.code
