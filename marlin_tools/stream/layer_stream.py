@@ -28,41 +28,21 @@ from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.families import Branch, Family, turns_by_length
 from marlin_tools.families.experts import shell
-from marlin_tools.families.layout import Layout, WeightRef
+from marlin_tools.families.layout import Layout
 from marlin_tools.quantized import rounding_inputs
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.branch import BranchWalk, Flow, Observation
-from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest, read_weights
+from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest
 from marlin_tools.stream.routed import RoutedWalk
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
 from marlin_tools.stream.watch import TextShare
+from marlin_tools.stream.weights import fill, materialize, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CHUNK_TOKENS = 8192
 """Tokens per forward chunk; chunks never cut a sequence."""
-
-
-def materialize(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a meta module its weights from the checkpoint, in place."""
-    asked = {name: WeightRequest(WeightRef(prefix + name), parameter.shape) for name, parameter in module.named_parameters()}
-    if asked:
-        fill(module, read_weights(checkpoint, asked, device, dtype))
-
-
-def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Make these tensors the weights, and the stored buffers, of a module."""
-    for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        home = module.get_submodule(owner)
-        setattr(home, leaf, weight if leaf in home._buffers else nn.Parameter(weight, requires_grad=False))  # noqa: SLF001
-
-
-def _weights_of(module: nn.Module, dtype: torch.dtype) -> dict[str, tuple[torch.Size, bool]]:
-    """Shapes of all that is stored of a module, and whether it takes the type to compute in: buffers, some routers do not."""
-    computed = {name for name, parameter in module.named_parameters() if parameter.dtype == dtype}
-    return {name: (tensor.shape, name in computed) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 @dataclass
@@ -313,7 +293,7 @@ class LayerStream:
     def _wanted(self) -> Iterator[dict[str, WeightRequest]]:
         """The weights of block after block: full names and shapes."""
         for index, module in enumerate(self._blocks):
-            weights = _weights_of(module, self.dtype)
+            weights = weights_of(module, self.dtype)
             yield {name: WeightRequest(self.layout.weight(index, name), *each) for name, each in weights.items()}
 
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:

@@ -24,7 +24,8 @@ from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register, unregister
 from marlin_tools.stream.inventory import check_shapes, take_linears
-from marlin_tools.stream.layer_stream import LayerStream, _weights_of
+from marlin_tools.stream.layer_stream import LayerStream
+from marlin_tools.stream.weights import weights_of
 from marlin_tools.verification.checks import Subject, check_config
 from marlin_tools.verification.engines import judge_checkpoint
 
@@ -233,7 +234,7 @@ def test_what_corrects_a_router_keeps_its_type(made: Callable[[str], Path], mode
     assert torch.equal(held[place], tensors[bias])
 
     block: torch.nn.Module = shell(Checkpoint.open(tmp_path), torch.bfloat16).model.layers[1]
-    cast = {name for name, (_, cast) in _weights_of(block, torch.bfloat16).items() if cast}
+    cast = {name for name, (_, cast) in weights_of(block, torch.bfloat16).items() if cast}
     assert "self_attn.o_proj.weight" in cast
     assert place.removeprefix("model.layers.1.") not in cast
     assert ("mlp.gate.weight" in cast) == (model_type == "deepseek_v3")

@@ -1,0 +1,29 @@
+"""How modules without weights get those of a checkpoint, and what they ask for."""
+
+import torch
+from torch import Tensor, nn
+
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.families.layout import WeightRef
+from marlin_tools.stream.read_ahead import WeightRequest, read_weights
+
+
+def materialize(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a meta module its weights from the checkpoint, in place."""
+    asked = {name: WeightRequest(WeightRef(prefix + name), parameter.shape) for name, parameter in module.named_parameters()}
+    if asked:
+        fill(module, read_weights(checkpoint, asked, device, dtype))
+
+
+def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Make these tensors the weights, and the stored buffers, of a module."""
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        home = module.get_submodule(owner)
+        setattr(home, leaf, weight if leaf in home._buffers else nn.Parameter(weight, requires_grad=False))  # noqa: SLF001
+
+
+def weights_of(module: nn.Module, dtype: torch.dtype) -> dict[str, tuple[torch.Size, bool]]:
+    """Shapes of all that is stored of a module, and whether it takes the type to compute in: buffers, some routers do not."""
+    computed = {name for name, parameter in module.named_parameters() if parameter.dtype == dtype}
+    return {name: (tensor.shape, name in computed) for name, tensor in module.state_dict(keep_vars=True).items()}
