@@ -206,6 +206,7 @@ FAMILIES = (
     "hunyuan_v1_moe",
     "hyperclovax",
     "lfm2",
+    "lfm2_moe",
     "llama",
     "llama4_text",
     "mimo_v2_flash",

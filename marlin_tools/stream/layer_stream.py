@@ -361,8 +361,9 @@ class LayerStream:
             materialize(module, f"{self._stored}.{name}.", self.checkpoint, self.device, self.dtype)
             if hasattr(module, "scalar_embed_scale"):  # a buffer that is not in the checkpoint
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
-        if (rotary := getattr(self._decoder, "rotary_emb", None)) is not None:
-            self._decoder.rotary_emb = type(rotary)(rotary.config).to(self.device)
+        for name in ("rotary_emb", "pos_emb"):
+            if (rotary := getattr(self._decoder, name, None)) is not None:
+                setattr(self._decoder, name, type(rotary)(rotary.config).to(self.device))
         recorders = [_Recorder() for _ in self._blocks]
         norm = getattr(self._decoder, self.family.norm)
         setattr(self._decoder, self.family.blocks, nn.ModuleList(recorders))

@@ -175,6 +175,13 @@ CASES: dict[str, dict[str, Any]] = {
         "lm_head_bias": True,
     },
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "lfm2_moe": {
+        **EXPERTS,
+        "num_dense_layers": 1,
+        "layer_types": ["full_attention", "conv"],
+        "conv_bias": True,
+        "routed_scaling_factor": 1.5,
+    },
     "afmoe": {
         **EXPERTS,
         "num_shared_experts": 1,
