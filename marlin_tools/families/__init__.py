@@ -82,6 +82,7 @@ class Family:
     """How a kind of model is built. `decoder` is the module that maps token ids to hidden states.
 
     renames   pairs (module, tensor): how names in a checkpoint differ from those of the modules, part by part
+    called    a part of a block that checkpoints store, and what vLLM calls its module, if that is another name
     multiple  the number of a block's module that scales what joins the residual stream
     enlarges  `logits_scaling` of config.json multiplies the logits, which it otherwise divides
     scalar    a stored number of each block by which its output is multiplied
@@ -97,6 +98,7 @@ class Family:
     norm: str = "norm"
     head: str = "lm_head"
     renames: tuple[tuple[str, str], ...] = ()
+    called: tuple[str, str] | None = None
     multiple: str | None = None
     enlarges: bool = False
     scalar: str | None = None
@@ -123,10 +125,10 @@ class Family:
         """The branches of a block in which these modules are present; where none is whole, the first is missed by name."""
 
         def whole(branch: Branch) -> bool:
-            experts = branch.experts
-            parts = [*branch.linears()] if experts is None else [f"{branch.body}.{experts.path}"]
-            parts += [f"{branch.body}.{experts.shared}"] if experts is not None and experts.shared is not None else []
-            return all(present(name) for name in parts)
+            if (experts := branch.experts) is None:
+                return all(present(name) for name in branch.linears())
+            anyhow = any(present(f"{branch.body}.{name}") for name in (experts.path, experts.together[0]))
+            return anyhow and (experts.shared is None or present(f"{branch.body}.{experts.shared}"))
 
         found = (next((b for b in slot if whole(b)), None if slot[0].optional else slot[0]) for slot in self.slots())
         return tuple(branch for branch in found if branch is not None)
@@ -142,6 +144,10 @@ class Family:
             return 1.0, cap if config.model_type == "gemma4" else None
         scaling = float(getattr(text, "logits_scaling", 1.0))
         return float(getattr(text, "logit_scale", 1.0)) * (scaling if self.enlarges else 1 / scaling), cap
+
+    def served(self, linear: str) -> str:
+        """What vLLM calls a linear of this name in a checkpoint."""
+        return linear if self.called is None else linear.replace(f".{self.called[0]}.", f".{self.called[1]}.")
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors start with."""

@@ -1,12 +1,23 @@
-"""Granite 4 without Mamba and without experts: as Granite, with gate and up as one linear under names of their own."""
+"""Granite 4: Mamba in the place of most attention or of none; experts beside a shared one, or that alone."""
 
 from dataclasses import replace
 
 from marlin_tools.families import Family
-from marlin_tools.families.llama import ATTENTION, MLP
+from marlin_tools.families.granitemoe import FAMILY as GRANITEMOE
+from marlin_tools.families.granitemoeshared import SHARED
+
+_ATTENTION, _EXPERTS = GRANITEMOE.branches
+
+MAMBA = replace(_ATTENTION, body="mamba", entry=("in_proj",), exit="out_proj", instead=True)
 
 FAMILY = Family(
-    branches=(ATTENTION, replace(MLP, body="shared_mlp", entry=("input_linear",), exit="output_linear")),
+    branches=(
+        _ATTENTION,
+        MAMBA,
+        replace(_EXPERTS, optional=True),
+        replace(SHARED, beside="num_local_experts", optional=False),
+    ),
+    renames=GRANITEMOE.renames[:1],
+    called=("mamba", "mixer"),
     multiple="residual_multiplier",
-    lacks=("mamba", "block_sparse_moe"),
 )

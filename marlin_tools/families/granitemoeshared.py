@@ -5,7 +5,7 @@ from dataclasses import replace
 from marlin_tools.families import Branch
 from marlin_tools.families.granitemoe import FAMILY as GRANITEMOE
 
-_SHARED = Branch(
+SHARED = Branch(
     pre="post_attention_layernorm",
     body="shared_mlp",
     entry=("input_linear",),
@@ -14,4 +14,4 @@ _SHARED = Branch(
     optional=True,
 )
 
-FAMILY = replace(GRANITEMOE, branches=(*GRANITEMOE.branches, _SHARED))
+FAMILY = replace(GRANITEMOE, branches=(*GRANITEMOE.branches, SHARED))

@@ -134,11 +134,17 @@ class Inventory:
         return [*found, *(name for name in modules if name not in found), self.family.head]
 
     def _also_called(self) -> list[str]:
-        """Further names of experts that stay as they are: engines ask for those of modules, of tensors, or for half of each."""
+        """Further names of linears that stay as they are. Engines call some modules otherwise than checkpoints do, and ask
+        for experts by the names of modules, of tensors, or by half of each.
+        """
         layout, names = self.layout, []
         for index in range(self.blocks if self.kept else 0):
             for linear in (linear for group in layout.groups(index) for linear in group):
-                if (stored := layout.linear(index, linear)) in self.kept and ".experts." in stored:
+                if (stored := layout.linear(index, linear)) not in self.kept:
+                    continue
+                if (served := self.family.served(stored)) != stored:
+                    names.append(served)
+                if ".experts." in stored:
                     both = [name.partition(".experts.") for name in (stored, self.family.block_prefix(index) + linear)]
                     number = both[0][2].partition(".")[0]
                     ends = [end.partition(".")[2] for _, _, end in both]

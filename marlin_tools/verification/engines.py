@@ -213,6 +213,8 @@ class _Model:
 def _judge(engine: Engine, model: _Model, layout: str) -> EngineVerdict:
     needs = engine.loads.get(layout)
     refusal = None if needs is not None else engine.refuses.get(layout, f"format `{layout}` is unknown to it")
+    if engine.name == "vLLM" and layout == "gptq":
+        refusal = _misnamed(model)
     if model.fp8 and refusal is None and engine.fp8 is None:
         refusal = "no reader for INT4 weights under FP8 activations was found"
     reasons = {size: reason for size in SIZES if (reason := refusal or _why_not(engine, model, size))}
@@ -235,6 +237,15 @@ def _own_notes(model: _Model) -> list[str]:
     return []
 
 
+def _misnamed(model: _Model) -> str | None:
+    """By the names of GPTQ's tensors vLLM knows which linears are quantised, also where it calls the modules otherwise."""
+    if (name := next((name for name in model.linears if model.family.served(name) != name), None)) is None:
+        return None
+    return (
+        f"it calls `{name}` `{model.family.served(name)}` and takes it for one of 16 bits (as compressed-tensors it does not)"
+    )
+
+
 def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
     """Why the engine cannot run the model on `size` GPUs, or None."""
     if not engine.splits:
@@ -253,7 +264,21 @@ def _why_not(engine: Engine, model: _Model, size: int) -> str | None:
     for prefix, branch in model.branches():
         if reason := _cut(model, prefix, branch, size) or _unfit_tile(engine, model, prefix, branch, size):
             return reason
-    return _cut_experts(model, size)
+    return _cut_states(model, size) or _cut_experts(model, size)
+
+
+def _cut_states(model: _Model, size: int) -> str | None:
+    """What a split of Mamba's states would tear apart: groups that every rank needs are repeated only in 16 bits."""
+    heads, groups = (
+        next((int(model.config[key]) for key in keys if model.config.get(key)), 0)
+        for keys in (("mamba_n_heads", "mamba_num_heads"), ("mamba_n_groups", "n_groups"))
+    )
+    name = next((name for name in model.linears if name.endswith((".mamba.in_proj", ".mixer.in_proj"))), None)
+    if name is None or not heads or size == 1:
+        return None
+    if heads % size:
+        return f"`{name}`: {heads} heads of states do not divide among {size}"
+    return f"`{name}`: {groups or 1} groups of states do not divide among {size}" if (groups or 1) % size else None
 
 
 def _cut_experts(model: _Model, size: int) -> str | None:

@@ -48,6 +48,14 @@ DELTA: dict[str, Any] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
 }
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_state": 32,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+    "mamba_proj_bias": True,
+}
 VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
 BLOCKS: dict[str, Any] = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
@@ -81,10 +89,11 @@ CASES: dict[str, dict[str, Any]] = {
     "granite": MULTIPLIED,
     "granitemoehybrid": {
         **MULTIPLIED,
+        **MAMBA,
         "shared_intermediate_size": INNER,
-        "num_local_experts": 0,
-        "layer_types": ["full_attention"] * 2,
-        "position_embedding_type": "rope",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["mamba", "attention"],
     },
     "phi3": {"partial_rotary_factor": 0.5},
     "glm": {},

@@ -28,6 +28,7 @@ NAMES = {
     "granitemoe": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.w1"),
     "granitemoeshared": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.w1"),
     "lfm2_moe": ("feed_forward.gate", "feed_forward.experts.3.w1"),
+    "granitemoehybrid": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.gate_proj"),
     "hunyuan_v1_moe": ("mlp.gate.wg", "mlp.experts.3.gate_proj"),
     "afmoe": ("mlp.router.gate", "mlp.experts.3.gate_proj"),
     "ernie4_5_moe": ("mlp.gate", "mlp.experts.3.gate_proj"),

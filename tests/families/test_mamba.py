@@ -1,0 +1,61 @@
+"""What is particular to blocks with Mamba: which parts a model may lack, and what engines call them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.formats.contents import Contents
+from marlin_tools.stream.inventory import check_shapes, take_linears
+from marlin_tools.stream.layer_stream import LayerStream
+from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint
+
+Make = Callable[[str], Path]
+
+
+@torch.no_grad()
+def test_granite_4_without_experts(
+    made: Make, eager: Callable[[str, Path], torch.nn.Module], tokens: TokenSet, tmp_path: Path
+) -> None:
+    """What stands beside experts elsewhere reads here what Mamba or attention has put out."""
+    path = Path(shutil.copytree(made("granitemoehybrid"), tmp_path / "plain"))
+    tensors = {name: t for name, t in load_file(path / "model.safetensors").items() if "block_sparse_moe" not in name}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_local_experts": 0, "position_embedding_type": "rope"}))
+    check_shapes(take_linears(Checkpoint.open(path), ()))
+    stream = LayerStream(Checkpoint.open(path), tokens, frozenset(), torch.device("cpu"))
+    for block in stream:
+        block.skip()
+    ids, logits = stream.logits(40)
+    expected = eager("granitemoehybrid", path)(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["granitemoehybrid"])
+def test_linears_of_mamba_that_are_left_out_are_ignored_by_both_names(made: Make, model_type: str) -> None:
+    """Of the tensor, and of the module as vLLM has it."""
+    inventory = take_linears(Checkpoint.open(made(model_type)), (r"\.mamba\.",))
+    called = {f"model.layers.0.{body}.{name}" for body in ("mamba", "mixer") for name in ("in_proj", "out_proj")}
+    assert called == {name for name in inventory.unquantized if "_proj" in name}
+    assert len(inventory.unquantized) == len(set(inventory.unquantized))
+
+
+def test_what_vllm_takes_of_mamba(made: Make, tmp_path: Path) -> None:
+    def judged(format_name: str, *ignore: str) -> EngineVerdict:
+        settings = QuantizeSettings(preset="rtn", group_size=32, format=format_name, ignore=ignore)
+        out = quantize(made("granitemoehybrid"), None, settings, tmp_path / f"{format_name}{len(ignore)}")
+        return next(each for each in judge_checkpoint(Contents(out)) if each.engine == "vLLM")
+
+    grouped = judged("compressed-tensors")
+    assert grouped.loads
+    assert "2 groups of states do not divide among 4" in grouped.reasons[4]
+    assert "`model.layers.0.mixer.in_proj` and takes it for one of 16 bits" in judged("gptq").reasons[1]
+    assert judged("gptq", r"\.mamba\.").loads
