@@ -89,6 +89,7 @@ class Family:
     lacks     parts of a block that others of this type have and that cannot be worked on
     unset     keys of config.json by which blocks of others of this type use what another has computed: zero here
     stored    what tensors of the decoder begin with, if that is not `decoder`
+    pairs     a block puts out two things, of which the first is the residual stream
     """
 
     branches: tuple[Branch, ...]
@@ -105,6 +106,7 @@ class Family:
     lacks: tuple[str, ...] = ()
     unset: tuple[str, ...] = ()
     stored: str | None = None
+    pairs: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -194,6 +196,7 @@ ALIASES = {
 FAMILIES = (
     "afmoe",
     "apertus",
+    "bamba",
     "cohere2",
     "deepseek_v3",
     "ernie4_5_moe",

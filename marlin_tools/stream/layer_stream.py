@@ -211,16 +211,17 @@ class Block:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it was called with and passes the hidden states on."""
+    """Stands in for a block: keeps what it was called with and passes the hidden states on, in a pair if it has to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pairs: bool) -> None:
         super().__init__()
+        self._pairs = pairs
         self.context: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, *rest: None, **context: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *rest: None, **context: Any) -> Tensor | tuple[Tensor, None]:
         assert not any(each is not None for each in rest), "blocks are called with something unknown"
         self.context = context
-        return hidden_states
+        return (hidden_states, None) if self._pairs else hidden_states
 
 
 class LayerStream:
@@ -364,7 +365,7 @@ class LayerStream:
         for name in ("rotary_emb", "pos_emb"):
             if (rotary := getattr(self._decoder, name, None)) is not None:
                 setattr(self._decoder, name, type(rotary)(rotary.config).to(self.device))
-        recorders = [_Recorder() for _ in self._blocks]
+        recorders = [_Recorder(pairs=self.family.pairs) for _ in self._blocks]
         norm = getattr(self._decoder, self.family.norm)
         setattr(self._decoder, self.family.blocks, nn.ModuleList(recorders))
         setattr(self._decoder, self.family.norm, nn.Identity())

@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "layer_types": ["mamba", "attention"],
     },
+    "bamba": {**MAMBA, "attn_layer_indices": [1], "mlp_bias": True, "attention_bias": True},
     "phi3": {"partial_rotary_factor": 0.5},
     "glm": {},
     "glm4": {},

@@ -39,7 +39,7 @@ def test_granite_4_without_experts(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("model_type", ["granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["granitemoehybrid", "bamba"])
 def test_linears_of_mamba_that_are_left_out_are_ignored_by_both_names(made: Make, model_type: str) -> None:
     """Of the tensor, and of the module as vLLM has it."""
     inventory = take_linears(Checkpoint.open(made(model_type)), (r"\.mamba\.",))
