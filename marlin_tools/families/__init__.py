@@ -45,6 +45,7 @@ class Branch:
     post      the norm after it, before the output joins the residual stream
     inner     linears between entry and exit, each of which reads a tensor of its own
     attends   the body is called as attention is
+    apart     sequence by sequence: transformers' own code for it takes more room for many than there is
     beside    it reads what the branch before it read, not what that put out: "always", or if this key of config.json says so
     instead   a block has it in the place of the branch before it, or of one before that which is `instead` as well
     experts   the body is a mixture of experts; `entry` and `exit` are then empty
@@ -58,6 +59,7 @@ class Branch:
     post: str | None = None
     inner: tuple[str, ...] = ()
     attends: bool = False
+    apart: bool = False
     beside: str | None = None
     instead: bool = False
     experts: Experts | None = None

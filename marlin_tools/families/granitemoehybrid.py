@@ -8,7 +8,7 @@ from marlin_tools.families.granitemoeshared import SHARED
 
 _ATTENTION, _EXPERTS = GRANITEMOE.branches
 
-MAMBA = replace(_ATTENTION, body="mamba", entry=("in_proj",), exit="out_proj", instead=True)
+MAMBA = replace(_ATTENTION, body="mamba", entry=("in_proj",), exit="out_proj", apart=True, instead=True)
 
 FAMILY = Family(
     branches=(

@@ -86,6 +86,9 @@ class Path:
 
     def compute(self, x: Tensor, chunk: int) -> Tensor:
         """The whole body."""
+        return torch.cat([self._of(part, chunk) for part in x.split(1)]) if self._branch.apart else self._of(x, chunk)
+
+    def _of(self, x: Tensor, chunk: int) -> Tensor:
         out = self.body(x) if self._calls is None else self.body(hidden_states=x, **self._calls[chunk])
         out = out[0] if isinstance(out, tuple) else out
         assert isinstance(out, Tensor)

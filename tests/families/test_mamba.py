@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
@@ -37,6 +38,17 @@ def test_granite_4_without_experts(
     ids, logits = stream.logits(40)
     expected = eager("granitemoehybrid", path)(input_ids=ids[None]).logits[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_mamba_is_computed_sequence_by_sequence(made: Make, tokens: TokenSet) -> None:
+    """Its code in torch needs room for each token times a part of the text times each state."""
+    seen = []
+    stream = LayerStream(Checkpoint.open(made("bamba")), tokens, frozenset(), torch.device("cpu"), chunk_tokens=80)
+    mamba: nn.Module = stream._blocks[0].mamba  # type: ignore[assignment]
+    mamba.get_submodule("in_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    for block in stream:
+        block.skip()
+    assert seen == [(1, 40), (1, 40), (1, 23)]
 
 
 @pytest.mark.parametrize("model_type", ["granitemoehybrid", "bamba"])
