@@ -323,9 +323,15 @@ def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
             raise ModelError(f"`{where}`: {told}", hint="download config.json again")
 
 
+def blocks_of(config: Mapping[str, Any]) -> int | None:
+    """How many blocks the settings of a language model ask for. Nemotron-H may say it only by what each of them is."""
+    kinds = config.get("layers_block_type")
+    return config.get("num_hidden_layers") or (len(kinds) if isinstance(kinds, list) else None)
+
+
 def check_blocks(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
     """Refuse another number of blocks than the settings of the language model say."""
-    count = config.get("num_hidden_layers")
+    count = blocks_of(config)
     found: dict[str, set[int]] = {}
     for name in tensors.shapes:
         if (block := _BLOCK.match(name)) and not _OTHER.search(block["prefix"]):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.contract import Tensors, agree, check_blocks, check_config, check_generation
+from marlin_tools.checkpoint.contract import Tensors, agree, blocks_of, check_blocks, check_config, check_generation
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.checkpoint.output import BESIDE, sha256_of
@@ -105,7 +105,8 @@ class Checkpoint:
         Nested ones often leave out what is as usual, so transformers' defaults are filled in.
         """
         if not isinstance(self.config.get("text_config"), dict):
-            return self.config
+            blocks = blocks_of(self.config)
+            return self.config if blocks is None else self.config | {"num_hidden_layers": blocks}
         from transformers import AutoConfig
 
         known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}

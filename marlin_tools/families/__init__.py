@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experts:
-    """The feed-forward networks of a mixture of experts, each three linears, of which every token goes through a few.
+    """The feed-forward networks of a mixture of experts, of which every token goes through a few.
 
     path         the module that holds them, relative to the branch's body
     shared       the network that every token goes through, likewise; None if there is none
     together     what they call the tensors that hold gate and up, and down, of all experts, relative to the branch's body
     transposed   such a tensor is [E, K, N], not [E, N, K]; None if both are found, which its shape tells
     interleaved  in such a tensor, rows of gate and up take turns
+    gated        each is three linears; without a gate it is two, and each expert has tensors of its own
     """
 
     path: str = "experts"
@@ -35,6 +36,12 @@ class Experts:
     together: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
     transposed: bool | None = False
     interleaved: bool = False
+    gated: bool = True
+
+    @property
+    def entry(self) -> tuple[str, ...]:
+        """The linears of an expert that read the tokens."""
+        return ("gate_proj", "up_proj") if self.gated else ("up_proj",)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class Branch:
             return (self.entry,), *inner, ((self.exit,),)
         bodies = [f"{self.experts.path}.{number}" for number in range(experts)]
         bodies = [*([self.experts.shared] if self.experts.shared else []), *bodies]
-        return tuple((f"{body}.gate_proj", f"{body}.up_proj") for body in bodies), tuple((f"{b}.down_proj",) for b in bodies)
+        entries = tuple(tuple(f"{body}.{name}" for name in self.experts.entry) for body in bodies)
+        return entries, tuple((f"{body}.down_proj",) for body in bodies)
 
     def linears(self, experts: int = 0) -> tuple[str, ...]:
         """The same without their order, relative to the block."""
@@ -224,6 +232,7 @@ FAMILIES = (
     "minicpm3",
     "mixtral",
     "nemotron",
+    "nemotron_h",
     "olmo2",
     "phi",
     "phi3",

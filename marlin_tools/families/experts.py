@@ -1,7 +1,8 @@
 """Experts as modules of our own: three linears each, in the place of transformers' tensors that hold all experts of a block.
 
-As linears they are observed, replaced and quantised like all others, and a backend gives each its kernel. What they compute is
-what transformers computes in eager mode: the gating is its own code, and the sums are in the same order.
+Those without a gate have two. As linears they are observed, replaced and quantised like all others, and a backend gives each
+its kernel. What they compute is what transformers computes in eager mode: the gating is its own code, and the sums are in the
+same order.
 
 A GPU computes an expert's few tokens faster than Python starts the kernels for them, so there experts that are called about as
 often are computed side by side, as long as they are plain linears. Others are computed one by one.
@@ -34,11 +35,12 @@ _FEWEST = 64
 
 
 class Expert(nn.Module):
-    """One gated feed-forward network."""
+    """One feed-forward network."""
 
-    def __init__(self, hidden: int, inner: int, *, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, inner: int, *, bias: bool, gated: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        if gated:
+            self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
         self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
         self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
 
@@ -50,8 +52,9 @@ class SplitExperts(nn.Module):
         super().__init__()
         count, hidden, inner = sizes
         dtype = next(fused.parameters()).dtype
+        self._gated = hasattr(fused, "gate_up_proj")
         for number in range(count):
-            self.add_module(str(number), Expert(hidden, inner, bias=bias, dtype=dtype))
+            self.add_module(str(number), Expert(hidden, inner, bias=bias, gated=self._gated, dtype=dtype))
         self.count, self.scales_inputs = count, scales_inputs
         self.act_fn: Any = None
         self._interleaved = not getattr(fused, "is_concatenated", True)
@@ -90,7 +93,7 @@ class SplitExperts(nn.Module):
         alike: dict[int, list[int]] = {}
         for number in called:
             alike.setdefault(_rounded_up(counts[number]), []).append(number)
-        weight = self.expert(0).gate_proj.weight
+        weight = self.expert(0).up_proj.weight
         inner, hidden = weight.shape
         for rows, numbers in alike.items():
             each = weight.element_size() * (3 * inner * hidden + rows * (2 * hidden + 5 * inner))
@@ -118,6 +121,9 @@ class SplitExperts(nn.Module):
 
     def gated(self, numbers: Sequence[int], x: Tensor) -> Tensor:
         """What the down projections of a bundle of experts read; x [experts, rows, H]."""
+        if not self._gated:
+            bent: Tensor = self.act_fn(self._multiply("up_proj", numbers, x))
+            return bent
         pair = self._multiply("gate_proj", numbers, x), self._multiply("up_proj", numbers, x)
         both = torch.stack(pair, dim=-1).flatten(-2) if self._interleaved else torch.cat(pair, dim=-1)
         gated: Tensor = self._gate(both)
@@ -199,7 +205,7 @@ def split_experts(model: nn.Module, family: Family) -> None:
         for block in blocks:
             body: Any = getattr(block, branch.body, None)
             fused = getattr(body, branch.experts.path, None)
-            if isinstance(fused, nn.Module) and hasattr(fused, "gate_up_proj"):
+            if isinstance(fused, nn.Module) and (hasattr(fused, "gate_up_proj") or hasattr(fused, "up_proj")):
                 turned = bool(getattr(fused, "is_transposed", branch.experts.transposed))  # the module, not what is stored
                 own = _split(fused, transposed=turned, scales_inputs=not hasattr(fused, "_apply_gate"))
                 setattr(body, branch.experts.path, own)

@@ -119,7 +119,7 @@ class Layout:
 
     def _together(self, index: int, branch: Branch) -> tuple[str, str] | None:
         """The tensors in which gate and up, and down, of all experts of a branch lie, if there are such."""
-        if branch.experts is None:
+        if branch.experts is None or not branch.experts.gated:
             return None
         body = self.family.block_prefix(index) + self._renamed(branch.body)
         gate_up, down = (f"{body}.{name}" for name in branch.experts.together)
@@ -221,7 +221,8 @@ class Layout:
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family of a checkpoint, with the names that its tensors really have."""
     family = find_family(checkpoint.config)
-    named = (family.decoder, *_DECODERS) if checkpoint.config.get("model_type") in NESTED else (family.decoder,)
+    own = (family.stored or family.decoder, family.decoder)
+    named = (*own, *_DECODERS) if checkpoint.config.get("model_type") in NESTED else own
     stored = next((name for name in named if f"{name}.{family.embedding}.weight" in checkpoint), family.decoder)
     heads = (family.head, *_HEADS)
     head = next((name for name in heads if any(f"{name}.{kind}" in checkpoint for kind in _KINDS)), family.head)

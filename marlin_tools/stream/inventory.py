@@ -137,7 +137,8 @@ class Inventory:
         """Further names of linears that stay as they are. Engines call some modules otherwise than checkpoints do, and ask
         for experts by the names of modules, of tensors, or by half of each.
         """
-        layout, names = self.layout, []
+        layout, names = self.layout, list[str]()
+        bare = any(branch.experts is not None and not branch.experts.gated for branch in self.family.branches)
         for index in range(self.blocks if self.kept else 0):
             for linear in (linear for group in layout.groups(index) for linear in group):
                 if (stored := layout.linear(index, linear)) not in self.kept:
@@ -148,6 +149,7 @@ class Inventory:
                     both = [name.partition(".experts.") for name in (stored, self.family.block_prefix(index) + linear)]
                     number = both[0][2].partition(".")[0]
                     ends = [end.partition(".")[2] for _, _, end in both]
+                    ends += ["gate_proj"] if bare and ends[0] == "up_proj" else []  # which engines ask for nonetheless
                     called = (f"{body}.experts.{number}.{end}" for body, _, _ in both for end in ends)
                     names += [name for name in dict.fromkeys(called) if name != stored]
         return names

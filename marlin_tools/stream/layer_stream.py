@@ -213,9 +213,10 @@ class Block:
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what it was called with and passes the hidden states on, in a pair if it has to."""
 
-    def __init__(self, *, pairs: bool) -> None:
+    def __init__(self, block: nn.Module, *, pairs: bool) -> None:
         super().__init__()
         self._pairs = pairs
+        self.block_type = getattr(block, "block_type", None)  # by which some decoders choose the mask
         self.context: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, *rest: None, **context: Any) -> Tensor | tuple[Tensor, None]:
@@ -365,7 +366,7 @@ class LayerStream:
         for name in ("rotary_emb", "pos_emb"):
             if (rotary := getattr(self._decoder, name, None)) is not None:
                 setattr(self._decoder, name, type(rotary)(rotary.config).to(self.device))
-        recorders = [_Recorder(pairs=self.family.pairs) for _ in self._blocks]
+        recorders = [_Recorder(block, pairs=self.family.pairs) for block in self._blocks]
         norm = getattr(self._decoder, self.family.norm)
         setattr(self._decoder, self.family.blocks, nn.ModuleList(recorders))
         setattr(self._decoder, self.family.norm, nn.Identity())

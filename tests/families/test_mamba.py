@@ -1,4 +1,4 @@
-"""What is particular to blocks with Mamba: which parts a model may lack, and what engines call them."""
+"""What is particular to blocks with Mamba: how much is computed at a time, and what engines call their linears."""
 
 import json
 import shutil
@@ -19,25 +19,6 @@ from marlin_tools.stream.layer_stream import LayerStream
 from marlin_tools.verification.engines import EngineVerdict, judge_checkpoint
 
 Make = Callable[[str], Path]
-
-
-@torch.no_grad()
-def test_granite_4_without_experts(
-    made: Make, eager: Callable[[str, Path], torch.nn.Module], tokens: TokenSet, tmp_path: Path
-) -> None:
-    """What stands beside experts elsewhere reads here what Mamba or attention has put out."""
-    path = Path(shutil.copytree(made("granitemoehybrid"), tmp_path / "plain"))
-    tensors = {name: t for name, t in load_file(path / "model.safetensors").items() if "block_sparse_moe" not in name}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"num_local_experts": 0, "position_embedding_type": "rope"}))
-    check_shapes(take_linears(Checkpoint.open(path), ()))
-    stream = LayerStream(Checkpoint.open(path), tokens, frozenset(), torch.device("cpu"))
-    for block in stream:
-        block.skip()
-    ids, logits = stream.logits(40)
-    expected = eager("granitemoehybrid", path)(input_ids=ids[None]).logits[0]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_mamba_is_computed_sequence_by_sequence(made: Make, tokens: TokenSet) -> None:
@@ -71,3 +52,24 @@ def test_what_vllm_takes_of_mamba(made: Make, tmp_path: Path) -> None:
     assert "2 groups of states do not divide among 4" in grouped.reasons[4]
     assert "`model.layers.0.mixer.in_proj` and takes it for one of 16 bits" in judged("gptq").reasons[1]
     assert judged("gptq", r"\.mamba\.").loads
+
+
+@torch.no_grad()
+def test_nemotron_h_under_the_other_name_of_its_decoder(
+    made: Make, eager: Callable[[str, Path], nn.Module], tokens: TokenSet, tmp_path: Path
+) -> None:
+    """`backbone` as its makers have it, `model` as transformers has it; how many blocks there are is said in two ways."""
+    path = Path(shutil.copytree(made("nemotron_h"), tmp_path / "model"))
+    tensors = {name.replace("backbone.", "model."): t for name, t in load_file(path / "model.safetensors").items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    assert "num_hidden_layers" not in config
+    kinds = {key: value for key, value in config.items() if key not in {"layers_block_type", "layer_types"}}
+    (path / "config.json").write_text(json.dumps(kinds | {"num_hidden_layers": 3, "hybrid_override_pattern": "M-*"}))
+    check_shapes(take_linears(Checkpoint.open(path), ()))
+    stream = LayerStream(Checkpoint.open(path), tokens, frozenset(), torch.device("cpu"))
+    for block in stream:
+        block.skip()
+    ids, logits = stream.logits(40)
+    expected = eager("nemotron_h", path)(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -28,7 +28,8 @@ NAMES = {
     "granitemoe": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.w1"),
     "granitemoeshared": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.w1"),
     "lfm2_moe": ("feed_forward.gate", "feed_forward.experts.3.w1"),
-    "granitemoehybrid": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.gate_proj"),
+    "granitemoehybrid-experts": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.gate_proj"),
+    "nemotron_h-experts": ("mixer.gate", "mixer.experts.3.up_proj"),
     "hunyuan_v1_moe": ("mlp.gate.wg", "mlp.experts.3.gate_proj"),
     "afmoe": ("mlp.router.gate", "mlp.experts.3.gate_proj"),
     "ernie4_5_moe": ("mlp.gate", "mlp.experts.3.gate_proj"),
@@ -54,6 +55,18 @@ def test_names_are_those_that_engines_look_for(made: Make, model_type: str, name
     assert f"{router}.weight" in inventory.checkpoint
     assert expert in inventory.names
     assert len(inventory.unquantized) == len(set(inventory.unquantized))
+
+
+def test_experts_without_a_gate_are_ignored_with_one(made: Make) -> None:
+    """VLLM asks for it where it chooses what to do with the experts of a block."""
+    inventory = take_linears(Checkpoint.open(made("nemotron_h-experts")), (r"\.experts\.",))
+    called = {f"backbone.layers.1.mixer.experts.{n}.{end}_proj" for n in range(4) for end in ("gate", "up", "down")}
+    assert called == {name for name in inventory.unquantized if ".experts." in name}
+
+
+def test_what_experts_read_in_fewer_numbers_stays_as_it_is(made: Make) -> None:
+    kept = take_linears(Checkpoint.open(made("nemotron_h-latent")), ()).unquantized
+    assert {f"backbone.layers.0.mixer.{name}_latent_proj" for name in ("fc1", "fc2")} <= set(kept)
 
 
 def test_the_indexer_stays_as_it_is(made: Make) -> None:
