@@ -93,6 +93,7 @@ class Family:
 
     renames   pairs (module, tensor): how names in a checkpoint differ from those of the modules, part by part
     called    a part of a block that checkpoints store, and what vLLM calls its module, if that is another name
+    plain     a part of a block whose linears vLLM takes in 16 bits only
     multiple  the number of a block's module that scales what joins the residual stream
     enlarges  `logits_scaling` of config.json multiplies the logits, which it otherwise divides
     scalar    a stored number of each block by which its output is multiplied
@@ -110,6 +111,7 @@ class Family:
     head: str = "lm_head"
     renames: tuple[tuple[str, str], ...] = ()
     called: tuple[str, str] | None = None
+    plain: str | None = None
     multiple: str | None = None
     enlarges: bool = False
     scalar: str | None = None
@@ -224,6 +226,7 @@ FAMILIES = (
     "granitemoeshared",
     "hunyuan_v1_moe",
     "hyperclovax",
+    "jamba",
     "lfm2",
     "lfm2_moe",
     "llama",

@@ -213,8 +213,8 @@ class _Model:
 def _judge(engine: Engine, model: _Model, layout: str) -> EngineVerdict:
     needs = engine.loads.get(layout)
     refusal = None if needs is not None else engine.refuses.get(layout, f"format `{layout}` is unknown to it")
-    if engine.name == "vLLM" and layout == "gptq":
-        refusal = _misnamed(model)
+    if engine.name == "vLLM" and refusal is None:
+        refusal = _unread(model, layout)
     if model.fp8 and refusal is None and engine.fp8 is None:
         refusal = "no reader for INT4 weights under FP8 activations was found"
     reasons = {size: reason for size in SIZES if (reason := refusal or _why_not(engine, model, size))}
@@ -237,13 +237,16 @@ def _own_notes(model: _Model) -> list[str]:
     return []
 
 
-def _misnamed(model: _Model) -> str | None:
-    """By the names of GPTQ's tensors vLLM knows which linears are quantised, also where it calls the modules otherwise."""
-    if (name := next((name for name in model.linears if model.family.served(name) != name), None)) is None:
-        return None
-    return (
-        f"it calls `{name}` `{model.family.served(name)}` and takes it for one of 16 bits (as compressed-tensors it does not)"
-    )
+def _unread(model: _Model, layout: str) -> str | None:
+    """A linear that vLLM takes for one of 16 bits. By the names of GPTQ's tensors it knows which are quantised, also where it
+    calls the modules otherwise.
+    """
+    for name in model.linears:
+        if model.family.plain is not None and f".{model.family.plain}." in name:
+            return f"it takes `{name}` in 16 bits only"
+        if layout == "gptq" and (served := model.family.served(name)) != name:
+            return f"it calls `{name}` `{served}` and takes it for one of 16 bits (as compressed-tensors it does not)"
+    return None
 
 
 def _why_not(engine: Engine, model: _Model, size: int) -> str | None:

@@ -42,9 +42,9 @@ def test_linears_of_mamba_that_are_left_out_are_ignored_by_both_names(made: Make
 
 
 def test_what_vllm_takes_of_mamba(made: Make, tmp_path: Path) -> None:
-    def judged(format_name: str, *ignore: str) -> EngineVerdict:
+    def judged(format_name: str, *ignore: str, model_type: str = "granitemoehybrid") -> EngineVerdict:
         settings = QuantizeSettings(preset="rtn", group_size=32, format=format_name, ignore=ignore)
-        out = quantize(made("granitemoehybrid"), None, settings, tmp_path / f"{format_name}{len(ignore)}")
+        out = quantize(made(model_type), None, settings, tmp_path / f"{model_type}-{format_name}{len(ignore)}")
         return next(each for each in judge_checkpoint(Contents(out)) if each.engine == "vLLM")
 
     grouped = judged("compressed-tensors")
@@ -52,6 +52,10 @@ def test_what_vllm_takes_of_mamba(made: Make, tmp_path: Path) -> None:
     assert "2 groups of states do not divide among 4" in grouped.reasons[4]
     assert "`model.layers.0.mixer.in_proj` and takes it for one of 16 bits" in judged("gptq").reasons[1]
     assert judged("gptq", r"\.mamba\.").loads
+    older = judged("compressed-tensors", model_type="jamba-dense")
+    assert "it takes `model.layers.0.mamba.in_proj` in 16 bits only" in older.reasons[1]
+    assert judged("compressed-tensors", r"\.mamba\.", model_type="jamba-dense").loads
+    assert judged("gptq", model_type="nemotron_h").loads
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ NAMES = {
     "lfm2_moe": ("feed_forward.gate", "feed_forward.experts.3.w1"),
     "granitemoehybrid-experts": ("block_sparse_moe.router.layer", "block_sparse_moe.experts.3.gate_proj"),
     "nemotron_h-experts": ("mixer.gate", "mixer.experts.3.up_proj"),
+    "jamba": ("feed_forward.router", "feed_forward.experts.3.up_proj"),
     "hunyuan_v1_moe": ("mlp.gate.wg", "mlp.experts.3.gate_proj"),
     "afmoe": ("mlp.router.gate", "mlp.experts.3.gate_proj"),
     "ernie4_5_moe": ("mlp.gate", "mlp.experts.3.gate_proj"),
