@@ -217,7 +217,7 @@ CASES: dict[str, dict[str, Any]] = {  # by type; what follows "-" tells cases of
         "mamba_dt_rank": 16,
         "mamba_proj_bias": True,
     },
-    "jamba-dense": {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "jamba-dense": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "lfm2_moe": {
         **EXPERTS,

@@ -11,7 +11,7 @@ from marlin_tools.checkpoint.manifest import history, read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import processes
 from marlin_tools.errors import ModelError, RecipeError
-from marlin_tools.families import find_family, text_config
+from marlin_tools.families import find_family, known_family, text_config
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import is_2_4
@@ -85,7 +85,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
         raise RecipeError(f"`{student.origin}` is not quantised: `code_rate` means nothing to it", hint="leave it out")
     if teacher.quantization is not None:
         raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")
-    if any(text_config(student.config).get(key) for key in EXPERTS):
+    if _has_experts(student):
         raise ModelError(
             f"`{student.origin}` is a mixture of experts, which cannot be finetuned here",
             hint="`marlin-tools quantize --preset max` trains it block by block",
@@ -101,6 +101,17 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
                     f"`{key}` is {found[0]} in `{student.origin}` and {found[1]} in its teacher `{teacher.origin}`",
                     hint="hidden states cannot be compared: set `square_head` to 0",
                 )
+
+
+def _has_experts(student: Checkpoint) -> bool:
+    """Whether a block has any. A config.json may say how many there would be where none has, and that there is one."""
+    if not any(text_config(student.config).get(key) for key in EXPERTS):
+        return False
+    family = known_family(student.config)
+    if family is None or not any(branch.experts for branch in family.branches):
+        return True
+    layout = Layout(student)
+    return any(branch.experts for index in range(layout.blocks) for branch in layout.branches(index))
 
 
 def another_teacher(student: Checkpoint, teacher: Checkpoint) -> str | None:

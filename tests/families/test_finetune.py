@@ -33,6 +33,11 @@ DENSE = (
     "mistral3",
     "qwen2_5_vl",
     "smolvlm",
+    "granitemoehybrid",
+    "bamba",
+    "nemotron_h",
+    "jamba-dense",
+    "lfm2",
 )
 
 
@@ -69,7 +74,7 @@ def test_the_kl_of_a_pruned_model(
         assert torch.equal(out.read(name) == 0, pruned.read(name) == 0), name
 
 
-@pytest.mark.parametrize("model_type", ["granite", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("model_type", ["granite", "gpt_neox", "gemma3", "nemotron_h"])
 def test_the_kl_of_a_quantised_model(
     made: Callable[[str], Path], eager: Load, windows: TokenSet, model_type: str, tmp_path: Path
 ) -> None:
