@@ -238,5 +238,5 @@ def test_models_that_cannot_be_done_are_refused(config: dict[str, Any], message:
 def test_every_family_file_declares_its_family() -> None:
     for name in FAMILIES:
         family = find_family({"model_type": name})
-        assert len(family.linears) == len(set(family.linears)) >= 4
+        assert len(family.linears) == len(set(family.linears)) >= (4 if len(family.slots()) > 1 else 2)
         assert family.block_prefix(3).endswith(".3.")
