@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, field_validator
 
 from marlin_tools.backends import BACKENDS, check_activations, load
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents
@@ -176,15 +177,19 @@ class _Side:
     how: Mapping[str, Any] = field(default_factory=dict)
     answers: Any = None
 
+    def __post_init__(self) -> None:
+        quantized = dequantized(self.checkpoint).quantization
+        self.format = find_format(quantized).name if quantized is not None else None  # here: an unknown one is refused at once
+        self.reads = activations_of(quantized) if quantized is not None else None
+
     def describe(self) -> dict[str, Any]:
         """What a report says of it."""
-        quantized = self.checkpoint.quantization
         return {
             "origin": self.checkpoint.origin,
             "fingerprint": self.checkpoint.fingerprint,
-            "format": find_format(quantized).name if quantized is not None else None,
+            "format": self.format,
             "dtype": dtype_name(self.checkpoint.dtype),
-            "activations": activations_of(quantized) if quantized is not None else None,
+            "activations": self.reads,
             **self.how,
         }
 

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.dequantized import DequantizedView, dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.verification.inspect import inspect, rows
 
@@ -218,6 +221,32 @@ def test_inspect_says_what_a_source_is_and_what_it_takes(
     assert f"{scheme['quant_method']}, read as bfloat16" == dict(rows(facts))["format"]
     assert inspect(made(model_type))["parameters"] == facts["parameters"]
     assert sum(tensor.nbytes for tensor in load_file(path / "model.safetensors").values()) == facts["bytes"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "scheme"), [("llama", to_fp8, FP8), ("gpt_oss", to_mxfp4, {"quant_method": "mxfp4"})]
+)
+def test_a_source_is_scored_beside_what_was_made_of_it(
+    made: Callable[[str], Path], tmp_path: Path, model_type: str, change: Callable[[dict[str, Tensor]], None], scheme: Any
+) -> None:
+    path = rewritten(made(model_type), tmp_path / "source", change, scheme)
+    known = Tokenizer(models.WordLevel({"?": 0, "boat": 1}, unk_token="?"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=known, unk_token="?").save_pretrained(path)
+    (tmp_path / "held.txt").write_text("The boat left the harbour. " * 20)
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32, device="cpu"), tmp_path / "out")
+
+    settings = EvaluateSettings(tasks=(f"ppl:{tmp_path / 'held.txt'}",), seqlen=32, limit=2, device="cpu")
+    result = evaluate(out, settings, baseline=path)
+    assert result.baseline is not None
+    assert (None, "bfloat16", None) == tuple(result.baseline[key] for key in ("format", "dtype", "activations"))
+    assert "compressed-tensors" == result.model["format"]
+
+
+def test_a_format_that_nobody_knows_is_refused_before_the_work(made: Callable[[str], Path], tmp_path: Path) -> None:
+    path = rewritten(made("llama"), tmp_path / "source", lambda _: None, {"quant_method": "awq"})
+    with pytest.raises(FormatError, match="unknown quant_method `awq`"):
+        evaluate(made("llama"), EvaluateSettings(tasks=("ppl:nowhere.txt",), device="cpu"), baseline=path)
 
 
 def test_experts_in_one_tensor_are_linears_that_nobody_has_read(made: Callable[[str], Path]) -> None:
