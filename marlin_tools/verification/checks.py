@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from marlin_tools.formats.contents import Contents, declared_sizes, ignores, kee
 from marlin_tools.formats.gptq import Gptq
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import unpack_nibbles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -109,18 +113,22 @@ class Subject:
         problems += [f"`{name}` is unknown to the model" for name in left]
         plain = [name for name in self.layout.linears() if name not in self.grids]
         problems += [f"`{name}` is not quantised and not listed as kept" for name in plain if not self._kept(name)]
-        problems += self._untied()
+        problems += self._untied(model)
         try:
             self.checkpoint.tokenizer()
         except ModelError as error:
             problems.append(error.message)
         return judge("inventory", problems, f"{len(self.grids)} linears quantised, {len(plain)} kept, nothing left over")
 
-    def _untied(self) -> Iterator[str]:
-        """A head beside the embedding that it should be: transformers reads it, vLLM does not."""
+    def _untied(self, model: "PreTrainedModel") -> Iterator[str]:
+        """A head beside the embedding that it should be: transformers reads it, vLLM does not.
+
+        Of a model within another both say whether it should; where one says no, the head is read.
+        """
         family = self.layout.family
         head, embedding = f"{family.head}.weight", f"{family.stored or family.decoder}.{family.embedding}.weight"
-        tied = self.layout.config.get("tie_word_embeddings") and head in self.checkpoint and embedding in self.checkpoint
+        says = getattr(model.config, "tie_word_embeddings", False) and self.layout.config.get("tie_word_embeddings")
+        tied = says and head in self.checkpoint and embedding in self.checkpoint
         if tied and not torch.equal(self.checkpoint.read(head), self.checkpoint.read(embedding)):
             yield f"`{head}` is not `{embedding}`, `tie_word_embeddings` says it is: vLLM would read the latter"
 

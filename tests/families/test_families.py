@@ -259,6 +259,22 @@ def test_heads_of_which_a_part_is_turned(made: Callable[[str], Path], eager: Loa
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(("outer", "fails"), [(False, False), (True, True)])
+def test_whether_a_head_is_the_embedding_is_said_by_the_whole_model(
+    made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: bool, fails: bool
+) -> None:
+    """The language model of Qwen3-VL with experts, asked alone, takes it for granted."""
+    path = Path(shutil.copytree(made("qwen3_vl_moe"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    del config["text_config"]["tie_word_embeddings"]
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": outer}))
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert Layout(out).config["tie_word_embeddings"]
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _self: None)
+    found = Subject(out).inventory()
+    assert found.ok != fails, found.detail
+
+
 def write_words(folder: Path) -> None:
     """A tokenizer that knows the words of one sentence, and one for all others."""
     words = ["<s>", "</s>", "?", *"The boat left the harbour at dawn".split()]
