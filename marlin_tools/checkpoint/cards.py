@@ -14,6 +14,7 @@ import torch
 
 from marlin_tools.checkpoint.headers import TensorInfo
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint, hub_repository, read_config
+from marlin_tools.checkpoint.skeleton import say_in_full
 from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.resources import expanded
 
@@ -180,6 +181,7 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo
         torch.device("meta"),
     ):
         settings = AutoConfig.for_model(config["model_type"], **deepcopy(known))
+        say_in_full(settings)
         nested = settings.get_text_config() is not settings
         model = (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)
         head = model.get_output_embeddings()  # tied by config.json, or because models of this type are

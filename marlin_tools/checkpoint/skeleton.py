@@ -67,7 +67,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for each in (config, config.get_text_config()):  # it may keep a `text_config` that it does not know as plain values
             each.return_dict = True  # with false transformers' own models fail
-        _turn_in_part(config)
+        say_in_full(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config
@@ -79,11 +79,17 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
     return model, nested
 
 
-def _turn_in_part(config: "PreTrainedConfig") -> None:
-    """MiniMax M2 says with `rotary_dim` how much of a head is turned, which transformers 5.17 passes over and turns all."""
+def say_in_full(config: "PreTrainedConfig") -> None:
+    """Say in the words of transformers 5.17 what it passes over, or misses, in a config.json of those who made the model.
+
+    MiniMax M2 says with `rotary_dim` how much of a head is turned; without it all would be. MiniCPM 3 leaves the factor of its
+    `longrope` to those who read the lengths, as other types may.
+    """
     size, turns = getattr(config, "rotary_dim", None), getattr(config, "rope_parameters", None)
     if config.model_type == "minimax_m2" and isinstance(size, int) and isinstance(turns, dict):
         turns.setdefault("partial_rotary_factor", size / config.head_dim)
+    if config.model_type == "minicpm3" and isinstance(turns, dict) and turns.get("rope_type") == "longrope":
+        turns.setdefault("factor", config.max_position_embeddings / turns["original_max_position_embeddings"])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from marlin_tools.backends import load
+from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
@@ -257,6 +258,23 @@ def test_heads_of_which_a_part_is_turned(made: Callable[[str], Path], eager: Loa
     loaded = load(ours, device="cpu", dtype=torch.float32)(input_ids=ids[None]).logits[0]
     for found in (logits, loaded):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_turns_of_minicpm3_whose_factor_follows_from_the_lengths(
+    made: Callable[[str], Path], eager: Load, tmp_path: Path
+) -> None:
+    theirs, ours = (Path(shutil.copytree(made("minicpm3"), tmp_path / name)) for name in ("theirs", "ours"))
+    config = json.loads((theirs / "config.json").read_text())
+    factors = {"short_factor": [1.5] * 16, "long_factor": [3.0] * 16, "original_max_position_embeddings": 32}
+    turns = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    (theirs / "config.json").write_text(json.dumps(config | {"rope_parameters": turns | {"factor": 4.0}}))
+    (ours / "config.json").write_text(json.dumps(config | {"rope_parameters": turns}))
+    ids = torch.arange(2, 22)[None]
+    expected = eager("minicpm3", theirs)(input_ids=ids).logits
+    found = load(ours, device="cpu", dtype=torch.float32)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert take_linears(Card(json.loads((ours / "config.json").read_text()), "card"), ()).names
 
 
 @pytest.mark.parametrize(("outer", "fails"), [(False, False), (True, True)])
