@@ -113,6 +113,7 @@ class Card(Checkpoint):
         self.path = Path(origin)
         self.origin = origin
         self.config = config
+        self._tensors = {}  # so none of them says what type that is
         self._tensors = _tensors(config, self.dtype)
 
 

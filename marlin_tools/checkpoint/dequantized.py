@@ -40,6 +40,7 @@ class DequantizedView(Checkpoint):
     def __init__(self, source: Checkpoint) -> None:
         self.path, self.origin, self._source = source.path, source.origin, source
         self.config: dict[str, Any] = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        self._tensors = {name: source.stored(name) for name in source.names()}  # if config.json does not say in which type
         if self.dtype not in {torch.float16, torch.bfloat16, torch.float32}:
             raise ModelError(f"`{source.origin}`: its weights cannot be expanded to {self.dtype}", hint=_BROKEN)
         self._tensors = dict(self._headers())

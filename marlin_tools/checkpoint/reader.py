@@ -7,6 +7,7 @@ describes these tensors (`contract.py`).
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,9 @@ ALIASES = {
 
 GENERATION = "generation_config.json"
 """End-of-text tokens and the like; a model may do without it."""
+
+_WIDE = {torch.float16, torch.bfloat16, torch.float32}
+"""What models are made in: codes are narrower."""
 
 _HUB_ID = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -123,13 +127,19 @@ class Checkpoint:
         shapes = {name: stored.shape for name, stored in self._tensors.items()}
         return Tensors(shapes, {name: stored.dtype for name, stored in self._tensors.items()})
 
+    @cached_property
+    def _largest(self) -> torch.dtype:
+        """The type of the largest tensor that is none of codes."""
+        wide = [stored for stored in self._tensors.values() if stored.dtype in _WIDE]
+        return max(wide, key=lambda stored: math.prod(stored.shape)).dtype if wide else torch.bfloat16
+
     @property
     def dtype(self) -> torch.dtype:
-        """The 16-bit (or other) type that the model was made in."""
+        """The 16-bit (or other) type that the model was made in; where config.json does not say, that of its largest tensor."""
         inside = self.config.get("text_config")
         places = (self.config, inside) if isinstance(inside, dict) else (self.config,)
-        name = next((place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), "float32")
-        dtype = getattr(torch, str(name), None)
+        name = next((place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), None)
+        dtype = self._largest if name is None else getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ModelError(f"`{self.path / 'config.json'}`: unknown dtype `{name}`", hint="use float16, bfloat16 or float32")
         return dtype

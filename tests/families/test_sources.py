@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from marlin_tools.backends import load
+from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.dequantized import DequantizedView, dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
@@ -118,6 +119,27 @@ def test_a_model_in_fp8_is_quantized_as_if_it_were_not(made: Callable[[str], Pat
     assert ours.names() == expected.names()
     assert all(torch.equal(ours.read(name), expected.read(name)) for name in ours.names())
     assert ours.read("model.layers.0.self_attn.k_proj.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scheme", [FP8, None])
+def test_a_type_that_config_json_leaves_out_is_that_of_the_weights(
+    made: Callable[[str], Path], tmp_path: Path, scheme: dict[str, object] | None
+) -> None:
+    """As in MiniMax M2, whose router is in 32 bits."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        if scheme is not None:
+            to_fp8(tensors)
+        tensors |= {name: tensor.float() for name, tensor in tensors.items() if name.endswith("mlp.gate.weight")}
+
+    path = rewritten(made("qwen3_moe"), tmp_path / "source", change, scheme)
+    config = {k: v for k, v in json.loads((path / "config.json").read_text()).items() if k != "dtype" and v is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(path).dtype == dequantized(Checkpoint.open(path)).dtype == torch.bfloat16
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert out.dtype == torch.bfloat16
+    assert {out.read(name).dtype for name in out.names() if name.endswith("weight_scale")} == {torch.bfloat16}
+    assert Card(config, "card").dtype == torch.bfloat16
 
 
 def to_mxfp4(tensors: dict[str, Tensor]) -> None:
