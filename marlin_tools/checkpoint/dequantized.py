@@ -110,8 +110,8 @@ class DequantizedView(Checkpoint):
 
 def _check_blocks(name: str, dtype: torch.dtype, shape: Sequence[int], scales: Sequence[int], block: tuple[int, int]) -> None:
     """Refuse codes whose scales are not one for each block."""
-    wanted = [-(-size // each) for size, each in zip(shape, block, strict=False)]
-    if len(shape) != 2 or dtype != torch.float8_e4m3fn or list(scales) != wanted:
+    wanted = [*shape[:-2], *(-(-size // each) for size, each in zip(shape[-2:], block, strict=False))]
+    if len(shape) not in {2, 3} or dtype != torch.float8_e4m3fn or list(scales) != wanted:
         raise ModelError(f"`{name}` is {list(shape)} with scales {list(scales)}, not {wanted}", hint=_BROKEN)
 
 
@@ -122,9 +122,10 @@ def _check_pairs(name: str, blocks: TensorInfo, exponents: TensorInfo) -> None:
 
 
 def _from_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Codes [N, K] times the scale of their block; the blocks at the edges may be smaller."""
+    """Codes [N, K], or those of all experts [E, N, K], times the scale of their block; those at the edges may be smaller."""
     height, width = block
-    each = scales.float().repeat_interleave(height, 0)[: codes.shape[0]].repeat_interleave(width, 1)[:, : codes.shape[1]]
+    rows, columns = codes.shape[-2:]
+    each = scales.float().repeat_interleave(height, -2)[..., :rows, :].repeat_interleave(width, -1)[..., :columns]
     return codes.float() * each
 
 

@@ -121,6 +121,23 @@ def test_a_model_in_fp8_is_quantized_as_if_it_were_not(made: Callable[[str], Pat
     assert ours.read("model.layers.0.self_attn.k_proj.weight").dtype == torch.bfloat16
 
 
+def test_fp8_experts_in_one_tensor(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """As Qwen3-VL's may be: blocks of codes [E, N, K] do not go beyond an expert."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            experts, rows, columns = tensors[name].shape
+            tensors[name + "_scale_inv"] = torch.rand(experts, -(-rows // 48), -(-columns // 48)) + 0.5
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    path = rewritten(made("qwen3_vl_moe"), tmp_path / "fp8", change, FP8)
+    raw, view = load_file(path / "model.safetensors"), dequantized(Checkpoint.open(path))
+    for name in (name for name in raw if name.endswith(("gate_up_proj", "down_proj"))):
+        value, scales = view.read(name), raw[name + "_scale_inv"]
+        assert torch.equal(value[3, 50:90, 50:90], (raw[name][3, 50:90, 50:90].float() * scales[3, 1, 1]).bfloat16())
+    assert quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out").names()
+
+
 @pytest.mark.parametrize("scheme", [FP8, None])
 def test_a_type_that_config_json_leaves_out_is_that_of_the_weights(
     made: Callable[[str], Path], tmp_path: Path, scheme: dict[str, object] | None
