@@ -7,6 +7,7 @@ from typing import Any
 
 from marlin_tools.checkpoint.cards import SIZES
 from marlin_tools.checkpoint.contract import EXPERTS
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.manifest import history, read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import processes
@@ -50,7 +51,7 @@ class Pair:
 
 def pair(model: str | Path | Checkpoint, teacher: str, settings: TrainingSettings) -> Pair:
     """Check that the two belong together and that there is something to keep, before any work."""
-    student, original = Checkpoint.open(model, accept=find_family), Checkpoint.open(teacher, accept=find_family)
+    student, original = Checkpoint.open(model, accept=find_family), dequantized(Checkpoint.open(teacher, accept=find_family))
     check_pair(student, original, settings, quantized=student.quantization is not None)
     if student.quantization is not None:
         manifest = read_manifest(student.path) or {}
@@ -83,7 +84,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, settings: TrainingSetti
     _check_learning(settings)
     if settings.code_rate and not quantized:
         raise RecipeError(f"`{student.origin}` is not quantised: `code_rate` means nothing to it", hint="leave it out")
-    if teacher.quantization is not None:
+    if dequantized(teacher).quantization is not None:  # one in FP8 or MXFP4 is the original, as its makers stored it
         raise ModelError(f"teacher `{teacher.origin}` is quantised", hint="learn from the original model")
     if _has_experts(student):
         raise ModelError(

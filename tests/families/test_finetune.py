@@ -1,16 +1,20 @@
 """Training sees the logits that transformers computes, for every kind of head: what a manifest says of the KL is what it is."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.errors import ModelError
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.training.finetune import FinetuneSettings, finetune
@@ -114,3 +118,27 @@ def test_a_teacher_of_another_type(
     (_, told), *_ = json.loads((out.path / "manifest.json").read_text())["held_out_kl"]
     ids = torch.stack(windows.sequences[-4:])
     assert kl(eager("llama", pruned.path), eager(other, made(other)), ids) == pytest.approx(told, rel=1e-3)
+
+
+def test_a_teacher_in_fp8_is_the_model_that_it_stands_for(
+    made: Callable[[str], Path], eager: Load, windows: TokenSet, tmp_path: Path
+) -> None:
+    """As its makers stored it, there is no other original."""
+    original = Path(shutil.copytree(made("mistral"), tmp_path / "original"))
+    tensors = load_file(original / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[f"{name}_scale_inv"], tensors[name] = torch.tensor(0.5), (tensors[name] * 2).to(torch.float8_e4m3fn)
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    wide, view = Path(shutil.copytree(made("mistral"), tmp_path / "wide")), dequantized(Checkpoint.open(original))
+    save_file({name: view.read(name) for name in view.names()}, wide / "model.safetensors", metadata={"format": "pt"})
+
+    quantized = quantize(original, None, QuantizeSettings(preset="rtn", group_size=32, device="cpu"), tmp_path / "quantized")
+    out = finetune(quantized, windows, FinetuneSettings(teacher=str(original), **SETTINGS), tmp_path / "out")
+    (_, told), *_ = json.loads((out.path / "manifest.json").read_text())["held_out_kl"]
+    teacher, student = (eager("mistral", wide) for _ in range(2))
+    _fill(student, quantized)
+    assert kl(student, teacher, torch.stack(windows.sequences[-4:])) == pytest.approx(told, rel=2e-2)
+    with pytest.raises(ModelError, match="is quantised"):
+        finetune(quantized, windows, FinetuneSettings(teacher=str(quantized.path), **SETTINGS), tmp_path / "again")
