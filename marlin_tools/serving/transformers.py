@@ -11,13 +11,15 @@ kernels on a GPU, torch's INT4 product on a CPU in bfloat16, else the packed ref
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -141,8 +143,9 @@ class PackedQuantizer(HfQuantizer):
                 f"the checkpoint holds no tensors of format `{self._format.name}`, which its config.json names",
                 hint="only *.safetensors are read; download or export the checkpoint again",
             )
-        for name, tensors in stored.items():
-            model.set_submodule(name, PendingLinear(_linear(model, name), tensors))
+        self._stored = {place: name for name, place in _places(model, stored)}
+        for place, name in self._stored.items():
+            model.set_submodule(place, PendingLinear(_linear(model, place, name), stored[name]))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
         waiting = {name: module for name, module in model.named_modules() if isinstance(module, PendingLinear)}
@@ -154,7 +157,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _built(self, name: str, module: PendingLinear, dtype: torch.dtype) -> nn.Module:
         tensors = {
-            suffix: self._exact(f"{name}.{suffix}", getattr(module, suffix).detach()) for suffix in self._format.suffixes
+            suffix: self._exact(f"{self._stored[name]}.{suffix}", getattr(module, suffix).detach())
+            for suffix in self._format.suffixes
         }
         try:
             weight = self._format.unpack(tensors, module.shape)
@@ -188,7 +192,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _scales_dtype(self, name: str) -> torch.dtype:
         """The type in which the scales of a linear are stored, whatever the model computes in."""
-        stored = (self._headers[f"{name}.{suffix}"].dtype for suffix in self._format.suffixes)
+        stored = (self._headers[f"{self._stored[name]}.{suffix}"].dtype for suffix in self._format.suffixes)
         return next(dtype for dtype in stored if dtype.is_floating_point)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -227,9 +231,19 @@ def _quantized(headers: Mapping[str, TensorInfo], stored_as: Format) -> Iterator
         yield name, {suffix: headers[f"{name}.{suffix}"] for suffix in stored_as.suffixes}
 
 
-def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:
+def _places(model: "PreTrainedModel", stored: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each of these linears with the name of the module that transformers fills with it: older checkpoints have other names."""
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    there = model.state_dict()
+    for name in stored:
+        own = f"{name}.weight"
+        found, _ = rename_source_key(own, renamings, [], model.base_model_prefix, there)
+        yield name, (found if found in there else own).removesuffix(".weight")
+
+
+def _linear(model: "PreTrainedModel", place: str, name: str) -> nn.Linear:
     try:
-        module = model.get_submodule(name)
+        module = model.get_submodule(place)
     except AttributeError:
         raise ModelError(f"the checkpoint holds a quantised `{name}`, the model has no such module", hint=_ELSEWHERE) from None
     if not isinstance(module, nn.Linear):

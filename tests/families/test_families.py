@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.cards import Card
@@ -258,6 +258,37 @@ def test_heads_of_which_a_part_is_turned(made: Callable[[str], Path], eager: Loa
     loaded = load(ours, device="cpu", dtype=torch.float32)(input_ids=ids[None]).logits[0]
     for found in (logits, loaded):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "older"),
+    [
+        ("llava", (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))),
+        ("qwen2_vl", (("model.language_model.", "model."), ("model.visual.", "visual."))),
+    ],
+)
+def test_transformers_finds_linears_by_older_names(
+    made: Callable[[str], Path], tmp_path: Path, model_type: str, older: tuple[tuple[str, str], ...]
+) -> None:
+    """As LLaVA 1.5 and Qwen2-VL lie on the hub."""
+    path = Path(shutil.copytree(made(model_type), tmp_path / "model"))
+    tensors = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        begin, instead = next((pair for pair in older if name.startswith(pair[0])), ("", ""))
+        tensors[instead + name.removeprefix(begin)] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    ids = torch.arange(2, 22)[None]
+    expected = load(out, device="cpu", backend="reference")(input_ids=ids).logits
+
+    register()
+    model = AutoModelForImageTextToText.from_pretrained(out.path)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    for each in (model, again, load(tmp_path / "saved", device="cpu", backend="reference")):
+        torch.nn.Module.float(each)
+        torch.testing.assert_close(each(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @torch.no_grad()
