@@ -119,14 +119,21 @@ def grouped_config(layout: str, group_size: int, ignore: Sequence[str]) -> dict[
     }
 
 
+_EXPERTS = r"re:.*\.experts\."
+"""The target that matches all experts."""
+
+
 def with_group_sizes(config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The same config for linears of these group sizes, -1 for per column; different ones only in the grouped dialect."""
+    """The same config for linears of these group sizes, -1 for per column; different ones only in the grouped dialect.
+
+    Experts come first: transformers takes for theirs the first entry with a target that says `experts`, be it `shared_experts`.
+    """
     if len(set(sizes.values())) == 1:
         return config
     scheme = config["config_groups"]["group_0"]
     groups = [
         scheme | {"targets": targets, "weights": scheme["weights"] | _grain(size)}
-        for size, targets in sorted(_targets(sizes).items(), reverse=True)
+        for size, targets in sorted(_targets(sizes).items(), key=lambda each: (_EXPERTS in each[1], each[0]), reverse=True)
     ]
     return config | {"config_groups": {f"group_{number}": group for number, group in enumerate(groups)}}
 
@@ -147,7 +154,7 @@ def _ends(name: str) -> list[str]:
     """The targets that match a linear, the shortest first. Engines ask for experts by names that may not be theirs."""
     parts = [r"\d+" if part.isdecimal() else re.escape(part) for part in name.split(".")]
     ends = [r"re:.*\." + r"\.".join(parts[-length:]) + "$" for length in range(1, len(parts))]
-    return [*([r"re:.*\.experts\."] if ".experts." in name else []), *ends, name]
+    return [*([_EXPERTS] if ".experts." in name else []), *ends, name]
 
 
 def _grain(group_size: int) -> dict[str, Any]:

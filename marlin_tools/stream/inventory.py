@@ -3,6 +3,7 @@
 Everything that could stop a run after hours is refused here in a second, naming the layers.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -135,9 +136,9 @@ class Inventory:
 
     def _also_called(self) -> list[str]:
         """Further names of linears that stay as they are. Engines call some modules otherwise than checkpoints do, and ask
-        for experts by the names of modules, of tensors, or by half of each.
+        for experts by the names of modules, of tensors, or by half of each. And of routers, whose modules have names of their own.
         """
-        layout, names = self.layout, list[str]()
+        layout, names = self.layout, self._routers()
         bare = any(branch.experts is not None and not branch.experts.gated for branch in self.family.branches)
         for index in range(self.blocks if self.kept else 0):
             for linear in (linear for group in layout.groups(index) for linear in group):
@@ -152,6 +153,17 @@ class Inventory:
                     ends += ["gate_proj"] if bare and ends[0] == "up_proj" else []  # which engines ask for nonetheless
                     called = (f"{body}.experts.{number}.{end}" for body, _, _ in both for end in ends)
                     names += [name for name in dict.fromkeys(called) if name != stored]
+        return names
+
+    def _routers(self) -> list[str]:
+        """The names of those modules beside experts that are stored under another name, as far as they may be linears."""
+        names, checkpoint = [], self.checkpoint
+        plain = [re.sub(r"\^|\\b|\\(?=\.)", "", ours) for ours, _ in self.family.renames]
+        for index in range(self.blocks):
+            for name in plain:
+                weight = f"{self.layout.linear(index, name)}.weight"
+                if weight in checkpoint and len(checkpoint.shape(weight)) == 2:
+                    names.append(self.family.block_prefix(index) + name)
         return names
 
     @property

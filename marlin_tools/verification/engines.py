@@ -37,6 +37,7 @@ class Engine:
     splits     whether it runs INT4 linears tensor-parallel
     marlin     whether it multiplies with Marlin kernels: groups of 32, 64, 128 or per column, tiles of 64 x 128
     pads       whether it fills up incomplete tiles with zeros instead of refusing them
+    loses      types of which it does not find experts that are stored one by one
     fp8        what to know where it multiplies INT4 weights with FP8 activations, "" if nothing; None where it does not
     command    what starts it on a model directory; Python code begins with "from"
     serves     whether it is a server for many users, which people want a format for
@@ -49,6 +50,7 @@ class Engine:
     splits: bool = False
     marlin: bool = False
     pads: bool = False
+    loses: Collection[str] = ()
     fp8: str | None = None
     command: str = ""
     serves: bool = False
@@ -88,6 +90,7 @@ ENGINES = (
         "5.17",
         {"gptq": "gptqmodel", "compressed-tensors": "compressed-tensors"},
         {"marlin": "has no reader for it", "marlin-24": "compressed-tensors dropped it in 0.15.0"},
+        loses=("gpt_oss", "granitemoe", "granitemoeshared", "qwen3_vl_moe_text"),
         fp8="rounds activations and multiplies in 16 bits",
         command="from transformers import AutoModelForCausalLM as A; A.from_pretrained({})",
     ),
@@ -217,6 +220,12 @@ def _judge(engine: Engine, model: _Model, layout: str) -> EngineVerdict:
         refusal = _unread(model, layout)
     if model.fp8 and refusal is None and engine.fp8 is None:
         refusal = "no reader for INT4 weights under FP8 activations was found"
+    if (
+        refusal is None
+        and model.config.get("model_type") in engine.loses
+        and any(".experts." in name for name in model.linears)
+    ):
+        refusal = "does not find experts that are stored one by one, and makes up others"
     reasons = {size: reason for size in SIZES if (reason := refusal or _why_not(engine, model, size))}
     sizes = tuple(size for size in SIZES if size not in reasons)
     notes = [f"needs `{needs}`"] if needs and sizes else []

@@ -16,6 +16,7 @@ from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import MarlinToolsError, ModelError
 from marlin_tools.families.layout import Layout
+from marlin_tools.serving.transformers import register, unregister
 from marlin_tools.stream.inventory import check_shapes, take_linears
 from marlin_tools.stream.layer_stream import LayerStream
 
@@ -68,6 +69,23 @@ def test_experts_without_a_gate_are_ignored_with_one(made: Make) -> None:
 def test_what_experts_read_in_fewer_numbers_stays_as_it_is(made: Make) -> None:
     kept = take_linears(Checkpoint.open(made("nemotron_h-latent")), ()).unquantized
     assert {f"backbone.layers.0.mixer.{name}_latent_proj" for name in ("fc1", "fc2")} <= set(kept)
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "dots1"])
+def test_transformers_finds_all_weights(made: Make, tmp_path: Path, model_type: str) -> None:
+    """Without us, by the names of its own modules: of which Phi-3.5's router is a linear with a name of its own."""
+    from transformers import AutoModelForCausalLM
+
+    out = quantize(made(model_type), None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    unregister()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(out.path, output_loading_info=True)
+    finally:
+        register()
+    assert not found["missing_keys"]
+    router = "router" if model_type == "phimoe" else "gate"
+    stored = out.read(f"model.layers.1.{'block_sparse_moe' if model_type == 'phimoe' else 'mlp'}.gate.weight")
+    assert torch.equal(getattr(model.model.layers[1].mlp, router).weight, stored)
 
 
 def test_the_indexer_stays_as_it_is(made: Make) -> None:

@@ -70,6 +70,17 @@ def test_compressed_tensors_finds_each_size(sizes):
     assert [] == match_targets("lm_head", linear, schemes)
 
 
+def test_transformers_takes_the_entry_of_experts_for_experts():
+    """It looks for the word alone, which the names of shared experts have as well."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers.integrations.compressed_tensors import get_experts_scheme
+
+    body = "model.layers.1.mlp"
+    shared = {f"{body}.{part}.down_proj": size for part, size in (("shared_experts", 128), ("experts.0", 64))}
+    sizes = shared | {"model.layers.0.mlp.down_proj": 32, f"{body}.experts.0.up_proj": 64}
+    assert 64 == get_experts_scheme(QuantizationConfig.model_validate(config_of(sizes))).weights.group_size
+
+
 @pytest.mark.parametrize("sizes", [sizes for sizes, _ in MODELS.values()], ids=list(MODELS))
 def test_an_engine_that_fuses_finds_each_size(sizes):
     """As vLLM looks: a module's own name, its class, the names of its parts; of experts, these names."""

@@ -115,6 +115,21 @@ def test_reasons_name_linear_and_rule(model, group_size, engine, size, reason):
     assert judge(model, group_size=group_size)[engine].reasons[size].startswith(reason)
 
 
+@pytest.mark.parametrize(("model_type", "loads"), [("granitemoe", False), ("mixtral", True)])
+def test_experts_that_are_not_found(model_type, loads):
+    """Of some types transformers knows how experts are put together; to those of others it gives random weights."""
+    whole = LLAMA3_8B | {"model_type": model_type, "num_local_experts": 8}
+    verdicts = {}
+    for experts in (True, False):
+        linears = {"model.layers.0.block_sparse_moe.experts.7.w1": (512, 4096)} if experts else {}
+        linears |= {"model.layers.0.self_attn.o_proj": (4096, 4096)}
+        found = judge_engines(whole, find_family(whole), linears, (), "compressed-tensors", dict.fromkeys(linears, 128))
+        verdicts[experts] = {verdict.engine: verdict for verdict in found}["transformers"]
+    assert verdicts[False].loads
+    assert verdicts[True].loads == loads
+    assert loads or str(verdicts[True]) == "no: does not find experts that are stored one by one, and makes up others"
+
+
 def test_experts_are_cut_too():
     expert = "model.layers.0.mlp.experts.7"
     linears = shapes(LLAMA3_8B) | {f"{expert}.gate_proj": (768, 4096), f"{expert}.down_proj": (4096, 768)}
