@@ -135,8 +135,10 @@ class Inventory:
         return [*found, *(name for name in modules if name not in found), self.family.head]
 
     def _also_called(self) -> list[str]:
-        """Further names of linears that stay as they are. Engines call some modules otherwise than checkpoints do, and ask
-        for experts by the names of modules, of tensors, or by half of each. And of routers, whose modules have names of their own.
+        """Further names of linears that stay as they are.
+
+        Engines call some modules otherwise than checkpoints do, and ask for experts by the names of modules, of tensors, or by
+        half of each.
         """
         layout, names = self.layout, self._routers()
         bare = any(branch.experts is not None and not branch.experts.gated for branch in self.family.branches)
