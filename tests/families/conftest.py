@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from marlin_tools.data.tokens import TokenSet
 from tiny_models import CASES, NESTED_CASES, TEXT, VOCABULARY
@@ -22,6 +23,13 @@ def _eager(model_type: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if model_type in NESTED_CASES else AutoModelForCausalLM
+
+
+def _name_as_on_the_hub(file: Path) -> None:
+    """Transformers 5.15 writes the embedding of a Nemotron-H under a name that nobody reads."""
+    tensors = load_file(file)
+    if (embedding := tensors.pop("backbone.embedding.weight", None)) is not None:
+        save_file({**tensors, "backbone.embeddings.weight": embedding}, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                     tensor.copy_(noise.mul_(0.1).add_(0.5) if tensor.ndim == 1 else noise.mul_(0.15))
             folders[model_type] = tmp_path_factory.mktemp(f"tiny-{model_type}-")
             model.half().save_pretrained(folders[model_type])
+            _name_as_on_the_hub(folders[model_type] / "model.safetensors")
         return folders[model_type]
 
     return make
