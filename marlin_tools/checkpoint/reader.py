@@ -106,13 +106,15 @@ class Checkpoint:
     def text_config(self) -> dict[str, Any]:
         """The part of config.json that describes the language model: all of it, or what stands beside other models'.
 
-        Nested ones often leave out what is as usual, so transformers' defaults are filled in.
+        Nested ones often leave out what is as usual, so transformers' defaults are filled in, if it knows the type.
         """
         if not isinstance(self.config.get("text_config"), dict):
             blocks = blocks_of(self.config)
             return self.config if blocks is None else self.config | {"num_hidden_layers": blocks}
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
+        if self.config.get("model_type") not in CONFIG_MAPPING:  # nothing is usual there; it can still be looked at
+            return dict(self.config["text_config"])
         known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
         what = f"`{self.path / 'config.json'}` is not understood by transformers"
         with ErrorTranslation(ModelError, what, "update transformers, or check config.json"):

@@ -16,6 +16,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
 from marlin_tools.checkpoint.tokenizer_files import panics_unprinted
 from marlin_tools.errors import ModelError
+from marlin_tools.verification.inspect import inspect
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
@@ -355,3 +356,9 @@ def test_what_others_write_while_panics_are_held_is_not_lost(capfd: pytest.Captu
         os.write(2, b"a warning\n")
 
     assert "a warning\n" == capfd.readouterr().err
+
+
+def test_a_model_within_another_of_a_type_that_nobody_knows_can_be_looked_at(model: Path) -> None:
+    write_json(model / "config.json", {"model_type": "unheard_of", "torch_dtype": "float16", "text_config": CONFIG})
+    assert Checkpoint.open(model).text_config == CONFIG
+    assert not inspect(model)["supported"]
