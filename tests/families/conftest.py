@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
+from marlin_tools.stream.layer_stream import LayerStream
 from tiny_models import CASES, NESTED_CASES, TEXT, VOCABULARY
 
 
@@ -76,3 +78,19 @@ def tokens() -> TokenSet:
     generator = torch.Generator().manual_seed(0)
     sequences = tuple(torch.randint(2, VOCABULARY, (n,), generator=generator) for n in (40, 40, 23))
     return TokenSet(sequences, "test", False, 3)
+
+
+@pytest.fixture(scope="session")
+def same_logits(eager: Callable[[str, Path], torch.nn.Module], tokens: TokenSet) -> Callable[[str, Path], None]:
+    """Compare what the stream makes of a model of this type with what transformers makes of it."""
+
+    @torch.no_grad()
+    def compare(model_type: str, path: Path) -> None:
+        stream = LayerStream(Checkpoint.open(path), tokens, frozenset(), torch.device("cpu"))
+        for block in stream:
+            block.skip()
+        ids, logits = stream.logits(40)
+        expected = eager(model_type, path)(input_ids=ids[None]).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    return compare
