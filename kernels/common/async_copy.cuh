@@ -37,6 +37,20 @@ __device__ __forceinline__ float4 load_published(const float4* global) {
     return v;
 }
 
+// 16 bytes that nobody reads again, past L1.
+__device__ __forceinline__ Vec16 load_once(const u8* global) {
+    Vec16 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(global));
+    return v;
+}
+
+// Two words.
+__device__ __forceinline__ void load_two(u32 (&words)[2], const u8* global) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(global));
+}
+
 // Counts this CTA in at a counter in global memory and returns how many were there before. Releases what the CTA wrote,
 // and acquires what the CTAs before it wrote; a barrier on either side extends both to all threads.
 __device__ __forceinline__ u32 arrive(u32* counter) {

@@ -33,8 +33,9 @@ struct Problem {
     u32* arrivals;     // up to eight counters per CTA, zero between calls
     int m, n, tiles_n, tiles_k;
     int token_tiles;    // ceil(m / tokens of a tile)
-    int split;          // 0: stream-K. Else CTAs work on whole tiles in clusters of so many, which split the inputs evenly
-    Schedule schedule;  // of steps over CTAs, or of tiles over clusters
+    int split;          // 0: stream-K. Else CTAs work on whole tiles in clusters of so many, which split the inputs evenly;
+                        // `strip` has so many CTAs for each tile of tokens
+    Schedule schedule;  // of steps over CTAs, of tiles over clusters, or of strips over CTAs
     const float* token_scales;  // [m], of activations that were rounded to 8 bits
 };
 

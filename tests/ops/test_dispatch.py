@@ -46,6 +46,17 @@ def test_tuned_table_wins(tables):
     assert dispatch.possible("sm_80", 100, 100) == ("8x64", "16x64")
 
 
+def test_a_choice_without_room_for_the_inputs_is_passed_over(tables):
+    """All inputs of a strip's tokens lie in shared memory, whose size is the GPU's."""
+    for target in ("sm_80", "sm_86"):
+        tune(target, [TableRow(4096, 4096, (8, 16), ("8x32", "16x64"))])
+
+    assert [dispatch.choose("sm_80", 8, 4096, k) for k in (4096, 8576, 8704)] == ["8x32", "8x32", "16x64"]
+    assert [dispatch.choose("sm_80", m, 4096, 28672) for m in (1, 2, 3)] == ["8x32", "8x32", "16x64"]
+    assert [dispatch.choose("sm_86", m, 4096, 8192) for m in (1, 5, 6, 8)] == ["8x32", "8x32", "16x64", "16x64"]
+    assert "16x64" in dispatch.possible("sm_80", 4096, 28672)
+
+
 def test_tuning_some_shapes_leaves_the_others_as_they_are(tables):
     before = dispatch.choose("sm_90a", 16, 57344, 8192)
     tune("sm_90a", [TableRow(4096, 4096, (16,), ("8x64",))])

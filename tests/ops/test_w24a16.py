@@ -52,7 +52,7 @@ def test_hopper_kernels_are_for_hopper_alone():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_work_is_shared_out_completely(target):
-    for tile in SPARSE_TILES.values():
+    for tile in filter(lambda each: each.kernel != "strip", SPARSE_TILES.values()):
         for tiles, groups in ((1, 1), (7, 3), (64, 32), (66, 32), (128, 64), (131, 8), (132, 8), (500, 32)):
             way = w24a16.decompose(tile, tiles, groups, 132, capability_of(target))
             assert 1 <= way.ctas <= 132

@@ -1,16 +1,11 @@
-"""`kernels/w4a8/{round,ada}.cu` on a CPU: their source, compiled for the host, lanes as fibers, PTX as its manual says.
+"""`kernels/w4a8/{round,ada}.cu` on a CPU, by `emulation.py`."""
 
-Who holds which element of a matrix is that of the manual, and copies arrive no sooner than they are waited for
-(`tests/ops/emulated/`). So an index or a barrier that is wrong is found without a GPU; what tensor cores round is not.
-"""
-
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from emulation import compiler, found, put, run
 from marlin_tools.ops.linear import fp8_reference
 from marlin_tools.ops.linear.decomposition import Decomposition
 from marlin_tools.ops.linear.fp8_tiles import FP8_TILES
@@ -19,45 +14,13 @@ from marlin_tools.ops.linear.operator import group_of
 from marlin_tools.ops.linear.tiles import types_of
 from marlin_tools.ops.linear.w4a16 import decompose
 from marlin_tools.quantized import QuantizedLinear
-from marlin_tools.resources import kernels_dir
 
-SOURCES = Path(__file__).with_name("emulated")
 TILES = {name: tile for name, tile in FP8_TILES.items() if tile.kernel == "ada"}
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A program of `emulated/` with some macros, each once."""
-    if not shutil.which("g++"):
-        pytest.skip("no host compiler")
-    folder, made = tmp_path_factory.mktemp("emulated"), {}
-
-    def program(source, **macros):
-        key = (source, *macros.items())
-        if key not in made:
-            made[key] = folder / str(len(made))
-            options = [f"-D{name}={value}" for name, value in macros.items()]
-            include = [f"-I{SOURCES}", f"-I{kernels_dir()}"]
-            command = ["g++", "-std=c++17", "-O1", "-w", *include, *options, "-o", made[key], SOURCES / source]
-            subprocess.run(command, check=True)
-        return made[key]
-
-    return program
-
-
-def put(folder: Path, **tensors):
-    """What a program reads."""
-    for name, tensor in tensors.items():
-        (folder / name).write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def found(folder: Path, name: str, dtype: torch.dtype):
-    """What it has written."""
-    return torch.frombuffer(bytearray((folder / name).read_bytes()), dtype=dtype)
-
-
-def run(program: Path, folder: Path, *numbers: int):
-    subprocess.run([program, folder, *map(str, numbers)], check=True, timeout=300)
+    return compiler(tmp_path_factory.mktemp("emulated"))
 
 
 def emulated(program: Path, folder: Path, way: Decomposition, sizes: tuple[int, ...], backwards: int):
@@ -97,6 +60,8 @@ def test_the_source_multiplies(compiled, name, case, tmp_path):
     types = types_of(torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16)
     program = compiled(
         "product.cpp",
+        SOURCE='"w4a8/ada.cu"',
+        NAME="ada_kernel",
         KERNEL=f"{tile.expression(89)},{types},{group}",
         SHARED=tile.shared_bytes(89),
         PARTIAL=tile.partial_bytes,

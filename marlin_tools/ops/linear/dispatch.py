@@ -3,8 +3,8 @@
 `kernels/dispatch.json` holds one table per GPU (`gpu_of`): for some weight shapes and some numbers of rows, the fastest choice.
 `bench.kernels.tune` makes one for the GPU at hand, which then lies beside the compiled kernels; its shapes win over the shipped
 ones. A shape takes the row of the nearest measured shape (in log N and log K), and M the nearest measured number of rows that
-is not smaller. A choice is the name of a tile, or `cublas`: dequantise, then call cuBLAS; the table names it wherever it is
-fastest, so nothing falls below it.
+is not smaller; where its choice has no room for a shape, that of the next number. A choice is a name of a tile, or `cublas`:
+dequantise, then call cuBLAS; the table names it wherever it is fastest, so nothing falls below it.
 
 The functions of this module are about the dense kernels; `sparse_dispatch.py` has the same for the sparse ones.
 """
@@ -115,8 +115,9 @@ class Tables:
     def _choose(self, gpu: str, m: int, n: int, k: int) -> str:
         """The name of a tile, or `CUBLAS`."""
         nearest = self._nearest(gpu, n, k)
+        capability = capability_of(gpu.split(maxsplit=1)[0])
         for rows, choice in zip(nearest.rows, nearest.choices, strict=True):
-            if m <= rows:
+            if m <= rows and (choice == CUBLAS or self.tiles[choice].fits(m, k, capability)):
                 return choice
         return nearest.choices[-1]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.linear.decomposition import Decomposition
-from marlin_tools.ops.linear.tiles import Tile
+from marlin_tools.ops.linear.layout import TILE_N
+from marlin_tools.ops.linear.tiles import StripTile, Tile
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.scratch import COUNTER_BYTES, scratch_for
 from marlin_tools.ops.runtime.target import capability_of
@@ -85,6 +86,27 @@ class PortablePlan(LaunchPlan):
         schedule = divmod(tiles * groups if way.stream_k else tiles, way.ctas // way.split)
         self._sizes = (*self._shape, tiles_n, groups, token_tiles, 0 if way.stream_k else way.split, *schedule)
         self._partial_bytes = 2 * way.ctas * tile.partial_bytes if way.stream_k else 0
+
+    def _rounding(self, exponent: int) -> tuple[float, ...]:
+        return (0,)
+
+
+class StripPlan(LaunchPlan):
+    """For `strip`: the strips of all outputs divide over the SMs, once for every eight tokens."""
+
+    def __init__(self, tile: StripTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> None:
+        super().__init__(x, out_features)
+        m, k = x.shape
+        capability = capability_of(function.kernel.target)
+        if not tile.fits(m, k, capability):
+            raise ValueError(f"{m} rows of {k} inputs do not fit into the shared memory of a CTA")
+        tiles_n, groups, _ = codes.shape
+        token_tiles, strips = -(-m // tile.tokens), tiles_n * (TILE_N // tile.outputs)
+        ctas = min(strips, sm_count(self._device_index))
+        shared = min(tile.bytes_for(m, k, -(-strips // ctas)), tile.shared_bytes(capability))
+        self._launch = driver.Launch(function, ctas * token_tiles, shared_bytes=shared)
+        self._sizes = (*self._shape, tiles_n, groups, token_tiles, ctas, *divmod(strips, ctas))
+        self._partial_bytes = 0
 
     def _rounding(self, exponent: int) -> tuple[float, ...]:
         return (0,)

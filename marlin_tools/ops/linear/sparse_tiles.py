@@ -7,7 +7,7 @@ import torch
 
 from marlin_tools.ops.linear.layout import SPARSE_GROUP_SIZES, TILE_K, TILE_N
 from marlin_tools.ops.linear.sparse_layout import WORDS
-from marlin_tools.ops.linear.tiles import Tile, choices, dequantizing_kernel, product_kernel
+from marlin_tools.ops.linear.tiles import StripTile, Tile, choices, dequantizing_kernel, product_kernel
 from marlin_tools.ops.runtime.kernel import ELEMENTS, Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
 
@@ -51,9 +51,10 @@ class SparseTile(Tile):
         return f"Warps<{self.n8}, {self.along_n}, {self.along_t}, {self.along_k}, {stages}, {ctas}>"
 
 
-SPARSE_TILES = {
+SPARSE_TILES: dict[str, Tile] = {
     tile.name: tile
     for tile in (
+        StripTile("strip", 1, 1),
         SparseTile("warps", 1, 1, ctas_per_sm=2, splits=2),
         SparseTile("warps", 1, 4),
         SparseTile("warps", 2, 2, splits=4),

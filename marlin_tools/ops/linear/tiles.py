@@ -1,7 +1,7 @@
 """The table of tiles, how a CTA may cut its work, and the kernels that they are compiled to, for which GPUs.
 
-A `Tile` holds the template parameters of one of `kernels/w4a16/{narrow,wide,hopper}.cu`; the sources explain them. A tile with
-a type of activations and a kind of scales is one kernel. `sparse_tiles.py` has the same for sparse weights.
+A `Tile` holds the template parameters of one of `kernels/w4a16/{strip,narrow,wide,hopper}.cu`; the sources explain them. A tile
+with a type of activations and a kind of scales is one kernel. `sparse_tiles.py` has the same for sparse weights.
 """
 
 from abc import ABC, abstractmethod
@@ -131,6 +131,10 @@ class Tile(ABC):
     def _cluster_bytes(self, capability: int) -> int:
         """For the sums of a cluster's other CTAs."""
 
+    def fits(self, m: int, k: int, capability: int) -> bool:
+        """Whether so many rows of so many inputs can be multiplied."""
+        return True
+
     def runs_on(self, capability: int) -> bool:
         """Whether the instructions exist and are known to do what they should: wgmma is Hopper's alone, e4m3 came with Ada."""
         return capability in {"hopper": (90,), "ada": (89, 90)}.get(self.kernel, (capability,))
@@ -223,9 +227,72 @@ class DenseTile(Tile):
         return f"Wide<{self.n8}, {self.along_n}, {self.along_t}, {self.along_k}, {self.groups}, {stages}, {self.scale_rows}>"
 
 
-TILES = {
+@dataclass(frozen=True)
+class StripTile(Tile):
+    """The tile of `strip`, dense and sparse: a CTA holds all inputs of its tokens, and the sums of as many strips as fit."""
+
+    _WARPS: ClassVar[int] = 16
+    _FLOATS: ClassVar[int] = 20  # of a token's 16 sums of a fragment
+
+    @property
+    def outputs(self) -> int:
+        """Half of a packed tile."""
+        return TILE_N // 2
+
+    @property
+    def threads(self) -> int:
+        """Threads per CTA."""
+        return 32 * self._WARPS
+
+    @property
+    def name(self) -> str:
+        """Rows of activations x outputs of a strip."""
+        return f"{self.tokens}x{self.outputs}"
+
+    def fits(self, m: int, k: int, capability: int) -> bool:
+        """Whether all inputs of so many tokens fit, and the sums of a strip."""
+        return self.bytes_for(m, k, 1) <= self.shared_bytes(capability)
+
+    def bytes_for(self, m: int, k: int, strips: int) -> int:
+        """Shared memory for the inputs of a CTA's tokens and the sums of so many strips."""
+        tokens = min(m, self.tokens)
+        return tokens * (k // TILE_K * (2 * TILE_K + 16) + strips * 2 * self._WARPS * self._FLOATS * 4)
+
+    def shared_bytes(self, capability: int) -> int:
+        """The most dynamic shared memory of a CTA; a launch takes what its shape needs."""
+        return _SHARED_KIB.get(capability, 99) * 1024
+
+    @property
+    def stage_bytes(self) -> int:
+        """Nothing: weights go to registers."""
+        return 0
+
+    def _cluster_bytes(self, capability: int) -> int:
+        return 0
+
+    def mirrors(self, capability: int) -> tuple[tuple[str, int], ...]:
+        """Constants of the C++ type that Python computes as well."""
+        c = self.expression(capability)
+        return (
+            (f"{c}::kTokens", self.tokens),
+            (f"{c}::kOutputs", self.outputs),
+            (f"{c}::kStripThreads", self.threads),
+            (f"{c}::kRowBytes", 2 * TILE_K + 16),
+            (f"{c}::kFragments * {c}::kStripWarps * {c}::kSumFloats", 2 * self._WARPS * self._FLOATS),
+        )
+
+    def stages(self, capability: int) -> int:
+        """Packed tiles on their way to a warp; more gained nothing."""
+        return 2
+
+    def _expression(self, stages: int, ctas: int) -> str:
+        return f"Strip<{stages}, {self.scale_rows}>"
+
+
+TILES: dict[str, Tile] = {
     tile.name: tile
     for tile in (
+        StripTile("strip", 1, 1),
         DenseTile("narrow", 1, 1, ctas_per_sm=2),
         DenseTile("narrow", 2, 1, ctas_per_sm=2),
         DenseTile("wide", 4, 2, groups=2),

@@ -15,10 +15,10 @@ from marlin_tools.ops.linear.dispatch import CUBLAS
 from marlin_tools.ops.linear.hopper import HopperPlan
 from marlin_tools.ops.linear.layout import SPARSE_GROUP_SIZES, TILE_N
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan
+from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan, StripPlan
 from marlin_tools.ops.linear.sparse_layout import WORDS, PackedSparse
 from marlin_tools.ops.linear.sparse_tiles import SparseTile, sparse_kernel
-from marlin_tools.ops.linear.tiles import dequantizing_kernel
+from marlin_tools.ops.linear.tiles import StripTile, Tile, dequantizing_kernel
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
@@ -81,9 +81,12 @@ def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     return sparse_kernel(choice, dtype, target, group)
 
 
-def _plan(tile: SparseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
+def _plan(tile: Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
     if tile.kernel == "hopper":
         return _SparseHopperPlan(tile, function, x, codes, out_features)
+    if isinstance(tile, StripTile):
+        return StripPlan(tile, function, x, codes, out_features)
+    assert isinstance(tile, SparseTile)
     return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)
 
 

@@ -14,8 +14,8 @@ from marlin_tools.ops.linear.decomposition import Decomposition
 from marlin_tools.ops.linear.hopper import HopperPlan
 from marlin_tools.ops.linear.layout import GROUP_SIZES, WORDS, PackedWeight
 from marlin_tools.ops.linear.operator import LinearOperator
-from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan
-from marlin_tools.ops.linear.tiles import DenseTile, Tile, dense_kernel, dequantizing_kernel
+from marlin_tools.ops.linear.plan import LEAST_BUSY, LaunchPlan, PortablePlan, StripPlan
+from marlin_tools.ops.linear.tiles import StripTile, Tile, dense_kernel, dequantizing_kernel
 from marlin_tools.ops.runtime import driver
 from marlin_tools.ops.runtime.kernel import Kernel
 from marlin_tools.ops.runtime.target import OVERLAP_CAPABILITY
@@ -41,9 +41,11 @@ def _kernel(choice: str, dtype: torch.dtype, group: int, target: str) -> Kernel:
     return dense_kernel(choice, dtype, target, group)
 
 
-def _plan(tile: DenseTile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
+def _plan(tile: Tile, function: driver.Function, x: Tensor, codes: Tensor, out_features: int) -> LaunchPlan:
     if tile.kernel == "hopper":
         return HopperPlan(tile, function, x, codes, out_features)
+    if isinstance(tile, StripTile):
+        return StripPlan(tile, function, x, codes, out_features)
     return PortablePlan(tile, partial(decompose, tile), function, x, codes, out_features)
 
 

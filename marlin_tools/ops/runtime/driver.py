@@ -58,9 +58,11 @@ class Function:
 
 
 class Launch:
-    """One kernel with a fixed grid. Not thread-safe: its buffers are rewritten by every call."""
+    """One kernel with a fixed grid, and with less shared memory than it may have, if so asked. Not thread-safe: its buffers are
+    rewritten by every call.
+    """
 
-    def __init__(self, function: Function, ctas: int, cluster: int = 1) -> None:
+    def __init__(self, function: Function, ctas: int, cluster: int = 1, shared_bytes: int | None = None) -> None:
         kernel, attributes = function.kernel, []
         if kernel.overlaps and capability_of(kernel.target) >= OVERLAP_CAPABILITY:
             attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)))
@@ -70,7 +72,7 @@ class Launch:
         self._config = _Config(
             grid=(ctas, 1, 1),
             block=(kernel.threads, 1, 1),
-            shared_bytes=kernel.shared_bytes,
+            shared_bytes=kernel.shared_bytes if shared_bytes is None else shared_bytes,
             attributes=ctypes.cast(self._attributes, ctypes.POINTER(_Attribute)),
             attribute_count=len(attributes),
         )

@@ -1,6 +1,8 @@
-// The product: KERNEL, SHARED and PARTIAL are those of a tile.
+// The product: SOURCE, NAME, KERNEL, THREADS, SHARED and PARTIAL are those of a tile. Its shared memory has one name here.
 #include "run.h"
-#include "w4a8/ada.cu"
+#define memory pipeline
+#include SOURCE
+#undef memory
 
 static Problem problem;
 
@@ -29,7 +31,7 @@ int main(int, char** argv) {
                split,
                {static_cast<u32>(run), static_cast<u32>(longer)},
                reinterpret_cast<const float*>(token_scales.data())};
-    kernel = [] { ada_kernel<KERNEL>(problem); };
+    kernel = [] { NAME<KERNEL>(problem); };
     for (int cta = 0; cta < ctas; ++cta) {
         blockIdx.x = backwards ? ctas - 1 - cta : cta;
         run_cta(backwards);

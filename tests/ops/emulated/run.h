@@ -2,7 +2,7 @@
 #pragma once
 #include "common/types.cuh"
 alignas(128) u8 pipeline[SHARED];
-static char stacks[256][1 << 16];
+static char stacks[THREADS][1 << 16];
 static void (*kernel)();
 
 static void enter() {
@@ -12,9 +12,9 @@ static void enter() {
 
 static void run_cta(bool backwards) {
     std::memset(pipeline, 0xFF, SHARED);  // not a number, neither as e4m3 nor as a scale
-    block = {256, 0, 0};
+    block = {THREADS, 0, 0};
     for (Warp& warp : warps) warp.barrier = {32, 0, 0};
-    for (int i = 0; i < 256; ++i) {
+    for (int i = 0; i < THREADS; ++i) {
         Fiber& fiber = fibers[i];
         fiber.waits_for = nullptr;
         fiber.done = false;
@@ -28,8 +28,8 @@ static void run_cta(bool backwards) {
     }
     for (bool moved = true; moved;) {
         moved = false;
-        for (int i = 0; i < 256; ++i) {
-            threadIdx.x = backwards ? 255 - i : i;
+        for (int i = 0; i < THREADS; ++i) {
+            threadIdx.x = backwards ? THREADS - 1 - i : i;
             Fiber& fiber = fibers[threadIdx.x];
             if (fiber.done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
             fiber.waits_for = nullptr;

@@ -1,4 +1,4 @@
-// The elements of products in 8 bits, and what a warp does with them together, as the manual of PTX says it.
+// The elements of products in 8 and 16 bits, and what a warp does with them together, as the manual of PTX says it.
 #pragma once
 #include "common/types.cuh"
 template <int kZero_, int>
@@ -11,6 +11,8 @@ struct Types {
     using Output = Output_;
     using Grid = Grid_;
     static constexpr float kQuantum = Operand::kQuantum;
+    template <class Codes>
+    static void dequantize(u32 q, Codes& a) { Operand::template dequantize<Grid::kZero>(q, a); }
 };
 inline float half_to_float(u16 h) {
     const int exponent = h >> 10 & 31, mantissa = h & 1023;
@@ -43,6 +45,44 @@ struct Bfloat16 {
         return std::isnan(f) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     }
     static u32 round_pair(float low, float high) { return round(low) | round(high) << 16; }
+};
+// m16n8k16: lane 4 g + t has inputs 2 t, 2 t + 1 and those 8 further, of rows g and g + 8 of A, of column g of B.
+struct Half {
+    static constexpr float kQuantum = 1.f;
+    // Small integers: nibble p of `q` is the low and nibble p + 4 the high element of register p.
+    template <int kZero>
+    static void dequantize(u32 q, u32 (&a)[4]) {
+        for (int p = 0; p < 4; ++p) a[p] = of(q >> 4 * p & 15, kZero) | of(q >> 4 * (p + 4) & 15, kZero) << 16;
+    }
+    static u32 of(int code, int zero) { return round(code - zero); }
+    static float widen(u16 h) { return half_to_float(h); }
+    static u32 round(float value) {
+        if (std::isnan(value)) return 0x7FFF;
+        int exponent;
+        std::frexp(value, &exponent);
+        exponent = max(exponent, -13);
+        const u32 steps = static_cast<u32>(std::nearbyint(std::ldexp(std::fabs(std::fmin(std::fmax(value, -7e4f), 7e4f)), 11 - exponent)));
+        const u32 size = steps >> 10 ? steps + (exponent + 13 << 10) : steps;  // 2048 steps carry into the exponent
+        return (std::signbit(value) ? 0x8000 : 0) | (size < 0x7C00 ? size : 0x7C00);
+    }
+    static u32 round_pair(float low, float high) { return round(low) | round(high) << 16; }
+    static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+        Warp& w = warp_of_lane();
+        const int lane = threadIdx.x % 32;
+        std::memcpy(w.a[lane], a, 16);
+        w.b[lane][0] = b0;
+        w.b[lane][1] = b1;
+        sync(w.barrier);
+        for (int e = 0; e < 4; ++e) {
+            const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+            for (int k = 0; k < 16; ++k) {
+                const u32 left = w.a[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8] >> k % 2 * 16;
+                const u32 right = w.b[column * 4 + k % 8 / 2][k / 8] >> k % 2 * 16;
+                c[e] += half_to_float(left & 0xFFFF) * half_to_float(right & 0xFFFF);
+            }
+        }
+        sync(w.barrier);
+    }
 };
 // To nearest, of two the even one, and the largest for what is too large: by looking.
 inline u32 round_to_e4m3(float value) {
@@ -93,9 +133,12 @@ inline void load_matrices(u32 (&r)[4], u32 shared) {
     w.address[lane] = shared;
     sync(w.barrier);
     for (int m = 0; m < 4; ++m) {
-        u32 banks = 0;
-        for (int row = 0; row < 8; ++row) banks |= 1u << w.address[8 * m + row] / 16 % 8;
-        if (banks != 255 || shared % 16) fail("a matrix whose rows share banks");
+        u32 where[8] = {};  // what is read from each four banks: rows may be the same, but no others
+        for (int row = 0; row < 8; ++row) {
+            u32& here = where[w.address[8 * m + row] / 16 % 8];
+            if ((here && here != w.address[8 * m + row] + 1) || shared % 16) fail("a matrix whose rows share banks");
+            here = w.address[8 * m + row] + 1;
+        }
         std::memcpy(&r[m], pipeline + w.address[8 * m + lane / 4] + lane % 4 * 4, 4);
     }
     sync(w.barrier);

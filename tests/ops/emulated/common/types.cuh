@@ -1,4 +1,4 @@
-// What kernels take from CUDA, on a CPU: a CTA of 256 lanes, each a fiber that runs until it waits for others.
+// What kernels take from CUDA, on a CPU: a CTA of up to 512 lanes, each a fiber that runs until it waits for others.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,6 +15,9 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#ifndef THREADS
+#define THREADS 256
+#endif
 #ifndef __shared__  // `static` where it is not `extern`
 #define __shared__
 #endif
@@ -58,11 +61,11 @@ struct Fiber {
     bool done;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
-} fibers[256];
+} fibers[THREADS];
 struct Warp {
     Barrier barrier;
     u32 address[32], a[32][4], b[32][2], shuffled[32];
-} warps[8];
+} warps[THREADS / 32];
 Barrier block;
 ucontext_t scheduler;
 

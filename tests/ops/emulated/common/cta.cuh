@@ -1,0 +1,5 @@
+// What a thread can ask about its CTA.
+#pragma once
+#include "common/types.cuh"
+inline int uniform_warp() { return threadIdx.x / 32; }
+inline int dynamic_shared_bytes() { return SHARED; }
