@@ -56,7 +56,7 @@ from marlin_tools.training.student import Reader, Student, recompute
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REVISION = 7
+REVISION = 8
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 _SMALLER = "use `--recompute`, a smaller `--micro`, `--code-rate 0` for a quantised model, or several GPUs with `torchrun`"

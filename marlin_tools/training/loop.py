@@ -7,6 +7,7 @@ the way. So a run that is continued from a saved state takes the very steps that
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -44,6 +45,8 @@ class TrainingSettings(Settings):
     square_head    weight of SquareHead on the hidden states; by default 1, of a quantised model 0
     every          which hidden states: those of every so many blocks, and the last
     clip           longest gradient
+    average        what is measured and kept is the mean of the states so far, each of which counts so many times as much as the
+                   one after it; at 0 it is the last state. By default 0, of a quantised model 0.95
     seed           of the order of sequences
     held_out       sequences that are not trained on but measured
     evaluations    how often they are measured
@@ -62,6 +65,7 @@ class TrainingSettings(Settings):
     square_head: float | None = Field(None, ge=0)
     every: int = Field(4, ge=1)
     clip: float = Field(1.0, gt=0)
+    average: float | None = Field(None, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
     held_out: int = Field(8, ge=1)
     evaluations: int = Field(10, ge=1)
@@ -74,8 +78,8 @@ class TrainingSettings(Settings):
         return self.model_copy(update={key: value for key, value in usual.items() if getattr(self, key) is None})
 
 
-_SPARSE = {"tokens": 20_000_000, "rate": 1e-4, "code_rate": 0.0, "square_head": 1.0}
-_QUANTIZED = {"tokens": 6_000_000, "rate": 1e-3, "code_rate": 0.01, "square_head": 0.0}
+_SPARSE = {"tokens": 20_000_000, "rate": 1e-4, "code_rate": 0.0, "square_head": 1.0, "average": 0.0}
+_QUANTIZED = {"tokens": 6_000_000, "rate": 1e-3, "code_rate": 0.01, "square_head": 0.0, "average": 0.95}
 
 
 def schedule(step: int, steps: int, settings: TrainingSettings) -> float:
@@ -113,6 +117,9 @@ class Trainer:
         others = [parameter for name, parameter in self._trained.items() if not name.endswith(OFFSET)]
         groups = [{"params": others, "top": settings.rate}, *([{"params": codes, "top": settings.code_rate}] if codes else [])]
         self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        self._mean: dict[str, Tensor] = {}
+        if settings.average:
+            self._mean = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         self._narrow = torch.bfloat16 if team.device.type == "cuda" else torch.float32
         self.measured: list[tuple[int, float]] = []
         self.stopped = ""
@@ -176,7 +183,30 @@ class Trainer:
             group["lr"] = group["top"] * schedule(self.step, self.steps, settings)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        self._average()
         return total
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Let the mean follow the state; at first faster, since it begins where nothing was learned."""
+        assert self.settings.average is not None, "a share that nobody chose"
+        past = min(self.settings.average, (self.step + 1) / (self.step + 10))
+        for name, mean in self._mean.items():
+            mean.lerp_(self._trained[name].detach(), 1 - past)
+
+    @contextmanager
+    def _in_the_mean(self) -> Iterator[None]:
+        """Within, the parameters are the mean of the states so far, if there is one."""
+        self._swap()
+        yield
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, mean in self._mean.items():
+            value = self._trained[name].detach().clone()
+            self._trained[name].copy_(mean)
+            mean.copy_(value)
 
     def _compare(self, ids: Tensor, heads: tuple[Head, Head], share: float) -> Tensor:
         """Add `share` of the gradient of one micro-batch; returns its losses."""
@@ -206,6 +236,10 @@ class Trainer:
     @torch.no_grad()
     def measure(self, heads: tuple[Head, Head], emit: Emit) -> None:
         """The KL on what is not trained on."""
+        with self._in_the_mean():
+            self._measure(heads, emit)
+
+    def _measure(self, heads: tuple[Head, Head], emit: Emit) -> None:
         total = torch.zeros((), dtype=torch.float64, device=self.team.device)
         with rounded_once(self.student.model):
             for part in self._held_out.split(self.settings.micro):
@@ -251,13 +285,15 @@ class Trainer:
             moments = self._adam.state[parameter]
             for moment in ("exp_avg", "exp_avg_sq"):
                 yield f"{name}|{moment}", whole(moments[moment]).cpu()
+            if self._mean:
+                yield f"{name}|mean", whole(self._mean[name]).cpu()
             if self._best:
                 yield f"{name}|best", whole(self._best[name]).cpu()
 
     @property
     def state_bytes(self) -> int:
-        """How large a saved state is: of each parameter its value, two moments and its best value."""
-        return sum(4 * parameter.nbytes for parameter in self._trained.values())
+        """How large a saved state is: of each parameter its value, two moments, perhaps its mean, and its best value."""
+        return sum((5 if self._mean else 4) * parameter.nbytes for parameter in self._trained.values())
 
     def facts(self) -> dict[str, Any]:
         """The rest of a saved state."""
@@ -276,6 +312,8 @@ class Trainer:
                 moments[moment] = torch.zeros_like(parameter)
                 fill_share(moments[moment], tensors[f"{name}|{moment}"])
             self._adam.state[parameter] = moments
+            if self._mean:
+                fill_share(self._mean[name], tensors[f"{name}|mean"])
             if (best := tensors.get(f"{name}|best")) is not None:
                 self._best[name] = parameter.detach().clone()
                 fill_share(self._best[name], best)

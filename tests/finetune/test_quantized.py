@@ -18,6 +18,7 @@ from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.training.finetune import FinetuneSettings
+from marlin_tools.training.loop import Trainer
 from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Product, free_codes
 
 Run = Callable[..., Checkpoint]
@@ -155,6 +156,28 @@ def test_what_gets_worse_is_not_kept(run: Run, quantized: Make) -> None:
     facts = manifest(out)
     assert facts["best_step"] == 0 < facts["steps"]
     assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
+
+
+def test_what_is_kept_is_the_mean_of_the_states(run: Run, quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    means: list[dict[str, torch.Tensor]] = []
+    trainers = []
+    real = Trainer._average
+
+    def average(self: Trainer) -> None:
+        state = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        before = means[-1] if means else {name: mean.clone() for name, mean in self._mean.items()}
+        past = min(0.8, (self.step + 1) / (self.step + 10))
+        means.append({name: past * before[name] + (1 - past) * state[name] for name in state})
+        trainers.append(self)
+        real(self)
+
+    monkeypatch.setattr(Trainer, "_average", average)
+    out = run(model=quantized(), **{**ENOUGH, "average": 0.8, "evaluations": 3})
+    best = manifest(out)["best_step"]
+    assert best > 1
+    kept = trainers[0]._trained
+    torch.testing.assert_close({name: parameter.detach() for name, parameter in kept.items()}, means[best - 1])
+    assert any(not torch.equal(means[best - 1][name], means[best - 2][name]) for name in kept)
 
 
 def test_a_fault_falls_back_and_is_told(run: Run, quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
