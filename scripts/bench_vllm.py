@@ -10,7 +10,7 @@
     python scripts/bench_vllm.py dense --shape llama2-70b --layers 8 --tensor-parallel 2
 
 Llamas of true shapes with random weights, so nothing is downloaded. A process each, because vLLM keeps its GPU memory until it
-ends. Prints one line of JSON, and with --profile writes the time of every kernel of a token.
+ends. Prints one line of JSON, and with --profile writes the time of every kernel of a token, and of prompts.
 """
 
 import argparse
@@ -29,6 +29,9 @@ FP8 = ("fp8", "cutlass")
 STOCK = ("machete", "cutlass")
 """Kinds without the plugin."""
 BATCHES = (1, 8, 16, 32, 64, 128)
+PROMPTS = (1, 4)
+LENGTH = 2048
+"""Tokens of a prompt."""
 PROFILED = (1, 16, 64)
 TIMES = 3
 SHAPES = {
@@ -135,26 +138,28 @@ class Engine:
             whole = min(self.seconds(batch, 64, 64) for _ in range(TIMES))
             first = min(self.seconds(batch, 64, 1) for _ in range(TIMES))
             found[f"batch {batch}"] = (whole - first) / 63 * 1e3
-        for prompts in (1, 4):
-            self.seconds(prompts, 2048, 1)
-            found[f"{prompts} x 2048"] = min(self.seconds(prompts, 2048, 1) for _ in range(TIMES)) * 1e3
+        for prompts in PROMPTS:
+            self.seconds(prompts, LENGTH, 1)
+            found[f"{prompts} x {LENGTH}"] = min(self.seconds(prompts, LENGTH, 1) for _ in range(TIMES)) * 1e3
         return {name: round(value, 3) for name, value in found.items()}
 
     def profile(self) -> dict[str, dict[str, Any]]:
-        """For each batch, microseconds of a token: each kernel's, their number, and the gaps between them."""
-        return {f"batch {batch}": self._kernels(batch) for batch in PROFILED}
+        """Of a token for each batch, and of prompts, microseconds: each kernel's, their number, and the gaps between them."""
+        tokens = {f"batch {batch}": self._kernels(batch, 64, {17: 1, 1: -1}, 16) for batch in PROFILED}
+        return tokens | {f"{prompts} x {LENGTH}": self._kernels(prompts, LENGTH, {1: 1}, 1) for prompts in PROMPTS}
 
-    def _kernels(self, batch: int, tokens: int = 16) -> dict[str, Any]:
+    def _kernels(self, batch: int, length: int, runs: dict[int, int], share: int) -> dict[str, Any]:
+        """Of `runs`, by how many tokens they make, each with its sign: their sum over `share`."""
         from torch._C._autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         spent: Counter[str] = Counter()
         started: Counter[str] = Counter()
         between = 0.0
-        for new, sign in ((1 + tokens, 1), (1, -1)):
-            self.seconds(batch, 64, new)
+        for new, sign in runs.items():
+            self.seconds(batch, length, new)
             with profile(activities=[ProfilerActivity.CUDA]) as record:
-                self.seconds(batch, 64, new)
+                self.seconds(batch, length, new)
             ran = [event for event in record.events() if event.device_type == DeviceType.CUDA]
             events = sorted((event.time_range.start, event.time_range.end, event.name) for event in ran)
             reached = events[0][0]
@@ -164,10 +169,10 @@ class Engine:
                 between += sign * max(begin - reached, 0)
                 reached = max(reached, end)
         kernels = [
-            [name[:160], round(spent[name] / tokens, 2), round(started[name] / tokens, 2)]
+            [name[:160], round(spent[name] / share, 2), round(started[name] / share, 2)]
             for name in sorted(spent, key=lambda name: -spent[name])
         ]
-        return {"gaps": round(between / tokens, 1), "kernels": kernels}
+        return {"gaps": round(between / share, 1), "kernels": kernels}
 
 
 def main() -> int:
