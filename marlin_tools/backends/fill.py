@@ -38,7 +38,7 @@ def fill(
 
     places = _places(model, checkpoint)
     homes = {ref.tensor.removesuffix(".weight"): name.removesuffix(".weight") for name, ref in places.items() if ref.whole}
-    quantized = {name: homes.get(name, name) for name in (linears.names if linears is not None else ())}
+    quantized = {name: homes.get(name, name) for name in _of_model(linears, homes)}
     modules = {module: _linear(model, module) for module in quantized.values()}
     dtype = model.dtype
     ties = _ties(model, {f"{module}.weight" for module in modules})
@@ -66,6 +66,14 @@ def _places(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, Weigh
         return {name: WeightRef(name) for name in names}
     layout = Layout(checkpoint)
     return {name: layout.place(name) for name in names}
+
+
+def _of_model(linears: StoredLinears | None, homes: Mapping[str, str]) -> list[str]:
+    """The quantised linears but those of something beside the language model, such as a head that predicts ahead."""
+    if linears is None:
+        return []
+    layout = Layout(linears.checkpoint) if known_family(linears.checkpoint.config) is not None else None
+    return [name for name in linears.names if name in homes or layout is None or not layout.foreign(name)]
 
 
 def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:

@@ -192,6 +192,18 @@ def test_leftover_weights(damaged, edit, failures):
     assert {"inventory": f"`{LINEAR}.weight` is unknown to the model"} == failures(damaged)
 
 
+@pytest.mark.parametrize("block", ("mtp.layers.0", "model.layers.2"))
+def test_quantized_heads_that_predict_ahead_are_no_fault(damaged, edit, edit_json, failures, block):
+    """They are beside the model: it has no such linears, and runs without them."""
+    edit_json(damaged / "config.json", num_nextn_predict_layers=1)
+    with edit(damaged, f"{LINEAR}.qweight") as tensors:
+        ahead = {name.replace("model.layers.1", block): t.clone() for name, t in tensors.items() if "layers.1." in name}
+        assert f"{block}.mlp.up_proj.qweight" in ahead
+        tensors |= ahead
+
+    assert {} == failures(damaged)
+
+
 def test_a_bias_that_the_model_does_not_have(damaged, edit, failures):
     with edit(damaged, f"{LINEAR}.qweight") as tensors:
         tensors[f"{LINEAR}.bias"] = torch.ones(512).half()
