@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NAMED = frozenset({"wikitext2", "redpajama", "demo"})
+"""Texts that are no files of the user's."""
+
+
 def evaluation_documents(
     ref: str, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int = LONGEST_DOCUMENT, vocab_size: int | None = None
 ) -> TokenSet:
@@ -38,16 +42,21 @@ def evaluation_documents(
     return pack(Corpus(name, [text], text=text, notes=notes), encode, seqlen, num_samples=None)
 
 
+def find_text(name: str) -> None:
+    """Refuse what is no name of a text and no file; nothing is read."""
+    if name not in NAMED and not Path(name).is_file():
+        hint = "use `ppl:wikitext2`, `ppl:redpajama`, `ppl:demo` or `ppl:FILE`"
+        raise DataError(f"`ppl:{name}`: no such file or evaluation text", hint=hint)
+
+
 def _running_text(name: str) -> tuple[str, tuple[str, ...]]:
     """A text and the notes of its corpus."""
     if name == "wikitext2":
         corpus = wikitext("test")
         assert corpus.text is not None, corpus.name
         return corpus.text, corpus.notes
+    find_text(name)
     path = Path(name)
-    if not path.is_file():
-        hint = "use `ppl:wikitext2`, `ppl:redpajama`, `ppl:demo` or `ppl:FILE`"
-        raise DataError(f"`ppl:{name}`: no such file or evaluation text", hint=hint)
     text = "\n\n".join(texts(read_rows(path))) if path.suffix.lower() in TABLES else read_text(path)
     if not text.strip():
         raise no_text(name)

@@ -22,7 +22,7 @@ from marlin_tools.backends import BACKENDS, check_activations, load
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.manifest import versions
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.data.evaluation import evaluation_documents
+from marlin_tools.data.evaluation import evaluation_documents, find_text
 from marlin_tools.data.render import Encoder, leave_open
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import free_memory
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from marlin_tools.evaluation.harness import Harness
+    from marlin_tools.evaluation.task_index import Tasks
 
 WINDOW = 4096
 """Length of perplexity windows when nobody names one and the model has as many positions."""
@@ -150,6 +151,41 @@ def evaluate(
     return result
 
 
+def check_asked(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
+    """Refuse what contradicts itself, a window that the model has not, and texts that are not there."""
+    if settings.activations and settings.backend == "vllm":
+        raise RecipeError(
+            "backend `vllm` rounds activations as config.json says",
+            hint="leave `--activations` out, or use another `--backend`",
+        )
+    if settings.backend == "vllm" and settings.device not in {"auto", "cuda", "cuda:0"}:
+        raise RecipeError(
+            f"backend `vllm` computes on the first GPU that it sees, not on `{settings.device}`",
+            hint="leave `--device` out and choose one with CUDA_VISIBLE_DEVICES, or use another `--backend`",
+        )
+    for name in settings.texts:
+        _window(settings, checkpoint)
+        find_text(name.removeprefix("ppl:"))
+
+
+def find_tasks(settings: EvaluateSettings) -> "Tasks | None":
+    """lm-eval's tasks by their names; None if nobody asks for any."""
+    if not settings.questions:
+        return None
+    from marlin_tools.evaluation.task_index import Tasks
+
+    return Tasks(settings.questions, settings.include_path, allow_code=settings.allow_task_code)
+
+
+def _window(settings: EvaluateSettings, checkpoint: Checkpoint) -> int:
+    longest = int(checkpoint.text_config.get("max_position_embeddings", WINDOW))
+    seqlen = settings.seqlen or min(WINDOW, longest)
+    if seqlen > longest:
+        message = f"window length {seqlen} is more than the {longest} positions of the model"
+        raise DataError(message, hint=f"use `--seqlen {longest}`")
+    return seqlen
+
+
 def unavailable(model: str | Path | Checkpoint, settings: EvaluateSettings, emit: Emit = silent) -> dict[str, str]:
     """The tasks whose data cannot be had here, and why; looks at one after the other only if they do not all work together."""
     checkpoint = Checkpoint.open(model)
@@ -199,16 +235,7 @@ class _Run:
 
     def __init__(self, settings: EvaluateSettings, checkpoint: Checkpoint, original: Checkpoint | None, emit: Emit) -> None:
         self.settings, self.emit = settings, emit
-        if settings.activations and settings.backend == "vllm":
-            raise RecipeError(
-                "backend `vllm` rounds activations as config.json says",
-                hint="leave `--activations` out, or use another `--backend`",
-            )
-        if settings.backend == "vllm" and settings.device not in {"auto", "cuda", "cuda:0"}:
-            raise RecipeError(
-                f"backend `vllm` computes on the first GPU that it sees, not on `{settings.device}`",
-                hint="leave `--device` out and choose one with CUDA_VISIBLE_DEVICES, or use another `--backend`",
-            )
+        check_asked(settings, checkpoint)
         check_activations(checkpoint, settings.activations)
         self.subject = _Side(checkpoint)
         self.original = _Side(original) if original is not None else None
@@ -301,12 +328,9 @@ class _Run:
         return model
 
     def _harness(self) -> "Harness | None":
-        if not self.settings.questions:
+        found, asked = find_tasks(self.settings), self.settings
+        if found is None:
             return None
-        from marlin_tools.evaluation.task_index import Tasks
-
-        asked = self.settings
-        found = Tasks(asked.questions, asked.include_path, allow_code=asked.allow_task_code)
         self.code = found.code
         from marlin_tools.evaluation.harness import Harness  # now: it takes seconds, and a name that is wrong does not need it
 
@@ -315,11 +339,7 @@ class _Run:
     def _tokens(self, name: str) -> TokenSet:
         """The sequences of a text, as many as `limit` says."""
         config = self.subject.checkpoint.text_config
-        longest = int(config.get("max_position_embeddings", WINDOW))
-        seqlen = self.settings.seqlen or min(WINDOW, longest)
-        if seqlen > longest:
-            message = f"window length {seqlen} is more than the {longest} positions of the model"
-            raise DataError(message, hint=f"use `--seqlen {longest}`")
+        seqlen = _window(self.settings, self.subject.checkpoint)
         tokens = evaluation_documents(name, self.tokenizer, seqlen=seqlen, vocab_size=config["vocab_size"])
         for note in tokens.notes:
             self.emit(Event("note", note))

@@ -17,7 +17,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import ModelError
-from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.resources import demo_dir
@@ -105,7 +105,12 @@ class EvaluateStage(EvaluateSettings, Stage):
     baseline: str | None = None
 
     def plan(self, outlook: Outlook) -> StagePlan:
-        """What is measured, and what that takes."""
+        """Refuse what could not be measured when the model is made, perhaps hours from now; say what it takes."""
+        check_asked(self, outlook.model)
+        find_tasks(self)
+        pick_device(self.device)
+        if self.baseline is not None and self.baseline != outlook.source.name and not outlook.dry:
+            Checkpoint.open(self.baseline)
         facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
         if outlook.dry:
             size = outlook.model.nbytes / 1e9

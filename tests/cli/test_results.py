@@ -177,6 +177,28 @@ def test_run_keeps_what_is_done_and_redoes_what_is_asked_for(cli, recipe):
     assert f"error: `{home}/compressed-tensors` was made with other settings\n" in other.err
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    (
+        ("evaluate.tasks=['ppl:nothing.txt']", "`ppl:nothing.txt`: no such file or evaluation text"),
+        ("evaluate.tasks=[nothing]", "unknown task `nothing`"),
+        ("evaluate.baseline=./nothing", "there is no directory `./nothing`"),
+        ("evaluate.device=cuda:77", "device `cuda:77` does not exist"),
+        ("evaluate.seqlen=1000000", "window length 1000000 is more than"),
+        (
+            "evaluate={stage: evaluate, tasks: [demo_qa], backend: vllm, device: cpu}",
+            "backend `vllm` computes on the first GPU",
+        ),
+    ),
+)
+def test_what_could_not_be_measured_is_told_before_a_model_is_made(cli, recipe, setting, told):
+    outcome = cli("run", recipe, "--set", setting)
+
+    assert 2 == outcome.code
+    assert f"error: {told}" in outcome.err
+    assert not Path("runs").exists()
+
+
 def test_each_verified_directory_is_charged_for_its_own_check(cli, model, monkeypatch):
     charged = []
     monkeypatch.setattr("marlin_tools.stage.record_stage", lambda path, stage, _cost: charged.append((path.name, stage)))
