@@ -42,6 +42,9 @@ CUT = 2
 LARGE_ERROR = 0.25
 """A linear that loses more than this share of its output's energy is worth a warning."""
 
+_NOT_ALONE = {"device", "preset", "algorithm", "damp", "negative_scales", "group_size", "tuning"}
+"""Settings of which several values can come to the same, or that the solver has."""
+
 
 class BlockStage(Stage):
     """What the stages that go through a model block by block are told alike."""
@@ -57,6 +60,11 @@ class BlockStage(Stage):
     @abstractmethod
     def solver(self) -> RTN | GPTQ | Pruner:
         """The algorithm with all overrides applied and checked."""
+
+    @property
+    def decides(self) -> tuple[Settings, dict[str, Any]]:
+        """What two runs cannot differ in and have one result; there is more that decides, such as model and text."""
+        return self.solver, self.model_dump(exclude=_NOT_ALONE)
 
     @property
     def needs_data(self) -> bool:

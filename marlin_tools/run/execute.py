@@ -10,6 +10,8 @@ from typing import Any
 
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.output import check_output, put
+from marlin_tools.compress.job import BlockStage
+from marlin_tools.data.sources import SOURCES
 from marlin_tools.distributed.device import leads, processes
 from marlin_tools.errors import OutputError, RecipeError
 from marlin_tools.evaluation.scores import Evaluation
@@ -82,6 +84,8 @@ def execute(
             _check_kept(step, recipe)
         else:
             again, made = overwrite or start is not None, tuple(result.outputs)
+            if not again:
+                _refuse_others(step, recipe)
             work = Work(step.source, step.outputs, recipe.model, recipe.calibrate, hear, step.prepared, again, resume, made)
             work.home = planned.home
             for name, value in step.stage.run(work).items():
@@ -138,6 +142,31 @@ def _check_kept(step: Step, recipe: Recipe) -> None:
             raise OutputError(f"`{path}` holds no finished result to go on from", hint="run without `--from`")
         if _making(load(path / RECIPE), step) != _making(recipe, step):
             raise OutputError(f"`{path}` was made with other settings", hint="run without `--from`, with `--overwrite`")
+
+
+def _refuse_others(step: Step, recipe: Recipe) -> None:
+    """A result that is certainly of other settings is in the way before a text is downloaded and read, not after."""
+    stage = step.stage
+    if not isinstance(stage, BlockStage):
+        return
+    for path in step.outputs.values():
+        try:
+            kept = load(path / RECIPE) if (path / RECIPE).is_file() else None
+        except RecipeError:
+            continue  # its manifest knows what made it
+        before = next((each for each in kept.stages if type(each) is type(stage)), None) if kept else None
+        if kept and isinstance(before, BlockStage) and (before.decides != stage.decides or _other_text(kept, recipe, stage)):
+            check_output(path)
+
+
+def _other_text(kept: Recipe, recipe: Recipe, stage: BlockStage) -> bool:
+    """Whether calibration certainly reads other tokens; what a file holds is not known by its name."""
+    ours, theirs = recipe.calibrate, kept.calibrate
+    if not stage.needs_data or ours is None or theirs is None:
+        return False
+    lengths = {each.seqlen for each in (ours, theirs) if each.seqlen is not None and each.shape != "documents"}
+    named = {each.source for each in (ours, theirs) if each.source in SOURCES}
+    return (ours.num_samples, ours.seed) != (theirs.num_samples, theirs.seed) or len(lengths) > 1 or len(named) > 1
 
 
 def _making(recipe: Recipe, step: Step) -> tuple[object, ...]:

@@ -104,6 +104,15 @@ def test_other_settings_do_not_replace_a_result(cli, model, text, int4):
     assert "error: `int4` exists and is not empty\nhint: use `--overwrite`, or another `-o DIR`\n" in outcome.err
 
 
+@pytest.mark.parametrize("other", (("--damp", "0.5"), ("--seed", "1"), ("--num-samples", "3"), ("--seqlen", "32")))
+def test_other_settings_are_refused_before_the_text_is_read(cli, model, text, int4, other):
+    outcome = cli("quantize", model, "--preset", "fast", "--calib", text, *FEW, "-o", "int4", *other)
+
+    assert 2 == outcome.code
+    assert "error: `int4` exists and is not empty\n" in outcome.err
+    assert "calibrate\n" not in outcome.err
+
+
 def test_interrupted_run_goes_on_and_ends_in_the_same_bytes(cli, model, text, int4, monkeypatch):
     arguments = ("quantize", model, "--preset", "fast", "--calib", text, *FEW, "-o", "late")
     show = ui.Display.__call__

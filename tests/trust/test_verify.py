@@ -199,7 +199,7 @@ def test_quantized_heads_that_predict_ahead_are_no_fault(damaged, edit, edit_jso
     with edit(damaged, f"{LINEAR}.qweight") as tensors:
         ahead = {name.replace("model.layers.1", block): t.clone() for name, t in tensors.items() if "layers.1." in name}
         assert f"{block}.mlp.up_proj.qweight" in ahead
-        tensors |= ahead
+        tensors.update(ahead)
 
     assert {} == failures(damaged)
 
