@@ -279,7 +279,10 @@ def _complaint(error: dict[str, Any], document: Document, schema: dict[str, Any]
     rule = rule.replace("Input should", "must").replace("tuple", "list")
     origin = document.origin(path)
     is_option = origin.startswith("--") and " " not in origin
-    shown = f"`{origin} {error['input']}`" if is_option else f"{origin}: `{name}: {error['input']}`"
+    value = error["input"]
+    if is_option and isinstance(value, float) and value.is_integer():
+        value = int(value)  # as it was typed: `--limit 0` arrives as 0.0
+    shown = f"`{origin} {value}`" if is_option else f"{origin}: `{name}: {value}`"
     return f"{shown}: ", rule[:1].lower() + rule[1:]
 
 

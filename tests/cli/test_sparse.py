@@ -152,7 +152,7 @@ def test_pruning_runs_in_one_process(cli, monkeypatch):
         (("prune", "demo", "--preset", "magnitude", "--reconstruct", "2"), "looks at no data, `reconstruct` needs some"),
         (("finetune", "demo", "--teacher", "nowhere"), "`nowhere` is no directory"),
         (("finetune", "demo", "--teacher", "demo", "--kl", "0", "--square-head", "0"), "are all 0"),
-        (("finetune", "demo", "--teacher", "demo", "--rate", "0"), "`--rate 0.0`"),
+        (("finetune", "demo", "--teacher", "demo", "--rate", "0"), "`--rate 0`: must be greater than 0"),
         (
             ("finetune", "demo", "--teacher", "demo", "--batch", "4"),
             "`batch` 4 is not a multiple of `micro` 8 times 1 processes",
