@@ -20,6 +20,9 @@ Rows = Iterable[tuple[str, dict[str, Any]]]
 PROMPTS = ("instruction", "prompt", "question")
 RESPONSES = ("response", "output", "completion", "answer")
 TABLES = (".jsonl", ".parquet")
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+"""How files of gzip, bzip2, xz, zstd and zip begin."""
+
 LARGEST = 4 << 30
 """Bytes of a file; all of it is in memory."""
 
@@ -41,11 +44,12 @@ def _with_lines(place: str, text: str) -> str:
 
 
 def _content(path: Path) -> str:
+    content = read_bounded(path, DataError, "name an ordinary file, or split it", limit=LARGEST)
     try:
-        content = read_bounded(path, DataError, "name an ordinary file, or split it", limit=LARGEST)
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as failure:
-        hint = "convert it to UTF-8, or name a `.txt`, `.jsonl` or `.parquet` file"
+        packed = content.startswith(PACKED)
+        hint = "unpack it first" if packed else "convert it to UTF-8, or name a `.txt`, `.jsonl` or `.parquet` file"
         raise DataError(f"`{path}`: not UTF-8 text, see byte {failure.start}", hint=hint) from failure
     if not text.strip():
         raise no_text(str(path))

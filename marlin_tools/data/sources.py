@@ -179,6 +179,6 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
         hint = "name a text file in it" if Path(source).is_dir() else "texts are read twice: write it to a file first"
         raise DataError(f"`{source}` is no regular file", hint=hint)
     known = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
-    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    is_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
     hint = f"did you mean `hf:{source}`? {known}" if is_hub else near(source, SOURCES, known)
     raise DataError(f"`{source}`: no such file or source", hint=hint)

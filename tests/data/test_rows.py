@@ -1,5 +1,8 @@
 """Files and rows become documents, and each thing that can be wrong with them has its own words."""
 
+import bz2
+import gzip
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,16 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"a\.txt`: not UTF-8 text, see byte 8"):
         read_text(path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_packed_file_is_to_be_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "a.jsonl.packed"
+    path.write_bytes(pack(b'{"text": "a"}\n' * 9))
+
+    with pytest.raises(DataError, match="not UTF-8 text") as caught:
+        read_text(path)
+    assert "unpack it first" == caught.value.hint
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n"])

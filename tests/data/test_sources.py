@@ -147,6 +147,14 @@ def test_an_unknown_source_gets_suggestions(source: str, hint: str) -> None:
     assert hint in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("source", ("./no-such.txt", "../no-such.txt"))
+def test_a_path_is_taken_for_no_dataset(source: str) -> None:
+    with pytest.raises(DataError, match="no such file or source") as caught:
+        find_corpus(source)
+
+    assert "hf:." not in str(caught.value.hint)
+
+
 def test_a_name_wins_over_a_file_and_a_path_over_a_name(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pile").write_text("mine")
