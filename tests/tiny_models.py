@@ -58,10 +58,6 @@ NEMOTRON_H: dict[str, Any] = {
     "mlp_bias": True,
     "mamba_proj_bias": True,
 }
-VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
-BLOCKS: dict[str, Any] = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
-CLIP: dict[str, Any] = {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
 
 CASES: dict[str, dict[str, Any]] = {  # by type; what follows "-" tells cases of one type apart
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -260,92 +256,27 @@ CASES: dict[str, dict[str, Any]] = {  # by type; what follows "-" tells cases of
         "attention_chunk_size": 16,
         "attn_temperature_tuning": True,
     },
-}
-
-NESTED_CASES: dict[str, dict[str, Any]] = {
-    "gemma3": {
-        "text_config": {**TEXT, "sliding_window": 16},
-        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
-        "mm_tokens_per_image": 4,
+    "granite_swa": {**MULTIPLIED, "sliding_window": 16, "layer_rope_theta": [1e4, 1e5]},
+    "granitemoe_swa": {
+        **MULTIPLIED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
+        "shared_intermediate_size": 64,
+        "sliding_window": 16,
+        "layer_rope_theta": [1e4, 0],
     },
-    "gemma4": {
-        "text_config": {**TEXT, **CASES["gemma4_text"]},
-        "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 32, "patch_size": 14},
-        "audio_config": None,
-    },
-    "mistral3": {
-        "text_config": {**TEXT, "model_type": "mistral"},
-        "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},
-    },
-    "qwen2_vl": {
-        "text_config": MROPE,
-        "vision_config": {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": HIDDEN, "mlp_ratio": 1},
-    },
-    "internvl": {
-        "text_config": {**TEXT, "model_type": "qwen2"},
-        "vision_config": {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
-        "image_seq_length": 1,
-    },
-    "llava": {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": CLIP},
-    "llava_next": {"text_config": {**TEXT, "model_type": "mistral"}, "vision_config": CLIP},
-    "llava_onevision": {
-        "text_config": {**TEXT, "model_type": "qwen2"},
-        "vision_config": {**CLIP, "model_type": "siglip_vision_model"},
-    },
-    "idefics3": {
-        "text_config": {**TEXT, "model_type": "llama"},
-        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
-    },
-    "smolvlm": {
-        "text_config": {**TEXT, "model_type": "llama"},
-        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
-    },
-    "lfm2_vl": {
-        "text_config": {**TEXT, **CASES["lfm2"], "model_type": "lfm2"},
-        "vision_config": {**VISION, "model_type": "siglip2_vision_model", "num_patches": 4, "patch_size": 14},
-    },
-    "glm4v": {"text_config": MROPE, "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN}},
-    "glm46v": {
-        "text_config": {**MROPE, "model_type": "glm4v_text"},
-        "vision_config": {**BLOCKS, "model_type": "glm4v_vision", "out_hidden_size": HIDDEN},
-    },
-    "aya_vision": {
-        "text_config": {**TEXT, **CASES["cohere2"], "model_type": "cohere2"},
-        "vision_config": {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
-    },
-    "qwen2_5_vl": {
-        "text_config": MROPE,
-        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
-    },
-    "qwen3_vl": {
-        "text_config": MROPE,
-        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
-    },
-    "qwen3_vl_moe": {
-        "text_config": {
-            **TEXT,
-            **EXPERTS,
-            "moe_intermediate_size": 96,
-            "mlp_only_layers": [0],
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
-        },
-        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
-    },
-    "glm4v_moe": {
-        "text_config": {
-            **TEXT,
-            **CALLED,
-            "first_k_dense_replace": 1,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        },
-        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
-    },
-    "qwen3_5": {
-        "text_config": {**TEXT, **DELTA},
-        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
-    },
-    "llama4": {
-        "text_config": {**TEXT, **CASES["llama4_text"]},
-        "vision_config": {**VISION, "image_size": 28, "patch_size": 14, "vision_output_dim": 64, "projector_output_dim": 64},
+    "mellum": {**EXPERTS, "mlp_layer_types": ["dense", "sparse"]},
+    "hy_v3": {**CALLED, "mlp_layer_types": ["dense", "sparse"]},
+    "axk1": {**CALLED, **LATENT, "first_k_dense_replace": 1},
+    "cohere2_moe": {**EXPERTS, "mlp_layer_types": ["dense", "sparse"], "num_shared_experts": 1, "logit_scale": 0.3},
+    "laguna": {
+        **EXPERTS,
+        "mlp_layer_types": ["dense", "sparse"],
+        "shared_expert_intermediate_size": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "num_attention_heads_per_layer": [2, 4],
+        "moe_routed_scaling_factor": 1.5,
     },
 }

@@ -173,7 +173,7 @@ def _config_of_the_hub(repository: str, revision: str | None) -> dict[str, Any]:
 
 def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """Every tensor that a checkpoint with this config has, under the names that transformers would store them by."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     known = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
@@ -184,7 +184,7 @@ def _tensors(config: dict[str, Any], dtype: torch.dtype) -> dict[str, TensorInfo
         settings = AutoConfig.for_model(config["model_type"], **deepcopy(known))
         say_in_full(settings)
         nested = settings.get_text_config() is not settings
-        model = (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)
+        model = (AutoModelForMultimodalLM if nested else AutoModelForCausalLM).from_config(settings, dtype=dtype)
         head = model.get_output_embeddings()  # tied by config.json, or because models of this type are
         tied = {"lm_head.weight"} if head is not None and head.weight is model.get_input_embeddings().weight else set()
         tensors = revert_weight_conversion(model, {n: t for n, t in model.state_dict().items() if n not in tied})

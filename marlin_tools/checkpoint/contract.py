@@ -284,7 +284,7 @@ COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked
 
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|blocks|h))\.(?P<index>\d{1,9})\.")
 _WEIGHT = re.compile(r"\.(weight|bias)$|\.experts\.(gate_up_proj|down_proj)(_bias)?$")
-_OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|mtp")
+_OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|resampler|^vit\.|mtp")
 """Parts of a model that are not its text decoder."""
 
 

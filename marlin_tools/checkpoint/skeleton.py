@@ -30,7 +30,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
             loose = [name for name, _ in owner.named_parameters(recurse=False)]  # what marks the end of a line of an image
             for name in (*loose, *(name for name, _ in _foreign(owner))):
                 setattr(owner, name, None)
+        if model.config.model_type == "qwen2_audio":
+            model.model.audio_tower = _Deaf()
     return model.eval()
+
+
+class _Deaf(nn.Module):
+    """What stands where Qwen2-Audio hears: it is asked where it is even if there is nothing to hear."""
+
+    device = torch.device("cpu")
 
 
 def foreign_linears(checkpoint: Checkpoint) -> list[str]:
@@ -59,7 +67,7 @@ def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel", bool]:
     """The model of config.json without weights, and whether its language model is only a part of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
     refused = ErrorTranslation(ModelError, what, "update transformers, or check config.json")
@@ -71,10 +79,12 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config
-    maker = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    maker = AutoModelForMultimodalLM if nested else AutoModelForCausalLM
     with MAKING, refused, torch.device("meta"), _without_warnings():
-        # eagerly where nothing else caps the logits of attention, else as transformers likes best for the model
-        how = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+        # eagerly where nothing else caps the logits of attention, or keeps PaliGemma, which may look ahead in what it is asked,
+        # from doing so in any text; else as transformers likes best for the model
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        how = "eager" if capped or config.model_type == "paligemma" else None
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=how)
     return model, nested
 

@@ -16,7 +16,8 @@ class Judge(HFLM):
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, emit: Emit) -> None:
         # Probabilities in float32: in 16 bit, the sums that decide between two answers often come out equal.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype=torch.float32)
+        # lm-eval takes models that hear for those that translate, and would hand them answers to compute a loss with.
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype=torch.float32, backend="causal")
         self._tell = emit
         self._done = self._total = 0
 

@@ -150,13 +150,13 @@ class Family:
     def head_numbers(self, config: "PreTrainedConfig") -> tuple[float, float | None]:
         """What a model multiplies the product of its head with, and what caps it; as transformers does it.
 
-        The head of a larger model leaves out both, except that Gemma 4 has its cap.
+        The head of a larger model leaves out both, except that Gemma 4 has its cap and Granite 4 its factor.
         """
         text = config.get_text_config()
-        cap = getattr(text, "final_logit_softcapping", None)
+        cap, scaling = getattr(text, "final_logit_softcapping", None), float(getattr(text, "logits_scaling", 1.0))
         if text is not config:
-            return 1.0, cap if config.model_type == "gemma4" else None
-        scaling = float(getattr(text, "logits_scaling", 1.0))
+            divided = config.model_type == "granite4_vision"
+            return 1 / scaling if divided else 1.0, cap if config.model_type in {"gemma4", "gemma4_unified"} else None
         return float(getattr(text, "logit_scale", 1.0)) * (scaling if self.enlarges else 1 / scaling), cap
 
     def served(self, linear: str) -> str:
@@ -179,13 +179,19 @@ ALIASES = {
     "exaone4": "olmo2",
     "gemma": "llama",
     "gemma3_text": "gemma2",
+    "gemma4_unified_text": "gemma4_text",
     "glm4_moe": "qwen2_moe",
     "glm4_moe_lite": "deepseek_v3",
     "glm4v_moe_text": "qwen2_moe",
     "glm4v_text": "glm4",
+    "glm_ocr_text": "glm4",
+    "granite4_vision_text": "granite",
+    "granite_swa": "granite",
     "helium": "llama",
     "hunyuan_v1_dense": "llama",
+    "hunyuan_vl_text": "llama",
     "jais2": "nemotron",
+    "mellum": "qwen2_moe",
     "minimax_m2": "mixtral",
     "ministral": "llama",
     "ministral3": "llama",
@@ -193,6 +199,7 @@ ALIASES = {
     "olmo": "llama",
     "olmo3": "olmo2",
     "olmoe": "qwen2_moe",
+    "paddleocr_vl_text": "llama",
     "qwen2": "llama",
     "qwen2_5_vl_text": "llama",
     "qwen2_vl_text": "llama",
@@ -208,8 +215,10 @@ ALIASES = {
 FAMILIES = (
     "afmoe",
     "apertus",
+    "axk1",
     "bamba",
     "cohere2",
+    "cohere2_moe",
     "deepseek_v3",
     "ernie4_5_moe",
     "exaone_moe",
@@ -222,11 +231,14 @@ FAMILIES = (
     "gpt_oss",
     "granite",
     "granitemoe",
+    "granitemoe_swa",
     "granitemoehybrid",
     "granitemoeshared",
     "hunyuan_v1_moe",
+    "hy_v3",
     "hyperclovax",
     "jamba",
+    "laguna",
     "lfm2",
     "lfm2_moe",
     "llama",
@@ -251,26 +263,47 @@ FAMILIES = (
 
 NESTED = {
     "aya_vision": ("cohere2", "model.language_model"),
+    "cohere2_vision": ("cohere2", "model.language_model"),
+    "exaone4_5": ("exaone4", "model.language_model"),
     "gemma3": ("gemma3_text", "model.language_model"),
     "gemma4": ("gemma4_text", "model.language_model"),
+    "gemma4_unified": ("gemma4_unified_text", "model.language_model"),
     "glm46v": ("glm4v_text", "model.language_model"),
     "glm4v": ("glm4v_text", "model.language_model"),
     "glm4v_moe": ("glm4v_moe_text", "model.language_model"),
+    "glm_ocr": ("glm_ocr_text", "model.language_model"),
+    "glmasr": ("llama", "model.language_model"),
+    "got_ocr2": ("qwen2", "model.language_model"),
+    "granite4_vision": ("llama", "model.language_model"),
+    "granite_speech": ("granite", "model.language_model"),
+    "hunyuan_vl": ("hunyuan_vl_text", "model.language_model"),
+    "idefics2": ("mistral", "model.text_model"),
     "idefics3": ("llama", "model.text_model"),
     "internvl": ("qwen2", "model.language_model"),
     "lfm2_vl": ("lfm2", "model.language_model"),
+    "lighton_ocr": ("qwen3", "model.language_model"),
     "llama4": ("llama4_text", "language_model.model"),
     "llava": ("llama", "model.language_model"),
     "llava_next": ("llama", "model.language_model"),
+    "llava_next_video": ("llama", "model.language_model"),
     "llava_onevision": ("qwen2", "model.language_model"),
+    "minicpmv4_6": ("qwen3_5_text", "model.language_model"),
     "mistral3": ("mistral", "model.language_model"),
+    "ovis2": ("qwen2", "model.language_model"),
+    "paddleocr_vl": ("paddleocr_vl_text", "model.language_model"),
+    "paligemma": ("gemma", "model.language_model"),
+    "qianfan_ocr": ("qwen3", "model.language_model"),
     "qwen2_5_vl": ("qwen2_5_vl_text", "model.language_model"),
+    "qwen2_audio": ("qwen2", "model.language_model"),
     "qwen2_vl": ("qwen2_vl_text", "model.language_model"),
     "qwen3_5": ("qwen3_5_text", "model.language_model"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "model.language_model"),
+    "qwen3_asr": ("qwen3", "model.language_model"),
     "qwen3_vl": ("qwen3_vl_text", "model.language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "model.language_model"),
     "smolvlm": ("llama", "model.text_model"),
+    "video_llama_3": ("qwen2", "model.language_model"),
+    "voxtral": ("llama", "model.language_model"),
 }
 """Types that hold a language model among other things: its own type if config.json does not say, and its module."""
 

@@ -366,6 +366,9 @@ class LayerStream:
         for name in ("rotary_emb", "pos_emb"):
             if (rotary := getattr(self._decoder, name, None)) is not None:
                 setattr(self._decoder, name, type(rotary)(rotary.config).to(self.device))
+        several: Any = getattr(self._decoder, "rotary_embs", ())
+        for i, rotary in enumerate(several):
+            several[i] = type(rotary)(rotary.config).to(self.device)
         recorders = [_Recorder(block, pairs=self.family.pairs) for block in self._blocks]
         norm = getattr(self._decoder, self.family.norm)
         setattr(self._decoder, self.family.blocks, nn.ModuleList(recorders))

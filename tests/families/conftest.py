@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.stream.layer_stream import LayerStream
-from tiny_models import CASES, NESTED_CASES, TEXT, VOCABULARY
+from tiny_models import CASES, TEXT, VOCABULARY
+from tiny_nested import NESTED_CASES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,16 +23,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _eager(model_type: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    return AutoModelForImageTextToText if model_type in NESTED_CASES else AutoModelForCausalLM
+    return AutoModelForMultimodalLM if model_type in NESTED_CASES else AutoModelForCausalLM
+
+
+_NAMES = {
+    "backbone.embedding.": "backbone.embeddings.",
+    "language_model.model.model.": "language_model.model.",
+    "language_model.model.encoder.": "language_model.model.",
+}
+"""What transformers calls tensors as it writes them, where nobody reads them by that, and what they are called on the hub."""
 
 
 def _name_as_on_the_hub(file: Path) -> None:
-    """Transformers 5.15 writes the embedding of a Nemotron-H under a name that nobody reads."""
+    """As transformers reads it, and engines do."""
     tensors = load_file(file)
-    if (embedding := tensors.pop("backbone.embedding.weight", None)) is not None:
-        save_file({**tensors, "backbone.embeddings.weight": embedding}, file, {"format": "pt"})
+    found = {name: begin for name in tensors for begin in _NAMES if name.startswith(begin)}
+    if found:
+        named = {_NAMES[begin] + name.removeprefix(begin): tensors.pop(name) for name, begin in found.items()}
+        save_file(tensors | named, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,207 @@
+"""Models that hold a language model among other things."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from marlin_tools.backends import load
+from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.errors import ModelError
+from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
+from marlin_tools.evaluation.generate import GenerateSettings, generate
+from marlin_tools.families.layout import Layout
+from marlin_tools.formats.contents import Contents
+from marlin_tools.serving.transformers import register
+from marlin_tools.verification.checks import Subject
+from marlin_tools.verification.engines import judge_checkpoint
+
+
+def test_config_json_stays_as_it_was(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """Transformers changes what it is given of another model's, and older files say the same with other keys."""
+    path = Path(shutil.copytree(made("qwen3_vl"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    config["vision_config"]["model_type"] = "qwen3_vl"
+    turns = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": turns.pop("rope_theta"), "rope_scaling": turns}
+    (path / "config.json").write_text(json.dumps(config))
+    source = Checkpoint.open(path)
+    assert source.text_config["hidden_size"] == config["text_config"]["hidden_size"]
+    out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+
+    written = json.loads((out.path / "config.json").read_text())
+    assert config == {key: value for key, value in written.items() if key != "quantization_config"}
+
+
+def test_a_model_within_another_may_leave_out_how_many_blocks_it_has(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """LLaVA 1.5 does, and has as many as transformers takes then; another number is refused, not passed over."""
+    path = Path(shutil.copytree(made("llava"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    usual = AutoConfig.for_model("llama").num_hidden_layers
+    del config["text_config"]["num_hidden_layers"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"`num_hidden_layers` is {usual}, but there is no `language_model.model.layers.2`"):
+        Layout(Checkpoint.open(path))
+
+    two = load_file(path / "model.safetensors")
+    more = {name.replace("layers.1.", f"layers.{i}."): tensor.clone() for name, tensor in two.items() for i in range(2, usual)}
+    save_file(two | more, path / "model.safetensors", metadata={"format": "pt"})
+    assert usual == Layout(Checkpoint.open(path)).blocks
+
+
+def test_engines_look_into_a_model_within_another(made: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = QuantizeSettings(preset="rtn", group_size=32, ignore=(r"layers\.0\.self_attn\.q_proj",))
+    out = quantize(made("gemma3"), None, settings, tmp_path / "out")
+    (verdict,) = [each for each in judge_checkpoint(Contents(out)) if each.engine == "vLLM"]
+    assert not verdict.loads
+    assert "q_proj` is not quantised, but fused with linears that are" in verdict.reasons[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "older"),
+    [
+        ("llava", (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))),
+        ("qwen2_vl", (("model.language_model.", "model."), ("model.visual.", "visual."))),
+    ],
+)
+def test_transformers_finds_linears_by_older_names(
+    made: Callable[[str], Path], tmp_path: Path, model_type: str, older: tuple[tuple[str, str], ...]
+) -> None:
+    """As LLaVA 1.5 and Qwen2-VL lie on the hub."""
+    path = Path(shutil.copytree(made(model_type), tmp_path / "model"))
+    tensors = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        begin, instead = next((pair for pair in older if name.startswith(pair[0])), ("", ""))
+        tensors[instead + name.removeprefix(begin)] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    ids = torch.arange(2, 22)[None]
+    expected = load(out, device="cpu", backend="reference")(input_ids=ids).logits
+
+    register()
+    model = AutoModelForImageTextToText.from_pretrained(out.path)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    for each in (model, again, load(tmp_path / "saved", device="cpu", backend="reference")):
+        torch.nn.Module.float(each)
+        torch.testing.assert_close(each(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("outer", "fails"), [(False, False), (True, True)])
+def test_whether_a_head_is_the_embedding_is_said_by_the_whole_model(
+    made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: bool, fails: bool
+) -> None:
+    """The language model of Qwen3-VL with experts, asked alone, takes it for granted."""
+    path = Path(shutil.copytree(made("qwen3_vl_moe"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    del config["text_config"]["tie_word_embeddings"]
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": outer}))
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert Layout(out).config["tie_word_embeddings"]
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _self: None)
+    found = Subject(out).inventory()
+    assert found.ok != fails, found.detail
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["hunyuan_vl", "paddleocr_vl", "glm4v"])
+def test_a_config_may_say_all_of_the_language_model_beside_the_others(
+    made: Callable[[str], Path], model_type: str, tmp_path: Path
+) -> None:
+    nested, flat = (Path(shutil.copytree(made(model_type), tmp_path / name)) for name in ("nested", "flat"))
+    config = json.loads((flat / "config.json").read_text())
+    inside = config.pop("text_config")
+    (flat / "config.json").write_text(json.dumps(inside | config))
+    ids, logits = torch.arange(2, 22)[None], []
+    for path in (nested, flat):
+        out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), path.with_suffix(".out"))
+        logits.append(load(out, device="cpu", backend="reference")(input_ids=ids).logits)
+    assert torch.equal(*logits)
+
+
+@torch.no_grad()
+def test_paligemma_does_not_look_ahead_in_a_text(made: Callable[[str], Path]) -> None:
+    model = load(made("paligemma"), device="cpu", dtype=torch.float32)
+    first, other = torch.arange(2, 22)[None], torch.arange(2, 22)[None]
+    other[0, -1] = 40
+    logits, others = model(input_ids=first).logits, model(input_ids=other).logits
+    torch.testing.assert_close(logits[:, :-1], others[:, :-1])
+    assert not torch.allclose(logits[:, -1], others[:, -1])
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer that knows the words of one sentence, and one for all others."""
+    words = ["<s>", "</s>", "?", *"The boat left the harbour at dawn".split()]
+    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "?"}
+    PreTrainedTokenizerFast(tokenizer_object=known, **marks).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gemma3",
+        "gemma4",
+        "mistral3",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "idefics3",
+        "smolvlm",
+        "lfm2_vl",
+        "glm4v",
+        "glm46v",
+        "aya_vision",
+        "qwen3_vl",
+        "qwen3_5",
+        "llama4",
+        "glm4v_moe",
+        "cohere2_vision",
+        "exaone4_5",
+        "gemma4_unified",
+        "glm_ocr",
+        "got_ocr2",
+        "granite4_vision",
+        "hunyuan_vl",
+        "idefics2",
+        "lighton_ocr",
+        "llava_next_video",
+        "minicpmv4_6",
+        "ovis2",
+        "paddleocr_vl",
+        "paligemma",
+        "qianfan_ocr",
+        "video_llama_3",
+        "glmasr",
+        "granite_speech",
+        "qwen2_audio",
+        "qwen3_asr",
+        "voxtral",
+    ],
+)
+def test_a_model_within_another_is_scored_and_writes(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(made(model_type), source)
+    write_words(source)
+    (tmp_path / "held.txt").write_text("The boat left the harbour at dawn, and left at dawn. " * 20)
+    out = quantize(source, None, QuantizeSettings(preset="rtn", group_size=32, device="cpu"), tmp_path / "out")
+
+    settings = EvaluateSettings(tasks=("demo_qa", f"ppl:{tmp_path / 'held.txt'}"), seqlen=32, limit=4, device="cpu")
+    scores = {
+        (score.task.partition(":")[0], score.metric): score.value for score in evaluate(out, settings, baseline=source).scores
+    }
+    assert 0 <= scores["demo_qa", "acc"] <= 1
+    assert scores["ppl", "kl"] > 0
+    assert isinstance(generate(out, "The boat", GenerateSettings(max_new_tokens=4, device="cpu")), str)
