@@ -279,4 +279,12 @@ CASES: dict[str, dict[str, Any]] = {  # by type; what follows "-" tells cases of
         "num_attention_heads_per_layer": [2, 4],
         "moe_routed_scaling_factor": 1.5,
     },
+    "glm_moe_dsa": {
+        **CALLED,
+        **LATENT,
+        "mlp_layer_types": ["dense", "sparse"],
+        "index_n_heads": 2,
+        "index_head_dim": 64,
+        "index_topk": 8,
+    },
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tiny_models import CALLED, CASES, DELTA, EXPERTS, HIDDEN, MULTIPLIED, TEXT
+from tiny_models import CALLED, CASES, DELTA, EXPERTS, HIDDEN, LATENT, MULTIPLIED, TEXT
 
 VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 MROPE: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
@@ -181,5 +181,9 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[0, 0]],
         "qformer_config": {**VISION, "model_type": "blip_2_qformer", "encoder_hidden_size": 64},
+    },
+    "mistral3-latent": {
+        "text_config": {**TEXT, **CALLED, **LATENT, "head_dim": 64, "first_k_dense_replace": 1, "model_type": "mistral4"},
+        "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},
     },
 }

@@ -98,6 +98,7 @@ class Family:
     enlarges  `logits_scaling` of config.json multiplies the logits, which it otherwise divides
     scalar    a stored number of each block by which its output is multiplied
     lacks     parts of a block that others of this type have and that cannot be worked on
+    needs     parts that each block must have: one without takes what another has computed
     unset     keys of config.json by which blocks of others of this type use what another has computed: zero here
     stored    what tensors of the decoder begin with, if that is not `decoder`
     pairs     a block puts out two things, of which the first is the residual stream
@@ -116,6 +117,7 @@ class Family:
     enlarges: bool = False
     scalar: str | None = None
     lacks: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     unset: tuple[str, ...] = ()
     stored: str | None = None
     pairs: bool = False
@@ -196,6 +198,7 @@ ALIASES = {
     "ministral": "llama",
     "ministral3": "llama",
     "mistral": "llama",
+    "mistral4": "deepseek_v3",
     "olmo": "llama",
     "olmo3": "olmo2",
     "olmoe": "qwen2_moe",
@@ -227,6 +230,7 @@ FAMILIES = (
     "gemma4_text",
     "glm",
     "glm4",
+    "glm_moe_dsa",
     "gpt_neox",
     "gpt_oss",
     "granite",

@@ -302,6 +302,11 @@ def _refuse_unknown_parts(layout: Layout) -> None:
             f"`{layout.checkpoint.origin}`: blocks with `{part}` are not known",
             hint="models of this type work in which no block has that",
         )
+    if part := next((part for part in layout.family.needs if not all(layout.has(i, part) for i in blocks)), None):
+        raise ModelError(
+            f"`{layout.checkpoint.origin}`: blocks that share what another computes are not known (some lack `{part}`)",
+            hint="models of this type in which all have it work",
+        )
     if key := next((key for key in layout.family.unset if layout.config.get(key)), None):
         raise ModelError(
             f"`{layout.checkpoint.origin}`: blocks that share what another computes are not known "

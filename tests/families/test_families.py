@@ -136,6 +136,17 @@ def test_a_part_that_cannot_be_worked_on_is_named_wherever_it_is(
         quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
 
 
+def test_blocks_that_attend_to_the_tokens_that_another_chose_are_refused(made: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made("glm_moe_dsa"), tmp_path / "model"))
+    own = load_file(path / "model.safetensors")
+    left = {name: tensor for name, tensor in own.items() if ".1.self_attn.indexer" not in name}
+    save_file(left, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"blocks that share what another computes are not known \(some lack `self_attn.indexer`"
+    ):
+        quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+
+
 @torch.no_grad()
 def test_what_predicts_ahead_is_copied(
     made: Callable[[str], Path], tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
