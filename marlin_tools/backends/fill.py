@@ -142,13 +142,17 @@ def _part(checkpoint: Checkpoint, ref: WeightRef, shape: Sequence[int]) -> Tenso
 
 @torch.no_grad()
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
-    """Let transformers compute the buffers that no checkpoint stores; everything that has a value is marked as done."""
+    """Let transformers compute the buffers that no checkpoint stores; everything that has a value is marked as done.
+
+    What computes a buffer is the module that has it, or the decoder.
+    """
+    decoder = model.get_decoder()
     for module in model.modules():
         waiting = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in waiting:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # noqa: SLF001 (transformers' protocol)
-        module._is_hf_initialized = not waiting  # noqa: SLF001
+        module._is_hf_initialized = not waiting and module is not decoder  # noqa: SLF001
     with MAKING:
         model.initialize_weights()

@@ -51,6 +51,8 @@ class Branch:
     pre       the norm before the body; None if there is none
     post      the norm after it, before the output joins the residual stream
     inner     linears between entry and exit, each of which reads a tensor of its own
+    into      the number of the block by which what the body reads is multiplied
+    out       the number of the block by which what the branch puts out is multiplied
     attends   the body is called as attention is
     apart     sequence by sequence: transformers' own code for it takes more room for many than there is
     beside    it reads what the branch before it read, not what that put out: "always", or if this key of config.json says so
@@ -65,6 +67,8 @@ class Branch:
     exit: str = ""
     post: str | None = None
     inner: tuple[str, ...] = ()
+    into: str | None = None
+    out: str | None = None
     attends: bool = False
     apart: bool = False
     beside: str | None = None
@@ -159,7 +163,8 @@ class Family:
         if text is not config:
             divided = config.model_type == "granite4_vision"
             return 1 / scaling if divided else 1.0, cap if config.model_type in {"gemma4", "gemma4_unified"} else None
-        return float(getattr(text, "logit_scale", 1.0)) * (scaling if self.enlarges else 1 / scaling), cap
+        own = float(getattr(text, "logit_scale", 1.0)) * float(getattr(text, "lm_head_multiplier", 1.0))
+        return own * (scaling if self.enlarges else 1 / scaling), cap
 
     def served(self, linear: str) -> str:
         """What vLLM calls a linear of this name in a checkpoint."""
@@ -225,6 +230,7 @@ FAMILIES = (
     "deepseek_v3",
     "ernie4_5_moe",
     "exaone_moe",
+    "falcon_h1",
     "flex_olmo",
     "gemma2",
     "gemma4_text",

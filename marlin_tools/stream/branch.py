@@ -65,7 +65,9 @@ class Path:
     def __init__(self, block: nn.Module, branch: Branch, flow: Flow) -> None:
         self.enter = block.get_submodule(branch.pre) if branch.pre else nn.Identity()
         self._post = block.get_submodule(branch.post) if branch.post else nn.Identity()
-        self.body, self._branch, self._multiple = block.get_submodule(branch.body), branch, flow.multiple
+        self.body, self._branch = block.get_submodule(branch.body), branch
+        self._into = 1.0 if branch.into is None else float(getattr(block, branch.into))
+        self._multiple = flow.multiple * (1.0 if branch.out is None else float(getattr(block, branch.out)))
         self._calls = _calls(block, self.body, flow) if branch.attends else None
 
     @property
@@ -89,6 +91,7 @@ class Path:
         return torch.cat([self._of(part, chunk) for part in x.split(1)]) if self._branch.apart else self._of(x, chunk)
 
     def _of(self, x: Tensor, chunk: int) -> Tensor:
+        x = x if self._into == 1 else x * self._into
         out = self.body(x) if self._calls is None else self.body(hidden_states=x, **self._calls[chunk])
         out = out[0] if isinstance(out, tuple) else out
         assert isinstance(out, Tensor)
@@ -140,7 +143,7 @@ class BranchWalk:
         self._branch, self._flow = branch, flow
         self._room, self._hidden, self._original, self._share = flow.room, flow.hidden, flow.original, flow.share
         self._reads, self._reads_0 = reads or (flow.hidden, flow.original)
-        self._joins = branch.post is None and flow.multiple == 1
+        self._joins = branch.post is None and branch.out is None and flow.multiple == 1
         self._now = Path(now, branch, flow)
         self._before = Path(before, branch, flow) if before is not None else None
         self._inputs: dict[int, Tensor] = {}

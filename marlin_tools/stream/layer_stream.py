@@ -36,7 +36,7 @@ from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest
 from marlin_tools.stream.routed import RoutedWalk
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
 from marlin_tools.stream.watch import TextShare
-from marlin_tools.stream.weights import fill, materialize, weights_of
+from marlin_tools.stream.weights import compute_buffers, fill, materialize, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -287,6 +287,7 @@ class LayerStream:
         with ReadAhead(self._wanted(), self.checkpoint, self.device, self.dtype) as weights:
             for index, module in enumerate(self._blocks):
                 fill(module, next(weights))
+                compute_buffers(self._decoder, module, self.device)
                 yield (block := Block(self, index, module))
                 if self._beside is not None:
                     block.pass_beside(self._beside[0], rounded=self._beside[1])

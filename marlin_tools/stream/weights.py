@@ -1,11 +1,17 @@
 """How modules without weights get those of a checkpoint, and what they ask for."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.skeleton import MAKING
 from marlin_tools.families.layout import WeightRef
 from marlin_tools.stream.read_ahead import WeightRequest, read_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def materialize(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -21,6 +27,16 @@ def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
         owner, _, leaf = name.rpartition(".")
         home = module.get_submodule(owner)
         setattr(home, leaf, weight if leaf in home._buffers else nn.Parameter(weight, requires_grad=False))  # noqa: SLF001
+
+
+def compute_buffers(decoder: "PreTrainedModel", block: nn.Module, device: torch.device) -> None:
+    """Let transformers compute the buffers of a block that no checkpoint stores, if a model of this type has such."""
+    waiting = [(owner, name) for owner in block.modules() for name, each in owner.named_buffers(recurse=False) if each.is_meta]
+    for owner, name in waiting:
+        setattr(owner, name, torch.full_like(getattr(owner, name), torch.nan, device=device))
+    if waiting:
+        with MAKING:
+            decoder._init_weights(decoder)  # noqa: SLF001 (transformers' protocol)
 
 
 def weights_of(module: nn.Module, dtype: torch.dtype) -> dict[str, tuple[torch.Size, bool]]:

@@ -124,15 +124,22 @@ def test_positions_that_turn_by_length_are_checked_as_a_short_text(eager: Load, 
     torch.testing.assert_close(reference["logits"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("part", ["per_layer_input_gate", "experts.gate_up_proj"])
+@pytest.mark.parametrize(
+    ("model_type", "part", "within"),
+    [
+        ("gemma4_text", "per_layer_input_gate", ".weight"),
+        ("gemma4_text", "experts", ".gate_up_proj.weight"),
+        ("falcon_h1", "feed_forward.down_proj.bias", ""),
+    ],
+)
 def test_a_part_that_cannot_be_worked_on_is_named_wherever_it_is(
-    made: Callable[[str], Path], part: str, tmp_path: Path
+    made: Callable[[str], Path], model_type: str, part: str, within: str, tmp_path: Path
 ) -> None:
-    path = Path(shutil.copytree(made("gemma4_text"), tmp_path / "model"))
+    path = Path(shutil.copytree(made(model_type), tmp_path / "model"))
     own = load_file(path / "model.safetensors")
-    more = {f"model.layers.1.{part}.weight": torch.ones(128, 128, dtype=torch.float16)}
+    more = {f"model.layers.1.{part}{within}": torch.ones(128, 128, dtype=torch.float16)}
     save_file(own | more, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"blocks with `{part.partition('.')[0]}` are not known"):
+    with pytest.raises(ModelError, match=f"blocks with `{part}` are not known"):
         quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
 
 

@@ -78,7 +78,7 @@ def test_the_kl_of_a_pruned_model(
         assert torch.equal(out.read(name) == 0, pruned.read(name) == 0), name
 
 
-@pytest.mark.parametrize("model_type", ["granite", "gpt_neox", "gemma3", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["granite", "gpt_neox", "gemma3", "nemotron_h", "falcon_h1"])
 def test_the_kl_of_a_quantised_model(
     made: Callable[[str], Path], eager: Load, windows: TokenSet, model_type: str, tmp_path: Path
 ) -> None:

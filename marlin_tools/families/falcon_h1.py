@@ -1,0 +1,19 @@
+"""Falcon-H1: Mamba and attention beside each other in every block, with factors for what they read and put out."""
+
+from dataclasses import replace
+
+from marlin_tools.families import Family
+from marlin_tools.families.bamba import FAMILY as BAMBA
+
+_ATTENTION, _MAMBA, _MLP = BAMBA.branches
+
+FAMILY = Family(
+    branches=(
+        replace(_MAMBA, out="ssm_out_multiplier", instead=False),
+        replace(_ATTENTION, into="attention_in_multiplier", out="attn_out_multiplier", beside="always"),
+        _MLP,
+    ),
+    norm=BAMBA.norm,
+    lacks=("feed_forward.down_proj.bias",),
+    pairs=True,
+)
