@@ -187,3 +187,24 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
         "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},
     },
 }
+
+THINKERS: dict[str, dict[str, Any]] = {
+    "qwen2_5_omni_thinker": {
+        "text_config": MROPE,
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
+        "audio_config": {**HEARS, "output_dim": HIDDEN},
+        "vision_start_token_id": 60,
+        "audio_start_token_id": 61,
+    },
+    "qwen3_omni_moe_thinker": {
+        "text_config": {**MROPE, **EXPERTS},
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
+        "audio_config": {**HEARS, "downsample_hidden_size": 16, "output_dim": HIDDEN},
+        "vision_start_token_id": 60,
+        "audio_start_token_id": 61,
+    },
+}
+NESTED_CASES |= THINKERS
+NESTED_CASES |= {
+    name.removesuffix("_thinker"): {"thinker_config": case, "enable_audio_output": False} for name, case in THINKERS.items()
+}

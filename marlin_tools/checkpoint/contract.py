@@ -136,6 +136,7 @@ class Config(Part):
     torch_dtype: Name | None = None
     quantization_config: Quantization | None = None
     text_config: "Config | None" = None
+    thinker_config: "Config | None" = None
     vision_config: Beside | None = None
     audio_config: Beside | None = None
 
@@ -284,7 +285,7 @@ COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked
 
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|blocks|h))\.(?P<index>\d{1,9})\.")
 _WEIGHT = re.compile(r"\.(weight|bias)$|\.experts\.(gate_up_proj|down_proj)(_bias)?$")
-_OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|resampler|^vit\.|mtp")
+_OTHER = re.compile(r"vision|visual|audio|image|encoder|projector|resampler|^vit\.|^talker\.|2wav\.|mtp")
 """Parts of a model that are not its text decoder."""
 
 
@@ -298,9 +299,19 @@ def check_generation(config: dict[str, Any], where: Path) -> None:
     conforms(Generation, config, str(where), hint="correct it, or remove it")
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model: all of it, or `text_config` beside that of other parts.
+
+    Of those that also speak it is a part of what thinks.
+    """
+    thinker = config.get("thinker_config")
+    nested = (thinker if isinstance(thinker, dict) else config).get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
 def agree(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
     """Refuse a config.json that describes another model than the tensors beside it: other blocks, sizes or types."""
-    text = config.get("text_config") or config
+    text = text_config(config)
     if text is config or "num_hidden_layers" in text:  # a part of a larger model leaves out what is as usual
         check_blocks(text, tensors, where)
     if _has_experts(text, tensors):

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin_tools.checkpoint.contract import Tensors, agree, blocks_of, check_blocks, check_config, check_generation
+from marlin_tools.checkpoint.contract import (
+    Tensors,
+    agree,
+    blocks_of,
+    check_blocks,
+    check_config,
+    check_generation,
+    text_config,
+)
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.checkpoint.output import BESIDE, sha256_of
@@ -108,13 +116,13 @@ class Checkpoint:
 
         Nested ones often leave out what is as usual, so transformers' defaults are filled in, if it knows the type.
         """
-        if not isinstance(self.config.get("text_config"), dict):
+        if (inside := text_config(self.config)) is self.config:
             blocks = blocks_of(self.config)
             return self.config if blocks is None else self.config | {"num_hidden_layers": blocks}
         from transformers import CONFIG_MAPPING, AutoConfig
 
         if self.config.get("model_type") not in CONFIG_MAPPING:  # nothing is usual there; it can still be looked at
-            return dict(self.config["text_config"])
+            return dict(inside)
         known = {key: value for key, value in self.config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
         what = f"`{self.path / 'config.json'}` is not understood by transformers"
         with ErrorTranslation(ModelError, what, "update transformers, or check config.json"):

@@ -26,7 +26,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
     model, nested = _whole(checkpoint, dtype)
     if nested:
-        for owner in (model, getattr(model, "model", model)):
+        for owner in _owners(model):
             loose = [name for name, _ in owner.named_parameters(recurse=False)]  # what marks the end of a line of an image
             for name in (*loose, *(name for name, _ in _foreign(owner))):
                 setattr(owner, name, None)
@@ -46,11 +46,10 @@ def foreign_linears(checkpoint: Checkpoint) -> list[str]:
     model, nested = _whole(checkpoint, torch.float16)
     if not nested:
         return []
-    outer = [(name, part) for name, part in _foreign(model)]
-    inner = [(f"model.{name}", part) for name, part in _foreign(getattr(model, "model", nn.Module()))]
+    found = [(name if owner is model else f"model.{name}", part) for owner in _owners(model) for name, part in _foreign(owner)]
     return [
         f"{prefix}.{name}".rstrip(".")
-        for prefix, part in (*outer, *inner)
+        for prefix, part in found
         for name, module in part.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -58,6 +57,12 @@ def foreign_linears(checkpoint: Checkpoint) -> list[str]:
 
 _ON_THE_WAY = {"model", "language_model", "text_model", "lm_head"}
 """What modules between tokens and logits are called."""
+
+
+def _owners(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold the language model beside others: a model, and what it consists of besides its head."""
+    inside = getattr(model, "model", None)
+    return [model] if inside is None or hasattr(inside, "layers") else [model, inside]
 
 
 def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -76,6 +81,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         for each in (config, config.get_text_config()):  # it may keep a `text_config` that it does not know as plain values
             each.return_dict = True  # with false transformers' own models fail
         say_in_full(config)
+        config = getattr(config, "thinker_config", config)  # of a model that also speaks, what is worked on
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from marlin_tools.checkpoint.contract import text_config
 from marlin_tools.errors import ModelError, near
 
 if TYPE_CHECKING:
@@ -210,11 +211,13 @@ ALIASES = {
     "paddleocr_vl_text": "llama",
     "qwen2": "llama",
     "qwen2_5_vl_text": "llama",
+    "qwen2_5_omni_text": "llama",
     "qwen2_vl_text": "llama",
     "qwen3": "llama",
     "qwen3_5_moe_text": "qwen2_moe",
     "qwen3_moe": "qwen2_moe",
     "qwen3_next": "qwen2_moe",
+    "qwen3_omni_moe_text": "qwen2_moe",
     "qwen3_vl_text": "llama",
     "seed_oss": "llama",
     "smollm3": "llama",
@@ -303,12 +306,16 @@ NESTED = {
     "paddleocr_vl": ("paddleocr_vl_text", "model.language_model"),
     "paligemma": ("gemma", "model.language_model"),
     "qianfan_ocr": ("qwen3", "model.language_model"),
+    "qwen2_5_omni": ("qwen2_5_omni_text", "model"),
+    "qwen2_5_omni_thinker": ("qwen2_5_omni_text", "model"),
     "qwen2_5_vl": ("qwen2_5_vl_text", "model.language_model"),
     "qwen2_audio": ("qwen2", "model.language_model"),
     "qwen2_vl": ("qwen2_vl_text", "model.language_model"),
     "qwen3_5": ("qwen3_5_text", "model.language_model"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "model.language_model"),
     "qwen3_asr": ("qwen3", "model.language_model"),
+    "qwen3_omni_moe": ("qwen3_omni_moe_text", "model"),
+    "qwen3_omni_moe_thinker": ("qwen3_omni_moe_text", "model"),
     "qwen3_vl": ("qwen3_vl_text", "model.language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "model.language_model"),
     "smolvlm": ("llama", "model.text_model"),
@@ -316,12 +323,6 @@ NESTED = {
     "voxtral": ("llama", "model.language_model"),
 }
 """Types that hold a language model among other things: its own type if config.json does not say, and its module."""
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the language model: all of it, or `text_config` beside that of other parts."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
 
 
 def turns_by_length(config: "PreTrainedConfig") -> bool:
@@ -341,7 +342,8 @@ def find_family(config: dict[str, Any]) -> Family:
     model_type, decoder = str(config.get("model_type")), None
     if model_type in NESTED:
         usual, decoder = NESTED[model_type]
-        model_type = str(text_config(config).get("model_type") or usual) if "text_config" in config else usual
+        text = text_config(config)
+        model_type = usual if text is config else str(text.get("model_type") or usual)
     name = ALIASES.get(model_type, model_type)
     if name in FAMILIES:
         family: Family = importlib.import_module(f"marlin_tools.families.{name}").FAMILY

@@ -26,10 +26,10 @@ from marlin_tools.families import NESTED, Branch, Experts, Family, find_family, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DECODERS = ("model.language_model", "language_model.model", "model.text_model", "model", "language_model")
+_DECODERS = ("model.language_model", "language_model.model", "model.text_model", "model", "language_model", "thinker.model")
 """What the names of a language model's tensors begin with, where it is part of a larger one."""
 
-_HEADS = ("lm_head", "language_model.lm_head", "embed_out")
+_HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "embed_out")
 
 Index = tuple[int | slice, ...]
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
+from marlin_tools.checkpoint.contract import text_config
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_space
@@ -39,7 +40,7 @@ from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.families import find_family, text_config
+from marlin_tools.families import find_family
 from marlin_tools.families.experts import shell
 from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from marlin_tools.checkpoint.cards import SIZES
-from marlin_tools.checkpoint.contract import EXPERTS
+from marlin_tools.checkpoint.contract import EXPERTS, text_config
 from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.manifest import history, read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.distributed.device import processes
 from marlin_tools.errors import ModelError, RecipeError
-from marlin_tools.families import find_family, known_family, text_config
+from marlin_tools.families import find_family, known_family
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import is_2_4

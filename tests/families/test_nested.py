@@ -19,6 +19,7 @@ from marlin_tools.evaluation.evaluate import EvaluateSettings, evaluate
 from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.contents import Contents
+from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register
 from marlin_tools.verification.checks import Subject
 from marlin_tools.verification.engines import judge_checkpoint
@@ -137,6 +138,20 @@ def test_paligemma_does_not_look_ahead_in_a_text(made: Callable[[str], Path]) ->
     assert not torch.allclose(logits[:, -1], others[:, -1])
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_what_speaks_is_copied(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made(model_type), tmp_path / "model"))
+    own = load_file(path / "model.safetensors")
+    names = [f"talker.model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    names += ["talker.model.embed_tokens.weight", "token2wav.dit.transformer_blocks.0.proj.weight", "code2wav.x.layers.5.w"]
+    more = {name: torch.full((8, 8), float(i), dtype=torch.float16) for i, name in enumerate(names)}
+    save_file(own | more, path / "model.safetensors", metadata={"format": "pt"})
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert all(torch.equal(out.read(name), tensor) for name, tensor in more.items())
+    assert set(names[:3]) <= {f"{name}.weight" for name in (out.quantization or {})["ignore"]}
+    assert all(name.startswith("thinker.model.layers.") for name in StoredLinears(out).names)
+
+
 def write_words(folder: Path) -> None:
     """A tokenizer that knows the words of one sentence, and one for all others."""
     words = ["<s>", "</s>", "?", *"The boat left the harbour at dawn".split()]
@@ -189,6 +204,8 @@ def write_words(folder: Path) -> None:
         "qwen2_audio",
         "qwen3_asr",
         "voxtral",
+        "qwen2_5_omni",
+        "qwen3_omni_moe",
     ],
 )
 def test_a_model_within_another_is_scored_and_writes(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
