@@ -182,6 +182,12 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 0]],
         "qformer_config": {**VISION, "model_type": "blip_2_qformer", "encoder_hidden_size": 64},
     },
+    "muse_glimmer": {
+        "text_config": {**TEXT, "sliding_window": 16, "final_logit_softcapping": 2.0},
+        "vision_config": {**VISION, "patch_size": 14},
+        "out_hidden_size": 64,
+        "projector_hidden_size": 64,
+    },
     "mistral3-latent": {
         "text_config": {**TEXT, **CALLED, **LATENT, "head_dim": 64, "first_k_dense_replace": 1, "model_type": "mistral4"},
         "vision_config": {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 32},

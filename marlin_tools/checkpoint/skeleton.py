@@ -72,7 +72,7 @@ def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel", bool]:
     """The model of config.json without weights, and whether its language model is only a part of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 
     what = f"`{checkpoint.path / 'config.json'}` is not understood by transformers"
     refused = ErrorTranslation(ModelError, what, "update transformers, or check config.json")
@@ -81,7 +81,8 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
         for each in (config, config.get_text_config()):  # it may keep a `text_config` that it does not know as plain values
             each.return_dict = True  # with false transformers' own models fail
         say_in_full(config)
-        config = getattr(config, "thinker_config", config)  # of a model that also speaks, what is worked on
+        if isinstance(thinker := getattr(config, "thinker_config", None), PreTrainedConfig):
+            config = thinker  # of a model that also speaks, what is worked on
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     nested = config.get_text_config() is not config

@@ -157,15 +157,16 @@ class Family:
     def head_numbers(self, config: "PreTrainedConfig") -> tuple[float, float | None]:
         """What a model multiplies the product of its head with, and what caps it; as transformers does it.
 
-        The head of a larger model leaves out both, except that Gemma 4 has its cap and Granite 4 its factor.
+        The head of a larger model leaves out both; a few types have them nonetheless.
         """
         text = config.get_text_config()
         cap, scaling = getattr(text, "final_logit_softcapping", None), float(getattr(text, "logits_scaling", 1.0))
         if text is not config:
-            divided = config.model_type == "granite4_vision"
-            return 1 / scaling if divided else 1.0, cap if config.model_type in {"gemma4", "gemma4_unified"} else None
-        own = float(getattr(text, "logit_scale", 1.0)) * float(getattr(text, "lm_head_multiplier", 1.0))
-        return own * (scaling if self.enlarges else 1 / scaling), cap
+            own = {"granite4_vision": 1 / scaling, "muse_glimmer": float(getattr(text, "output_multiplier", 1.0))}
+            capped = config.model_type in {"gemma4", "gemma4_unified", "muse_glimmer"}
+            return own.get(config.model_type, 1.0), cap if capped else None
+        factor = float(getattr(text, "logit_scale", 1.0)) * float(getattr(text, "lm_head_multiplier", 1.0))
+        return factor * (scaling if self.enlarges else 1 / scaling), cap
 
     def served(self, linear: str) -> str:
         """What vLLM calls a linear of this name in a checkpoint."""
@@ -185,6 +186,7 @@ ALIASES = {
     "dots1": "qwen2_moe",
     "ernie4_5": "llama",
     "exaone4": "olmo2",
+    "exaone4_5_text": "olmo2",
     "gemma": "llama",
     "gemma3_text": "gemma2",
     "gemma4_unified_text": "gemma4_text",
@@ -259,6 +261,7 @@ FAMILIES = (
     "mimo_v2_flash",
     "minicpm3",
     "mixtral",
+    "muse_glimmer_text",
     "nemotron",
     "nemotron_h",
     "olmo2",
@@ -302,6 +305,7 @@ NESTED = {
     "llava_onevision": ("qwen2", "model.language_model"),
     "minicpmv4_6": ("qwen3_5_text", "model.language_model"),
     "mistral3": ("mistral", "model.language_model"),
+    "muse_glimmer": ("muse_glimmer_text", "model.language_model"),
     "ovis2": ("qwen2", "model.language_model"),
     "paddleocr_vl": ("paddleocr_vl_text", "model.language_model"),
     "paligemma": ("gemma", "model.language_model"),

@@ -128,6 +128,15 @@ def test_a_config_may_say_all_of_the_language_model_beside_the_others(
     assert torch.equal(*logits)
 
 
+def test_exaone_4_5_calls_its_language_model_by_a_type_of_its_own(made: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made("exaone4_5"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["model_type"] = "exaone4_5_text"
+    (path / "config.json").write_text(json.dumps(config))
+    out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
+    assert sorted(StoredLinears(out).names) == sorted(Layout(Checkpoint.open(made("exaone4_5"))).linears())
+
+
 @torch.no_grad()
 def test_paligemma_does_not_look_ahead_in_a_text(made: Callable[[str], Path]) -> None:
     model = load(made("paligemma"), device="cpu", dtype=torch.float32)
@@ -194,6 +203,7 @@ def write_words(folder: Path) -> None:
         "lighton_ocr",
         "llava_next_video",
         "minicpmv4_6",
+        "muse_glimmer",
         "ovis2",
         "paddleocr_vl",
         "paligemma",
