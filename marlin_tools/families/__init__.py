@@ -97,7 +97,7 @@ class Family:
     """How a kind of model is built. `decoder` is the module that maps token ids to hidden states.
 
     renames   pairs (module, tensor): how names in a checkpoint differ from those of the modules, part by part
-    called    a part of a block that checkpoints store, and what vLLM calls its module, if that is another name
+    called    parts of a block that checkpoints store, each with what vLLM calls its module, if that is another name
     plain     a part of a block whose linears vLLM takes in 16 bits only
     multiple  the number of a block's module that scales what joins the residual stream
     enlarges  `logits_scaling` of config.json multiplies the logits, which it otherwise divides
@@ -116,7 +116,7 @@ class Family:
     norm: str = "norm"
     head: str = "lm_head"
     renames: tuple[tuple[str, str], ...] = ()
-    called: tuple[str, str] | None = None
+    called: tuple[tuple[str, str], ...] = ()
     plain: str | None = None
     multiple: str | None = None
     enlarges: bool = False
@@ -170,7 +170,9 @@ class Family:
 
     def served(self, linear: str) -> str:
         """What vLLM calls a linear of this name in a checkpoint."""
-        return linear if self.called is None else linear.replace(f".{self.called[0]}.", f".{self.called[1]}.")
+        for stored, module in self.called:
+            linear = linear.replace(f".{stored}.", f".{module}." if module else ".")
+        return linear
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors start with."""

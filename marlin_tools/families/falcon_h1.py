@@ -14,6 +14,7 @@ FAMILY = Family(
         _MLP,
     ),
     norm=BAMBA.norm,
+    called=(*BAMBA.called, ("self_attn", "")),
     lacks=("feed_forward.down_proj.bias",),
     pairs=True,
 )

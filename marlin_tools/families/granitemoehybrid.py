@@ -18,6 +18,6 @@ FAMILY = Family(
         replace(SHARED, beside="num_local_experts", optional=False),
     ),
     renames=GRANITEMOE.renames[:1],
-    called=("mamba", "mixer"),
+    called=(("mamba", "mixer"),),
     multiple="residual_multiplier",
 )

@@ -41,6 +41,11 @@ def test_linears_of_mamba_that_are_left_out_are_ignored_by_both_names(made: Make
     assert len(inventory.unquantized) == len(set(inventory.unquantized))
 
 
+def test_attention_of_falcon_h1_that_is_left_out_is_ignored_by_both_names(made: Make) -> None:
+    inventory = take_linears(Checkpoint.open(made("falcon_h1")), (r"\.self_attn\.",))
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.0.q_proj"} <= set(inventory.unquantized)
+
+
 def test_what_vllm_takes_of_mamba(made: Make, tmp_path: Path) -> None:
     def judged(format_name: str, *ignore: str, model_type: str = "granitemoehybrid") -> EngineVerdict:
         settings = QuantizeSettings(preset="rtn", group_size=32, format=format_name, ignore=ignore)
@@ -56,6 +61,9 @@ def test_what_vllm_takes_of_mamba(made: Make, tmp_path: Path) -> None:
     assert "it takes `model.layers.0.mamba.in_proj` in 16 bits only" in older.reasons[1]
     assert judged("compressed-tensors", r"\.mamba\.", model_type="jamba-dense").loads
     assert judged("gptq", model_type="nemotron_h").loads
+    renamed = judged("gptq", r"\.mamba\.", model_type="falcon_h1")
+    assert "`model.layers.0.k_proj` and takes it for one of 16 bits" in renamed.reasons[1]
+    assert judged("compressed-tensors", model_type="falcon_h1").loads
 
 
 @torch.no_grad()
