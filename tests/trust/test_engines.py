@@ -115,7 +115,10 @@ def test_reasons_name_linear_and_rule(model, group_size, engine, size, reason):
     assert judge(model, group_size=group_size)[engine].reasons[size].startswith(reason)
 
 
-@pytest.mark.parametrize(("model_type", "loads"), [("granitemoe", False), ("mixtral", True)])
+@pytest.mark.parametrize(
+    ("model_type", "loads"),
+    [("granitemoe", False), ("granitemoe_swa", False), ("granitemoehybrid", False), ("mistral4", False), ("mixtral", True)],
+)
 def test_experts_that_are_not_found(model_type, loads):
     """Of some types transformers knows how experts are put together; to those of others it gives random weights."""
     whole = LLAMA3_8B | {"model_type": model_type, "num_local_experts": 8}
