@@ -71,7 +71,7 @@ def draw() -> str:
     """The picture as SVG."""
     speed = [(label, first(cells("serving.md", row)[0])) for row, label in SPEED.items()]
     accuracy = [(label, first(cells("accuracy.md", row)[0])) for row, label in ACCURACY.items()]
-    body = panel(16, "Milliseconds per token, batch 1", "Llama-2-7B shapes in vLLM 0.22.1, H100 80GB, 2026-11-28", speed)
+    body = panel(16, "Milliseconds per token, batch 1", "Llama-2-7B shapes in vLLM 0.22.1, H200, 2026-11-30", speed)
     body += panel(396, "Mean KL divergence to FP16, in nats", "a 26 M Llama on WikiText-2, H100 80GB, 2026-11-21", accuracy)
     label = "Speed in vLLM and loss of accuracy, beside other projects; shorter is better"
     size = 'viewBox="0 0 760 244" width="760" height="244"'
