@@ -32,6 +32,7 @@ from marlin_tools.ops.linear.sparse_layout import PackedSparse, random_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES
 from marlin_tools.ops.runtime.cubin_cache import default_dir
+from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.settings import Settings
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
@@ -233,9 +234,10 @@ class _Kind:
         """Whether a GPU has the instructions."""
         return any(name in self.tokens for name in self.tables.choices_on(gpu))
 
-    def sensible(self, gpu: str, m: int) -> list[str]:
-        """What could be fastest for so many rows."""
-        tiles = [name for name in self.tables.choices_on(gpu) if name in self.tokens]
+    def sensible(self, gpu: str, m: int, k: int) -> list[str]:
+        """What could be fastest for so many rows of so many inputs."""
+        capability = capability_of(gpu.split(maxsplit=1)[0])
+        tiles = [name for name in self.tables.choices_on(gpu) if name in self.tokens and self.tiles[name].fits(m, k, capability)]
         if self.name == FP8:  # for many rows only, and nothing to fall back to: cuBLAS would not round
             return tiles
         most = max(self.tokens[name] for name in tiles)
@@ -309,7 +311,7 @@ class _Problem:
     def fastest(self, kind: _Kind, m: int) -> str:
         """The best choice for so many rows."""
         xs = self.inputs(m)
-        sensible = kind.sensible(dispatch.gpu_of(xs[0].device), m)
+        sensible = kind.sensible(dispatch.gpu_of(xs[0].device), m, self.shape.k)
         contestants = {c: self._calls(kind, c, xs) for c in sensible}
         times = timing.time_calls(contestants, replays=6, calls=self.calls(m, 1.5))
         return min(times, key=lambda choice: times[choice].microseconds)

@@ -100,7 +100,7 @@ def test_small_run(monkeypatch):
 @pytest.mark.parametrize("kind", [kind for kind in bench._KINDS if kind.name != bench.FP8], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_tuning_tries_what_can_be_fastest(kind, target, m, expected):
-    sensible = kind.sensible(target, m)
+    sensible = kind.sensible(target, m, 4096)
 
     assert (dispatch.CUBLAS in sensible) is expected
     assert set(sensible) <= set(kind.tables.choices_on(target))
@@ -108,12 +108,19 @@ def test_tuning_tries_what_can_be_fastest(kind, target, m, expected):
     assert len(sensible) > 1 or m > 1000
 
 
+def test_tuning_leaves_out_what_has_no_room_for_the_inputs():
+    for kind in (kind for kind in bench._KINDS if kind.name != bench.FP8):
+        assert "8x32" in kind.sensible("sm_90a", 8, 4096)
+        assert "8x32" not in kind.sensible("sm_90a", 8, 28672)
+        assert "8x32" in kind.sensible("sm_90a", 1, 28672)
+
+
 def test_fp8_is_measured_on_hopper_and_ada_and_never_falls_back():
     (fp8,) = (kind for kind in bench._KINDS if kind.name == bench.FP8)
     assert fp8.exists_on("sm_90a H200")
     assert not fp8.exists_on("sm_86")
-    assert fp8.sensible("sm_90a", 1) == fp8.sensible("sm_90a", 4096) == list(fp8.tokens)
-    assert fp8.sensible("sm_89", 1) == fp8.sensible("sm_89", 4096) == ["64x256-ada", "128x128-ada"]
+    assert fp8.sensible("sm_90a", 1, 4096) == fp8.sensible("sm_90a", 4096, 4096) == list(fp8.tokens)
+    assert fp8.sensible("sm_89", 1, 4096) == fp8.sensible("sm_89", 4096, 4096) == ["64x256-ada", "128x128-ada"]
 
 
 CARD = {
