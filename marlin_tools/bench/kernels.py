@@ -32,7 +32,6 @@ from marlin_tools.ops.linear.sparse_layout import PackedSparse, random_sparse
 from marlin_tools.ops.linear.sparse_tiles import SPARSE_TILES
 from marlin_tools.ops.linear.tiles import TILES
 from marlin_tools.ops.runtime.cubin_cache import default_dir
-from marlin_tools.ops.runtime.target import capability_of
 from marlin_tools.settings import Settings
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
@@ -236,8 +235,7 @@ class _Kind:
 
     def sensible(self, gpu: str, m: int, k: int) -> list[str]:
         """What could be fastest for so many rows of so many inputs."""
-        capability = capability_of(gpu.split(maxsplit=1)[0])
-        tiles = [name for name in self.tables.choices_on(gpu) if name in self.tokens and self.tiles[name].fits(m, k, capability)]
+        tiles = [name for name in self.tables.choices_on(gpu) if name in self.tokens and self.tables.has_room(gpu, name, m, k)]
         if self.name == FP8:  # for many rows only, and nothing to fall back to: cuBLAS would not round
             return tiles
         most = max(self.tokens[name] for name in tiles)

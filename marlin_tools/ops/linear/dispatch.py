@@ -40,6 +40,10 @@ def gpu_of(device: torch.device) -> str:
     return " ".join([target_of(device), *(model for model in _MODELS if model in name.split())])
 
 
+def _capability(gpu: str) -> int:
+    return capability_of(gpu.split(maxsplit=1)[0])
+
+
 @dataclass(frozen=True)
 class TableRow:
     """The winners for one weight shape: `choices[i]` for up to `rows[i]` rows; the last one holds from there on."""
@@ -66,7 +70,11 @@ class Tables:
 
     def choices_on(self, gpu: str) -> tuple[str, ...]:
         """Everything that can run on a GPU."""
-        return (*(name for name, tile in self.tiles.items() if tile.runs_on(capability_of(gpu.split(maxsplit=1)[0]))), CUBLAS)
+        return (*(name for name, tile in self.tiles.items() if tile.runs_on(_capability(gpu))), CUBLAS)
+
+    def has_room(self, gpu: str, choice: str, m: int, k: int) -> bool:
+        """Whether a choice can multiply so many rows of so many inputs."""
+        return choice == CUBLAS or self.tiles[choice].fits(m, k, _capability(gpu))
 
     def tuned_path(self) -> Path:
         """Where the table measured on this machine lies."""
@@ -115,9 +123,8 @@ class Tables:
     def _choose(self, gpu: str, m: int, n: int, k: int) -> str:
         """The name of a tile, or `CUBLAS`."""
         nearest = self._nearest(gpu, n, k)
-        capability = capability_of(gpu.split(maxsplit=1)[0])
         for rows, choice in zip(nearest.rows, nearest.choices, strict=True):
-            if m <= rows and (choice == CUBLAS or self.tiles[choice].fits(m, k, capability)):
+            if m <= rows and self.has_room(gpu, choice, m, k):
                 return choice
         return nearest.choices[-1]
 
