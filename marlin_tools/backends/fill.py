@@ -17,7 +17,7 @@ from marlin_tools.checkpoint.skeleton import MAKING, MISMATCH, damaged, mismatch
 from marlin_tools.errors import ErrorTranslation, ModelError
 from marlin_tools.events import Emit, Event
 from marlin_tools.families import known_family
-from marlin_tools.families.layout import Layout, WeightRef, refuse_strangers
+from marlin_tools.families.layout import Layout, WeightRef, beside, refuse_strangers
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 
@@ -38,7 +38,7 @@ def fill(
 
     places = _places(model, checkpoint)
     homes = {ref.tensor.removesuffix(".weight"): name.removesuffix(".weight") for name, ref in places.items() if ref.whole}
-    quantized = {name: homes.get(name, name) for name in _of_model(linears, homes)}
+    quantized = {name: homes.get(name, name) for name in _of_model(model, linears, homes)}
     modules = {module: _linear(model, module) for module in quantized.values()}
     dtype = model.dtype
     ties = _ties(model, {f"{module}.weight" for module in modules})
@@ -68,12 +68,12 @@ def _places(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, Weigh
     return {name: layout.place(name) for name in names}
 
 
-def _of_model(linears: StoredLinears | None, homes: Mapping[str, str]) -> list[str]:
+def _of_model(model: "PreTrainedModel", linears: StoredLinears | None, homes: Mapping[str, str]) -> list[str]:
     """The quantised linears but those of something beside the language model, such as a head that predicts ahead."""
     if linears is None:
         return []
-    layout = Layout(linears.checkpoint) if known_family(linears.checkpoint.config) is not None else None
-    return [name for name in linears.names if name in homes or layout is None or not layout.foreign(name)]
+    needs_none = beside(linears.checkpoint, model)
+    return [name for name in linears.names if name in homes or not needs_none(f"{name}.weight")]
 
 
 def _linear(model: "PreTrainedModel", name: str) -> nn.Linear:

@@ -9,7 +9,7 @@ where the language model is part of a larger one, and where experts are stored u
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -238,19 +238,27 @@ def _beginnings(name: str) -> Iterator[str]:
         yield name
 
 
+def beside(checkpoint: Checkpoint, model: "PreTrainedModel") -> Callable[[str], bool]:
+    """Tells of a stored name for which the model has no place whether it needs none.
+
+    It is of something beside the language model, or of what transformers passes over.
+    """
+    passed_over = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
+    layout = Layout(checkpoint) if known_family(checkpoint.config) is not None else None
+    return lambda name: any(each.search(name) for each in passed_over) or (layout is not None and layout.foreign(name))
+
+
 def strangers(checkpoint: Checkpoint, model: "PreTrainedModel", used: Collection[str]) -> list[str]:
     """The stored tensors that nothing reads: not `used` by the model, nor of something beside it.
 
     Buffers that models compute today, what transformers passes over, and a bias of zeros, which older writers store for every
     linear, do no harm.
     """
-    passed_over = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 (public by use)
-    layout = Layout(checkpoint) if known_family(checkpoint.config) is not None else None
+    needs_none = beside(checkpoint, model)
     return [
         name
         for name in checkpoint.names()
-        if name not in used and not COMPUTED.search(name) and not any(each.search(name) for each in passed_over)
-        if not (layout is not None and layout.foreign(name))
+        if name not in used and not COMPUTED.search(name) and not needs_none(name)
         if not (name.endswith(".bias") and not bool(checkpoint.read(name).any()))
     ]
 

@@ -27,7 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from marlin_tools import ops
 from marlin_tools.backends import native, reference, torch_int4
 from marlin_tools.checkpoint.headers import TensorInfo, read_header
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.families.layout import beside
 from marlin_tools.formats import READABLE, find_format
 from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.format import Format
@@ -143,7 +145,7 @@ class PackedQuantizer(HfQuantizer):
                 f"the checkpoint holds no tensors of format `{self._format.name}`, which its config.json names",
                 hint="only *.safetensors are read; download or export the checkpoint again",
             )
-        self._stored = {place: name for name, place in _places(model, stored)}
+        self._stored = _of_model(model, {place: name for name, place in _places(model, stored)}, checkpoint_files or ())
         for place, name in self._stored.items():
             model.set_submodule(place, PendingLinear(_linear(model, place, name), stored[name]))
 
@@ -239,6 +241,15 @@ def _places(model: "PreTrainedModel", stored: Iterable[str]) -> Iterator[tuple[s
         own = f"{name}.weight"
         found, _ = rename_source_key(own, renamings, [], model.base_model_prefix, there)
         yield name, (found if found in there else own).removesuffix(".weight")
+
+
+def _of_model(model: "PreTrainedModel", places: Mapping[str, str], files: Sequence[str]) -> dict[str, str]:
+    """The places but those that the model does not have, of what it does without, such as a head that predicts ahead."""
+    there = {name for name, _ in model.named_modules()}
+    if places.keys() <= there:
+        return dict(places)
+    needs_none = beside(Checkpoint.open(Path(files[0]).parent), model)
+    return {place: name for place, name in places.items() if place in there or not needs_none(f"{name}.weight")}
 
 
 def _linear(model: "PreTrainedModel", place: str, name: str) -> nn.Linear:

@@ -171,6 +171,34 @@ def test_other_places_are_fine(places):
     _check_places(places.values())
 
 
+@pytest.mark.parametrize("head", ["mtp.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj", "extra.up_proj"])
+def test_quantised_heads_that_predict_ahead_are_passed_over(stored, make, monkeypatch, head):
+    folder, weights = stored("compressed-tensors")
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^extra\."])
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    packed = FORMATS["compressed-tensors"].pack(make(512, 256), torch.float16)
+    tensors = load_file(folder / "model.safetensors") | {f"{head}.{suffix}": part for suffix, part in packed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    own = marlin_tools.transformers.load(folder, device="cpu", backend="reference-packed", dtype=torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+
+    model = load(folder)
+    assert weights.keys() == {name for name, module in model.named_modules() if isinstance(module, reference.PackedLinear)}
+    with torch.inference_mode():
+        assert torch.equal(own(ids).logits, model(ids).logits)
+
+
+def test_a_quantised_linear_without_a_place_is_named(stored, make):
+    folder, _ = stored("compressed-tensors")
+    packed = FORMATS["compressed-tensors"].pack(make(512, 256), torch.float16)
+    stranger = {f"model.layers.0.mlp.side_proj.{suffix}": part for suffix, part in packed.items()}
+    save_file(load_file(folder / "model.safetensors") | stranger, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match=r"quantised `model.layers.0.mlp.side_proj`, the model has no such module"):
+        load(folder)
+
+
 def test_permuted_inputs_are_refused_by_name(stored):
     folder, weights = stored("gptq")
     tensors = load_file(folder / "model.safetensors")
