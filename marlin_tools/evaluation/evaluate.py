@@ -168,6 +168,16 @@ def check_asked(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
         find_text(name.removeprefix("ppl:"))
 
 
+def check_vocabulary(model: Checkpoint, original: Checkpoint) -> None:
+    """Predictions can be compared word by word only if both models mean the same words; a card has no words, only a number."""
+    sizes = model.text_config["vocab_size"], original.text_config["vocab_size"]
+    if sizes[0] != sizes[1] or (model.path.is_dir() and original.tokenizer().get_vocab() != model.tokenizer().get_vocab()):
+        raise DataError(
+            f"the vocabularies of `{model.origin}` ({sizes[0]} words) and `{original.origin}` ({sizes[1]} words) differ",
+            hint="on a text, a model can only be compared with the one that it was made from",
+        )
+
+
 def find_tasks(settings: EvaluateSettings) -> "Tasks | None":
     """lm-eval's tasks by their names; None if nobody asks for any."""
     if not settings.questions:
@@ -249,7 +259,7 @@ class _Run:
                 self.emit(Event("warning", _CLOSED))
         self.texts = {name: self._tokens(name) for name in settings.texts}
         if original is not None and self.texts:
-            self._check_vocabulary(original)
+            check_vocabulary(checkpoint, original)
 
     def scores(self) -> list[Score]:
         """Ask the model and the baseline, let both read the texts, and count."""
@@ -344,16 +354,6 @@ class _Run:
         for note in tokens.notes:
             self.emit(Event("note", note))
         return _first(tokens, self.settings.limit)
-
-    def _check_vocabulary(self, original: Checkpoint) -> None:
-        """Predictions can be compared word by word only if both models mean the same words."""
-        sizes = self.subject.checkpoint.text_config["vocab_size"], original.text_config["vocab_size"]
-        if sizes[0] != sizes[1] or original.tokenizer().get_vocab() != self.tokenizer.get_vocab():
-            names = self.subject.checkpoint.origin, original.origin
-            raise DataError(
-                f"the vocabularies of `{names[0]}` ({sizes[0]} words) and `{names[1]}` ({sizes[1]} words) differ",
-                hint="on a text, a model can only be compared with the one that it was made from",
-            )
 
     def _text_details(self, tokens: TokenSet) -> dict[str, object]:
         """Everything that a perplexity depends on besides the model."""

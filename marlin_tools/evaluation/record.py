@@ -17,10 +17,10 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import ModelError
-from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, evaluate, find_tasks
+from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_vocabulary, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.resources import demo_dir
+from marlin_tools.resources import demo_dir, expanded
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 NAME = "evaluation.json"
@@ -109,8 +109,10 @@ class EvaluateStage(EvaluateSettings, Stage):
         check_asked(self, outlook.model)
         find_tasks(self)
         pick_device(self.device)
-        if self.baseline is not None and self.baseline != outlook.source.name and not outlook.dry:
-            Checkpoint.open(self.baseline)
+        if self.baseline is not None and self.baseline != outlook.source.name and (not outlook.dry or _is_here(self.baseline)):
+            original = Checkpoint.open(self.baseline)
+            if self.texts:
+                check_vocabulary(outlook.model, original)
         facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
         if outlook.dry:
             size = outlook.model.nbytes / 1e9
@@ -128,3 +130,8 @@ class EvaluateStage(EvaluateSettings, Stage):
             with work.clock("evaluate", *([checkpoint.path] if own else []), device=self.device, always=True):
                 found = record.measure(work.emit)
         return {"evaluation": found}
+
+
+def _is_here(model: str) -> bool:
+    """Whether it can be opened without a download."""
+    return model == "demo" or expanded(model).is_dir()

@@ -14,6 +14,8 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.evaluation import perplexity
 from marlin_tools.evaluation.perplexity import trace
+from marlin_tools.recipe.recipe import Recipe
+from marlin_tools.run.plan import plan
 
 
 def windows(model, text, length):
@@ -162,6 +164,31 @@ def test_a_sequence_that_never_fits_is_a_plain_error(model):
 def test_another_vocabulary_cannot_be_a_baseline(model, text, run, tiny_model):
     with pytest.raises(DataError, match=r"vocabularies of .* \(512 words\) and .* \(520 words\) differ"):
         run(model, text, seqlen=32, baseline=tiny_model("llama", vocab_size=520))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_another_vocabulary_is_told_before_anything_is_made(model, text, tiny_model, tmp_path, dry):
+    stages = [
+        {"stage": "quantize", "preset": "rtn"},
+        {"stage": "evaluate", "tasks": [text], "seqlen": 32, "baseline": str(tiny_model("llama", vocab_size=520))},
+    ]
+    recipe = Recipe.model_validate({"name": "r", "model": str(model), "stages": stages})
+
+    with pytest.raises(DataError, match=r"vocabularies of .* \(512 words\) and .* \(520 words\) differ"):
+        plan(recipe, tmp_path / "out", dry=dry)
+
+
+def test_a_dry_run_opens_no_baseline_that_is_not_here(model, text, tmp_path):
+    stages = [{"stage": "evaluate", "tasks": [text], "seqlen": 32, "baseline": "nobody/has-this"}]
+
+    plan(Recipe.model_validate({"name": "r", "model": str(model), "stages": stages}), tmp_path / "out", dry=True)
+
+
+def test_a_baseline_for_questions_alone_may_have_other_words(model, tiny_model, tmp_path, write_task):
+    asked = {"tasks": ["fish"], "include_path": [str(write_task("fish"))], "baseline": str(tiny_model("llama", vocab_size=520))}
+    recipe = Recipe.model_validate({"name": "r", "model": str(model), "stages": [{"stage": "evaluate", **asked}]})
+
+    plan(recipe, tmp_path / "out")
 
 
 def test_the_demo_text_is_known_by_name(run):
