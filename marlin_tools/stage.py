@@ -172,6 +172,14 @@ class Stage(Settings):
         """Whether it looks at the calibration text."""
         return False
 
+    def reads(self, text: CalibrationSettings | None) -> CalibrationSettings | None:
+        """The text that it looks at, if `text` is that of the recipe."""
+        return text if self.needs_data else None
+
+    def differs(self, before: "Stage") -> bool:
+        """Whether it certainly gives another result than one of its kind; there is more that decides, such as the model."""
+        return False
+
     @property
     def choice(self) -> str:
         """How people name what it was told to do."""

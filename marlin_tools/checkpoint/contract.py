@@ -257,6 +257,8 @@ class RunState(Part):
     """state/run.json."""
 
     fingerprint: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    text: list[int] | None = None
 
 
 class BlockEntry(Part):

@@ -1,14 +1,16 @@
 """What a run has finished so far, beside the files it has finished, so that a killed run loses at most the block in work.
 
 `<out>.partial/state/run.json` holds the fingerprint of everything that decides the result: model, tokens, settings, code
-revision. `state/block-00000.json` is written after the block's shard and holds the shard's sha256, so a half-written block
+revision; also the settings themselves, by which a run with others is refused before it reads its text.
+`state/block-00000.json` is written after the block's shard and holds the shard's sha256, so a half-written block
 never counts.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -17,36 +19,58 @@ from marlin_tools.checkpoint.output import OutputDirectory, sha256_of
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.errors import ModelError, OutputError
 
+if TYPE_CHECKING:
+    from marlin_tools.data.tokens import TokenSet
+    from marlin_tools.settings import Settings
+
+_RUN = "run.json"
+
 
 def fingerprint_of(**facts: Any) -> str:
     """sha256 of the facts in canonical JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def made_with(settings: "Settings", tokens: "TokenSet | None") -> dict[str, Any]:
+    """What a run notes of itself besides its fingerprint, which tells that something is another, but not what."""
+    return {"settings": settings.model_dump(mode="json"), "text": [len(tokens.sequences), tokens.seed] if tokens else None}
+
+
+def unfinished(out: Path) -> dict[str, Any]:
+    """What an unfinished run into `out` has noted; empty if there is nothing to go on from."""
+    output = OutputDirectory(out)
+    return _read(output.state / _RUN, RunState) if output.work.exists() and output.begun else {}
+
+
+def another_run(partial: Path) -> OutputError:
+    """What to raise where an unfinished run is in the way."""
+    return OutputError(
+        f"`{partial}` holds an unfinished run with another model, calibration or settings",
+        hint="repeat the command that began it, or start over with `--no-resume`",
+    )
+
+
 class Journal:
     """The finished blocks of one run."""
 
-    def __init__(self, output: OutputDirectory, fingerprint: str) -> None:
+    def __init__(self, output: OutputDirectory, fingerprint: str, made: Mapping[str, Any] | None = None) -> None:
         self._output = output
-        run = output.state / "run.json"
-        begun = self._read(run, RunState).get("fingerprint", "unreadable") if run.exists() and output.work.exists() else None
+        run = output.state / _RUN
+        begun = _read(run, RunState).get("fingerprint", "unreadable") if run.exists() and output.work.exists() else None
         if begun == fingerprint:
             return
         if begun is not None and output.begun and not output.overwrite:
-            raise OutputError(
-                f"`{output.partial}` holds an unfinished run with another model, calibration or settings",
-                hint="repeat the command that began it, or start over with `--no-resume`",
-            )
+            raise another_run(output.partial)
         output.clear()
         output.work.mkdir()
-        output.write_state("run.json", json.dumps({"fingerprint": fingerprint}))
+        output.write_state(_RUN, json.dumps({"fingerprint": fingerprint, **(made or {})}))
 
     def finished(self, index: int, shard: Path) -> dict[str, Any] | None:
         """The entry of block `index` if its shard is on disk exactly as it was written."""
         entry = self._output.state / self._name(index)
         if not entry.is_file() or not shard.is_file():
             return None
-        content = self._read(entry, BlockEntry)
+        content = _read(entry, BlockEntry)
         return content if content and content["sha256"] == sha256_of(shard) else None
 
     def entry(self, index: int) -> dict[str, Any]:
@@ -61,15 +85,15 @@ class Journal:
         return complete
 
     @staticmethod
-    def _read(file: Path, model: type[BaseModel]) -> dict[str, Any]:
-        """A note of ours; empty if it is none, so that what it stands for is done again."""
-        try:
-            content = read_object(file)
-            conforms(model, content, str(file))
-        except ModelError:
-            return {}
-        return content
-
-    @staticmethod
     def _name(index: int) -> str:
         return f"block-{index:05d}.json"
+
+
+def _read(file: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """A note of ours; empty if it is none, so that what it stands for is done again."""
+    try:
+        content = read_object(file)
+        conforms(model, content, str(file))
+    except ModelError:
+        return {}
+    return content

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
-from marlin_tools.checkpoint.journal import Journal, fingerprint_of
+from marlin_tools.checkpoint.journal import Journal, fingerprint_of, made_with
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -65,6 +65,10 @@ class BlockStage(Stage):
     def decides(self) -> tuple[Settings, dict[str, Any]]:
         """What two runs cannot differ in and have one result; there is more that decides, such as model and text."""
         return self.solver, self.model_dump(exclude=_NOT_ALONE)
+
+    def differs(self, before: Stage) -> bool:
+        """Whether anything of it is another."""
+        return isinstance(before, BlockStage) and self.decides != before.decides
 
     @property
     def needs_data(self) -> bool:
@@ -149,7 +153,7 @@ def compress(
         return Checkpoint.open(out)
     output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=(plan.checkpoint.path,))
     with computing_on(job.device), output if team.leads else nullcontext():
-        journal = Journal(output, run) if team.leads else None
+        journal = Journal(output, run, made_with(job.settings, job.tokens)) if team.leads else None
         writer = ModelWriter(output, shards=plan.inventory.blocks + 1)
         shards = Shards(plan.inventory, writer, journal, job.device, joins=store.joins)
         tokens, stream = method.chunk, None

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marlin_tools.checkpoint.journal import another_run, unfinished
 from marlin_tools.checkpoint.manifest import read_manifest
-from marlin_tools.checkpoint.output import check_output, put
-from marlin_tools.compress.job import BlockStage
+from marlin_tools.checkpoint.output import OutputDirectory, check_output, put
+from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.sources import SOURCES
 from marlin_tools.distributed.device import leads, processes
 from marlin_tools.errors import OutputError, RecipeError
@@ -20,7 +21,7 @@ from marlin_tools.recipe.files import load
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.resources import expanded
 from marlin_tools.run.plan import RUNS, Plan, Step
-from marlin_tools.stage import Work
+from marlin_tools.stage import Stage, Work
 from marlin_tools.verification.verify import Verification
 
 RECIPE = "recipe.yaml"
@@ -85,7 +86,7 @@ def execute(
         else:
             again, made = overwrite or start is not None, tuple(result.outputs)
             if not again:
-                _refuse_others(step, recipe)
+                _refuse_others(step, recipe, resume=resume)
             work = Work(step.source, step.outputs, recipe.model, recipe.calibrate, hear, step.prepared, again, resume, made)
             work.home = planned.home
             for name, value in step.stage.run(work).items():
@@ -144,29 +145,44 @@ def _check_kept(step: Step, recipe: Recipe) -> None:
             raise OutputError(f"`{path}` was made with other settings", hint="run without `--from`, with `--overwrite`")
 
 
-def _refuse_others(step: Step, recipe: Recipe) -> None:
-    """A result that is certainly of other settings is in the way before a text is downloaded and read, not after."""
-    stage = step.stage
-    if not isinstance(stage, BlockStage):
-        return
+def _refuse_others(step: Step, recipe: Recipe, *, resume: bool) -> None:
+    """What is certainly of other settings is in the way before a text is downloaded and read, not after."""
     for path in step.outputs.values():
-        try:
-            kept = load(path / RECIPE) if (path / RECIPE).is_file() else None
-        except RecipeError:
-            continue  # its manifest knows what made it
-        before = next((each for each in kept.stages if type(each) is type(stage)), None) if kept else None
-        if kept and isinstance(before, BlockStage) and (before.decides != stage.decides or _other_text(kept, recipe, stage)):
+        if _is_another(path, step.stage, recipe):
             check_output(path)
+        if resume and _began_otherwise(unfinished(path), step.stage, recipe):
+            raise another_run(OutputDirectory(path).partial)
 
 
-def _other_text(kept: Recipe, recipe: Recipe, stage: BlockStage) -> bool:
-    """Whether calibration certainly reads other tokens; what a file holds is not known by its name."""
-    ours, theirs = recipe.calibrate, kept.calibrate
-    if not stage.needs_data or ours is None or theirs is None:
+def _is_another(path: Path, stage: Stage, recipe: Recipe) -> bool:
+    """Whether a result was certainly made with other settings or of another text."""
+    try:
+        kept = load(path / RECIPE) if (path / RECIPE).is_file() else None
+    except RecipeError:
+        return False  # its manifest knows what made it
+    before = next((each for each in kept.stages if type(each) is type(stage)), None) if kept else None
+    if kept is None or before is None:
+        return False
+    return stage.differs(before) or _other_text(stage.reads(recipe.calibrate), before.reads(kept.calibrate))
+
+
+def _other_text(ours: CalibrationSettings | None, theirs: CalibrationSettings | None) -> bool:
+    """Whether these are certainly other tokens; what a file holds is not known by its name."""
+    if ours is None or theirs is None:
         return False
     lengths = {each.seqlen for each in (ours, theirs) if each.seqlen is not None and each.shape != "documents"}
     named = {each.source for each in (ours, theirs) if each.source in SOURCES}
     return (ours.num_samples, ours.seed) != (theirs.num_samples, theirs.seed) or len(lengths) > 1 or len(named) > 1
+
+
+def _began_otherwise(noted: dict[str, Any], stage: Stage, recipe: Recipe) -> bool:
+    """Whether an unfinished run, of which this is noted, certainly had other settings."""
+    try:
+        before = type(stage).model_validate(noted["settings"])
+    except (KeyError, ValueError):
+        return False  # of another version, or another stage; its fingerprint tells
+    ours, theirs = stage.reads(recipe.calibrate), noted.get("text")
+    return stage.differs(before) or (ours is not None and theirs is not None and theirs != [ours.num_samples, ours.seed])
 
 
 def _making(recipe: Recipe, step: Step) -> tuple[object, ...]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.contract import text_config
-from marlin_tools.checkpoint.journal import Journal, fingerprint_of
+from marlin_tools.checkpoint.journal import Journal, fingerprint_of, made_with
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_space
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -96,6 +96,22 @@ class FinetuneSettings(TrainingSettings, Stage):
         """Whether it looks at the calibration text: not if it has a text of its own, or the teacher writes one."""
         return self.text is None and not self.sampled
 
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What two runs cannot differ in and have one result, beside model, teacher and text."""
+        return self.model_dump(exclude={"stage", "device", "teacher", "text", "saves"})
+
+    def reads(self, text: CalibrationSettings | None) -> CalibrationSettings | None:
+        """A text of its own comes first."""
+        return self.text or super().reads(text)
+
+    def differs(self, before: Stage) -> bool:
+        """Whether anything of it is another; what nobody chose may be what was chosen elsewhere."""
+        if not isinstance(before, FinetuneSettings):
+            return False
+        pairs = ((value, before.decides[key]) for key, value in self.decides.items())
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
         name = self.teacher or outlook.model.origin
@@ -106,7 +122,7 @@ class FinetuneSettings(TrainingSettings, Stage):
         if outlook.first and outlook.model.quantization is None and not isinstance(outlook.model, Card):
             check_mask(outlook.model)
         facts = [("teacher", name)]
-        if text := self.text or (outlook.text if self.needs_data else None):
+        if text := self.reads(outlook.text):
             facts.append(("text", f"{text.num_samples} samples of `{text.source}`"))
         if self.sampled:
             facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
@@ -116,7 +132,7 @@ class FinetuneSettings(TrainingSettings, Stage):
     def run(self, work: Work) -> dict[str, Any]:
         """Train the model into the one directory that there is."""
         with work.clock("finetune", work.output, device=self.device):
-            tokens = work.tokens(self.text or (work.text if self.needs_data else None))
+            tokens = work.tokens(self.reads(work.text))
             settings = self.model_copy(update={"teacher": self.teacher or work.original})
             finetune(work.model, tokens, settings, work.output, emit=work.emit, overwrite=work.overwrite, resume=work.resume)
         return {}
@@ -153,7 +169,7 @@ def finetune(
             model=plan.student.fingerprint,
             teacher=plan.teacher.fingerprint,
             tokens=tokens.fingerprint if tokens else None,
-            settings=settings.model_dump(exclude={"stage", "device", "teacher", "text", "saves"}),
+            settings=settings.decides,
             device=team.device.type,
             torch=torch.__version__,
         )
@@ -164,7 +180,7 @@ def finetune(
         output = OutputDirectory(out, overwrite=overwrite, resume=resume, sources=sources)
         with output if team.leads else nullcontext():
             if team.leads:
-                Journal(output, run)
+                Journal(output, run, made_with(settings, tokens))
             team.wait()
             try:
                 with team.talking():

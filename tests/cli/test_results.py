@@ -137,6 +137,41 @@ def test_interrupted_run_goes_on_and_ends_in_the_same_bytes(cli, model, text, in
     assert expected == manifest
 
 
+@pytest.mark.parametrize("other", (("--damp", "0.5"), ("--seed", "1"), ("--num-samples", "3"), ("--preset", "marlin")))
+def test_an_unfinished_run_of_other_settings_is_refused_before_the_text_is_read(cli, model, text, monkeypatch, other):
+    arguments = ("quantize", model, "--preset", "fast", "--calib", text, *FEW, "-o", "late")
+    show = ui.Display.__call__
+
+    def interrupt(display, event):
+        show(display, event)
+        if event.kind == "progress" and event.text == "blocks" and event.done == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ui.Display, "__call__", interrupt)
+        assert 130 == cli(*arguments).code
+    outcome = cli(*arguments, *other)
+
+    assert 2 == outcome.code
+    assert "error: `late.partial` holds an unfinished run with another model, calibration or settings\n" in outcome.err
+    assert "calibrate\n" not in outcome.err
+    assert 0 == cli(*arguments).code
+    assert 0 == cli(*arguments[:-1], "again", *other).code
+
+
+def test_finetuning_with_other_settings_is_refused_before_the_text_is_read(cli, model, text, int4):
+    learning = ("--tokens", "256", "--batch", "2", "--micro", "2")
+    few = ("--num-samples", "12", "--seqlen", "16")
+    arguments = ("finetune", int4, "--teacher", model, "--calib", text, *few, *learning, "-o", "tuned")
+    assert 0 == cli(*arguments).code
+    assert "`tuned` already holds this result" in cli(*arguments, "--code-rate", "0.01").err
+    for other in (("--rate", "0.5", "--batch", "4"), ("--seed", "1"), ("--num-samples", "11")):
+        outcome = cli(*arguments, *other)
+        assert 2 == outcome.code
+        assert "error: `tuned` exists and is not empty\n" in outcome.err
+        assert "calibrate\n" not in outcome.err
+
+
 RECIPE = """\
 name: small
 model: {model}
