@@ -7,10 +7,13 @@ by its columns: `text`; else `messages`; else a prompt and a response column, wh
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marlin_tools.checkpoint.strict_json import parse, read_bounded
 from marlin_tools.errors import DataError, ErrorTranslation
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 Message = dict[str, str]
 Document = str | list[Message]
@@ -89,8 +92,26 @@ def _parquet_rows(path: Path) -> Rows:
         ErrorTranslation(DataError, f"`{path}`: no parquet file", "write it again, or use `.jsonl`"),
         ParquetFile(path) as file,
     ):
-        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+        done = 0
+        for batch in file.iter_batches():
+            try:
+                rows = batch.to_pylist()
+            except UnicodeDecodeError:
+                raise _not_utf8(path, batch, done + 1) from None
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=done + 1))
+            done += len(rows)
+
+
+def _not_utf8(path: Path, batch: "RecordBatch", first: int) -> DataError:
+    """What to raise for rows, counted from `first`, one of which is not text: pyarrow does not say which."""
+    place, byte = str(path), 0
+    for at in range(batch.num_rows):
+        try:
+            batch.slice(at, 1).to_pylist()
+        except UnicodeDecodeError as failure:
+            place, byte = f"{path}, row {first + at}", failure.start
+            break
+    return DataError(f"`{place}`: not UTF-8 text, see byte {byte}", hint="remove or repair the row")
 
 
 def documents(rows: Rows) -> Iterator[Document]:

@@ -133,6 +133,15 @@ def test_text_needs_a_text_column(write_jsonl: Write) -> None:
         texts(read_rows(write_jsonl([{"body": "a"}])))
 
 
+def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    stored = pa.array([b"one", b"two", b"\xff three"], pa.binary())
+    strings = pa.Array.from_buffers(pa.string(), 3, stored.buffers())
+    parquet.write_table(pa.table({"text": strings}), tmp_path / "rows.parquet")
+
+    with pytest.raises(DataError, match=r"rows.parquet, row 3`: not UTF-8 text, see byte 0"):
+        list(read_rows(tmp_path / "rows.parquet"))
+
+
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"not parquet at all")
