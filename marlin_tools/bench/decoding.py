@@ -99,8 +99,9 @@ class ModelBench:
 
 def bench_model(settings: BenchModelSettings, emit: Emit = silent) -> ModelBench:
     """Decode every scheme at every batch size."""
-    device = timing.gpu(settings.device, "decoding is")
     card = card_for(settings)
+    _decodable(card)
+    device = timing.gpu(settings.device, "decoding is")
     results: list[ModelMeasurement] = []
     with torch.cuda.device(device), torch.inference_mode():
         for scheme in settings.schemes:
@@ -116,9 +117,7 @@ def bench_model(settings: BenchModelSettings, emit: Emit = silent) -> ModelBench
 
 def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "PreTrainedModel":
     """A model of these shapes with random weights of a usual size; its blocks' linears are of the scheme."""
-    model = empty_model(card, torch.float16, attn_implementation="sdpa")
-    if (reason := refusal(model, 1)) is not None:
-        raise ModelError(f"this shape cannot be decoded: {reason}", hint=f"models with a built-in shape: {', '.join(ALIASES)}")
+    model = _decodable(card)
     family = find_family(card)
     if scheme in {"int4", SPARSE}:
         for block in model.get_submodule(f"{family.decoder}.{family.blocks}").children():
@@ -127,6 +126,14 @@ def random_model(card: dict[str, Any], scheme: str, device: torch.device) -> "Pr
                 assert isinstance(linear, nn.Linear)
                 block.set_submodule(name, _random_linear(linear, device, sparse=scheme == SPARSE))
     fill_randomly(model, device)
+    return model
+
+
+def _decodable(card: dict[str, Any]) -> "PreTrainedModel":
+    """A model of these shapes without weights, if our decoder has all that it needs."""
+    model = empty_model(card, torch.float16, attn_implementation="sdpa")
+    if (reason := refusal(model, 1)) is not None:
+        raise ModelError(f"this shape cannot be decoded: {reason}", hint=f"models with a built-in shape: {', '.join(ALIASES)}")
     return model
 
 

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from marlin_tools.bench import timing
-from marlin_tools.bench.kernels import PAPER_SHAPES, BenchSettings, Measurement, Rates, bench_kernels, host_costs, measure_rates
+from marlin_tools.bench.kernels import (
+    PAPER_SHAPES,
+    BenchSettings,
+    Measurement,
+    Rates,
+    bench_kernels,
+    check_models,
+    host_costs,
+    measure_rates,
+)
 from marlin_tools.distributed.device import describe_device
 from marlin_tools.events import Emit, silent
 
@@ -73,6 +82,7 @@ class FigureData:
 
 def measure(figure: str | None, settings: BenchSettings, emit: Emit = silent) -> FigureData:
     """Run the benchmark for a figure, or the plain one."""
+    check_models(settings.models)
     device = timing.gpu(settings.device, "kernels are")
     rates = measure_rates(device)
     busy = figure is not None and FIGURES[figure].busy

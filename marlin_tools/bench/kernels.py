@@ -51,6 +51,7 @@ PAPER_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 }
 """The layer lists of the original benchmark, with its rounding of the MLP widths, so that its figures can be remade."""
 
+PEAK = "peak"
 BASELINE = "torch"
 DENSE = "ours"
 SPARSE = "ours 2:4"
@@ -112,6 +113,7 @@ def bench_kernels(
     settings: BenchSettings, emit: Emit = silent, rates: Rates | None = None, before: Callable[[], None] = lambda: None
 ) -> list[Measurement]:
     """Time every shape and number of rows; results are checked before they are timed. `before` each, something may be done."""
+    check_models(settings.models)
     device = timing.gpu(settings.device, "kernels are")
     rates = rates or measure_rates(device)
     emit(Event("note", f"{rates.bandwidth / 1e12:.2f} TB/s read, {rates.flops / 1e12:.0f} TFLOP/s in a large product"))
@@ -128,6 +130,7 @@ def bench_kernels(
 
 def tune(settings: BenchSettings, emit: Emit = silent) -> Path:
     """Measure every tile on every shape and write the tables that `ops.dispatch` reads on this machine; the folder."""
+    check_models(settings.models)
     device = timing.gpu(settings.device, "kernels are")
     place = folder(default_dir(), hint="point `MARLIN_TOOLS_CACHE` at a folder of your own")
     gpu = dispatch.gpu_of(device)
@@ -185,28 +188,38 @@ def ideal_microseconds(m: int, k: int, n: int, bits: float, rates: Rates, *, den
     return max(moved / rates.bandwidth, 2 * m * n * k * density / rates.flops) * 1e6
 
 
+def check_models(models: Sequence[str]) -> None:
+    """Refuse what no shapes are known for; that needs no GPU."""
+    for model in models:
+        if model != PEAK:
+            _layers(model)
+
+
 def _shapes(models: Sequence[str], device: torch.device) -> list[Shape]:
     found: list[Shape] = []
     for model in models:
-        if model == "peak":  # the paper: 256 outputs per multiprocessor, and four times as many inputs
+        if model == PEAK:  # the paper: 256 outputs per multiprocessor, and four times as many inputs
             n = 256 * torch.cuda.get_device_properties(device).multi_processor_count
             found.append(Shape(model, "peak", 4 * n, n))
-        elif model in PAPER_SHAPES:
-            found += [Shape(model, f"{k}x{n}", k, n) for k, n in PAPER_SHAPES[model]]
-        elif model in SHAPES:
-            found += [Shape(model, layer, k, n) for layer, (k, n) in SHAPES[model].items()]
-        elif size := re.fullmatch(r"(\d+)x(\d+)", model):
-            k, n = map(int, size.groups())
-            if not k or not n or k % TILE_K or n % TILE_N:
-                hint = f"K x N, K a multiple of {TILE_K} and N of {TILE_N}"
-                raise DeviceError(f"`{model}` is no shape of the kernels", hint=hint)
-            found.append(Shape(model, "", k, n))
         else:
-            known = ", ".join([*SHAPES, *PAPER_SHAPES, "peak"])
-            raise DeviceError(
-                f"no shapes are known for `{model}`", hint=f"known: {known}, or a size such as 4096x12288 (K x N)"
-            )
+            found += [Shape(model, layer, k, n) for layer, (k, n) in _layers(model).items()]
     return found
+
+
+def _layers(model: str) -> dict[str, tuple[int, int]]:
+    """(K, N) of the linears of a model, or of a size, by name."""
+    if model in PAPER_SHAPES:
+        return {f"{k}x{n}": (k, n) for k, n in PAPER_SHAPES[model]}
+    if model in SHAPES:
+        return SHAPES[model]
+    if size := re.fullmatch(r"(\d+)x(\d+)", model):
+        k, n = map(int, size.groups())
+        if not k or not n or k % TILE_K or n % TILE_N:
+            hint = f"K x N, K a multiple of {TILE_K} and N of {TILE_N}"
+            raise DeviceError(f"`{model}` is no shape of the kernels", hint=hint)
+        return {"": (k, n)}
+    known = ", ".join([*SHAPES, *PAPER_SHAPES, PEAK])
+    raise DeviceError(f"no shapes are known for `{model}`", hint=f"known: {known}, or a size such as 4096x12288 (K x N)")
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,26 @@ def test_a_place_that_cannot_be_written_is_said_before_any_work(cli, measured, d
     assert (measured, decoded) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    (
+        (("kernels", "--shapes", "llama2-7b,bogus"), "no shapes are known for `bogus`"),
+        (("kernels", "--shapes", "33x44"), "`33x44` is no shape of the kernels"),
+        (("kernels", "--figure", "sustained", "--shapes", "bogus"), "no shapes are known for `bogus`"),
+        (("kernels", "--tune", "--shapes", "bogus"), "no shapes are known for `bogus`"),
+        (("model", "--shape", "bogus"), "no shapes are known for `bogus`"),
+        (("model", "--in", "4090", "--out", "7"), "`llama2-7b` has 4096 positions, fewer than the 4097 tokens asked for"),
+        (("model", "--shape", "gemma2-9b"), "this shape cannot be decoded: model type `gemma2` is not one of"),
+    ),
+)
+def test_shapes_are_looked_at_before_the_gpu(cli, monkeypatch, arguments, complaint):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    outcome = cli("bench", *arguments)
+
+    assert 2 == outcome.code
+    assert outcome.err.startswith(f"error: {complaint}")
+
+
 @pytest.mark.parametrize("what", ("kernels", "model"))
 def test_without_a_gpu(cli, monkeypatch, what):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
