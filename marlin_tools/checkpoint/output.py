@@ -92,7 +92,7 @@ def _check_writable(path: Path) -> None:
     place = partial if partial.exists() else partial.parent
     while not place.exists():
         place = place.parent
-    for there in (place, path.parent):
+    for there in (place, path.parent, path):  # a directory that is not writable cannot be moved out of the way, either
         if there.exists() and not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if there.exists() and not os.access(there, os.W_OK | os.X_OK):

@@ -15,12 +15,15 @@ from marlin_tools.errors import ModelError
 
 
 def check_companions(source: Checkpoint) -> None:
-    """Refuse files that `finish` takes over and that this user may not read, before the work."""
+    """Refuse files that `finish` takes over and that this user may not read, or no manifest could name, before the work."""
     for companion in source.companions():
         try:
+            companion.name.encode("utf-8")
             os.close(os.open(companion, os.O_RDONLY))
         except OSError as error:
             raise ModelError(f"`{companion}` cannot be read: {error.strerror}", hint=READABLE) from error
+        except UnicodeEncodeError as error:
+            raise ModelError(f"the name of `{companion}` is no text in UTF-8", hint="rename the file") from error
 
 
 class ModelWriter:

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that ends us is somebody who presses Ctrl-C
     try:
+        _check_words(arguments)
         _check_place()
         code = app(arguments, prog_name="marlin-tools", standalone_mode=False) or 0
     except typer.Abort:
@@ -82,6 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         kept = ": what is finished is kept" if not _RESUMED.isdisjoint(arguments[:1]) else ""
         _complain(MarlinToolsError("interrupted", hint=f"run the same command again{kept}"))
     sys.exit(code)
+
+
+def _check_words(arguments: Sequence[str]) -> None:
+    """Recipes, manifests and libraries hold names in UTF-8, and a result that names another could not be read again."""
+    for word in arguments:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            message, hint = f"`{word}` is no text in UTF-8", "rename it, or check the terminal's locale"
+            raise MarlinToolsError(message, hint=hint) from None
 
 
 def _check_place() -> None:

@@ -33,7 +33,7 @@ from marlin_tools.checkpoint.journal import Journal, fingerprint_of, made_with
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_space
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.checkpoint.writer import ModelWriter
+from marlin_tools.checkpoint.writer import ModelWriter, check_companions
 from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -161,6 +161,7 @@ def finetune(
         if said := another_teacher(plan.student, plan.teacher):
             say(Event("warning", said))
         settings = settings.fitted(quantized=plan.stored is not None)
+        check_companions(plan.student)
         _check_sizes(tokens, settings)
         _check_window(plan.teacher, settings)
         run = fingerprint_of(

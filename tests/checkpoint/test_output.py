@@ -280,6 +280,13 @@ def test_a_place_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
     refused("locked/out", "not writable")
 
 
+def test_a_result_that_cannot_be_moved_away_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    access: Callable[..., bool] = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    Path("locked").mkdir()
+    refused("locked", "not writable")
+
+
 def test_two_that_write_one_small_file_do_not_disturb_each_other() -> None:
     texts, seen = [letter * 100_000 for letter in "ab"], set[str]()
 

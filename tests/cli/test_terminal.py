@@ -44,6 +44,25 @@ def test_a_name_forges_no_second_error(cli, verb, name):
     assert all(line.isprintable() for line in outcome.err.splitlines())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quantize", "demo", "--preset", "rtn", "-o", "o\udcff"],
+        ["quantize", "demo", "--calib", "t\udcff.txt"],
+        ["eval", "demo", "-t", "ppl:t\udcff.txt"],
+        ["compare", "a", "b\udcff"],
+    ],
+)
+def test_a_name_that_is_no_utf8_is_refused_before_the_work(cli, tmp_path, words):
+    """A manifest could not hold it."""
+    outcome = cli(*words)
+
+    assert 2 == outcome.code
+    assert "\\udcff" in outcome.err.splitlines()[0]
+    assert "is no text in UTF-8\nhint: rename it, or check the terminal's locale\n" in outcome.err
+    assert [] == list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("out", [".", "/", "..", "x" * 300, "a\0b"])
 def test_a_place_that_is_none_is_refused_before_the_work(cli, tmp_path, out):
     outcome = cli("quantize", "demo", "--preset", "rtn", "-o", out)

@@ -289,3 +289,13 @@ def test_documents_of_different_lengths_are_refused(run: Run) -> None:
     ragged = TokenSet((torch.arange(2, 9), torch.arange(2, 30)), "ragged", packed=False, documents=2)
     with pytest.raises(DataError, match="windows of one length"):
         run(text=ragged)
+
+
+def test_a_file_that_could_not_be_taken_over_is_told_before_the_training(run: Run, pruned: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pruned, tmp_path / "model"))
+    (model / "n\udcff.txt").touch()
+    events: list[Event] = []
+
+    with pytest.raises(ModelError, match="is no text in UTF-8"):
+        run(model=model, how={"emit": events.append})
+    assert not any(event.kind == "progress" for event in events)

@@ -341,3 +341,10 @@ def test_a_tokenizer_that_cannot_be_loaded(victim: Path) -> None:
     (victim / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="`model` is missing"):
         Checkpoint.open(victim).tokenizer()
+
+
+def test_files_that_no_manifest_could_name_are_refused_before_the_work(
+    victim: Path, refused: Callable[..., MarlinToolsError]
+) -> None:
+    (victim / "n\udcff.txt").touch()
+    refused(victim, ModelError, r"the name of `.*` is no text in UTF-8", preset="rtn")
