@@ -192,3 +192,8 @@ class Stage(Settings):
     @abstractmethod
     def run(self, work: Work) -> dict[str, Any]:
         """Do it; returns what the result of the run has gained, by the names of `RunResult`."""
+
+
+def made_with(settings: Settings, tokens: TokenSet | None) -> dict[str, Any]:
+    """What a run notes of itself besides its fingerprint, which tells that something is another, but not what."""
+    return {"settings": settings.model_dump(mode="json"), "text": [len(tokens.sequences), tokens.seed] if tokens else None}

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -19,21 +19,12 @@ from marlin_tools.checkpoint.output import OutputDirectory, sha256_of
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.errors import ModelError, OutputError
 
-if TYPE_CHECKING:
-    from marlin_tools.data.tokens import TokenSet
-    from marlin_tools.settings import Settings
-
 _RUN = "run.json"
 
 
 def fingerprint_of(**facts: Any) -> str:
     """sha256 of the facts in canonical JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def made_with(settings: "Settings", tokens: "TokenSet | None") -> dict[str, Any]:
-    """What a run notes of itself besides its fingerprint, which tells that something is another, but not what."""
-    return {"settings": settings.model_dump(mode="json"), "text": [len(tokens.sequences), tokens.seed] if tokens else None}
 
 
 def unfinished(out: Path) -> dict[str, Any]:

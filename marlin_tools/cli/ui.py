@@ -4,12 +4,13 @@ Bars appear on a terminal only; elsewhere a long count is reported at every quar
 Results are written as they are, without colour or wrapping, so that what a script reads is what a person sees.
 """
 
+import io
 import os
 import re
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 from marlin_tools.errors import MarlinToolsError, OutputError, plain
 
@@ -89,7 +90,53 @@ def _stderr() -> "Console":
     from rich.console import Console
 
     # The stream of now: a library that is kept quiet has sys.stderr taken away for a while, our bars stay.
-    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Console(file=cast("TextIO", _Heard(sys.stderr)), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+class _Heard(io.TextIOBase):
+    """A stream for as long as it can be written: when nobody reads on, or its disk is full, the work goes on without words."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # (typeshed has a plain attribute)
+        """Whether letters beyond ASCII can be written follows from it."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """By which the width of a terminal is asked for."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write, or nothing from now on."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what is left, or nothing from now on."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._silence()
+
+    def _silence(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def open_stderr() -> None:
+    """Of a process that was started without one: nothing is told, and no file that is opened later is taken for it."""
+    while sys.stderr is None:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor >= 2:  # that of stderr is 2; below it are closed ones as well
+            sys.stderr = os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def _labeled(console: "Console", label: str, text: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from marlin_tools.algorithms import GPTQ, RTN, Pruner
-from marlin_tools.checkpoint.journal import Journal, fingerprint_of, made_with
+from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -31,7 +31,7 @@ from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event
 from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
-from marlin_tools.stage import Stage
+from marlin_tools.stage import Stage, made_with
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.inventory import Inventory
 from marlin_tools.stream.layer_stream import LayerStream

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from marlin_tools.backends.fill import fill
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.contract import text_config
-from marlin_tools.checkpoint.journal import Journal, fingerprint_of, made_with
+from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_space
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -45,7 +45,7 @@ from marlin_tools.families.experts import shell
 from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
-from marlin_tools.stage import Outlook, Stage, StagePlan, Work
+from marlin_tools.stage import Outlook, Stage, StagePlan, Work, made_with
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
 from marlin_tools.training.pair import Pair, another_teacher, check_mask, check_pair, pair
