@@ -1,5 +1,6 @@
 """Plans without weights: every bundled recipe, offline, from shapes that are those of the real models."""
 
+import json
 from math import prod
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from marlin_tools.families import find_family
 from marlin_tools.recipe.files import catalog, load, tables
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.run.plan import plan
+from marlin_tools.stage import made_with
 
 PARAMETERS = {  # as the hub counts them
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -175,3 +177,11 @@ def test_heads_are_tied_where_models_of_a_type_are(told: dict[str, bool], tied: 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     sizes |= {"num_key_value_heads": 1, "head_dim": 32}
     assert ("lm_head.weight" in Card({"model_type": "gemma2", **sizes, **told}, "card")) is not tied
+
+
+@pytest.mark.parametrize("name", [name for name in catalog() if name not in tables()])
+def test_a_stage_is_known_again_by_what_its_run_notes(name):
+    """Else a killed run would be refused when it is repeated."""
+    for stage in load(name).remaking:
+        noted = json.loads(json.dumps(made_with(stage, None)))["settings"]
+        assert not stage.differs(type(stage).model_validate(noted))
