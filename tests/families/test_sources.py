@@ -284,8 +284,9 @@ def test_a_source_is_scored_beside_what_was_made_of_it(
 
 def test_a_format_that_nobody_knows_is_refused_before_the_work(made: Callable[[str], Path], tmp_path: Path) -> None:
     path = rewritten(made("llama"), tmp_path / "source", lambda _: None, {"quant_method": "awq"})
+    (tmp_path / "held.txt").write_text("The boat left the harbour. " * 20)
     with pytest.raises(FormatError, match="unknown quant_method `awq`"):
-        evaluate(made("llama"), EvaluateSettings(tasks=("ppl:nowhere.txt",), device="cpu"), baseline=path)
+        evaluate(made("llama"), EvaluateSettings(tasks=(f"ppl:{tmp_path / 'held.txt'}",), device="cpu"), baseline=path)
 
 
 def test_experts_in_one_tensor_are_linears_that_nobody_has_read(made: Callable[[str], Path]) -> None:
