@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.backends.native import NativeLinear, join
-from marlin_tools.families import turns_by_length
+from marlin_tools.families.family import turns_by_length
 from marlin_tools.ops.model import decode
 from marlin_tools.quantized import rounds_inputs
 

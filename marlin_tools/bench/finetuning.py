@@ -28,7 +28,8 @@ from marlin_tools.distributed.device import describe_device, matmul_rate, pick_d
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.families import Family, find_family
+from marlin_tools.families import find_family
+from marlin_tools.families.family import Family
 from marlin_tools.quantized import LEVELS, QuantizedLinear
 from marlin_tools.settings import Settings
 from marlin_tools.training.loop import Trainer, TrainingSettings

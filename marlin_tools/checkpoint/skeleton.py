@@ -22,21 +22,23 @@ MAKING = threading.RLock()
 MISMATCH = "config.json and weights do not belong together; download the model again"
 
 
-def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model."""
-    model, nested = _whole(checkpoint, dtype)
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, eager: bool = False) -> "PreTrainedModel":
+    """The model of config.json on the meta device: all modules, no weights. Of several models in one, the language model.
+
+    `eager`: attention is computed in the plainest way, not as transformers likes best for the model.
+    """
+    model, nested = _whole(checkpoint, dtype, eager=eager)
     if nested:
         for owner in _owners(model):
-            loose = [name for name, _ in owner.named_parameters(recurse=False)]  # what marks the end of a line of an image
-            for name in (*loose, *(name for name, _ in _foreign(owner))):
+            for name in [name for name, _ in owner.named_parameters(recurse=False)]:  # the end of a line of an image
                 setattr(owner, name, None)
-        if model.config.model_type == "qwen2_audio":
-            model.model.audio_tower = _Deaf()
+            for name, _ in _foreign(owner):
+                setattr(owner, name, _Absent())
     return model.eval()
 
 
-class _Deaf(nn.Module):
-    """What stands where Qwen2-Audio hears: it is asked where it is even if there is nothing to hear."""
+class _Absent(nn.Module):
+    """What stands where a model sees or hears: some ask where that is even if there is nothing to see or hear."""
 
     device = torch.device("cpu")
 
@@ -70,7 +72,7 @@ def _foreign(owner: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, part) for name, part in owner.named_children() if name not in _ON_THE_WAY]
 
 
-def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel", bool]:
+def _whole(checkpoint: Checkpoint, dtype: torch.dtype, *, eager: bool = False) -> tuple["PreTrainedModel", bool]:
     """The model of config.json without weights, and whether its language model is only a part of it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 
@@ -88,10 +90,8 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
     nested = config.get_text_config() is not config
     maker = AutoModelForMultimodalLM if nested else AutoModelForCausalLM
     with MAKING, refused, torch.device("meta"), _without_warnings():
-        # eagerly where nothing else caps the logits of attention, or keeps PaliGemma, which may look ahead in what it is asked,
-        # from doing so in any text; else as transformers likes best for the model
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        how = "eager" if capped or config.model_type == "paligemma" else None
+        eager = eager or bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))  # which nothing else caps
+        how = "eager" if eager else None
         model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=how)
     return model, nested
 
@@ -99,14 +99,16 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple["PreTrainedModel
 def say_in_full(config: "PreTrainedConfig") -> None:
     """Say in the words of transformers 5.17 what it passes over, or misses, in a config.json of those who made the model.
 
-    MiniMax M2 says with `rotary_dim` how much of a head is turned; without it all would be. MiniCPM 3 leaves the factor of its
-    `longrope` to those who read the lengths, as other types may.
+    `rotary_dim` (MiniMax M2) is how much of a head is turned; without it all would be. The factor of a `longrope` follows from
+    the lengths where it is left out (MiniCPM 3).
     """
-    size, turns = getattr(config, "rotary_dim", None), getattr(config, "rope_parameters", None)
-    if config.model_type == "minimax_m2" and isinstance(size, int) and isinstance(turns, dict):
+    turns = getattr(config, "rope_parameters", None)
+    if not isinstance(turns, dict):
+        return
+    if isinstance(size := getattr(config, "rotary_dim", None), int) and hasattr(config, "head_dim"):
         turns.setdefault("partial_rotary_factor", size / config.head_dim)
-    if config.model_type == "minicpm3" and isinstance(turns, dict) and turns.get("rope_type") == "longrope":
-        turns.setdefault("factor", config.max_position_embeddings / turns["original_max_position_embeddings"])
+    if turns.get("rope_type") == "longrope" and (first := turns.get("original_max_position_embeddings")):
+        turns.setdefault("factor", config.max_position_embeddings / first)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.granitemoehybrid import FAMILY as GRANITE4
 from marlin_tools.families.granitemoehybrid import MAMBA
 from marlin_tools.families.llama import ATTENTION, MLP

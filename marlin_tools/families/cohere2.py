@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.llama import ATTENTION, MLP
 
-FAMILY = Family(branches=(ATTENTION, replace(MLP, pre="input_layernorm", beside="always")))
+FAMILY = Family(
+    branches=(ATTENTION, replace(MLP, pre=ATTENTION.pre, beside="always")),
+    logits_times="logit_scale",
+)

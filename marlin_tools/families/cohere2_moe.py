@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.family import Branch, Experts, Family
 from marlin_tools.families.llama import ATTENTION, MLP
 
 _EXPERTS = Branch(pre=ATTENTION.pre, body="mlp", experts=Experts(shared="shared_experts"))
@@ -13,5 +13,6 @@ FAMILY = Family(
         replace(_EXPERTS, experts=Experts(), instead=True),
         replace(MLP, pre=ATTENTION.pre, instead=True),
         replace(ATTENTION, beside="always"),
-    )
+    ),
+    logits_times="logit_scale",
 )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import skeleton
-from marlin_tools.families import Family, known_family
+from marlin_tools.families import known_family
+from marlin_tools.families.family import Family
 from marlin_tools.families.layout import Layout
 
 if TYPE_CHECKING:
@@ -204,11 +205,11 @@ def split_experts(model: nn.Module, family: Family) -> None:
         blocks: Any = getattr(model.get_submodule(family.decoder), family.blocks)
         for block in blocks:
             body: Any = getattr(block, branch.body, None)
-            fused = getattr(body, branch.experts.path, None)
+            fused = getattr(body, "experts", None)
             if isinstance(fused, nn.Module) and (hasattr(fused, "gate_up_proj") or hasattr(fused, "up_proj")):
                 turned = bool(getattr(fused, "is_transposed", branch.experts.transposed))  # the module, not what is stored
                 own = _split(fused, transposed=turned, scales_inputs=not hasattr(fused, "_apply_gate"))
-                setattr(body, branch.experts.path, own)
+                body.experts = own
                 if isinstance(bias := getattr(body, "expert_bias", None), nn.Parameter):
                     del body.expert_bias
                     body.register_buffer("expert_bias", bias.data)  # what corrects a router keeps the type that is stored
@@ -226,8 +227,9 @@ def _split(fused: nn.Module, *, transposed: bool, scales_inputs: bool) -> SplitE
 
 def shell(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of config.json without weights, with experts of our own; as transformers makes it for a family not known."""
-    model = skeleton(checkpoint, dtype)
-    if (family := known_family(checkpoint.config)) is not None:
+    family = known_family(checkpoint.config)
+    model = skeleton(checkpoint, dtype, eager=family is not None and family.eager)
+    if family is not None:
         split_experts(model, family)
     return model
 

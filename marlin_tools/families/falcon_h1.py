@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
 from marlin_tools.families.bamba import FAMILY as BAMBA
+from marlin_tools.families.family import Family
 
 _ATTENTION, _MAMBA, _MLP = BAMBA.branches
 
@@ -14,6 +14,7 @@ FAMILY = Family(
         _MLP,
     ),
     norm=BAMBA.norm,
+    logits_times="lm_head_multiplier",
     called=(*BAMBA.called, ("self_attn", "")),
     lacks=("feed_forward.down_proj.bias",),
     pairs=True,

@@ -1,6 +1,6 @@
 """FlexOlmo: norms after the branches, as in OLMo 2, and experts."""
 
-from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.family import Branch, Experts, Family
 from marlin_tools.families.olmo2 import FAMILY as OLMO2
 
 FAMILY = Family(

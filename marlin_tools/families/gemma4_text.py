@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.gemma2 import BRANCHES
 
 _ATTENTION, _MLP = BRANCHES

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.llama import ATTENTION, MLP
 
 FAMILY = Family(branches=(ATTENTION, replace(MLP, entry=("gate_up_proj",))))

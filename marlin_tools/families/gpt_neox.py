@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: q, k and v are one linear; the branches stand beside each other if config.json says so."""
 
-from marlin_tools.families import Branch, Family
+from marlin_tools.families.family import Branch, Family
 
 FAMILY = Family(
     branches=(

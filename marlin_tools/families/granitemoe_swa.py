@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Experts
+from marlin_tools.families.family import Experts
 from marlin_tools.families.granitemoeshared import FAMILY as GRANITEMOESHARED
+from marlin_tools.families.mixtral import NUMBERED
 
 _ATTENTION, _EXPERTS, _SHARED = GRANITEMOESHARED.branches
 
 FAMILY = replace(
     GRANITEMOESHARED,
     branches=(_ATTENTION, replace(_EXPERTS, experts=Experts()), _SHARED),
-    renames=GRANITEMOESHARED.renames[1:],
+    renames=NUMBERED,
 )

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.granitemoe import FAMILY as GRANITEMOE
+from marlin_tools.families.granitemoe import ROUTER
 from marlin_tools.families.granitemoeshared import SHARED
 
 _ATTENTION, _EXPERTS = GRANITEMOE.branches
@@ -17,7 +18,8 @@ FAMILY = Family(
         replace(_EXPERTS, optional=True),
         replace(SHARED, beside="num_local_experts", optional=False),
     ),
-    renames=GRANITEMOE.renames[:1],
+    renames=(ROUTER,),
     called=(("mamba", "mixer"),),
-    multiple="residual_multiplier",
+    multiple=GRANITEMOE.multiple,
+    logits_over=GRANITEMOE.logits_over,
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch
+from marlin_tools.families.family import Branch
 from marlin_tools.families.granitemoe import FAMILY as GRANITEMOE
 
 SHARED = Branch(

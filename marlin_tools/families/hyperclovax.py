@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.llama import ATTENTION, MLP
 
 FAMILY = Family(
     branches=(replace(ATTENTION, post="post_norm1"), replace(MLP, post="post_norm2")),
     multiple="residual_multiplier",
-    enlarges=True,
+    logits_times="logits_scaling",
 )

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch, Experts, Family
 from marlin_tools.families.bamba import FAMILY as BAMBA
+from marlin_tools.families.family import Branch, Experts, Family
 
 _ATTENTION, _MAMBA, _MLP = BAMBA.branches
 

@@ -21,7 +21,8 @@ from marlin_tools.checkpoint.contract import CALLED, COMPUTED, EXPERTS
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import MISMATCH, some
 from marlin_tools.errors import ModelError
-from marlin_tools.families import NESTED, Branch, Experts, Family, find_family, known_family
+from marlin_tools.families import NESTED, find_family, known_family
+from marlin_tools.families.family import Branch, Experts, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +108,7 @@ class Layout:
         return self._counts[index, branch.body]
 
     def _count(self, index: int, branch: Branch, experts: Experts) -> int:
-        prefix = f"{self.family.block_prefix(index)}{self._renamed(f'{branch.body}.{experts.path}')}"
+        prefix = f"{self.family.block_prefix(index)}{self._renamed(f'{branch.body}.experts')}"
         asked = next((int(self.config[key]) for key in EXPERTS if self.config.get(key)), 0)
         if (together := self._together(index, branch)) is not None:
             found = self.checkpoint.shape(together[0])[0]
@@ -128,7 +129,7 @@ class Layout:
     def share(self, index: int, name: str) -> float:
         """About which share of all tokens goes through a linear of block `index`, by its name relative to the block."""
         for branch in self.branches(index):
-            if branch.experts is not None and name.startswith(f"{branch.body}.{branch.experts.path}."):
+            if branch.experts is not None and name.startswith(f"{branch.body}.experts."):
                 called = next((self.config[key] for key in CALLED if self.config.get(key)), 1)
                 return min(1.0, (called[index] if isinstance(called, list) else called) / self.experts(index, branch))
         return 1.0
@@ -155,7 +156,7 @@ class Layout:
     def weight(self, index: int, name: str) -> WeightRef:
         """Where a parameter of block `index` lies, for example `mlp.experts.3.up_proj.weight`."""
         for branch in self.branches(index):
-            inside = f"{branch.body}.{branch.experts.path}." if branch.experts else None
+            inside = f"{branch.body}.experts." if branch.experts else None
             if branch.experts and inside and name.startswith(inside) and (together := self._together(index, branch)):
                 return self._slice(together, branch.experts, name.removeprefix(inside))
         return WeightRef(self.family.block_prefix(index) + self._renamed(name))
@@ -168,7 +169,7 @@ class Layout:
             kinds = [kind for kind, end in (("weight", ""), ("bias", "_bias")) if f"{together[1]}{end}" in self.checkpoint]
             for number in range(self.experts(index, branch)):
                 for projection in ("gate_proj", "up_proj", "down_proj"):
-                    name = f"{branch.body}.{branch.experts.path}.{number}.{projection}"
+                    name = f"{branch.body}.experts.{number}.{projection}"
                     for kind in kinds:
                         yield self.linear(index, name), kind, self.weight(index, f"{name}.{kind}")
 

@@ -1,6 +1,6 @@
 """LFM2: in most blocks a short convolution stands in the place of attention; of it, the linears around it are quantised."""
 
-from marlin_tools.families import Branch, Family
+from marlin_tools.families.family import Branch, Family
 
 FAMILY = Family(
     branches=(

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch, Experts
+from marlin_tools.families.family import Branch, Experts
 from marlin_tools.families.lfm2 import FAMILY as LFM2
+from marlin_tools.families.mixtral import NUMBERED
 
 _ATTENTION, _CONVOLUTION, _MLP = LFM2.branches
 
@@ -15,9 +16,5 @@ FAMILY = replace(
         Branch(pre=_MLP.pre, body=_MLP.body, experts=Experts()),
         replace(_MLP, instead=True),
     ),
-    renames=(
-        (r"(experts\.\d+)\.gate_proj", r"\1.w1"),
-        (r"(experts\.\d+)\.down_proj", r"\1.w2"),
-        (r"(experts\.\d+)\.up_proj", r"\1.w3"),
-    ),
+    renames=NUMBERED,
 )

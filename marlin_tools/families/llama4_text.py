@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.family import Branch, Experts, Family
 from marlin_tools.families.llama import ATTENTION, MLP
 
 _EXPERTS = Experts(shared="shared_expert", transposed=True)

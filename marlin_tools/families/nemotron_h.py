@@ -1,6 +1,6 @@
 """Nemotron-H: a block is Mamba, attention, or a feed-forward network without a gate, with experts or not; one of these."""
 
-from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.family import Branch, Experts, Family
 
 FAMILY = Family(
     branches=(

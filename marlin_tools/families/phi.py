@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch, Family
+from marlin_tools.families.family import Branch, Family
 from marlin_tools.families.llama import ATTENTION
 
 FAMILY = Family(

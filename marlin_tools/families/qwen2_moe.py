@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Branch, Experts, Family
+from marlin_tools.families.family import Branch, Experts, Family
 from marlin_tools.families.llama import ATTENTION, MLP
 from marlin_tools.families.qwen3_5_text import DELTA_NET
 

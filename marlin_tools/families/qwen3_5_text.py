@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.families.llama import ATTENTION, MLP
 
 DELTA_NET = replace(ATTENTION, body="linear_attn", entry=("in_proj_qkv", "in_proj_z"), exit="out_proj", instead=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_tools.algorithms.hessian import Hessian
-from marlin_tools.families import Branch
+from marlin_tools.families.family import Branch
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.watch import TextShare, Watch

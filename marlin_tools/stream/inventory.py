@@ -17,8 +17,9 @@ from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import MISMATCH, foreign_linears, mismatched
 from marlin_tools.errors import FormatError, ModelError
-from marlin_tools.families import NESTED, Family, known_types
+from marlin_tools.families import NESTED, known_types
 from marlin_tools.families.experts import shell, stored_shapes
+from marlin_tools.families.family import Family
 from marlin_tools.families.layout import Layout, WeightRef, refuse_strangers
 from marlin_tools.formats import FORMATS
 from marlin_tools.ops.linear.layout import GROUP_SIZES

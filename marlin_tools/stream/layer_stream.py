@@ -26,8 +26,8 @@ from marlin_tools.checkpoint.dequantized import dequantized
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet, chunks_of
 from marlin_tools.distributed.team import ALONE, Team
-from marlin_tools.families import Branch, Family, turns_by_length
 from marlin_tools.families.experts import shell
+from marlin_tools.families.family import Branch, Family, turns_by_length
 from marlin_tools.families.layout import Layout
 from marlin_tools.quantized import rounding_inputs
 from marlin_tools.stream.activations import Activations, MemoryBudget

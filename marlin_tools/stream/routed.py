@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.families import Branch, Experts
 from marlin_tools.families.experts import SplitExperts
+from marlin_tools.families.family import Branch, Experts
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.branch import Flow, Observation, Path, Wanted
@@ -44,7 +44,7 @@ class RoutedWalk:
         self._flow, self._spec = flow, branch.experts
         self._now = Path(now, branch, flow)
         self._before = Path(before, branch, flow) if before is not None else None
-        experts = self._now.body.get_submodule(self._spec.path)
+        experts = self._now.body.get_submodule("experts")
         assert isinstance(experts, SplitExperts)
         self._experts = experts
         self._steps = branch.steps(experts.count)
@@ -214,7 +214,7 @@ def _number(experts: Experts, name: str) -> int | None:
     """Which expert a linear belongs to; None for the one that all tokens go through."""
     if experts.shared is not None and name.startswith(f"{experts.shared}."):
         return None
-    return int(name.removeprefix(f"{experts.path}.").split(".")[0])
+    return int(name.removeprefix("experts.").split(".")[0])
 
 
 def _rows(chosen: Tensor, also: Tensor, count: int) -> tuple[Tensor, list[int]]:

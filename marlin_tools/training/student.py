@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from marlin_tools.families import Family
+from marlin_tools.families.family import Family
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.training.compressed import CompressedLinear, expand
 from marlin_tools.training.losses import Head

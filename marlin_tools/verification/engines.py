@@ -15,7 +15,8 @@ from typing import Any
 
 from marlin_tools import __version__, ops
 from marlin_tools.errors import FormatError, ModelError
-from marlin_tools.families import Branch, Family, known_family
+from marlin_tools.families import known_family
+from marlin_tools.families.family import Branch, Family
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats import get_format
 from marlin_tools.formats.contents import Contents
