@@ -4,7 +4,7 @@ MkDocs calls the functions below while `make docs` builds the site. Nothing is w
 
     PAGES       files of other folders that are pages as they are
     options     `<!-- options: VERB -->` becomes the table of the verb's options, from the command line itself
-    families    `<!-- families -->` and `<!-- aliases -->` become the tables of model types and of short names
+    aliases     `<!-- aliases -->` becomes the table of short names
     layouts     the layout that each file of `marlin_tools/formats/` begins with
     recipes     the bundled recipes as they are
     examples    the scripts of `examples/` as they are
@@ -41,6 +41,7 @@ SOURCES = {page: source for source, page in PAGES.items()}
 FIGURES = "kernels/figures"
 LAYOUTS = ("compressed_tensors", "gptq", "marlin", "marlin_24")
 MARKER = re.compile(r"^<!-- options: ([a-z ]+) -->$", re.MULTILINE)
+ALIASES = "<!-- aliases -->"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?![a-z]+:|#)([^)#\s]*)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -66,9 +67,8 @@ def on_page_markdown(markdown: str, page: "Page", **_: Any) -> str:
     if page.file.src_uri == "examples.md":
         markdown += examples()
     source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    for marker, made in (("<!-- families -->", families), ("<!-- aliases -->", aliases)):
-        if marker in markdown:
-            markdown = markdown.replace(marker, made())
+    if ALIASES in markdown:
+        markdown = markdown.replace(ALIASES, aliases())
     return links(MARKER.sub(lambda found: options(found[1]), markdown), source)
 
 
@@ -179,16 +179,6 @@ def meaning(parameter: Any) -> str:
     """What its help says, and whether it can be left out."""
     text = html.escape(" ".join((parameter.help or "").split()), quote=False).replace("|", "&#124;")
     return f"{text} **Required.**" if parameter.required else text
-
-
-def families() -> str:
-    """What `model_type` of a config.json can be, as a table."""
-    from marlin_tools.families import ALIASES, FAMILIES, NESTED
-
-    like = dict.fromkeys(FAMILIES, "") | ALIASES | {name: inner for name, (inner, _) in NESTED.items()}
-    rows = ["| `model_type` | built like |", "|---|---|"]
-    rows += [f"| `{name}` | {f'`{like[name]}`' if like[name] else 'a description of its own'} |" for name in sorted(like)]
-    return "\n".join(rows)
 
 
 def aliases() -> str:

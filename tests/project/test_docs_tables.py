@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from marlin_tools.algorithms import PRESETS
+from marlin_tools.families import known_types
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -123,3 +124,13 @@ def test_the_presets_are_those_of_the_program() -> None:
     )
 
     assert [f"`{name}`" for name in PRESETS] == [row[0] for row in table[1:]]
+
+
+def test_every_type_that_works_is_named_once() -> None:
+    """`..._text` is what a larger model calls its language model; of those only some are models of their own."""
+    tables = _tables((ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
+    rows = [row for head, *rows in tables if head[-1] == "`model_type`" for row in rows]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[-1])]
+
+    assert sorted(named) == sorted(set(named))
+    assert {name for name in known_types() if not name.endswith("_text")} <= set(named) <= set(known_types())
