@@ -99,6 +99,10 @@ NESTED_CASES: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, **DELTA},
         "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
     },
+    "qwen3_5_moe": {
+        "text_config": {**TEXT, **CASES["qwen3_5_moe_text"]},
+        "vision_config": {**BLOCKS, "out_hidden_size": HIDDEN},
+    },
     "llama4": {
         "text_config": {**TEXT, **CASES["llama4_text"]},
         "vision_config": {**VISION, "image_size": 28, "patch_size": 14, "vision_output_dim": 64, "projector_output_dim": 64},

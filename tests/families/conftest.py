@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Qwen2_5OmniForConditionalGeneration
 
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.stream.layer_stream import LayerStream
 from tiny_models import CASES, TEXT, VOCABULARY
@@ -47,6 +47,18 @@ def _name_as_on_the_hub(file: Path) -> None:
         save_file(tensors | named, file, {"format": "pt"})
 
 
+def _write_words(folder: Path) -> None:
+    """A tokenizer that knows the words of one sentence, and one for all others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "?", *"The boat left the harbour at dawn".split()]
+    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "?"}
+    PreTrainedTokenizerFast(tokenizer_object=known, **marks).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a tiny model of this type."""
@@ -68,9 +80,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             folders[model_type] = tmp_path_factory.mktemp(f"tiny-{model_type}-")
             model.half().save_pretrained(folders[model_type])
             _name_as_on_the_hub(folders[model_type] / "model.safetensors")
+            _write_words(folders[model_type])
         return folders[model_type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def quantized(made: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """The same in INT4, rounded to nearest."""
+    results: dict[str, Checkpoint] = {}
+
+    def make(model_type: str) -> Checkpoint:
+        if model_type not in results:
+            folder = tmp_path_factory.mktemp(f"int4-{model_type}-") / "out"
+            results[model_type] = quantize(made(model_type), None, QuantizeSettings(preset="rtn", group_size=32), folder)
+        return results[model_type]
+
+    return make
+
+
+def _reader(model_type: str) -> Callable[..., Any]:
+    """What reads a model of this type. Qwen2.5-Omni's own way asks for voices even if it has none."""
+    if model_type != "qwen2_5_omni":
+        return _eager(model_type).from_pretrained
+    from transformers import PreTrainedModel, Qwen2_5OmniForConditionalGeneration
+
+    return partial(PreTrainedModel.from_pretrained.__func__, Qwen2_5OmniForConditionalGeneration)
 
 
 @pytest.fixture(scope="session")
@@ -79,10 +115,7 @@ def eager() -> Callable[[str, Path], torch.nn.Module]:
 
     def load(model_type: str, path: Path) -> torch.nn.Module:
         plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-        read = _eager(model_type).from_pretrained
-        if model_type == "qwen2_5_omni":  # whose own way asks for voices even if it has none
-            read = partial(PreTrainedModel.from_pretrained.__func__, Qwen2_5OmniForConditionalGeneration)
-        model = read(path, dtype=torch.float32, **plain).eval()
+        model = _reader(model_type)(path, dtype=torch.float32, **plain).eval()
         if (thinker := getattr(model, "thinker", None)) is not None:
             for hook in [*model._forward_pre_hooks.values()]:
                 hook(model, ())  # of compressed-tensors, which waits for the whole to be called
