@@ -181,6 +181,10 @@ NESTED = {
 }
 
 
+WHICH = "docs/models.md names the types that work"
+"""What to tell whose model is of another."""
+
+
 def known_types() -> list[str]:
     """All model types that can be worked on."""
     return sorted({*FAMILIES, *BUILT_LIKE, *NESTED})
@@ -200,7 +204,7 @@ def find_family(config: dict[str, Any]) -> Family:
     holds = f", which holds a language model of type `{inside}`" if inside != config.get("model_type") else ""
     raise ModelError(
         f"unknown model type `{config.get('model_type')}`{holds}",
-        hint=near(model_type, known_types(), f"types that work: {', '.join(known_types())}"),
+        hint=near(model_type, known_types(), WHICH),
     )
 
 

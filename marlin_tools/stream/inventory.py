@@ -17,7 +17,7 @@ from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import MISMATCH, foreign_linears, mismatched
 from marlin_tools.errors import FormatError, ModelError
-from marlin_tools.families import NESTED, known_types
+from marlin_tools.families import NESTED, WHICH
 from marlin_tools.families.experts import shell, stored_shapes
 from marlin_tools.families.family import Family
 from marlin_tools.families.layout import Layout, WeightRef, refuse_strangers
@@ -122,7 +122,7 @@ class Inventory:
         """The names of all linears that stay as they are, as config.json has to list them.
 
         What stands beside a language model is listed by its tensors and by transformers' modules, where these differ: some
-        engines go by the one, some by the other. So are experts.
+        engines go by the one, some by the other. So are experts, and blocks whose tensors have another beginning.
         """
         found = [*self.kept, *self._also_called()]
         embedding = f"{self.family.stored or self.family.decoder}.{self.family.embedding}"
@@ -131,9 +131,17 @@ class Inventory:
             known = linear in self.names or linear in self.kept or linear in {embedding, self.family.head}
             if linear != name and not known and len(self.checkpoint.shape(name)) == 2:
                 found.append(linear)
+        found += self._as_modules(found)
         nested = self.checkpoint.config.get("model_type") in NESTED
         modules = [*(foreign_linears(self.checkpoint) if nested else ()), *({"lm_head"} - {self.family.head})]
         return [*found, *(name for name in modules if name not in found), self.family.head]
+
+    def _as_modules(self, names: Collection[str]) -> list[str]:
+        """What transformers calls those linears of blocks whose tensors do not begin as its modules do; not experts."""
+        family = self.family
+        stored, modules = (f"{begin}.{family.blocks}." for begin in (family.stored or family.decoder, family.decoder))
+        inside = [name for name in names if name.startswith(stored) and ".experts." not in name]
+        return [] if stored == modules else [modules + name.removeprefix(stored) for name in inside]
 
     def _also_called(self) -> list[str]:
         """Further names of linears that stay as they are.
@@ -321,7 +329,7 @@ def _refuse_unknown_parts(layout: Layout) -> None:
         kind = layout.checkpoint.config.get("model_type")
         raise ModelError(
             f"`{layout.checkpoint.origin}` is a mixture of experts (`{expert}`), which model type `{kind}` is not",
-            hint=f"types that work: {', '.join(known_types())}",
+            hint=WHICH,
         )
 
 

@@ -20,12 +20,14 @@ from marlin_tools.errors import ModelError
 from marlin_tools.families import known_types
 from marlin_tools.families.experts import shell
 from marlin_tools.families.layout import Layout
+from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.serving.transformers import register, unregister
 from marlin_tools.stream.inventory import check_shapes, take_linears
 from marlin_tools.stream.layer_stream import LayerStream
 from marlin_tools.stream.weights import weights_of
 from marlin_tools.verification.checks import Subject, check_config
+from marlin_tools.verification.engines import judge_checkpoint
 from tiny_models import CASES
 from tiny_nested import NESTED_CASES
 
@@ -100,15 +102,13 @@ def test_what_is_written_reads_back(
     ours = load(out, device="cpu", backend="reference")(input_ids=ids).logits
     expected = eager(model_type, _dequantized(source, stored, tmp_path / "dequantized"))(input_ids=ids).logits
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    if not any(
-        ".experts." in name for name in linears
-    ):  # transformers holds experts in one tensor, compressed-tensors has linears
-        unregister()  # `load` has told transformers about our quantizer; here it is on its own
-        try:
-            theirs = eager(model_type, out.path)(input_ids=ids).logits
-        finally:
-            register()
-        torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
+    unregister()  # `load` has told transformers about our quantizer; here it is on its own
+    try:
+        theirs = eager(model_type, out.path)(input_ids=ids).logits
+    finally:
+        register()
+    (verdict,) = [each for each in judge_checkpoint(Contents(out)) if each.engine == "transformers"]
+    assert verdict.loads == torch.allclose(theirs, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("window", [48, 128])

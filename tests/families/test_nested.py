@@ -19,7 +19,7 @@ from marlin_tools.evaluation.generate import GenerateSettings, generate
 from marlin_tools.families.layout import Layout
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.serving.transformers import register
+from marlin_tools.serving.transformers import register, unregister
 from marlin_tools.verification.checks import Subject
 from marlin_tools.verification.engines import judge_checkpoint
 from tiny_nested import NESTED_CASES, THINKERS
@@ -65,24 +65,30 @@ def test_engines_look_into_a_model_within_another(made: Callable[[str], Path], t
     assert "q_proj` is not quantised, but fused with linears that are" in verdict.reasons[1]
 
 
+Names = tuple[tuple[str, str], ...]
+LLAVA: Names = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+"""What tensors begin with as transformers writes them, and as LLaVA 1.5 lies on the hub."""
+
+
+def _renamed(source: Path, folder: Path, older: Names) -> Path:
+    shutil.copytree(source, folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        begin, instead = next((pair for pair in older if name.startswith(pair[0])), ("", ""))
+        tensors[instead + name.removeprefix(begin)] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("model_type", "older"),
-    [
-        ("llava", (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))),
-        ("qwen2_vl", (("model.language_model.", "model."), ("model.visual.", "visual."))),
-    ],
+    [("llava", LLAVA), ("qwen2_vl", (("model.language_model.", "model."), ("model.visual.", "visual.")))],
 )
 def test_transformers_finds_linears_by_older_names(
-    made: Callable[[str], Path], tmp_path: Path, model_type: str, older: tuple[tuple[str, str], ...]
+    made: Callable[[str], Path], tmp_path: Path, model_type: str, older: Names
 ) -> None:
-    """As LLaVA 1.5 and Qwen2-VL lie on the hub."""
-    path = Path(shutil.copytree(made(model_type), tmp_path / "model"))
-    tensors = {}
-    for name, tensor in load_file(path / "model.safetensors").items():
-        begin, instead = next((pair for pair in older if name.startswith(pair[0])), ("", ""))
-        tensors[instead + name.removeprefix(begin)] = tensor
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    path = _renamed(made(model_type), tmp_path / "model", older)
     out = quantize(path, None, QuantizeSettings(preset="rtn", group_size=32), tmp_path / "out")
     ids = torch.arange(2, 22)[None]
     expected = load(out, device="cpu", backend="reference")(input_ids=ids).logits
@@ -94,6 +100,25 @@ def test_transformers_finds_linears_by_older_names(
     for each in (model, again, load(tmp_path / "saved", device="cpu", backend="reference")):
         torch.nn.Module.float(each)
         torch.testing.assert_close(each(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "older"), [("nemotron_h", ()), ("llava", LLAVA)])
+def test_transformers_leaves_out_what_is_left_out_under_another_name(
+    made: Callable[[str], Path], eager: Callable[[str, Path], torch.nn.Module], model_type: str, older: Names, tmp_path: Path
+) -> None:
+    """It goes by its modules, of which the names of the tensors may begin otherwise."""
+    path = _renamed(made(model_type), tmp_path / "model", older)
+    settings = QuantizeSettings(preset="rtn", group_size=32, ignore=(r"layers\.[01]\..*(up|q)_proj$",))
+    out = quantize(path, None, settings, tmp_path / "out")
+    ids = torch.arange(2, 22)[None]
+    expected = load(out, device="cpu", backend="reference")(input_ids=ids).logits
+    unregister()
+    try:
+        found = eager(model_type, out.path)(input_ids=ids).logits
+    finally:
+        register()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("outer", "fails"), [(False, False), (True, True)])
