@@ -96,7 +96,7 @@ def again(target, name):
 def test_register_table(reports):
     """Remake it with `KERNELS=all MARLIN_TOOLS_REGISTERS=1 pytest tests/ops/test_compiler.py` when a kernel is meant to change.
 
-    Late in a long process the compiler has given another number for the same source: what differs in a new process counts.
+    The compiler gives numbers two apart for the same source, and others late in a process: more, in a new one, counts.
     """
     if "MARLIN_TOOLS_REGISTERS" in os.environ:
         found = {target: {k.name: r.registers for t, k, r in reports if t == target} for target in TARGETS}
@@ -105,8 +105,8 @@ def test_register_table(reports):
     if tuple(expected.pop("nvrtc")) != compiler.nvrtc_version():
         pytest.skip("the table is for another version of the compiler")
     assert {t: [kernel.name for _, kernel in kernels(t)] for t in TARGETS} == {t: list(each) for t, each in expected.items()}
-    differing = [(t, k.name, expected[t][k.name]) for t, k, r in reports if r.registers != expected[t][k.name]]
-    assert [] == [(*each, found) for *each, found in ((t, n, e, again(t, n)) for t, n, e in differing) if found != each[2]]
+    far = [(t, k.name, expected[t][k.name]) for t, k, r in reports if abs(r.registers - expected[t][k.name]) > 2]
+    assert [] == [(*each, found) for *each, found in ((t, n, e, again(t, n)) for t, n, e in far) if abs(found - each[2]) > 2]
 
 
 @pytest.mark.parametrize("target", TARGETS)
