@@ -32,9 +32,3 @@ struct Strip : StripShape<kDepth, kScaleRows> {
     using Codes = DenseStrip;
     static constexpr int kPackedBytes = kTileBytes;
 };
-
-template <class T, class E, int kGroup>
-__global__ void __launch_bounds__(T::kStripThreads, 1) strip_kernel(const __grid_constant__ Problem p) {
-    extern __shared__ __align__(128) u8 memory[];
-    StripWarp<T, E, kGroup>(p, memory, uniform_warp(), blockIdx.x % p.split, blockIdx.x / p.split).run();
-}

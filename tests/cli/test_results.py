@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_other_settings_do_not_replace_a_result(cli, model, text, int4):
     assert "error: `int4` exists and is not empty\nhint: use `--overwrite`, or another `-o DIR`\n" in outcome.err
 
 
+@contextmanager
+def interrupted(monkeypatch):
+    """Within, a run is interrupted when it has finished its first block."""
+    show = ui.Display.__call__
+
+    def interrupt(display, event):
+        show(display, event)
+        if event.kind == "progress" and event.text == "blocks" and event.done == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ui.Display, "__call__", interrupt)
+        yield
+
+
 @pytest.mark.parametrize("other", (("--damp", "0.5"), ("--seed", "1"), ("--num-samples", "3"), ("--seqlen", "32")))
 def test_other_settings_are_refused_before_the_text_is_read(cli, model, text, int4, other):
     outcome = cli("quantize", model, "--preset", "fast", "--calib", text, *FEW, "-o", "int4", *other)
@@ -115,15 +131,7 @@ def test_other_settings_are_refused_before_the_text_is_read(cli, model, text, in
 
 def test_interrupted_run_goes_on_and_ends_in_the_same_bytes(cli, model, text, int4, monkeypatch):
     arguments = ("quantize", model, "--preset", "fast", "--calib", text, *FEW, "-o", "late")
-    show = ui.Display.__call__
-
-    def interrupt(display, event):
-        show(display, event)
-        if event.kind == "progress" and event.text == "blocks" and event.done == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ui.Display, "__call__", interrupt)
+    with interrupted(monkeypatch):
         stopped = cli(*arguments)
     assert 130 == stopped.code
     assert stopped.err.endswith("error: interrupted\nhint: run the same command again: what is finished is kept\n")
@@ -140,15 +148,7 @@ def test_interrupted_run_goes_on_and_ends_in_the_same_bytes(cli, model, text, in
 @pytest.mark.parametrize("other", (("--damp", "0.5"), ("--seed", "1"), ("--num-samples", "3"), ("--preset", "marlin")))
 def test_an_unfinished_run_of_other_settings_is_refused_before_the_text_is_read(cli, model, text, monkeypatch, other):
     arguments = ("quantize", model, "--preset", "fast", "--calib", text, *FEW, "-o", "late")
-    show = ui.Display.__call__
-
-    def interrupt(display, event):
-        show(display, event)
-        if event.kind == "progress" and event.text == "blocks" and event.done == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ui.Display, "__call__", interrupt)
+    with interrupted(monkeypatch):
         assert 130 == cli(*arguments).code
     outcome = cli(*arguments, *other)
 

@@ -46,6 +46,25 @@ struct Bfloat16 {
     }
     static u32 round_pair(float low, float high) { return round(low) | round(high) << 16; }
 };
+// A word has kInputs / 8 neighbouring inputs: lane 4 g + t has those of rows g and g + 8 of A, and of column g of B.
+template <int kInputs, class Value>
+void multiply_fragments(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Value value) {
+    constexpr int kEach = kInputs / 8, kBits = 32 / kEach;
+    Warp& w = warp_of_lane();
+    const int lane = threadIdx.x % 32;
+    std::memcpy(w.a[lane], a, 16);
+    w.b[lane][0] = b0;
+    w.b[lane][1] = b1;
+    sync(w.barrier);
+    for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        for (int k = 0; k < kInputs; ++k) {
+            const int of = k % (kInputs / 2) / kEach, half = k / (kInputs / 2), shift = k % kEach * kBits;
+            c[e] += value(w.a[row % 8 * 4 + of][half * 2 + row / 8] >> shift) * value(w.b[column * 4 + of][half] >> shift);
+        }
+    }
+    sync(w.barrier);
+}
 // m16n8k16: lane 4 g + t has inputs 2 t, 2 t + 1 and those 8 further, of rows g and g + 8 of A, of column g of B.
 struct Half {
     static constexpr float kQuantum = 1.f;
@@ -67,21 +86,7 @@ struct Half {
     }
     static u32 round_pair(float low, float high) { return round(low) | round(high) << 16; }
     static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-        Warp& w = warp_of_lane();
-        const int lane = threadIdx.x % 32;
-        std::memcpy(w.a[lane], a, 16);
-        w.b[lane][0] = b0;
-        w.b[lane][1] = b1;
-        sync(w.barrier);
-        for (int e = 0; e < 4; ++e) {
-            const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-            for (int k = 0; k < 16; ++k) {
-                const u32 left = w.a[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8] >> k % 2 * 16;
-                const u32 right = w.b[column * 4 + k % 8 / 2][k / 8] >> k % 2 * 16;
-                c[e] += half_to_float(left & 0xFFFF) * half_to_float(right & 0xFFFF);
-            }
-        }
-        sync(w.barrier);
+        multiply_fragments<16>(c, a, b0, b1, [](u32 bits) { return half_to_float(bits & 0xFFFF); });
     }
 };
 // To nearest, of two the even one, and the largest for what is too large: by looking.
@@ -109,21 +114,7 @@ struct E4m3 {
         }
     }
     static void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-        Warp& w = warp_of_lane();
-        const int lane = threadIdx.x % 32;
-        std::memcpy(w.a[lane], a, 16);
-        w.b[lane][0] = b0;
-        w.b[lane][1] = b1;
-        sync(w.barrier);
-        for (int e = 0; e < 4; ++e) {
-            const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-            for (int k = 0; k < 32; ++k) {
-                const u32 left = w.a[row % 8 * 4 + k % 16 / 4][k / 16 * 2 + row / 8] >> k % 4 * 8;
-                const u32 right = w.b[column * 4 + k % 16 / 4][k / 16] >> k % 4 * 8;
-                c[e] += e4m3.of[left & 255] * e4m3.of[right & 255];
-            }
-        }
-        sync(w.barrier);
+        multiply_fragments<32>(c, a, b0, b1, [](u32 bits) { return e4m3.of[bits & 255]; });
     }
 };
 // ldmatrix: lanes 8 m to 8 m + 7 say where the rows of matrix m are, lane 4 g + t gets bytes 4 t to 4 t + 3 of row g.
