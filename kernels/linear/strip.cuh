@@ -196,10 +196,10 @@ private:
         clear(sums);
         ++finished;
         if (++waiting < room && finished < strips) return;
-        __syncthreads();
+        meet<T::kStripThreads>();
         store(first + finished - waiting, waiting, meeting);
         waiting = 0;
-        if (finished < strips) __syncthreads();
+        if (finished < strips) meet<T::kStripThreads>();
     }
 
     __device__ __forceinline__ int sum_place(int strip, int f, int of_warp, int token) const {

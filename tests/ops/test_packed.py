@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
+from torch._inductor.graph import GraphLowering
 
 from marlin_tools import ops
 from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
@@ -42,9 +44,36 @@ def test_other_tiles_are_refused():
 
 def test_the_operator_is_sound():
     packed = make(sparse=True)
-    operands = torch.randn(3, 256).half(), packed.codes, packed.scales, exponent_tensor(packed), None, 72
+    operands = torch.randn(3, 256).half(), packed.codes, packed.scales, exponent_tensor(packed), None
 
-    torch.library.opcheck(torch.ops.marlin_tools.packed_linear.default, operands)
+    torch.library.opcheck(torch.ops.marlin_tools.packed_linear.default, (torch.empty(3, 72).half(), *operands))
+    for y in (torch.empty(3, 72), torch.empty(2, 72).half(), torch.empty(72, 3).half().t()):
+        with pytest.raises(ValueError, match=r"y must be torch.float16 \[3, N\] on cpu and contiguous"):
+            torch.ops.marlin_tools.packed_linear(y, *operands)
+
+
+def test_kernels_behind_it_may_read_several_numbers_at_once(monkeypatch):
+    """torch.compile assumes that tensors begin anywhere if one on the CPU went into an operator that returned them."""
+    anywhere = []
+
+    class Known(Exception):
+        """The graph is lowered; no program has to be made of it."""
+
+    def stop(graph):
+        anywhere.extend(graph.unaligned_buffers)
+        raise Known
+
+    monkeypatch.setattr(GraphLowering, "codegen", stop)
+    packed, x = make(sparse=False), torch.randn(3, 256).half()
+
+    def behind(exponent):
+        return packed_linear(x, packed.codes, packed.scales, exponent, None, 72) * 2
+
+    with pytest.raises(InductorError):
+        torch.compile(behind)(exponent_tensor(packed))
+
+    assert anywhere
+    assert [name for name in anywhere if name.startswith("buf")] == []
 
 
 class Cache:

@@ -99,12 +99,13 @@ class LinearOperator:
         """The operation with a named tile or `cublas` instead of the dispatched choice, perhaps compiled for another target."""
         codes, scales, out_features = weight.codes, weight.scales, weight.out_features
         self.check(x, codes, scales, bias, out_features, weight.exponent)
+        y = x.new_empty((x.shape[0], out_features))
         if choice == CUBLAS:
-            return self._through_cublas(x, codes, scales, bias, out_features)
-        if x.shape[0] == 0:
-            return x.new_empty((0, out_features))
-        plan = self._plan_for(choice, x, codes, scales, out_features, target or target_of(x.device))
-        return plan(x, codes, scales, bias, weight.exponent)
+            self._through_cublas(y, x, codes, scales, bias)
+        elif x.shape[0]:
+            plan = self._plan_for(choice, x, codes, scales, out_features, target or target_of(x.device))
+            plan(y, x, codes, scales, bias, weight.exponent)
+        return y
 
     def dequantize(self, weight: PackedTiles, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] on its device, equal to `QuantizedLinear.dequantize`."""
@@ -156,9 +157,16 @@ class LinearOperator:
         self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, exponent: int
     ) -> Tensor:
         """The implementation for a GPU: a kernel, or cuBLAS."""
+        y = x.new_empty((x.shape[0], out_features))
+        self.write(y, x, codes, scales, bias, exponent)
+        return y
+
+    def write(self, y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> None:
+        """The implementation for a GPU, into `y` [M, N]: contiguous, of the type and on the device of x."""
+        out_features = y.shape[1]
         if x.shape[0] == 0:
             self.check(x, codes, scales, bias, out_features, exponent)
-            return x.new_empty((0, out_features))
+            return
         # Shapes, types and devices that were checked once are recognised by their plan; what is left is checked every time.
         devices = (x.get_device(), codes.get_device(), scales.get_device())
         wild = exponent > MOST_ROUNDED
@@ -169,9 +177,10 @@ class LinearOperator:
         if plan is None:
             plan = self._make_plan(x, codes, scales, out_features, exponent)
             if plan is None:
-                return self._through_cublas(x, codes, scales, bias, out_features)
+                self._through_cublas(y, x, codes, scales, bias)
+                return
             driver.keep(key, plan)
-        return plan(x, codes, scales, bias, exponent)
+        plan(y, x, codes, scales, bias, exponent)
 
     def _make_plan(self, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, exponent: int) -> LaunchPlan | None:
         """How to multiply, or None for cuBLAS."""
@@ -190,10 +199,9 @@ class LinearOperator:
         tile = self._tables.tiles[choice].for_group(group_of(codes, scales))
         return self._plan(tile, function, x, codes, out_features)
 
-    def _through_cublas(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    def _through_cublas(self, y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         """Dequantise some outputs' weights, multiply, next outputs: for many rows, where the tensor cores are the limit."""
-        m, k = x.shape
-        y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
+        k, out_features = x.shape[1], y.shape[1]
         tiles_at_once = max(1, _CUBLAS_CHUNK_BYTES // (2 * k * TILE_N))
         chunks = -(-codes.shape[0] // tiles_at_once)
         tiles_at_once = -(-codes.shape[0] // chunks)
@@ -207,7 +215,6 @@ class LinearOperator:
                     torch.mm(x, rows.T, out=y[:, first:last])
                 else:
                     torch.addmm(bias[first:last], x, rows.T, out=y[:, first:last])
-        return y
 
     def _dequantize_rows(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         tiles, groups, _ = codes.shape

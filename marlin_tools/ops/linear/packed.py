@@ -4,6 +4,9 @@ And `marlin_tools::packed_fp8_linear`, the same of a dense weight whose linear r
 Such an engine keeps what it compiled and may run it with another checkpoint under the same path. So nothing that depends on the
 weights' values is a number in the graph: the width of the tiles says whether a weight is dense or sparse, and the exponent lies
 in a tensor. That one stays on the CPU: reading it synchronises nothing, also while a CUDA graph is being captured.
+
+The operators write into a tensor that the caller has made. torch.compile assumes of what an operator returns that it may begin
+anywhere once one of its operands may, as any tensor on the CPU may; the kernels behind it would then read one number at a time.
 """
 
 from collections.abc import Callable
@@ -19,12 +22,13 @@ from marlin_tools.ops.linear.sparse_layout import WORDS as SPARSE_WORDS
 _OPERATORS = {WORDS: w4a16.OPERATOR, SPARSE_WORDS: w24a16.OPERATOR}
 
 _library = torch.library.Library("marlin_tools", "FRAGMENT")
-_ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor exponent, Tensor? bias, int out_features"
+_ARGUMENTS = "Tensor(a!) y, Tensor x, Tensor codes, Tensor scales, Tensor exponent, Tensor? bias"
 
 
 def packed_linear(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Compute x [..., K] times the packed weight, transposed, plus bias; `exponent` is `exponent_tensor` of the weight."""
-    y: Tensor = torch.ops.marlin_tools.packed_linear(x.reshape(-1, x.shape[-1]), codes, scales, exponent, bias, out_features)
+    rows, y = _rows(x, out_features)
+    torch.ops.marlin_tools.packed_linear(y, rows, codes, scales, exponent, bias)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -32,10 +36,15 @@ def packed_fp8_linear(
     x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """The same where x is meant to be rounded to FP8: it is where that is faster, which its rows say when the operator runs."""
-    y: Tensor = torch.ops.marlin_tools.packed_fp8_linear(
-        x.reshape(-1, x.shape[-1]), codes, scales, exponent, bias, out_features
-    )
+    rows, y = _rows(x, out_features)
+    torch.ops.marlin_tools.packed_fp8_linear(y, rows, codes, scales, exponent, bias)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _rows(x: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """The inputs as a matrix, and an empty one for the outputs."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows, rows.new_empty((rows.shape[0], out_features))
 
 
 def exponent_tensor(weight: PackedTiles) -> Tensor:
@@ -54,30 +63,31 @@ def _fp8(rows: int, _codes: Tensor, exponent: int) -> LinearOperator:
     return w4a8.operator_for(rows, exponent)
 
 
-def _fake(
-    x: Tensor,
-    codes: Tensor,  # noqa: ARG001
-    scales: Tensor,  # noqa: ARG001
-    exponent: Tensor,  # noqa: ARG001
-    bias: Tensor | None,  # noqa: ARG001
-    out_features: int,
-) -> Tensor:
-    return x.new_empty((x.shape[0], out_features))
+def _check(y: Tensor, x: Tensor) -> None:
+    if y.shape != (x.shape[0], y.shape[-1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
+        raise ValueError(
+            f"y must be {x.dtype} [{x.shape[0]}, N] on {x.device} and contiguous, got {y.dtype} {list(y.shape)} on {y.device}"
+        )
 
 
 def _register(name: str, choose: Callable[[int, Tensor, int], LinearOperator]) -> None:
-    def on_cuda(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    def on_cuda(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None) -> None:
+        _check(y, x)
         power = int(exponent.item())
-        return choose(x.shape[0], codes, power).on_cuda(x.contiguous(), codes, scales, bias, out_features, power)
+        choose(x.shape[0], codes, power).write(y, x.contiguous(), codes, scales, bias, power)
 
-    def on_cpu(x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    def on_cpu(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None) -> None:
+        _check(y, x)
         power = int(exponent.item())
-        return choose(x.shape[0], codes, power).on_cpu(x.contiguous(), codes, scales, bias, out_features, power)
+        y.copy_(choose(x.shape[0], codes, power).on_cpu(x.contiguous(), codes, scales, bias, y.shape[1], power))
 
-    _library.define(f"{name}({_ARGUMENTS}) -> Tensor")
+    def fake(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None) -> None:  # noqa: ARG001
+        pass
+
+    _library.define(f"{name}({_ARGUMENTS}) -> ()")
     _library.impl(name, on_cuda, "CUDA")
     _library.impl(name, on_cpu, "CPU")
-    torch.library.register_fake(f"marlin_tools::{name}", _fake, lib=_library)
+    torch.library.register_fake(f"marlin_tools::{name}", fake, lib=_library)
 
 
 _register("packed_linear", _stored)

@@ -28,17 +28,15 @@ class LaunchPlan:
         self._device_index = x.device.index
         self._shape = (x.shape[0], out_features)
 
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> Tensor:
+    def __call__(self, y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> None:
         """Launch on the current stream of the operands' device."""
-        y = x.new_empty(self._shape)
         if self._device_index == torch._C._cuda_getDevice():  # noqa: SLF001  (the public function asks whether CUDA is set up)
-            self._run(x, codes, scales, bias, y, exponent)
+            self._run(y, x, codes, scales, bias, exponent)
         else:
             with torch.cuda.device(self._device_index):
-                self._run(x, codes, scales, bias, y, exponent)
-        return y
+                self._run(y, x, codes, scales, bias, exponent)
 
-    def _run(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, exponent: int) -> None:
+    def _run(self, y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> None:
         stream = driver.current_stream(self._device_index)
         scratch = scratch_for(self._device_index, stream, self._partial_bytes) if self._partial_bytes else 0
         self._launch(

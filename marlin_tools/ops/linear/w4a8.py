@@ -55,7 +55,7 @@ class _RoundingPlan(LaunchPlan):
         kernel = round_kernel(x.dtype, x.shape[1], function.kernel.target)
         self._round = driver.Launch(driver.loaded(kernel, x.device), x.shape[0])
 
-    def _run(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, exponent: int) -> None:
+    def _run(self, y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> None:
         if x.data_ptr() % _ALIGNMENT:
             raise DeviceError(
                 f"activations begin at address {x.data_ptr():#x}",
@@ -66,7 +66,7 @@ class _RoundingPlan(LaunchPlan):
         self._token_scales = token_scales.data_ptr()
         stream = driver.current_stream(self._device_index)
         self._round(stream, x.data_ptr(), rounded.data_ptr(), self._token_scales, x.shape[1])
-        super()._run(rounded, codes, scales, bias, y, fp8_reference.COLUMN_EXPONENT if scales.shape[1] == 1 else exponent)
+        super()._run(y, rounded, codes, scales, bias, fp8_reference.COLUMN_EXPONENT if scales.shape[1] == 1 else exponent)
 
 
 class Fp8Plan(_RoundingPlan, HopperPlan):
