@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from vllm.model_executor.kernels import linear as registry
 from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, MPLinearLayerConfig
 from vllm.platforms import PlatformEnum
@@ -59,13 +60,18 @@ def install() -> None:
 
 
 def _knows_our_choice(compute_hash: Callable[..., str]) -> Callable[..., str]:
-    """A hash of settings that also tells which layers run on our kernels; unchanged where none does."""
+    """A hash of settings that also tells which layers run on our kernels, and whether kernels may start early, which torch's
+    own settings say; unchanged where no layer does.
+    """
 
     @functools.wraps(compute_hash)
     def with_our_choice(*args: Any, **kwargs: Any) -> str:
         plain = compute_hash(*args, **kwargs)
         ours = TALLY.fingerprint()
-        return hashlib.sha256(f"{plain} {__version__} {ours}".encode()).hexdigest()[: len(plain)] if ours else plain
+        if not ours:
+            return plain
+        early = getattr(inductor.triton, "enable_pdl", False)
+        return hashlib.sha256(f"{plain} {__version__} {ours} {early}".encode()).hexdigest()[: len(plain)]
 
     return with_our_choice
 

@@ -265,10 +265,12 @@ def test_the_compile_cache_knows_our_choice(engine, make):
     engine.tally._layers.clear()
     engine.load(make(), **fp8(engine))
     rounded = settings.compute_hash()
+    with inductor.patch({"triton.enable_pdl": True}):
+        early = settings.compute_hash()
 
     assert plain == "0123456789"  # nothing of ours is loaded: vLLM's own hash
-    assert len({plain, dense, both, rounded}) == 4
-    assert {len(value) for value in (plain, dense, both, rounded)} == {10}
+    assert len({plain, dense, both, rounded, early}) == 5
+    assert {len(value) for value in (plain, dense, both, rounded, early)} == {10}
 
 
 def test_loading_again_keeps_the_layer(engine, make):

@@ -81,7 +81,7 @@ def _register(name: str, choose: Callable[[int, Tensor, int], LinearOperator]) -
         power = int(exponent.item())
         y.copy_(choose(x.shape[0], codes, power).on_cpu(x.contiguous(), codes, scales, bias, y.shape[1], power))
 
-    def fake(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None) -> None:  # noqa: ARG001
+    def fake(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, exponent: Tensor, bias: Tensor | None) -> None:
         pass
 
     _library.define(f"{name}({_ARGUMENTS}) -> ()")
