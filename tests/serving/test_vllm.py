@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from marlin_tools import ops
 from marlin_tools.ops.linear import w4a8, w4a16, w24a16
