@@ -1,7 +1,7 @@
 """The verbs that make a model: `quantize`, `prune`, `finetune` and `export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(**PLAIN)
 
+_WINDOW, _CALIBRATED, _HELD_OUT = 2048, 128, 16
+"""Of what `--learn` reads: tokens of a window, the windows that are calibrated on, and those that are only measured."""
+
 
 @app.command()
 def quantize(
@@ -46,6 +49,9 @@ def quantize(
         str, option(of="NAME", text="default, max (tuned), fast, marlin (the paper's recipe) or rtn.", words=one_of(PRESETS))
     ] = "default",
     tune: Annotated[int | None, option(of="N", text="Steps of tuning for each block; helps 2:4.")] = None,
+    learn: Annotated[
+        int | None, option(of="TOKENS", text="Then `finetune`: learn from the original on so many, into DIR/finetuned/.")
+    ] = None,
     format: Annotated[str | None, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))] = None,
     activations: Annotated[
         str | None,
@@ -86,9 +92,14 @@ def quantize(
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
     solver |= given(activations=activations, keep_dense=keep_dense)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
+    if learn is not None:
+        source = calib or ("demo" if model == "demo" else "c4")
+        read = given(source=source, num_samples=num_samples, seqlen=seqlen, seed=seed)
+        stages.append(_learning(learn, read, given(seed=seed, device=device)))
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))
-    recipe = recipe_of(name, model, stages, given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed))
+    text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
+    recipe = recipe_of(name, model, stages, text, tokens="--learn")
     if preview:
         return _preview(recipe, as_json=json)
     return perform(recipe, output, dry_run=dry_run, resume=resume, overwrite=overwrite, strict=strict, as_json=json)
@@ -182,6 +193,16 @@ def export(
     """
     stage = {"stage": "export", "formats": _formats(format)}
     return perform(recipe_of(short_name(str(directory)), str(directory), [stage]), output, overwrite=overwrite, as_json=json)
+
+
+def _learning(tokens: int, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The stage that follows with `--learn`, as it was measured (docs/accuracy.md).
+
+    No window is read twice if there is text, and what is held out lies behind what was calibrated on.
+    """
+    windows = max(-(-tokens // text.get("seqlen", _WINDOW)), text.get("num_samples", _CALIBRATED)) + _HELD_OUT
+    text = text | {"num_samples": windows, "shape": "packed", "fewer": True}
+    return {"stage": "finetune", "tokens": tokens, "batch": 8, "micro": 4, "held_out": _HELD_OUT, "text": text, **options}
 
 
 def _formats(text: str | None) -> tuple[str, ...] | None:

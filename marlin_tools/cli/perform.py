@@ -25,15 +25,17 @@ def short_name(model: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model"
 
 
-def recipe_of(name: str, model: str, stages: list[dict[str, Any]], calibrate: dict[str, Any] | None = None) -> "Recipe":
-    """The recipe that these options describe; a complaint about a value begins with its option."""
+def recipe_of(
+    name: str, model: str, stages: list[dict[str, Any]], calibrate: dict[str, Any] | None = None, **flags: str
+) -> "Recipe":
+    """The recipe that these options describe; a complaint about a value begins with its option, by `flags` if named there."""
     from marlin_tools.recipe.recipe import build
 
     origins: dict[tuple[str | int, ...], str] = {(): "command line"}
     sections = [*((("stages", i), stage) for i, stage in enumerate(stages)), (("calibrate",), calibrate or {})]
     sections += [((*place, "text"), section["text"]) for place, section in sections if "text" in section]
     for place, section in sections:
-        origins |= {(*place, key): _FLAGS.get(key, f"--{key.replace('_', '-')}") for key in section}
+        origins |= {(*place, key): (_FLAGS | flags).get(key, f"--{key.replace('_', '-')}") for key in section}
     return build(given(name=name, model=model, calibrate=calibrate or None, stages=stages), origins)
 
 

@@ -33,6 +33,7 @@ class CalibrationSettings(Settings):
     seqlen         window length, or the longest document kept; by default 2048 or 4096, and never more than the model has
     seed           packed: 0 takes the first windows in order, any other draws from all of them; documents: every seed draws
     shape          "auto" packs if `seqlen` is given, and else does what suits the source (documents for `redpajama` alone)
+    fewer          whether fewer windows than `num_samples` will do, if the text has no more
     chat_template  "auto" renders conversations if the tokenizer has a template; "on" insists; "off" never does
     """
 
@@ -41,6 +42,7 @@ class CalibrationSettings(Settings):
     seqlen: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**32)
     shape: Literal["auto"] | Shape = "auto"
+    fewer: bool = False
     chat_template: ChatTemplate = "auto"
 
 
@@ -87,7 +89,8 @@ def _collect(settings: CalibrationSettings, checkpoint: "Checkpoint", emit: Emit
     emit(Event("note", f"calibration text: `{settings.source}`"))
     corpus = open_corpus()
     if _shape(settings, corpus.shape) == "packed":
-        return pack(corpus, encode, _length(settings, checkpoint, WINDOW), settings.num_samples, settings.seed)
+        length = _length(settings, checkpoint, WINDOW)
+        return pack(corpus, encode, length, settings.num_samples, settings.seed, fewer=settings.fewer)
     return choose(corpus, encode, _length(settings, checkpoint, LONGEST_DOCUMENT), settings.num_samples, settings.seed)
 
 

@@ -61,8 +61,10 @@ def divide(corpus: Corpus, encode: Encoder) -> tuple[list[Tensor], list[Document
     return held_out, list(documents)
 
 
-def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, seed: int = 0) -> TokenSet:
-    """`num_samples` windows of a corpus, or all of them."""
+def pack(
+    corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, seed: int = 0, *, fewer: bool = False
+) -> TokenSet:
+    """`num_samples` windows of a corpus, or all of them; if there are `fewer`, these."""
     if corpus.text is not None:
         source: Iterable[Document] = [corpus.text]
     elif corpus.held_out:
@@ -77,12 +79,14 @@ def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, 
             yield ids
 
     found = list(windows(stream(), seqlen) if seed else islice(windows(stream(), seqlen), num_samples))
-    wanted = num_samples or 1
+    wanted, notes = num_samples or 1, tuple[str, ...]()
     if len(found) < wanted:
         if not any(lengths):
             raise no_text(corpus.name)
         message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {sum(lengths)} tokens, {wanted} asked for"
-        raise DataError(message, hint=_remedy(len(found), "a smaller `--seqlen`, or a longer text"))
+        if not (fewer and found):
+            raise DataError(message, hint=_remedy(len(found), "a smaller `--seqlen`, or a longer text"))
+        notes = (message,)
     drawn = seed != 0 or corpus.held_out > 0
     return TokenSet(
         sequences=tuple(permuted(found, seed)[:num_samples] if seed else found),
@@ -91,7 +95,7 @@ def pack(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, 
         documents=len(lengths),
         seed=seed,
         order="shuffled" if drawn else "first",
-        notes=_notes(corpus, encode, drawn=drawn),
+        notes=(*_notes(corpus, encode, drawn=drawn), *notes),
     )
 
 

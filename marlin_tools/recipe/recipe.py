@@ -204,9 +204,9 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def _enough_to_learn_from(recipe: Recipe, length: int) -> dict[str, int]:
-    """Text of which nothing need be read twice, within limits."""
+    """Text of which nothing need be read twice, within limits; a text that has less is read more often."""
     asked = [-(-(each.tokens or 0) // length) + each.held_out for each in recipe.stages if isinstance(each, FinetuneSettings)]
-    return {"num_samples": min(max(TRAINING_WINDOWS, *asked), MOST_WINDOWS), "seqlen": length}
+    return {"num_samples": min(max(TRAINING_WINDOWS, *asked), MOST_WINDOWS), "seqlen": length, "fewer": True}
 
 
 def build(data: Mapping[str, Any], origins: Mapping[tuple[str | int, ...], str]) -> Recipe:

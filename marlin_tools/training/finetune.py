@@ -34,7 +34,7 @@ from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_space
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter, check_companions
-from marlin_tools.data.calibrate import CalibrationSettings
+from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
@@ -123,6 +123,7 @@ class FinetuneSettings(TrainingSettings, Stage):
             check_mask(outlook.model)
         facts = [("teacher", name)]
         if text := self.reads(outlook.text):
+            expected_tokens(text, teacher)  # refuses windows that the model does not have
             facts.append(("text", f"{text.num_samples} samples of `{text.source}`"))
         if self.sampled:
             facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
@@ -205,7 +206,8 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
     if count <= settings.held_out:
         raise DataError(
             f"{count} windows of text, of which {settings.held_out} are held out",
-            hint=f"use `{'--num-samples' if tokens else '--sampled'} {settings.held_out + 1}` or more",
+            hint=f"use `{'--num-samples' if tokens else '--sampled'} {settings.held_out + 1}` or more"
+            + (", a longer text, or a smaller `--seqlen`" if tokens else ""),
         )
 
 

@@ -28,6 +28,8 @@ QUANTIZE = [
     (("-o", "there"), "out", "there"),
     (("--preset", "marlin"), "stages.0.preset", "marlin"),
     (("--tune", "9"), "stages.0.tuning.iters", 9),
+    (("--learn", "900"), "stages.1.tokens", 900),
+    (("--learn", "900", "--format", "gptq,marlin"), "stages.2", {"stage": "export", "formats": ("marlin",)}),
     (("--format", "gptq"), "stages.0.format", "gptq"),
     (("--format", "gptq,marlin"), "stages.1", {"stage": "export", "formats": ("marlin",)}),
     (("--calib", "c4"), "calibrate.source", "c4"),

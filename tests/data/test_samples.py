@@ -105,6 +105,9 @@ def test_too_few_windows_say_how_many_there_are(tokenizer: Any, seed: int) -> No
         pack(text_corpus("abcdefghij"), Encoder(tokenizer), 4, 3, seed)
 
     assert "use `--num-samples 2`, a smaller `--seqlen`, or a longer text" == caught.value.hint
+    taken = pack(text_corpus("abcdefghij"), Encoder(tokenizer), 4, 3, seed, fewer=True)
+    assert 2 == len(taken.sequences)
+    assert "`mine`: 2 windows of 4 tokens in its 11 tokens, 3 asked for" in taken.notes
 
 
 @pytest.mark.parametrize("num_samples", [1, None])

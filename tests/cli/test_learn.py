@@ -1,0 +1,59 @@
+"""`quantize --learn`: INT4, then learning from the original, in one command; what is done is kept, what cannot be is said first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+SHORT = ("--num-samples", "4", "--seqlen", "32", "--device", "cpu")
+TEXT = "The boat left the harbour at dawn, and nine marlins were seen off the point. "
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "boat.txt").write_text(TEXT * 80, encoding="utf-8")
+    return "boat.txt"
+
+
+def quantize(cli, model, text, *more):
+    return cli("quantize", model, "--preset", "rtn", "--calib", text, *SHORT, "-o", "made", *more)
+
+
+def test_one_command_makes_both(cli, tiny_llama, text):
+    done = quantize(cli, tiny_llama, text, "--learn", "512", "--format", "compressed-tensors,gptq")
+
+    assert 0 == done.code, done.err
+    assert "made/compressed-tensors\nmade/finetuned\nmade/gptq\n" == done.out
+    assert "held-out KL" in done.err
+    told = json.loads(Path("made/finetuned/manifest.json").read_text())
+    assert (told["settings"]["tokens"], told["settings"]["batch"], told["settings"]["held_out"]) == (512, 8, 16)
+    assert told["calibration"]["sequences"] == 16 + 16  # 512 / 32 to learn from, and those held out
+    exported = json.loads(Path("made/gptq/manifest.json").read_text())
+    assert "finetune" in json.dumps(exported)  # what has learned is exported
+    again = quantize(cli, tiny_llama, text, "--learn", "512", "--format", "compressed-tensors,gptq")
+    assert 0 == again.code
+    assert 3 == again.err.count("nothing to do")
+
+
+def test_a_short_text_is_read_more_often_and_said(cli, tiny_llama, text):
+    done = quantize(cli, tiny_llama, text, "--learn", "6400")
+
+    assert 0 == done.code, done.err
+    assert "windows of 32 tokens in its" in done.err
+    assert "216 asked for" in done.err
+    assert "windows are read" in done.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--learn", "0"), "error: `--learn 0`: must be greater than or equal to 1"),
+        (("--learn", "512", "--seqlen", "100000"), "error: sequence length 100000 is more than the"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(cli, tiny_llama, text, more, said):
+    done = quantize(cli, tiny_llama, text, *more)
+
+    assert 2 == done.code
+    assert said in done.err
+    assert not Path("made").exists()
