@@ -60,7 +60,9 @@ if TYPE_CHECKING:
 REVISION = 8
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
-_SMALLER = "use `--recompute`, a smaller `--micro`, `--code-rate 0` for a quantised model, or several GPUs with `torchrun`"
+_SMALLER = (
+    "`finetune` has `--recompute`, a smaller `--micro`, `--code-rate 0` for a quantised model, and `torchrun` for several GPUs"
+)
 
 _STATE = "training.safetensors"
 _SAMPLED = "sampled.safetensors"
