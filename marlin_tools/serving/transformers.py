@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -105,7 +105,7 @@ class PendingLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, stored: Mapping[str, TensorInfo]) -> None:
         super().__init__()
-        self.shape = linear.out_features, linear.in_features
+        self.shape, self.dtype = (linear.out_features, linear.in_features), linear.weight.dtype
         for suffix, info in stored.items():
             empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
@@ -136,6 +136,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> None:
+        self._dtypes = _dtypes(model)
         self._headers: dict[str, TensorInfo] = {}
         for file in checkpoint_files or ():
             self._headers |= read_header(Path(file))
@@ -153,11 +154,13 @@ class PackedQuantizer(HfQuantizer):
         waiting = {name: module for name, module in model.named_modules() if isinstance(module, PendingLinear)}
         devices = {getattr(module, self._format.suffixes[0]).device.type for module in waiting.values()}
         _check_places(devices)
+        for name, tensor in _floating(model):
+            tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
         for name, module in waiting.items():
-            model.set_submodule(name, self._built(name, module, model.dtype))
+            model.set_submodule(name, self._built(name, module))
         return model
 
-    def _built(self, name: str, module: PendingLinear, dtype: torch.dtype) -> nn.Module:
+    def _built(self, name: str, module: PendingLinear) -> nn.Module:
         tensors = {
             suffix: self._exact(f"{self._stored[name]}.{suffix}", getattr(module, suffix).detach())
             for suffix in self._format.suffixes
@@ -167,7 +170,7 @@ class PackedQuantizer(HfQuantizer):
         except FormatError as error:
             raise FormatError(f"`{name}`: {error.message}", hint=error.hint) from error
         device = weight.codes.device
-        reason = ops.limits(weight.shape[1], weight.group_size)
+        dtype, reason = module.dtype, ops.limits(weight.shape[1], weight.group_size)
         fits = device.type == "cuda" and reason is None and dtype in (torch.float16, torch.bfloat16)
         if device.type == "cuda" and not fits:
             _log.warning("`%s` runs on the reference: %s", name, reason or f"activations are {dtype}")
@@ -222,6 +225,26 @@ def _weight(module: nn.Module) -> QuantizedLinear | None:
         assert isinstance(packed, ops.PackedWeight)
         return ops.unpack(packed)
     return module.weight() if isinstance(module, reference.PackedLinear | torch_int4.TorchInt4Linear) else None
+
+
+def _floating(model: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
+    """The weights that are not quantised, those that are tied once, and buffers that checkpoints have."""
+    names = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in names and tensor.is_floating_point():
+            yield name, tensor
+
+
+def _dtypes(model: "PreTrainedModel") -> dict[str, torch.dtype]:
+    """Their types, as they are asked for. transformers leaves a quantised model's tensors as they are stored if a checkpoint
+    calls them otherwise than the model does, as it does where the language model is part of a larger one.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in _floating(model)}
+    exact = model._get_dtype_plan(model.dtype)  # noqa: SLF001  (what the model wants in 32 bits; nothing public says it)
+    if exact:
+        pattern, _, _ = build_glob_alternation(list(exact))
+        dtypes |= {name: torch.float32 for name in dtypes if pattern.search(name)}
+    return dtypes
 
 
 def _quantized(headers: Mapping[str, TensorInfo], stored_as: Format) -> Iterator[tuple[str, dict[str, TensorInfo]]]:

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    LlavaForConditionalGeneration,
+)
 
 from marlin_tools.backends import load
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -100,6 +106,36 @@ def test_transformers_finds_linears_by_older_names(
     for each in (model, again, load(tmp_path / "saved", device="cpu", backend="reference")):
         torch.nn.Module.float(each)
         torch.testing.assert_close(each(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["voxtral", "granite_speech", "nemotron_h"])
+def test_transformers_computes_in_the_type_that_it_is_told(
+    made: Callable[[str], Path], quantized: Callable[[str], Checkpoint], model_type: str, dtype: torch.dtype
+) -> None:
+    """Also what a checkpoint calls otherwise than the model does; of a quantised one it leaves that as it is stored."""
+    out = quantized(model_type)
+    backend = "torch-int4" if dtype == torch.bfloat16 else "reference-packed"
+    expected = load(out, device="cpu", backend=backend, dtype=dtype)
+    register()
+    maker = AutoModelForMultimodalLM if model_type in NESTED_CASES else AutoModelForCausalLM
+    found, original = (maker.from_pretrained(each, dtype=dtype) for each in (out.path, made(model_type)))
+    types = {name: tensor.dtype for name, tensor in original.named_parameters()}
+    assert all(tensor.dtype == types[name] for name, tensor in found.named_parameters())
+    ids = torch.arange(2, 22)[None]
+    assert torch.equal(expected(input_ids=ids).logits, found(input_ids=ids).logits)
+
+
+def test_what_a_model_wants_in_32_bits_comes_in_32_bits(
+    quantized: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_keep_in_fp32_modules_strict", {"multi_modal_projector"})
+    register()
+    model = AutoModelForMultimodalLM.from_pretrained(quantized("llava").path, dtype=torch.bfloat16)
+    exact = {name for name, tensor in model.named_parameters() if tensor.dtype == torch.float32}
+    assert exact == {name for name, _ in model.named_parameters() if "multi_modal_projector" in name}
+    assert model.model.language_model.norm.weight.dtype == torch.bfloat16
 
 
 @torch.no_grad()
