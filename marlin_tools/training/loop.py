@@ -20,7 +20,7 @@ from marlin_tools.errors import NumericalError
 from marlin_tools.events import Emit, Event
 from marlin_tools.settings import Settings
 from marlin_tools.training.losses import Head, head_losses, square_head
-from marlin_tools.training.parallel import fill_share, whole
+from marlin_tools.training.parallel import fill_share, put_back, whole
 from marlin_tools.training.scaled import rounded_once
 from marlin_tools.training.student import OFFSET, Reader, Student
 
@@ -247,6 +247,7 @@ class Trainer:
                 with self._autocast():
                     seen = self.student.read(ids)
                 total += head_losses(seen.last, self.teacher.read(ids).last, ids, heads).kl * len(part)
+        put_back(self.team, self.student.decoder)
         self.team.tell(total, 0)  # a last bit must not make processes keep different states
         kl = float(total) / len(self._held_out)
         self._check(kl)

@@ -7,6 +7,7 @@ r, and gradients are averaged. The first process alone writes and speaks.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,14 @@ def shard(team: Team, decoder: nn.Module, blocks: nn.ModuleList) -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh)
+
+
+def put_back(team: Team, decoder: Any) -> None:
+    """After a forward that no gradient follows: FSDP2 leaves what is in no block whole, for a gradient. What is written into
+    the shares then is not seen, neither by the next forward nor by whoever reads the model's parameters.
+    """
+    if team.size > 1:
+        decoder.reshard()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Two processes that share weights, gradients and optimiser state give what one gives."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,55 @@ def test_two_processes_give_what_one_gives(
         torch.testing.assert_close(two.read(name).float(), one.read(name).float(), rtol=0, atol=2e-4)
         if "proj" in name:
             assert torch.equal(two.read(name) == 0, before.read(name) == 0)
+
+
+SPOILED = """
+import sys
+import torch
+from marlin_tools.data.tokens import TokenSet
+from marlin_tools.training.finetune import FinetuneSettings, finetune
+from marlin_tools.training.loop import Trainer
+
+teacher, pruned, out = sys.argv[1:]
+take = Trainer.take
+
+def norm(self):
+    return self.student.model.model.norm.weight
+
+def taking(self, heads):
+    read = self.student.read
+
+    def looking(ids):
+        found = read(ids)
+        used = norm(self).detach()
+        kept = self._trained["model.norm.weight"].full_tensor()
+        assert torch.equal(used, kept), f"step {self.step} reads another norm than the one that learns"
+        return found
+
+    self.student.read = looking
+    losses = take(self, heads)
+    self.student.read = read
+    return losses
+
+Trainer.take = taking
+text = torch.randint(2, 512, (15, 32), generator=torch.Generator().manual_seed(0))
+settings = FinetuneSettings(
+    teacher=teacher, tokens=1024, batch=4, micro=2, held_out=3, evaluations=8, saves=1, rate=0.5, average=0.9, device="cpu"
+)
+finetune(pruned, TokenSet(tuple(text), "random", packed=True, documents=1), settings, out)
+"""
+
+
+def test_two_processes_go_back_to_the_best_state(teacher: Path, pruned: Path, tmp_path: Path) -> None:
+    """All of it: also of what is in no block. And a step after a measurement reads what has learned, not the mean."""
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    arguments = [str(each) for each in (tmp_path / "spoiled.py", teacher, pruned, tmp_path / "out")]
+    with started(2, arguments, tmp_path / "log") as processes:
+        ends, said = [process.ended(240) for process in processes], [process.said for process in processes]
+    assert [0, 0] == ends, said
+    after, before = Checkpoint.open(tmp_path / "out"), Checkpoint.open(pruned)
+    assert json.loads((after.path / "manifest.json").read_text())["best_step"] == 0
+    assert [] == [name for name in before.names() if not torch.equal(before.read(name), after.read(name))]
 
 
 KILLED = """
