@@ -178,8 +178,14 @@ class _Conversion:
             more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             raise FormatError(
                 f"`{self.target.name}` cannot hold {first}{more}",
-                hint=f"choose another `--format`: {', '.join(name for name in FORMATS if name != self.target.name)}",
+                hint=f"choose another `--format`: {', '.join(name for name in FORMATS if self._takes(FORMATS[name]))}",
             )
+
+    def _takes(self, other: Format) -> bool:
+        """Whether another format can hold all linears, by their sizes."""
+        if other is self.target or (len(self.contents.group_sizes) > 1 and not other.mixes):
+            return False
+        return not any(other.limits(*grid) for grid in self.contents.grids.values())
 
     def _convert(self, name: str) -> dict[str, Tensor]:
         return {f"{name}.{key}": t for key, t in self.target.pack(self.stored.read(name), self.source.dtype).items()}

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from marlin_tools.families import NESTED, WHICH
 from marlin_tools.families.experts import shell, stored_shapes
 from marlin_tools.families.family import Family
 from marlin_tools.families.layout import Layout, WeightRef, refuse_strangers
-from marlin_tools.formats import FORMATS
+from marlin_tools.formats import FORMATS, find_format
 from marlin_tools.ops.linear.layout import GROUP_SIZES
 
 
@@ -248,14 +249,20 @@ def _other_group_size(inventory: Inventory, format_name: str, *, sparse: bool | 
     return f"use {sizes}{said if fitting else ''}, or leave these layers out with `--ignore REGEX`"
 
 
+def _converted(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> str:
+    """A hint for who wants to work on a quantised model."""
+    try:
+        find_format(quantization)
+    except FormatError as error:
+        return f"start from the original model ({error.message})"
+    return f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model"
+
+
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:
     """Find the linears of `checkpoint`, and those that the user wants left alone."""
     layout = Layout(checkpoint := dequantized(checkpoint))
     if checkpoint.quantization is not None:
-        raise ModelError(
-            f"`{checkpoint.origin}` is already quantised",
-            hint=f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model",
-        )
+        raise ModelError(f"`{checkpoint.origin}` is already quantised", hint=_converted(checkpoint, checkpoint.quantization))
     _refuse_unknown_parts(layout)
     patterns = [compiled(pattern, "--ignore") for pattern in ignore]
     targets: list[Target] = []

@@ -326,9 +326,26 @@ def test_shapes_that_do_not_fit_name_the_layers(
 
 def test_a_quantized_model_is_not_quantized_again(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
     first = run(tiny_llama, "first")
-    with pytest.raises(ModelError, match="already quantised"):
+    with pytest.raises(ModelError, match="already quantised") as caught:
         run(first.path, "second")
+    assert "`marlin-tools export " in str(caught.value.hint)
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "unknown layout `float-quantized`"),
+        ({"quant_method": "bitsandbytes"}, "unknown quant_method `bitsandbytes`"),
+    ],
+)
+def test_what_export_cannot_read_is_not_sent_to_it(
+    victim: Path, refused: Callable[..., MarlinToolsError], scheme: dict[str, str], said: str
+) -> None:
+    change_config(victim, quantization_config=scheme)
+    hint = refused(victim, ModelError, "already quantised").hint or ""
+    assert f"start from the original model (`quantization_config`: {said}" in hint
+    assert "export" not in hint
 
 
 def test_nothing_left_to_quantize(tiny_llama: Path, refused: Callable[..., MarlinToolsError]) -> None:

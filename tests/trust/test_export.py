@@ -196,7 +196,16 @@ def test_shapes_that_the_target_cannot_hold_are_refused(rounded, tmp_path):
         export(source, "marlin", tmp_path / "out")
 
     assert caught.value.message.endswith("; and 1 more")
+    assert caught.value.hint == "choose another `--format`: gptq, compressed-tensors, marlin-24"
     assert [] == list(tmp_path.glob("out*"))
+
+
+def test_no_other_format_is_named_that_cannot_hold_the_shapes_either(rounded, tmp_path):
+    source = rounded(num_key_value_heads=1, head_dim=32)
+    for target in ("marlin", "marlin-24"):
+        with pytest.raises(FormatError, match=rf"`{target}` cannot hold `.*\.0\.self_attn\.k_proj`: 32 outputs") as caught:
+            export(source, target, tmp_path / "out")
+        assert caught.value.hint == "choose another `--format`: gptq, compressed-tensors"
 
 
 def test_dense_codes_are_refused_by_a_sparse_format(in_format, tmp_path):
