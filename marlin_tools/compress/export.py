@@ -182,10 +182,14 @@ class _Conversion:
             )
 
     def _takes(self, other: Format) -> bool:
-        """Whether another format can hold all linears, by their sizes."""
+        """Whether another format can hold all linears, by their sizes; one that wants 2:4, by their codes as well."""
         if other is self.target or (len(self.contents.group_sizes) > 1 and not other.mixes):
             return False
-        return not any(other.limits(*grid) for grid in self.contents.grids.values())
+        grids = self.contents.grids
+        if any(other.limits(*grid) for grid in grids.values()):
+            return False
+        wants_sparse = any(other.limits(*grid, sparse=False) for grid in grids.values())
+        return not wants_sparse or all(self.stored.read(name).is_2_4() for name in grids)
 
     def _convert(self, name: str) -> dict[str, Tensor]:
         return {f"{name}.{key}": t for key, t in self.target.pack(self.stored.read(name), self.source.dtype).items()}

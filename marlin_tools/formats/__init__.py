@@ -45,6 +45,26 @@ def find_format(quantization_config: Mapping[str, Any]) -> Format:
     method, layout = spelling_of(quantization_config)
     known = {spelling for each in READABLE for spelling in each.spellings}
     if layouts := sorted(layout for known_method, layout in known if known_method == method):
-        raise FormatError(f"`quantization_config`: unknown layout `{layout}` of `{method}`", hint=near(layout, layouts))
+        raise FormatError(
+            f"`quantization_config`: unknown layout `{layout}` of `{method}`" + _contents(quantization_config),
+            hint=_original(layout, layouts),
+        )
     methods = sorted({known_method for known_method, _ in known})
-    raise FormatError(f"`quantization_config`: unknown quant_method `{method}`", hint=near(method, methods))
+    raise FormatError(f"`quantization_config`: unknown quant_method `{method}`", hint=_original(method, methods))
+
+
+def _contents(quantization_config: Mapping[str, Any]) -> str:
+    """What the weights are, as far as `config_groups` says so."""
+    groups = quantization_config.get("config_groups")
+    schemes = [each for each in groups.values() if isinstance(each, Mapping)] if isinstance(groups, Mapping) else []
+    found = [each.get("weights") for each in schemes]
+    kinds = sorted({f"{each.get('num_bits')}-bit {each.get('type', 'int')}" for each in found if isinstance(each, Mapping)})
+    return f", which stores weights as {' and '.join(kinds)}" if kinds else ""
+
+
+def _original(word: str, known: list[str]) -> str:
+    """A hint about a word in a file: a tool wrote it and meant it, unless it is one of ours spelt a little otherwise."""
+    plain = word.lower().replace("_", "-")
+    if plain != word and plain in known:
+        return near(plain, known)
+    return f"known: {', '.join(known)}; for all else start from the original model"

@@ -207,6 +207,23 @@ def test_paligemma_does_not_look_ahead_in_a_text(made: Callable[[str], Path]) ->
     assert not torch.allclose(logits[:, -1], others[:, -1])
 
 
+@torch.no_grad()
+def test_paligemma_looks_ahead_in_what_it_is_asked_and_in_transformers_everywhere(made: Callable[[str], Path]) -> None:
+    """What docs/models.md says of it: only without `token_type_ids` do the ways to compute its attention differ."""
+    model = load(made("paligemma"), device="cpu", dtype=torch.float32)
+    first, other = torch.arange(2, 22)[None], torch.arange(2, 22)[None]
+    other[0, 9] = 40
+
+    def looks_ahead(**told: torch.Tensor) -> bool:
+        return not torch.allclose(*(model(input_ids=ids, **told).logits[:, 0] for ids in (first, other)))
+
+    kinds = torch.arange(20)[None]
+    asked, written = {"token_type_ids": (kinds > 12).long()}, {"token_type_ids": (kinds > 4).long()}
+    assert [False, True, False] == [looks_ahead(), looks_ahead(**asked), looks_ahead(**written)]
+    model.set_attn_implementation("sdpa")
+    assert [True, True, False] == [looks_ahead(), looks_ahead(**asked), looks_ahead(**written)]
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_5_omni", "qwen3_omni_moe"])
 def test_what_speaks_is_copied(made: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
     path = Path(shutil.copytree(made(model_type), tmp_path / "model"))

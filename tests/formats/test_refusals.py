@@ -237,10 +237,24 @@ def test_find_format(config, expected):
         (grouped() | {"transform_config": {"u": {}}}, "`transform_config` is not supported", "unquantized model"),
         (
             grouped("pack_quantized"),
-            "unknown layout `pack_quantized` of `compressed-tensors`",
+            "unknown layout `pack_quantized` of `compressed-tensors`, which stores weights as 4-bit int",
             "did you mean `pack-quantized`?",
         ),
-        (grouped("nvfp4"), "unknown layout `nvfp4` of `compressed-tensors`", "known: marlin-24, pack-quantized"),
+        (
+            grouped("nvfp4", type="float"),
+            "unknown layout `nvfp4` of `compressed-tensors`, which stores weights as 4-bit float",
+            "known: marlin-24, pack-quantized",
+        ),
+        (
+            grouped("float-quantized", num_bits=8, type="float"),
+            "unknown layout `float-quantized` of `compressed-tensors`, which stores weights as 8-bit float",
+            "known: marlin-24, pack-quantized; for all else start from the original model",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": [{"weights": [[]]}]},
+            "unknown layout `naive-quantized` of `compressed-tensors`",
+            "known: marlin-24, pack-quantized; for all else start from the original model",
+        ),
         (
             {"quant_method": "gptq", "checkpoint_format": "bitblas"},
             "unknown layout `bitblas` of `gptq`",

@@ -11,7 +11,7 @@ from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
 
 from marlin_tools import ops
-from marlin_tools.ops.linear.packed import exponent_tensor, packed_linear
+from marlin_tools.ops.linear.packed import exponent_tensor, packed_fp8_linear, packed_linear
 from marlin_tools.ops.runtime import ahead, scratch
 from marlin_tools.quantized import ZERO, QuantizedLinear
 
@@ -40,6 +40,13 @@ def test_other_tiles_are_refused():
     packed = make(sparse=False)
     with pytest.raises(ValueError, match="codes have 512 words a tile"):
         packed_linear(torch.randn(1, 256).half(), packed.codes[..., :512], packed.scales, exponent_tensor(packed), None, 72)
+
+
+@pytest.mark.parametrize("product", [packed_linear, packed_fp8_linear])
+def test_a_single_number_is_no_row(product):
+    packed = make(sparse=False)
+    with pytest.raises(ValueError, match=r"x must be \[..., K\], got \[\]"):
+        product(torch.tensor(1.0).half(), packed.codes, packed.scales, exponent_tensor(packed), None, 72)
 
 
 def test_the_operator_is_sound():

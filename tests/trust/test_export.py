@@ -10,6 +10,8 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter
 from marlin_tools.compress import export as stage
 from marlin_tools.compress.export import export
+from marlin_tools.compress.prune import PruneSettings, prune
+from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import FormatError, ModelError, OutputError
 from marlin_tools.formats.contents import Contents
 from marlin_tools.formats.stored import StoredLinears
@@ -196,7 +198,7 @@ def test_shapes_that_the_target_cannot_hold_are_refused(rounded, tmp_path):
         export(source, "marlin", tmp_path / "out")
 
     assert caught.value.message.endswith("; and 1 more")
-    assert caught.value.hint == "choose another `--format`: gptq, compressed-tensors, marlin-24"
+    assert caught.value.hint == "choose another `--format`: gptq, compressed-tensors"  # its codes are not 2:4
     assert [] == list(tmp_path.glob("out*"))
 
 
@@ -206,6 +208,16 @@ def test_no_other_format_is_named_that_cannot_hold_the_shapes_either(rounded, tm
         with pytest.raises(FormatError, match=rf"`{target}` cannot hold `.*\.0\.self_attn\.k_proj`: 32 outputs") as caught:
             export(source, target, tmp_path / "out")
         assert caught.value.hint == "choose another `--format`: gptq, compressed-tensors"
+
+
+def test_a_sparse_format_is_named_for_codes_that_are_2_4(tiny_model, tmp_path):
+    narrow = prune(
+        tiny_model("llama", num_key_value_heads=2), None, PruneSettings(preset="magnitude", device="cpu"), tmp_path / "2of4"
+    )
+    source = quantize(narrow, None, QuantizeSettings(preset="rtn", format="gptq", device="cpu"), tmp_path / "int4")
+    with pytest.raises(FormatError, match="128 outputs") as caught:
+        export(source, "marlin", tmp_path / "out")
+    assert caught.value.hint == "choose another `--format`: gptq, compressed-tensors, marlin-24"
 
 
 def test_dense_codes_are_refused_by_a_sparse_format(in_format, tmp_path):

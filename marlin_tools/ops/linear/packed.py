@@ -43,6 +43,8 @@ def packed_fp8_linear(
 
 def _rows(x: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
     """The inputs as a matrix, and an empty one for the outputs."""
+    if not x.ndim:
+        raise ValueError("x must be [..., K], got []")
     rows = x.reshape(-1, x.shape[-1])
     return rows, rows.new_empty((rows.shape[0], out_features))
 
