@@ -2,6 +2,7 @@
 
     makes        the model directories that it leaves, by name
     plan         what is known beforehand, from headers alone; raises what would stop it later
+    foresee      what only its text can tell, before the stages before it work
     run          does it
 
 Each stage stands in one module beside the function that does its work, and a recipe, a plan and a run only go through them.
@@ -102,6 +103,7 @@ class Work:
     prepared   what its plan found out about this very model
     made       the model directories of the stages before it
     home       where a run that makes no model puts what it finds
+    texts      what a stage has foreseen and not yet read
     """
 
     source: Source
@@ -115,6 +117,7 @@ class Work:
     made: Sequence[Path] = ()
     home: Path | None = None
     shown: list[Path] = field(default_factory=list)
+    texts: dict[str, TokenSet] = field(default_factory=dict)
 
     @property
     def model(self) -> Checkpoint:
@@ -134,7 +137,16 @@ class Work:
 
     def tokens(self, text: CalibrationSettings | None) -> TokenSet | None:
         """The text as the model reads it."""
-        return calibrate(text, self.model, emit=self.emit) if text else None
+        if text is None:
+            return None
+        return self.texts.pop(text.model_dump_json(), None) or calibrate(text, self.model, emit=self.emit)
+
+    def foreseen(self, text: CalibrationSettings | None) -> TokenSet | None:
+        """The same for a stage that is yet to come, which then need not read it again."""
+        tokens = self.tokens(text)
+        if text and tokens:
+            self.texts[text.model_dump_json()] = tokens
+        return tokens
 
     @contextmanager
     def clock(self, stage: str, *paths: Path, device: str = "cpu", always: bool = False) -> Iterator[None]:
@@ -188,6 +200,9 @@ class Stage(Settings):
     @abstractmethod
     def plan(self, outlook: Outlook) -> StagePlan:
         """What is known beforehand; raises what would stop the stage later."""
+
+    def foresee(self, work: Work) -> None:
+        """Refuse a text that will not do before earlier stages have worked for hours; `work` is that of the first of them."""
 
     @abstractmethod
     def run(self, work: Work) -> dict[str, Any]:

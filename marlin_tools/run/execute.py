@@ -13,6 +13,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output, put
 from marlin_tools.data.calibrate import CalibrationSettings
 from marlin_tools.data.sources import SOURCES
+from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import leads, processes
 from marlin_tools.errors import OutputError, RecipeError
 from marlin_tools.evaluation.scores import Evaluation
@@ -79,16 +80,20 @@ def execute(
 
     for note in planned.notes:
         emit(Event("note", note))
-    first = position(planned, start)
+    first, again = position(planned, start), overwrite or start is not None
+    if not again:
+        for step in planned.steps[first:]:
+            _refuse_others(step, recipe, resume=resume)
+    texts: dict[str, TokenSet] = {}
+    for step in planned.steps[first + 1 :]:
+        step.stage.foresee(Work(planned.steps[first].source, {}, recipe.model, recipe.calibrate, hear, texts=texts))
     for index, step in enumerate(planned.steps):
         if index < first:
             _check_kept(step, recipe)
         else:
-            again, made = overwrite or start is not None, tuple(result.outputs)
-            if not again:
-                _refuse_others(step, recipe, resume=resume)
+            made = tuple(result.outputs)
             work = Work(step.source, step.outputs, recipe.model, recipe.calibrate, hear, step.prepared, again, resume, made)
-            work.home = planned.home
+            work.home, work.texts = planned.home, texts
             for name, value in step.stage.run(work).items():
                 setattr(result, name, value)
             result.shown += work.shown

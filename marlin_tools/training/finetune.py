@@ -132,6 +132,10 @@ class FinetuneSettings(TrainingSettings, Stage):
         facts.append(("training", f"{self.fitted(quantized=quantized).tokens:,} tokens, {self.batch} sequences a step"))
         return StagePlan(tuple(facts))
 
+    def foresee(self, work: Work) -> None:
+        """A text that is too short to hold some of it out."""
+        _check_sizes(work.foreseen(self.reads(work.text)), self)
+
     def run(self, work: Work) -> dict[str, Any]:
         """Train the model into the one directory that there is."""
         with work.clock("finetune", work.output, device=self.device):
@@ -206,10 +210,11 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
         )
     count = (len(tokens.sequences) if tokens else 0) + settings.sampled
     if count <= settings.held_out:
+        all_of_it = tokens is not None and settings.text is not None and settings.text.fewer
+        more = "" if all_of_it else f"`{'--num-samples' if tokens else '--sampled'} {settings.held_out + 1}` or more"
         raise DataError(
             f"{count} windows of text, of which {settings.held_out} are held out",
-            hint=f"use `{'--num-samples' if tokens else '--sampled'} {settings.held_out + 1}` or more"
-            + (", a longer text, or a smaller `--seqlen`" if tokens else ""),
+            hint="use " + ", ".join(filter(None, (more, "a longer text, or a smaller `--seqlen`" if tokens else ""))),
         )
 
 

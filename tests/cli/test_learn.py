@@ -69,3 +69,28 @@ stages:
     assert 2 == done.code
     assert "error: sequence length 100000 is more than the" in done.err
     assert not Path("made").exists()
+
+
+def test_a_text_that_is_too_short_to_hold_some_of_it_out_is_refused_before_any_work(cli, tiny_llama, tmp_path):
+    (tmp_path / "short.txt").write_text(TEXT * 12, encoding="utf-8")
+    done = quantize(cli, tiny_llama, "short.txt", "--learn", "512")
+
+    assert 2 == done.code
+    assert "windows of text, of which 16 are held out\nhint: use a longer text, or a smaller `--seqlen`\n" in done.err
+    assert not Path("made").exists()
+
+
+def test_a_text_is_read_once(cli, tiny_llama, text):
+    done = quantize(cli, tiny_llama, text, "--preset", "fast", "--learn", "512")
+
+    assert 0 == done.code, done.err
+    assert 2 == done.err.count("calibration text: ")  # that of `quantize`, and what is learned from
+
+
+def test_a_result_of_other_settings_is_told_before_any_work(cli, tiny_llama, text):
+    assert 0 == quantize(cli, tiny_llama, text, "--learn", "512").code
+    done = quantize(cli, tiny_llama, text, "--learn", "1024", "--format", "gptq")
+
+    assert 2 == done.code
+    assert "error: `made/finetuned` exists and is not empty" in done.err
+    assert not list(Path("made").glob("gptq*"))
