@@ -40,6 +40,9 @@ app = typer.Typer(**PLAIN)
 _WINDOW, _CALIBRATED, _HELD_OUT = 2048, 128, 16
 """Of what `--learn` reads: tokens of a window, the windows that are calibrated on, and those that are only measured."""
 
+_BATCH, _MICRO = 8, 4
+"""Windows of a step, and of a forward."""
+
 
 @app.command()
 def quantize(
@@ -200,9 +203,13 @@ def _learning(tokens: int, text: dict[str, Any], options: dict[str, Any]) -> dic
 
     No window is read twice if there is text, and what is held out lies behind what was calibrated on.
     """
+    from marlin_tools.distributed.device import processes
+
     windows = max(-(-tokens // text.get("seqlen", _WINDOW)), text.get("num_samples", _CALIBRATED)) + _HELD_OUT
     text = text | {"num_samples": windows, "shape": "packed", "fewer": True}
-    return {"stage": "finetune", "tokens": tokens, "batch": 8, "micro": 4, "held_out": _HELD_OUT, "text": text, **options}
+    micro = max(1, min(_MICRO, _BATCH // processes()))  # every process of `torchrun` reads some of each step
+    how = {"tokens": tokens, "batch": _BATCH, "micro": micro, "held_out": _HELD_OUT, "text": text}
+    return {"stage": "finetune", **how, **options}
 
 
 def _formats(text: str | None) -> tuple[str, ...] | None:

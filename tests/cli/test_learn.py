@@ -87,6 +87,15 @@ def test_a_text_is_read_once(cli, tiny_llama, text):
     assert 2 == done.err.count("calibration text: ")  # that of `quantize`, and what is learned from
 
 
+@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (2, 4), (4, 2), (8, 1)])
+def test_every_process_learns(asked, tiny_llama, text, monkeypatch, processes, micro):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", "0")
+    _, learning = asked("quantize", tiny_llama, "--calib", text, *SHORT, "--learn", "512").recipe.stages
+
+    assert (8, micro) == (learning.batch, learning.micro)
+
+
 def test_a_result_of_other_settings_is_told_before_any_work(cli, tiny_llama, text):
     assert 0 == quantize(cli, tiny_llama, text, "--learn", "512").code
     done = quantize(cli, tiny_llama, text, "--learn", "1024", "--format", "gptq")
