@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(**PLAIN)
 
-_WINDOW, _CALIBRATED, _HELD_OUT = 2048, 128, 16
-"""Of what `--learn` reads: tokens of a window, the windows that are calibrated on, and those that are only measured."""
+_CALIBRATED, _HELD_OUT = 128, 16
+"""Of what `--learn` reads: the windows that are calibrated on, and those that are only measured."""
 
 _BATCH, _MICRO = 8, 4
 """Windows of a step, and of a forward."""
@@ -98,7 +98,7 @@ def quantize(
     if learn is not None:
         source = calib or ("demo" if model == "demo" else "c4")
         read = given(source=source, num_samples=num_samples, seqlen=seqlen, seed=seed)
-        stages.append(_learning(learn, read, given(seed=seed, device=device)))
+        stages.append(_learning(learn, seqlen or _window(model), read, given(seed=seed, device=device)))
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))
     text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
@@ -198,14 +198,26 @@ def export(
     return perform(recipe_of(short_name(str(directory)), str(directory), [stage]), output, overwrite=overwrite, as_json=json)
 
 
-def _learning(tokens: int, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _window(model: str) -> int:
+    """Tokens of a window where nobody names a length; a model that is not found is told of when the run is planned."""
+    from marlin_tools.checkpoint.cards import sketch
+    from marlin_tools.data.calibrate import WINDOW, CalibrationSettings, expected_tokens
+    from marlin_tools.errors import ModelError
+
+    try:
+        return expected_tokens(CalibrationSettings(shape="packed"), sketch(model, None))[1]
+    except ModelError:
+        return WINDOW
+
+
+def _learning(tokens: int, window: int, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The stage that follows with `--learn`, as it was measured (docs/accuracy.md).
 
     No window is read twice if there is text, and what is held out lies behind what was calibrated on.
     """
     from marlin_tools.distributed.device import processes
 
-    windows = max(-(-tokens // text.get("seqlen", _WINDOW)), text.get("num_samples", _CALIBRATED)) + _HELD_OUT
+    windows = max(-(-tokens // window), text.get("num_samples", _CALIBRATED)) + _HELD_OUT
     text = text | {"num_samples": windows, "shape": "packed", "fewer": True}
     micro = max(1, min(_MICRO, _BATCH // processes()))  # every process of `torchrun` reads some of each step
     how = {"tokens": tokens, "batch": _BATCH, "micro": micro, "held_out": _HELD_OUT, "text": text}

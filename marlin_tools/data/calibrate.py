@@ -38,7 +38,7 @@ class CalibrationSettings(Settings):
     """
 
     source: str = "demo"
-    num_samples: int = Field(default=128, ge=1)
+    num_samples: int = Field(default=128, ge=1, le=10**15)
     seqlen: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**32)
     shape: Literal["auto"] | Shape = "auto"

@@ -54,7 +54,7 @@ class TrainingSettings(Settings):
     recompute      forget activations within blocks and compute them again for the gradient: slower, in less memory
     """
 
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1, le=10**15)
     rate: float | None = Field(None, gt=0, le=1)
     code_rate: float | None = Field(None, ge=0, le=1)
     warmup: float = Field(0.03, ge=0, le=1)

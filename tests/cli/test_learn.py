@@ -103,3 +103,34 @@ def test_a_result_of_other_settings_is_told_before_any_work(cli, tiny_llama, tex
     assert 2 == done.code
     assert "error: `made/finetuned` exists and is not empty" in done.err
     assert not list(Path("made").glob("gptq*"))
+
+
+@pytest.mark.parametrize(("more", "windows"), [((), 600_000 // 512 + 1), (("--seqlen", "100"), 6000)])
+def test_there_are_as_many_windows_as_the_tokens_fill(asked, tiny_llama, text, more, windows):
+    _, learning = asked("quantize", tiny_llama, "--calib", text, "--learn", "600000", *more).recipe.stages
+
+    assert windows + 16 == learning.text.num_samples  # the model has 512 positions
+
+
+@pytest.mark.parametrize("seqlen", ["0", "-3"])
+def test_no_window_is_so_short(cli, tiny_llama, text, seqlen):
+    done = cli("quantize", tiny_llama, "--calib", text, "--learn", "512", "--seqlen", seqlen, "-o", "made")
+
+    assert 2 == done.code
+    assert f"error: `--seqlen {seqlen}`: must be greater than or equal to 2\n" in done.err
+
+
+@pytest.mark.parametrize("model", ["nowhere", "no where", "nowhere/model"])
+def test_a_model_that_is_not_there_is_said_as_without(cli, text, model):
+    """The length of its windows is asked for before it is looked for."""
+    told = [cli("quantize", model, "--calib", text, "-o", "made", *more) for more in ((), ("--learn", "512"))]
+
+    assert 2 == told[0].code
+    assert told[0] == told[1]
+
+
+def test_amounts_that_nobody_has_are_refused(cli, tiny_llama, text):
+    for words in (("--learn", "1" + 20 * "0"), ("--num-samples", "1" + 20 * "0")):
+        done = cli("quantize", tiny_llama, "--calib", text, *words, "-o", "made")
+        assert 2 == done.code
+        assert f"error: `{' '.join(words)}`: must be less than or equal to " in done.err
