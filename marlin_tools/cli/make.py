@@ -213,7 +213,7 @@ def _window(model: str) -> int:
 def _learning(tokens: int, window: int, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The stage that follows with `--learn`, as it was measured (docs/accuracy.md).
 
-    No window is read twice if there is text, and what is held out lies behind what was calibrated on.
+    No window is read twice if there is text, and with seed 0 what is held out lies behind what was calibrated on.
     """
     from marlin_tools.distributed.device import processes
 

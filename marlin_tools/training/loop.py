@@ -42,7 +42,7 @@ class TrainingSettings(Settings):
     batch          sequences per step
     micro          sequences per forward; gradients of a step are added up
     kl, ce         weights of the KL to the teacher and of the cross entropy
-    square_head    weight of SquareHead on the hidden states; by default 1, of a quantised model 0
+    square_head    weight of SquareHead on the hidden states, a ratio for each forward; by default 1, of a quantised model 0
     every          which hidden states: those of every so many blocks, and the last
     clip           longest gradient
     average        what is measured and kept is the mean of the states so far, each of which counts so many times as much as the
