@@ -98,7 +98,7 @@ def quantize(
     if learn is not None:
         source = calib or ("demo" if model == "demo" else "c4")
         read = given(source=source, num_samples=num_samples, seqlen=seqlen, seed=seed)
-        stages.append(_learning(learn, seqlen or _window(model), read, given(seed=seed, device=device)))
+        stages.append(_learning(model, learn, read, given(seed=seed, device=device)))
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))
     text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
@@ -198,25 +198,16 @@ def export(
     return perform(recipe_of(short_name(str(directory)), str(directory), [stage]), output, overwrite=overwrite, as_json=json)
 
 
-def _window(model: str) -> int:
-    """Tokens of a window where nobody names a length; a model that is not found is told of when the run is planned."""
-    from marlin_tools.checkpoint.cards import sketch
-    from marlin_tools.data.calibrate import WINDOW, CalibrationSettings, expected_tokens
-    from marlin_tools.errors import ModelError
-
-    try:
-        return expected_tokens(CalibrationSettings(shape="packed"), sketch(model, None))[1]
-    except ModelError:
-        return WINDOW
-
-
-def _learning(tokens: int, window: int, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _learning(model: str, tokens: int, text: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The stage that follows with `--learn`, as it was measured (docs/accuracy.md).
 
     No window is read twice if there is text, and with seed 0 what is held out lies behind what was calibrated on.
     """
+    from marlin_tools.data.calibrate import WINDOW
     from marlin_tools.distributed.device import processes
+    from marlin_tools.recipe.recipe import longest_window
 
+    window = text.get("seqlen") or longest_window(model, WINDOW)
     windows = max(-(-tokens // window), text.get("num_samples", _CALIBRATED)) + _HELD_OUT
     text = text | {"num_samples": windows, "shape": "packed", "fewer": True}
     micro = max(1, min(_MICRO, _BATCH // processes()))  # every process of `torchrun` reads some of each step

@@ -18,10 +18,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from marlin_tools.checkpoint.cards import sketch
 from marlin_tools.compress.export import ExportStage
 from marlin_tools.compress.prune import PruneSettings
 from marlin_tools.compress.quantize import QuantizeSettings
-from marlin_tools.data.calibrate import CalibrationSettings
+from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
+from marlin_tools.errors import ModelError
 from marlin_tools.evaluation.generate import GenerateStage
 from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.evaluation.scores import BESIDE_ANOTHER
@@ -196,11 +198,19 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if "num_samples" not in given and {**chosen, **given}["source"] == "demo":
         chosen["num_samples"] = DEMO_WINDOWS
     elif "num_samples" not in given and all(isinstance(each, FinetuneSettings) for each in recipe.remaking):
-        chosen |= _enough_to_learn_from(recipe, given.get("seqlen", TRAINING_LENGTH))
+        chosen |= _enough_to_learn_from(recipe, given.get("seqlen") or longest_window(recipe.model, TRAINING_LENGTH))
     settings = CalibrationSettings.model_validate({**chosen, **given})
     shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
     notes = [f"calibrating on `{settings.source}`, {shape}; choose with `--calib` and `--num-samples`"] if chosen else []
     return recipe.model_copy(update={"calibrate": settings}), notes
+
+
+def longest_window(model: str, usual: int) -> int:
+    """The usual length of a window, or as many positions as the model has; one that is not found is told of by the plan."""
+    try:
+        return min(usual, expected_tokens(CalibrationSettings(shape="packed"), sketch(model, None))[1])
+    except ModelError:
+        return usual
 
 
 def _enough_to_learn_from(recipe: Recipe, length: int) -> dict[str, int]:
