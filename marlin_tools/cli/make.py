@@ -37,11 +37,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(**PLAIN)
 
-_CALIBRATED, _HELD_OUT = 128, 16
-"""Of what `--learn` reads: the windows that are calibrated on, and those that are only measured."""
-
-_BATCH, _MICRO = 8, 4
-"""Windows of a step, and of a forward."""
+_HELD_OUT, _BATCH, _MICRO = 16, 8, 4
+"""Of what `--learn` reads: the windows that are only measured, those of a step, and those of a forward."""
 
 
 @app.command()
@@ -94,14 +91,12 @@ def quantize(
     tuning = given(iters=tune) or None
     solver = given(preset=preset, tuning=tuning, damp=damp, negative_scales=signed, group_size=group_size, sparsity=sparsity)
     solver |= given(activations=activations, keep_dense=keep_dense)
+    text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
     stages = [given(stage="quantize", **solver, format=first, ignore=ignore, device=device)]
     if learn is not None:
-        source = calib or ("demo" if model == "demo" else "c4")
-        read = given(source=source, num_samples=num_samples, seqlen=seqlen, seed=seed)
-        stages.append(_learning(model, learn, read, given(seed=seed, device=device)))
+        stages.append(_learning(model, learn, text, given(seed=seed, device=device)))
     stages += [{"stage": "export", "formats": others}] if others else []
     name = "-".join(filter(None, [short_name(model), preset, first, *others]))
-    text = given(source=calib, num_samples=num_samples, seqlen=seqlen, seed=seed)
     recipe = recipe_of(name, model, stages, text, tokens="--learn")
     if preview:
         return _preview(recipe, as_json=json)
@@ -203,13 +198,13 @@ def _learning(model: str, tokens: int, text: dict[str, Any], options: dict[str, 
 
     No window is read twice if there is text, and with seed 0 what is held out lies behind what was calibrated on.
     """
-    from marlin_tools.data.calibrate import WINDOW
+    from marlin_tools.data.calibrate import WINDOW, CalibrationSettings
     from marlin_tools.distributed.device import processes
-    from marlin_tools.recipe.recipe import longest_window
+    from marlin_tools.recipe.recipe import longest_window, usual_source
 
-    window = text.get("seqlen") or longest_window(model, WINDOW)
-    windows = max(-(-tokens // window), text.get("num_samples", _CALIBRATED)) + _HELD_OUT
-    text = text | {"num_samples": windows, "shape": "packed", "fewer": True}
+    window, calibrated = text.get("seqlen") or longest_window(model, WINDOW), text.get("num_samples")
+    windows = max(-(-tokens // window), calibrated or CalibrationSettings().num_samples) + _HELD_OUT
+    text = {"source": usual_source(model), **text, "num_samples": windows, "shape": "packed", "fewer": True}
     micro = max(1, min(_MICRO, _BATCH // processes()))  # every process of `torchrun` reads some of each step
     how = {"tokens": tokens, "batch": _BATCH, "micro": micro, "held_out": _HELD_OUT, "text": text}
     return {"stage": "finetune", **how, **options}

@@ -189,12 +189,10 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     given = recipe.calibrate.model_dump(exclude_unset=True) if recipe.calibrate else {}
     if "source" in given:
         chosen: dict[str, Any] = {}
-    elif recipe.model == "demo":
-        chosen = {"source": "demo"}
-    elif stage and stage.preset == "marlin":
+    elif recipe.model != "demo" and stage and stage.preset == "marlin":
         chosen = {"source": "redpajama", "num_samples": PAPER_DOCUMENTS}
     else:
-        chosen = {"source": "c4"}
+        chosen = {"source": usual_source(recipe.model)}
     if "num_samples" not in given and {**chosen, **given}["source"] == "demo":
         chosen["num_samples"] = DEMO_WINDOWS
     elif "num_samples" not in given and all(isinstance(each, FinetuneSettings) for each in recipe.remaking):
@@ -203,6 +201,11 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
     notes = [f"calibrating on `{settings.source}`, {shape}; choose with `--calib` and `--num-samples`"] if chosen else []
     return recipe.model_copy(update={"calibrate": settings}), notes
+
+
+def usual_source(model: str) -> str:
+    """What a model reads when nobody says what."""
+    return "demo" if model == "demo" else "c4"
 
 
 def longest_window(model: str, usual: int) -> int:

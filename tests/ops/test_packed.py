@@ -54,7 +54,7 @@ def test_the_operator_is_sound():
     operands = torch.randn(3, 256).half(), packed.codes, packed.scales, exponent_tensor(packed), None
 
     torch.library.opcheck(torch.ops.marlin_tools.packed_linear.default, (torch.empty(3, 72).half(), *operands))
-    for y in (torch.empty(3, 72), torch.empty(2, 72).half(), torch.empty(72, 3).half().t()):
+    for y in (torch.empty(3, 72), torch.empty(2, 72).half(), torch.empty(72, 3).half().t(), torch.empty(()).half()):
         with pytest.raises(ValueError, match=r"y must be torch.float16 \[3, N\] on cpu and contiguous"):
             torch.ops.marlin_tools.packed_linear(y, *operands)
 

@@ -66,7 +66,7 @@ def _fp8(rows: int, _codes: Tensor, exponent: int) -> LinearOperator:
 
 
 def _check(y: Tensor, x: Tensor) -> None:
-    if y.shape != (x.shape[0], y.shape[-1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
+    if y.ndim != 2 or len(y) != len(x) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(
             f"y must be {x.dtype} [{x.shape[0]}, N] on {x.device} and contiguous, got {y.dtype} {list(y.shape)} on {y.device}"
         )

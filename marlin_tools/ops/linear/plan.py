@@ -29,7 +29,7 @@ class LaunchPlan:
         self._shape = (x.shape[0], out_features)
 
     def __call__(self, y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, exponent: int) -> None:
-        """Launch on the current stream of the operands' device."""
+        """Launch on the current stream of the operands' device; `y` is written."""
         if self._device_index == torch._C._cuda_getDevice():  # noqa: SLF001  (the public function asks whether CUDA is set up)
             self._run(y, x, codes, scales, bias, exponent)
         else:
