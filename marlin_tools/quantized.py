@@ -5,7 +5,7 @@ Beside it stands what the other operand of a product can be: activations in 16 b
 Shape letters used throughout the project:  N outputs, K inputs, G columns that share a scale, so K/G groups.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ ZERO = LEVELS // 2
 ActivationType = Literal["16bit", "fp8"]
 """What a linear multiplies its weight with: its input as it is, or `rounded`."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
+_FIRST_ROWS = 16
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -87,6 +88,17 @@ def is_2_4(matrix_nk: Tensor) -> bool:
     return matrix_nk.shape[1] % 4 == 0 and bool(((quads(matrix_nk) != 0).sum(dim=2) <= 2).all())
 
 
+def are_2_4(matrices: Sequence[Tensor]) -> list[bool]:
+    """`is_2_4` of each, all with as many inputs. For those whose first rows deny it already a device is asked but once."""
+    if not matrices or matrices[0].shape[1] % 4:
+        return [False] * len(matrices)
+    rows = min(_FIRST_ROWS, *map(len, matrices))
+    heads = torch.stack([matrix[:rows] for matrix in matrices])
+    kept = (heads.view(len(matrices), -1, 4) != 0).sum(dim=2)
+    maybe = (kept <= 2).all(dim=1).tolist()
+    return [could and is_2_4(matrix) for could, matrix in zip(maybe, matrices, strict=True)]
+
+
 def dtype_name(dtype: torch.dtype | None) -> str:
     """`float16`, as config.json and people write it."""
     return str(dtype).removeprefix("torch.")
@@ -129,6 +141,10 @@ class QuantizedLinear:
         values = (self.codes.to(torch.int8) - ZERO).to(torch.float32)
         scales = self.scales.to(torch.float32).repeat_interleave(self.group_size, dim=1)
         return (values * scales).to(dtype)
+
+    def __getitem__(self, rows: slice) -> "QuantizedLinear":
+        """Some of its outputs."""
+        return QuantizedLinear(self.codes[rows], self.scales[rows], self.group_size)
 
     def is_2_4(self) -> bool:
         """At least two of every four neighbouring inputs are zero."""

@@ -49,6 +49,11 @@ class Losses:
         weight_lost = (weight_nk - value_nk).square().sum(dim=1, dtype=torch.float64)
         return cls(output, energy, weight_lost, weight_nk.square().sum(dim=1, dtype=torch.float64))
 
+    def by_row(self) -> Tensor:
+        """Of each row: of the weight and its energy, and of the output and its energy if they are known [N, 2 or 4]."""
+        there = (self.weight, self.weight_energy, self.output, self.output_energy)
+        return torch.stack([each for each in there if each is not None], dim=1)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -96,15 +101,27 @@ class Solution:
         return self.weight.dequantize(dtype) if isinstance(self.weight, QuantizedLinear) else self.weight.to(dtype)
 
     @cached_property
+    def _lost(self) -> tuple[float | None, float]:
+        return self.lost(self.losses.by_row().sum(dim=0).tolist())
+
+    @staticmethod
+    def lost(sums: Sequence[float]) -> tuple[float | None, float]:
+        """What the sums of `Losses.by_row` say: the error of the output, if that is known, and of the weight."""
+        return (_ratio(*sums[2:]) if len(sums) > 2 else None), _ratio(*sums[:2])
+
+    @property
     def output_error(self) -> float | None:
         """Squared output error relative to the squared output."""
-        losses = self.losses
-        return None if losses.output is None or losses.output_energy is None else _ratio(losses.output, losses.output_energy)
+        return self._lost[0]
 
-    @cached_property
+    @property
     def weight_error(self) -> float:
         """Squared weight error relative to the squared weight."""
-        return _ratio(self.losses.weight, self.losses.weight_energy)
+        return self._lost[1]
+
+    def __getitem__(self, rows: slice) -> "Solution":
+        """Some rows of it."""
+        return self.map(lambda whole: whole[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Solution":
         """The same change to everything that has a row for each output."""
@@ -148,11 +165,16 @@ class Solution:
 
 
 def finite(name: str, solution: Solution) -> Solution:
-    """The solution of a linear, unless it is none: looked at once it is whole, so that a GPU is waited for once."""
-    if not math.isfinite(solution.output_error or 0.0) or not math.isfinite(solution.weight_error):
+    """The solution of a linear, unless it is none."""
+    check_finite(name, solution.output_error, solution.weight_error)
+    return solution
+
+
+def check_finite(name: str, output_error: float | None, weight_error: float) -> None:
+    """Refuse what is no solution of a linear: looked at once it is whole, so that a GPU is waited for once."""
+    if not math.isfinite(output_error or 0.0) or not math.isfinite(weight_error):
         hint = "try a higher `--damp`, or leave it out with `--ignore`"
         raise NumericalError(f"`{name}`: the solution is not finite", hint=hint)
-    return solution
 
 
 class Problem(Protocol):
@@ -178,6 +200,5 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(there) if there else None
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    total = float(whole.sum())
-    return float(part.sum()) / total if total > 0 else 0.0
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0

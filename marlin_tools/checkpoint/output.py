@@ -14,6 +14,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -242,9 +243,13 @@ class OutputDirectory:
                 shutil.rmtree(folder)
         self.state.mkdir()
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Write one safetensors file."""
-        self._write(self.work / name, _safetensors(tensors, metadata or {}))
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+        """Write one safetensors file; its sha256, which takes as long as the disk and is found meanwhile."""
+        parts = _safetensors(tensors, metadata or {})
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            digest = beside.submit(_sha256, parts)
+            self._write(self.work / name, parts)
+            return digest.result()
 
     def write_text(self, name: str, text: str) -> None:
         """Write one UTF-8 file."""
@@ -344,6 +349,13 @@ def folder(path: Path, hint: str = ELSEWHERE) -> Path:
     except OSError as error:
         raise explained(error, path, hint) from error
     return path
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

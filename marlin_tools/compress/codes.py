@@ -9,12 +9,12 @@ from marlin_tools.algorithms.hessian import ALONE
 from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.recorded import Recordings
 from marlin_tools.compress.dense import DenseChoice
-from marlin_tools.compress.experts import SolveAll
 from marlin_tools.compress.job import Preparation
 from marlin_tools.compress.loop import Method, Refine
+from marlin_tools.compress.solved import SolveAll
 from marlin_tools.compress.tune import STEP_TOKENS
 from marlin_tools.distributed.team import Team
-from marlin_tools.quantized import is_2_4
+from marlin_tools.quantized import are_2_4, is_2_4
 from marlin_tools.stream.layer_stream import CHUNK_TOKENS, Group
 
 
@@ -50,7 +50,8 @@ def method_of(
         return pruner is None or (choice is not None and name in choice.names)
 
     def before(batch: list[Group]) -> None:
-        were_sparse.update((name, is_2_4(group.weight(name))) for group in batch for name in group.names)
+        weights = {name: group.weight(name) for group in batch for name in group.names}
+        were_sparse.update(zip(weights, are_2_4(list(weights.values())), strict=True))
 
     def problem(group: Group) -> Problem:
         return dense(group) if stays_dense(group.names[0]) else sparse(group)

@@ -22,10 +22,9 @@ import torch
 from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Problem, Solution, slabs
 from marlin_tools.checkpoint.output import OutputDirectory
-from marlin_tools.compress.experts import Solve, solve_experts
 from marlin_tools.compress.naming import naming
+from marlin_tools.compress.solved import Solve, solve
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import Pairs, Team
 from marlin_tools.errors import FormatError, RecipeError
@@ -34,7 +33,7 @@ from marlin_tools.formats import FORMATS
 from marlin_tools.quantized import is_2_4
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.inventory import Inventory
-from marlin_tools.stream.layer_stream import Block, Group, LayerStream
+from marlin_tools.stream.layer_stream import Block, LayerStream
 
 LOOKED_AT = 65_536
 """Calibration tokens that the choice is made from, in whole windows."""
@@ -203,30 +202,17 @@ def _solved(block: Block, ways: tuple[Solve, Solve], team: Team) -> dict[tuple[s
         todo = {group.names for group in batch if not all(is_2_4(group.weight(name)) for name in group.names)}
         for number, way in enumerate(ways if todo else ()):
             with naming(batch):
-                solved = (
-                    solve_experts(batch, way, team)
-                    if batch[0].tokens
-                    else [(batch[0], _solution(way(batch[0]), batch[0], team))]
-                )
-                for group, solution in solved:
-                    if group.names in todo:
-                        value = solution.value(group.weight(group.names[0]).dtype)
-                        version = found.setdefault(_unit(group.names), ({}, {}))[number]
-                        version.update((name, value[rows]) for name, rows in group.rows())
+                weights = dict(solve(batch, way, team).values(batch[0].weight(batch[0].names[0]).dtype))
+            for group in batch:
+                if group.names in todo:
+                    version = found.setdefault(_unit(group.names), ({}, {}))[number]
+                    version.update((name, weights[name]) for name in group.names)
     return {tuple(versions[0]): versions for versions in found.values()}
 
 
 def _unit(names: Sequence[str]) -> str:
     """The same for the same linears of all experts."""
     return " ".join(re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in names)
-
-
-def _solution(problem: Problem, group: Group, team: Team) -> Solution:
-    """As the loop solves: processes share the rows."""
-    weight = group.stacked()
-    n, k = weight.shape
-    own = [rows for part in team.rows(n) for rows in slabs(part, k, on_gpu=weight.is_cuda, size=problem.slab)]
-    return Solution.join([problem.solve(weight[rows], rows) for rows in own]).map(lambda part: team.gather(part, n))
 
 
 def _error(block: Block, entering: Activations, leaving: Activations, version: Version, team: Team) -> float:

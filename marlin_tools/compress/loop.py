@@ -5,18 +5,18 @@ the block is on disk before the next one is loaded. What is done to a group is a
 `job.py` makes a model directory of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Solution, finite, slabs
+from marlin_tools.algorithms.solution import Solution, check_finite
 from marlin_tools.compress.dense import DenseChoice
-from marlin_tools.compress.experts import Solve, SolveAll, solve_experts
 from marlin_tools.compress.naming import naming
 from marlin_tools.compress.shards import Shards
+from marlin_tools.compress.solved import Solve, SolveAll, Solved, solve
 from marlin_tools.distributed.team import Team
 from marlin_tools.events import Emit, Event
 from marlin_tools.stopwatch import span
@@ -66,8 +66,8 @@ class Store(Protocol):
     def joins(self) -> bool:
         """See above."""
 
-    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
-        """What is written, by suffix."""
+    def tensors(self, solved: Solved) -> dict[str, Tensor]:
+        """What is written, by its full name."""
 
     def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
         """The weight that these tensors stand for; `like` is what it replaces."""
@@ -84,7 +84,7 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 emit(Event("progress", "blocks", block.index + 1, len(stream)))
                 continue
             entering = stream.hidden.copy() if method.refine and stream.hidden is not None else None
-            solutions: dict[str, Solution] = {}
+            solved: list[Solved] = []
             facts: dict[str, dict[str, Any]] = {}
             for batch in block.batches(staged=method.staged):
                 if not batch[0].names:
@@ -92,32 +92,24 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 emit(Event("progress", batch[-1].names[-1]))
                 method.before(batch)
                 with naming(batch):
-                    if batch[0].tokens is None:
-                        problem, weight = method.problem(batch[0]), batch[0].stacked()
-                        n, k = weight.shape
-                        parts = []
-                        for own in team.rows(n):
-                            for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
-                                parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
-                        solution = Solution.join(parts).map(lambda own, n=n: team.gather(own, n))  # type: ignore[misc]
-                        solved: Iterable[tuple[Group, Solution]] = [(batch[0], solution)]
-                    else:
-                        solved = solve_experts(batch, method.problem, team, method.experts)
-                    for group, solution in solved:
-                        for name, rows in group.rows():
-                            facts[name] = group.facts
-                            solutions[name] = solution.map(lambda whole, rows=rows: whole[rows])  # type: ignore[misc]
-                            group.replace(name, solutions[name].value(group.weight(name).dtype))
+                    solved.append(solve(batch, method.problem, team, method.experts))
+                groups = {name: group for group in batch for name in group.names}
+                facts.update((name, group.facts) for name, group in groups.items())
+                for name, weight in solved[-1].values(batch[0].weight(batch[0].names[0]).dtype):
+                    groups[name].replace(name, weight)
             found: dict[str, Any] = {}
-            if method.refine and entering is not None and solutions:
+            if method.refine and entering is not None and solved:
                 with span("train"):
-                    solutions, found = method.refine(block, entering, solutions)
+                    solutions, found = method.refine(block, entering, dict(pair for each in solved for pair in each.each()))
+                    solved = [Solved.of(*pair) for pair in solutions.items()]
             if team.leads:
                 records = [
-                    record_of(name, each) | method.note(name, each) | facts[name] | found for name, each in solutions.items()
+                    record | method.note(name, solution) | facts[name] | found
+                    for each in solved
+                    for (name, solution), record in zip(each.each(), records_of(each), strict=True)
                 ]
                 with span("pack"):
-                    stored = {f"{n}.{s}": t for n, each in solutions.items() for s, t in store.tensors(n, each).items()}
+                    stored = {name: tensor for each in solved for name, tensor in store.tensors(each).items()}
                 behind.hand_over(shards.writing(block.index, stored, records))
             emit(Event("progress", "blocks", block.index + 1, len(stream)))
         if team.leads:
@@ -126,13 +118,15 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 behind.hand_over(shards.writing_reference(stream))
 
 
-def record_of(name: str, solution: Solution) -> dict[str, Any]:
-    """What the manifest says about one linear; a solution that is not finite stops the run here."""
-    output, weight = finite(name, solution).output_error, solution.weight_error
-    return {
-        "name": name,
-        "shape": list(solution.weight.shape),
-        "output_error": None if output is None else float(f"{output:.6g}"),
-        "weight_error": float(f"{weight:.6g}"),
-        "damp": solution.damp,
-    }
+def records_of(solved: Solved) -> Iterator[dict[str, Any]]:
+    """What the manifest says about each linear; a solution that is not finite stops the run here."""
+    for name, (output, weight) in solved.errors().items():
+        check_finite(name, output, weight)
+        rows = solved.rows[name]
+        yield {
+            "name": name,
+            "shape": [rows.stop - rows.start, solved.whole.weight.shape[1]],
+            "output_error": None if output is None else float(f"{output:.6g}"),
+            "weight_error": float(f"{weight:.6g}"),
+            "damp": solved.damps[name],
+        }

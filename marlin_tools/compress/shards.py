@@ -72,10 +72,10 @@ class Shards:
                 fetched = self._copies.fetch(stored, ready)
                 stored.clear()
                 joined = self._inventory.joined(index, fetched) if self._joins else self._untouched(index) | fetched
-                self._writer.write_shard(index, joined)
+                digest = self._writer.write_shard(index, joined)
                 before, self._since = self._since, time.perf_counter()
                 facts = {"linears": records, "seconds": round(self._since - before, 3)}
-                self.entries.append(journal.record(index, self._writer.shard_path(index), facts))
+                self.entries.append(journal.record(index, digest, facts))
 
         return write
 
@@ -87,7 +87,11 @@ class Shards:
         """Keep what the new model puts out for a few tokens, for later checks."""
         ids, logits = stream.logits(REFERENCE_TOKENS)
         reference = {"tokens": ids, "logits": logits}
-        return lambda: self._writer.output.write_tensors("verify/reference.safetensors", reference)
+
+        def write() -> None:
+            self._writer.output.write_tensors("verify/reference.safetensors", reference)
+
+        return write
 
     def _untouched(self, index: int | None) -> dict[str, Tensor]:
         """All tensors of a block, or of none, that are as they were."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from marlin_tools.algorithms.solution import Solution
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.solved import Solved
 from marlin_tools.formats import Format
 from marlin_tools.stream.inventory import Inventory
 
@@ -23,9 +23,14 @@ class CodeStore:
         """Those of the format."""
         return self.format.suffixes
 
-    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
+    def tensors(self, solved: Solved) -> dict[str, Tensor]:
         """Packed."""
-        return self.format.pack(solution.linear, self.checkpoint.dtype)
+        return {
+            f"{name}.{suffix}": tensor
+            for piece, places in solved.pieces()
+            for name, packed in self.format.pack_all(piece.linear, places, self.checkpoint.dtype).items()
+            for suffix, tensor in packed.items()
+        }
 
     def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
         """The values of the codes and scales."""
@@ -41,9 +46,9 @@ class DenseStore:
     suffixes: tuple[str, ...] = ("weight",)
     joins: bool = True
 
-    def tensors(self, name: str, solution: Solution) -> dict[str, Tensor]:
+    def tensors(self, solved: Solved) -> dict[str, Tensor]:
         """In the type that the original has here."""
-        return {"weight": solution.dense.to(self.inventory.dtype(name))}
+        return {f"{name}.weight": each.dense.to(self.inventory.dtype(name)) for name, each in solved.each()}
 
     def weight(self, stored: dict[str, Tensor], like: Tensor) -> Tensor:
         """As it was written."""

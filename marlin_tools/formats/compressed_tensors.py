@@ -46,6 +46,21 @@ class CompressedTensors(Format):
             "weight_shape": torch.tensor((n, k), dtype=torch.int64, device=linear.codes.device),
         }
 
+    def pack_all(
+        self, linear: QuantizedLinear, rows: Mapping[str, slice], model_dtype: torch.dtype = torch.float16
+    ) -> dict[str, dict[str, Tensor]]:
+        """All at once: a row is stored by itself."""
+        whole, k = self.pack(linear, model_dtype), linear.shape[1]
+        shapes = {n: whole["weight_shape"].new_tensor((n, k)) for n in {own.stop - own.start for own in rows.values()}}
+        return {
+            name: {
+                "weight_packed": whole["weight_packed"][own],
+                "weight_scale": whole["weight_scale"][own],
+                "weight_shape": shapes[own.stop - own.start],
+            }
+            for name, own in rows.items()
+        }
+
     def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> QuantizedLinear:
         """Scales may be in any floating-point type that is exact in float16."""
         n, k = shape

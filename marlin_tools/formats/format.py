@@ -46,6 +46,12 @@ class Format(ABC):
     def pack(self, linear: QuantizedLinear, model_dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         """The stored tensors by suffix. `model_dtype` matters only to a format that stores scales in it."""
 
+    def pack_all(
+        self, linear: QuantizedLinear, rows: Mapping[str, slice], model_dtype: torch.dtype = torch.float16
+    ) -> dict[str, dict[str, Tensor]]:
+        """The stored tensors of several linears, by name, that lie under each other in one; `rows` are those of each."""
+        return {name: self.pack(linear[own], model_dtype) for name, own in rows.items()}
+
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> QuantizedLinear:
         """The linear of shape (N, K) that these tensors, by suffix, store. Exact inverse of `pack`."""

@@ -83,7 +83,9 @@ class Group:
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on the stream computes with `weight`."""
-        self._modules[name].weight.data.copy_(weight)
+        linear = self._modules[name]
+        new = torch.empty_like(linear.weight.data).copy_(weight)
+        linear.weight = nn.Parameter(new, requires_grad=False)  # the original keeps the old one
 
 
 class Block:
@@ -93,7 +95,9 @@ class Block:
         self.index = index
         self.prefix = stream.family.block_prefix(index)
         self.stream, self.module = stream, module
-        self._original = copy.deepcopy(module) if stream.original is not None else None
+        self._original: nn.Module | None = None
+        if stream.original is not None:  # it shares all weights with the block until they are replaced
+            self._original = copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
 
     def all_groups(self) -> Iterator[Group]:
         """The groups without Hessians; the activations stay where they are."""

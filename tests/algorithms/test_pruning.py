@@ -13,7 +13,7 @@ from marlin_tools.algorithms.masks import magnitude, of_pair, pair_of, two_large
 from marlin_tools.algorithms.polish import row_losses
 from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.errors import NumericalError
-from marlin_tools.quantized import is_2_4
+from marlin_tools.quantized import are_2_4, is_2_4
 
 N, K, G = 12, 256, 128
 MANY = 1 << 40  # tokens, which leave no doubt
@@ -26,6 +26,18 @@ def problem() -> tuple[Tensor, Hessian]:
     mix = torch.randn(K, K, generator=generator) * torch.arange(1, K + 1) ** -0.5
     x = torch.randn(4096, K, generator=generator) @ mix.T
     return torch.randn(N, K, generator=generator) * 0.02, Hessian(x.T @ x / len(x), MANY)
+
+
+def test_what_many_matrices_are_is_what_each_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, late = torch.ones(40, 8), torch.zeros(40, 8)
+    late[33, :3] = 1  # below the rows that are looked at first
+    narrow = torch.ones(4, 6)
+    for matrices in ([dense, late, torch.zeros(40, 8), dense], [late, torch.zeros(3, 8)], [narrow, narrow], []):
+        assert are_2_4(matrices) == [is_2_4(each) for each in matrices]
+    asked = []
+    monkeypatch.setattr("marlin_tools.quantized.is_2_4", lambda matrix: asked.append(matrix) or is_2_4(matrix))
+    are_2_4([dense, late, dense])
+    assert [each is late for each in asked] == [True], "only what the first rows leave open is looked at as a whole"
 
 
 def textbook_sparsegpt(weight: Tensor, matrix: Tensor) -> Tensor:

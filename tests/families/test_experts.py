@@ -16,9 +16,9 @@ from marlin_tools.backends import load
 from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.compress.experts import solve_experts
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.solved import solve
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import ALONE
 from marlin_tools.errors import ModelError
@@ -287,11 +287,19 @@ def test_experts_are_handed_out_by_the_dozen(
                 assert [group.names for group in groups] == [group.names for group in batch]
                 return usual
 
-            found = list(solve_experts(batch, lambda _group, problems=problems: problems[0], ALONE, at_once))
-            assert [group.names for group, _ in found] == [group.names for group in batch]
-            for (_, solution), expected in zip(found, usual, strict=True):
-                assert torch.equal(solution.linear.codes, expected.linear.codes)
-                assert torch.equal(solution.linear.scales, expected.linear.scales)
+            found = solve(batch, lambda _group, problems=problems: problems[0], ALONE, at_once)
+            assert list(found.rows) == [name for group in batch for name in group.names]
+            expected = {
+                name: (each[rows], each.damp) for group, each in zip(batch, usual, strict=True) for name, rows in group.rows()
+            }
+            for name, solution in found.each():
+                own, damp = expected[name]
+                assert torch.equal(solution.linear.codes, own.linear.codes)
+                assert torch.equal(solution.linear.scales, own.linear.scales)
+                assert solution.damp == damp
+                assert found.errors()[name] == (own.output_error, own.weight_error)
+            for name, value in found.values(torch.float32):
+                assert torch.equal(value, expected[name][0].value(torch.float32))
     attention = [[3], [1]]
     assert sizes[:8] == [*attention, [2], [2, 2, 2], [2], [1], [1, 1, 1], [1]]
     assert sizes[8:] == [*attention, [2], [2], [1], [2, 2], [1], [1, 1, 1], [1]]

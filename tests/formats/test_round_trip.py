@@ -102,6 +102,16 @@ def test_strides_make_no_difference(draw_linear, name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_linears_that_are_packed_together_are_as_if_each_were_alone(draw_linear, name):
+    whole = draw_linear(768, 256, 128, sparse=True)
+    rows = {"c": slice(512, 768), "a": slice(0, 256), "b": slice(0, 512)}
+    packed = EVERY[name].pack_all(whole, rows, torch.float16)
+    assert list(packed) == list(rows)
+    for linear, own in rows.items():
+        assert save(packed[linear]) == save(EVERY[name].pack(whole[own]))
+
+
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("group_size", (-1, 128))
 def test_a_checkpoint_is_recognized_by_what_we_write(name, group_size):
     config = EVERY[name].quantization_config(group_size, ["lm_head", "model.layers.0.mlp.down_proj"])

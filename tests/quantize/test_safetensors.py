@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from marlin_tools.checkpoint.output import OutputDirectory
+from marlin_tools.checkpoint.output import OutputDirectory, sha256_of
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -27,6 +27,11 @@ def test_as_the_library_writes_them(tmp_path: Path) -> None:
         written = (output.work / "some" / "file.safetensors").read_bytes()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors().items()}
     assert written == save(contiguous, metadata={"format": "pt"})
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "out") as output:
+        assert output.write_tensors("file.safetensors", tensors()) == sha256_of(output.work / "file.safetensors")
 
 
 def test_metadata_come_in_the_order_of_their_names(tmp_path: Path) -> None:

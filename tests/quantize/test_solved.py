@@ -1,0 +1,42 @@
+"""Linears that were solved together, taken apart again."""
+
+import pytest
+import torch
+
+from marlin_tools.algorithms.solution import Losses, Solution
+from marlin_tools.compress import solved as module
+from marlin_tools.compress.solved import Solved
+from marlin_tools.quantized import QuantizedLinear
+
+
+def solution(n: int, k: int = 64) -> Solution:
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(n, k // 32, generator=generator).to(torch.float16)
+    losses = [torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return Solution(QuantizedLinear(codes, scales, 32), Losses(*losses), 0.01)
+
+
+def test_every_linear_has_its_own_rows_however_many_are_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = solution(50)
+    rows = {"c": slice(30, 50), "a": slice(0, 10), "b": slice(10, 20)}  # 20 to 30 is nobody's
+    for at_once in (1, 10 * 64, 20 * 64, 1 << 20):
+        monkeypatch.setattr(module, "_AT_ONCE", at_once)
+        linears = Solved(whole, rows, {"a": 0.01, "b": 0.1, "c": 1.0})
+        values = dict(linears.values(torch.float32))
+        assert sorted(values) == sorted(rows)
+        for name, value in values.items():
+            assert torch.equal(value, whole.value(torch.float32)[rows[name]])
+        for name, each in linears.each():
+            assert torch.equal(each.linear.codes, whole.linear.codes[rows[name]])
+            assert each.damp == linears.damps[name]
+            assert linears.errors()[name] == (each.output_error, each.weight_error)
+        assert list(linears.errors()) == ["c", "a", "b"]
+
+
+def test_without_data_nothing_is_said_of_the_output() -> None:
+    known = solution(8).losses
+    linear = Solved.of("x", Solution(solution(8).linear, Losses(None, None, known.weight, known.weight_energy), None))
+    ((output, weight),) = linear.errors().values()
+    assert output is None
+    assert weight == float(known.weight.sum()) / float(known.weight_energy.sum())
