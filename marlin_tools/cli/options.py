@@ -56,8 +56,8 @@ Calib = Annotated[
     str | None,
     option(
         of="SOURCE",
-        text="demo, c4, redpajama, wikitext2, pile, ultrachat, FILE, hf:OWNER/NAME.",
-        words=complete.one_of(complete.SOURCES),
+        text="demo, c4, redpajama, wikitext2, pile, ultrachat, FILE, hf:OWNER/NAME; or several, with commas.",
+        words=complete.list_of(complete.SOURCES),
     ),
 ]
 NumSamples = Annotated[int | None, option(of="N", text="Windows or documents of text.")]

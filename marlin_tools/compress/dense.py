@@ -22,9 +22,10 @@ import torch
 from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
+from marlin_tools.algorithms.solution import Problem
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.compress.naming import naming
-from marlin_tools.compress.solved import Solve, solve
+from marlin_tools.compress.solved import Solve, Solved, own_rows, solve_experts
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import Pairs, Team
 from marlin_tools.errors import FormatError, RecipeError
@@ -33,7 +34,7 @@ from marlin_tools.formats import FORMATS
 from marlin_tools.quantized import is_2_4
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.inventory import Inventory
-from marlin_tools.stream.layer_stream import Block, LayerStream
+from marlin_tools.stream.layer_stream import Block, Group, LayerStream
 
 LOOKED_AT = 65_536
 """Calibration tokens that the choice is made from, in whole windows."""
@@ -202,7 +203,8 @@ def _solved(block: Block, ways: tuple[Solve, Solve], team: Team) -> dict[tuple[s
         todo = {group.names for group in batch if not all(is_2_4(group.weight(name)) for name in group.names)}
         for number, way in enumerate(ways if todo else ()):
             with naming(batch):
-                weights = dict(solve(batch, way, team).values(batch[0].weight(batch[0].names[0]).dtype))
+                solved = solve_experts(batch, way, team) if batch[0].tokens else _solve(batch[0], way(batch[0]), team)
+            weights = dict(solved.values(batch[0].weight(batch[0].names[0]).dtype))
             for group in batch:
                 if group.names in todo:
                     version = found.setdefault(_unit(group.names), ({}, {}))[number]
@@ -213,6 +215,12 @@ def _solved(block: Block, ways: tuple[Solve, Solve], team: Team) -> dict[tuple[s
 def _unit(names: Sequence[str]) -> str:
     """The same for the same linears of all experts."""
     return " ".join(re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in names)
+
+
+def _solve(group: Group, problem: Problem, team: Team) -> Solved:
+    """As the loop does."""
+    weight = group.stacked()
+    return Solved.of_group(group, [problem.solve(weight[rows], rows) for rows in own_rows(problem, weight, team)], team)
 
 
 def _error(block: Block, entering: Activations, leaving: Activations, version: Version, team: Team) -> float:

@@ -16,7 +16,7 @@ from marlin_tools.algorithms.solution import Solution, check_finite
 from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.naming import naming
 from marlin_tools.compress.shards import Shards
-from marlin_tools.compress.solved import Solve, SolveAll, Solved, solve
+from marlin_tools.compress.solved import Solve, SolveAll, Solved, own_rows, solve_experts
 from marlin_tools.distributed.team import Team
 from marlin_tools.events import Emit, Event
 from marlin_tools.stopwatch import span
@@ -92,7 +92,14 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 emit(Event("progress", batch[-1].names[-1]))
                 method.before(batch)
                 with naming(batch):
-                    solved.append(solve(batch, method.problem, team, method.experts))
+                    if batch[0].tokens is None:
+                        problem, weight = method.problem(batch[0]), batch[0].stacked()
+                        parts = []
+                        for rows in own_rows(problem, weight, team):
+                            parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
+                        solved.append(Solved.of_group(batch[0], parts, team))
+                    else:
+                        solved.append(solve_experts(batch, method.problem, team, method.experts))
                 groups = {name: group for group in batch for name in group.names}
                 facts.update((name, group.facts) for name, group in groups.items())
                 for name, weight in solved[-1].values(batch[0].weight(batch[0].names[0]).dtype):

@@ -42,6 +42,13 @@ class Solved:
         """One linear."""
         return cls(solution, {name: slice(0, len(solution.losses.weight))}, {name: solution.damp})
 
+    @classmethod
+    def of_group(cls, group: Group, parts: Sequence[Solution], team: Team) -> "Solved":
+        """A group of which this process has solved its own rows."""
+        n = sum(rows.stop - rows.start for _, rows in group.rows())
+        whole = Solution.join(parts).map(lambda own: team.gather(own, n))
+        return cls(whole, dict(group.rows()), dict.fromkeys(group.names, whole.damp))
+
     def each(self) -> Iterator[tuple[str, Solution]]:
         """The solution of every linear."""
         for name, rows in self.rows.items():
@@ -76,26 +83,14 @@ class Solved:
         return self.whole[start:stop], {name: slice(rows.start - start, rows.stop - start) for name, rows in linears}
 
 
-def solve(batch: list[Group], problem_of: Solve, team: Team, at_once: SolveAll | None = None) -> Solved:
-    """One group, or experts of one shape, solved by all processes together."""
-    if batch[0].tokens is None:
-        return _solve_rows(batch[0], problem_of, team)
-    return _solve_experts(batch, problem_of, team, at_once)
+def own_rows(problem: Problem, weight_nk: Tensor, team: Team) -> list[slice]:
+    """The rows of a group that this process solves, in pieces that a GPU can work on."""
+    n, k = weight_nk.shape
+    return [piece for own in team.rows(n) for piece in slabs(own, k, on_gpu=weight_nk.is_cuda, size=problem.slab)]
 
 
-def _solve_rows(group: Group, problem_of: Solve, team: Team) -> Solved:
-    problem, weight = problem_of(group), group.stacked()
-    n, k = weight.shape
-    parts = []
-    for own in team.rows(n):
-        for rows in slabs(own, k, on_gpu=weight.is_cuda, size=problem.slab):
-            parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)
-    solution = Solution.join(parts).map(lambda own: team.gather(own, n))
-    return Solved(solution, dict(group.rows()), dict.fromkeys(group.names, solution.damp))
-
-
-def _solve_experts(batch: list[Group], problem_of: Solve, team: Team, at_once: SolveAll | None) -> Solved:
-    """Every process solves the experts whose Hessians it has."""
+def solve_experts(batch: list[Group], problem_of: Solve, team: Team, at_once: SolveAll | None = None) -> Solved:
+    """Experts of one shape; every process solves those whose Hessians it has."""
     rounds = [batch[start : start + team.size] for start in range(0, len(batch), team.size)]
     mine = [groups[team.own(groups)] for groups in rounds]
     solutions = at_once(mine) if at_once else [solve_all(problem_of(group), group.stacked()) for group in mine]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from marlin_tools.data.render import ChatTemplate, Encoder
-from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, pack
-from marlin_tools.data.sources import BY_DOCUMENT, Shape, find_corpus
+from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, in_turn, pack
+from marlin_tools.data.sources import BY_DOCUMENT, Shape, each_of, find_corpus
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError
 from marlin_tools.events import Emit, Event, silent
@@ -28,11 +28,12 @@ WINDOW = 2048
 class CalibrationSettings(Settings):
     """What to calibrate on.
 
-    source         a name in `data.sources.SOURCES`, a file, or `hf:owner/name[:config][@split]`
+    source         a name in `data.sources.SOURCES`, a file, or `hf:owner/name[:config][@split]`; of several, with commas
+                   between them, each gives as many samples as the others
     num_samples    windows or documents
     seqlen         window length, or the longest document kept; by default 2048 or 4096, and never more than the model has
     seed           packed: 0 takes the first windows in order, any other draws from all of them; documents: every seed draws
-    shape          "auto" packs if `seqlen` is given, and else does what suits the source (documents for `redpajama` alone)
+    shape          "auto" packs if `seqlen` is given, and else does what suits the source (documents for `redpajama` by itself)
     fewer          whether fewer windows than `num_samples` will do, if the text has no more
     chat_template  "auto" renders conversations if the tokenizer has a template; "on" insists; "off" never does
     """
@@ -70,28 +71,43 @@ def calibrate(
 
 def preview(settings: CalibrationSettings, checkpoint: "Checkpoint", count: int = 3) -> list[str]:
     """The first samples exactly as the model will read them: template, special tokens and cuts included."""
-    few = settings.model_copy(update={"num_samples": min(count, settings.num_samples)})
+    least = len(each_of(settings.source))
+    few = settings.model_copy(update={"num_samples": min(max(count, least), settings.num_samples)})
     tokenizer = checkpoint.tokenizer()
     return [str(tokenizer.decode(sequence.tolist())) for sequence in _collect(few, checkpoint, silent).sequences]
 
 
 def expected_tokens(settings: CalibrationSettings, checkpoint: "Checkpoint") -> tuple[int, int]:
     """(tokens, longest sequence) at most: what a plan can know before any text is opened."""
-    find_corpus(settings.source)
+    for name, _ in _shares(settings):
+        find_corpus(name)
     shape = _shape(settings, "documents" if settings.source in BY_DOCUMENT else "packed")
     length = _length(settings, checkpoint, WINDOW if shape == "packed" else LONGEST_DOCUMENT)
     return settings.num_samples * length, length
 
 
 def _collect(settings: CalibrationSettings, checkpoint: "Checkpoint", emit: Emit) -> TokenSet:
-    open_corpus = find_corpus(settings.source)
+    shares = [(find_corpus(name), count) for name, count in _shares(settings)]
     encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.text_config.get("vocab_size"))
     emit(Event("note", f"calibration text: `{settings.source}`"))
-    corpus = open_corpus()
-    if _shape(settings, corpus.shape) == "packed":
-        length = _length(settings, checkpoint, WINDOW)
-        return pack(corpus, encode, length, settings.num_samples, settings.seed, fewer=settings.fewer)
-    return choose(corpus, encode, _length(settings, checkpoint, LONGEST_DOCUMENT), settings.num_samples, settings.seed)
+    parts = []
+    for open_corpus, count in shares:
+        corpus = open_corpus()
+        if _shape(settings, corpus.shape if len(shares) == 1 else "packed") == "packed":
+            length = _length(settings, checkpoint, WINDOW)
+            parts.append(pack(corpus, encode, length, count, settings.seed, fewer=settings.fewer))
+        else:
+            parts.append(choose(corpus, encode, _length(settings, checkpoint, LONGEST_DOCUMENT), count, settings.seed))
+    return parts[0] if len(parts) == 1 else in_turn(parts)
+
+
+def _shares(settings: CalibrationSettings) -> list[tuple[str, int]]:
+    """How many samples every source gives; what is left over the first ones give."""
+    names, count = each_of(settings.source), settings.num_samples
+    if count < len(names):
+        message = f"{len(names)} sources cannot share {count} sample{'s' * (count > 1)}"
+        raise DataError(message, hint=f"use `--num-samples {len(names)}` or more")
+    return [(name, count // len(names) + (i < count % len(names))) for i, name in enumerate(names)]
 
 
 def _shape(settings: CalibrationSettings, usual: Shape) -> Shape:

@@ -12,7 +12,7 @@ and length, starts behind them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import TypeVar
 
 import numpy as np
@@ -118,6 +118,20 @@ def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed:
         seed=seed,
         order="shuffled",
         notes=_notes(corpus, encode, drawn=True),
+    )
+
+
+def in_turn(parts: Sequence[TokenSet]) -> TokenSet:
+    """The samples of several sources, one of each after the other, so that any stretch of them has some of all."""
+    turns = zip_longest(*(part.sequences for part in parts))
+    return TokenSet(
+        sequences=tuple(sequence for turn in turns for sequence in turn if sequence is not None),
+        source=", ".join(part.source for part in parts),
+        packed=parts[0].packed,
+        documents=sum(part.documents for part in parts),
+        seed=parts[0].seed,
+        order="shuffled" if any(part.order == "shuffled" for part in parts) else "first",
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )
 
 

@@ -160,6 +160,18 @@ BY_DOCUMENT = frozenset({"redpajama"})
 """Sources whose samples are single documents when nobody says otherwise."""
 
 
+def each_of(source: str) -> tuple[str, ...]:
+    """The sources that are named, with commas between them; a file whose name has a comma is one."""
+    names = tuple(part.strip() for part in source.split(","))
+    if len(names) == 1 or Path(source).exists():
+        return (source,)
+    if not all(names):
+        raise DataError(f"`{source}`: a comma with no source beside it", hint="write the names with one comma between two")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"`{source}`: `{twice}` is named twice", hint="name every source once: each gives as many samples")
+    return names
+
+
 def find_corpus(source: str) -> Callable[[], Corpus]:
     """How to open a name in `SOURCES`, `hf:owner/name[:config][@split]`, or a path; a name wins over a file of that name.
 

@@ -12,7 +12,7 @@ from marlin_tools.checkpoint.journal import another_run, unfinished
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output, put
 from marlin_tools.data.calibrate import CalibrationSettings
-from marlin_tools.data.sources import SOURCES
+from marlin_tools.data.sources import SOURCES, each_of
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import leads, processes
 from marlin_tools.errors import OutputError, RecipeError
@@ -122,7 +122,7 @@ def check_outputs(planned: Plan) -> None:
     if not leads():
         return
     stages, text = planned.recipe.stages, planned.recipe.calibrate
-    read = [planned.recipe.model, *([text.source] if text else [])]
+    read = [planned.recipe.model, *(each_of(text.source) if text else [])]
     read += [name for each in stages for key in ("baseline", "teacher") if (name := getattr(each, key, None))]
     read += [task.removeprefix("ppl:") for task in planned.recipe.tasks]
     there = [name for name in read if name != "demo" and expanded(name).exists()]
@@ -176,7 +176,7 @@ def _other_text(ours: CalibrationSettings | None, theirs: CalibrationSettings | 
     if ours is None or theirs is None:
         return False
     lengths = {each.seqlen for each in (ours, theirs) if each.seqlen is not None and each.shape != "documents"}
-    named = {each.source for each in (ours, theirs) if each.source in SOURCES}
+    named = {each.source for each in (ours, theirs) if set(each_of(each.source)) <= SOURCES.keys()}
     return (ours.num_samples, ours.seed) != (theirs.num_samples, theirs.seed) or len(lengths) > 1 or len(named) > 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.data.calibrate import CalibrationSettings, calibrate, preview
+from marlin_tools.data.calibrate import CalibrationSettings, calibrate, expected_tokens, preview
 from marlin_tools.errors import DataError
 from marlin_tools.events import Event
 
@@ -149,3 +149,74 @@ def test_preview_shows_the_first_samples_as_the_model_reads_them(
     assert samples[:3] == preview(settings, checkpoint)
     assert samples[:1] == preview(settings, checkpoint, count=1)
     assert samples[0].startswith("<s>[user]q")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """As long as `text`, of other words."""
+    path = tmp_path / "other, mine.txt"  # a comma in a name is no comma between names
+    path.write_text("".join(f"{n:024}{LETTERS[::-1] * 3}\n\n" for n in range(40)))
+    return str(path)
+
+
+def test_a_comma_in_a_files_name_is_part_of_it(checkpoint: Any, other: str) -> None:
+    assert calibrate(other, checkpoint, num_samples=3).source == other
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_several_sources_give_windows_in_turn(checkpoint: Any, text: str, tmp_path: Path, *, seed: int) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text("".join(f"{n:024}{LETTERS[::-1] * 3}\n\n" for n in range(40)))
+    alone = [calibrate(name, checkpoint, num_samples=3, seqlen=32, seed=seed).sequences for name in (text, str(second))]
+
+    both = calibrate(f"{text},{second}", checkpoint, num_samples=5, seqlen=32, seed=seed)
+
+    expected = [alone[0][0], alone[1][0], alone[0][1], alone[1][1], alone[0][2]]
+    assert [sequence.tolist() for sequence in both.sequences] == [sequence.tolist() for sequence in expected]
+    assert both.source == f"{text}, {second}"
+    assert both.packed
+    assert both.order == ("shuffled" if seed else "first")
+    assert len(preview(CalibrationSettings(source=f"{text},{second}"), checkpoint, count=1)) == 2, "one of each"
+
+
+def test_a_source_that_has_less_leaves_the_others_what_they_were_to_give(checkpoint: Any, text: str, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(LETTERS * 10)
+    tokens = calibrate(f"{short}, {text}", checkpoint, num_samples=40, seqlen=64, fewer=True)
+    assert len(tokens.sequences) == 4 + 20
+    with pytest.raises(DataError, match=r"short\.txt.*20 asked for"):
+        calibrate(f"{short},{text}", checkpoint, num_samples=40, seqlen=64)
+
+
+def test_documents_of_several_sources(checkpoint: Any, tmp_path: Path) -> None:
+    names = []
+    for name in ("first", "second"):
+        file = tmp_path / name
+        file.write_text("\n\n".join(f"{name} {n}" for n in range(9)))
+        names.append(str(file))
+    asked = {"shape": "documents", "seqlen": 60}
+    alone = [calibrate(name, checkpoint, num_samples=2, **asked) for name in names]
+    both = calibrate(",".join(names), checkpoint, num_samples=4, **asked)
+    expected = [alone[0].sequences[0], alone[1].sequences[0], alone[0].sequences[1], alone[1].sequences[1]]
+    assert [each.tolist() for each in both.sequences] == [each.tolist() for each in expected]
+    assert not both.packed
+
+
+@pytest.mark.parametrize(
+    ("source", "samples", "message"),
+    [
+        ("demo,", 4, "no source beside it"),
+        (",", 4, "no source beside it"),
+        ("demo,demo", 4, "named twice"),
+        ("demo,dmo", 4, "no such file or source"),
+        ("demo,{text}", 1, "2 sources cannot share 1 sample"),
+    ],
+)
+def test_sources_that_are_none_are_refused_by_the_plan_as_well(
+    checkpoint: Any, text: str, source: str, samples: int, message: str
+) -> None:
+    settings = CalibrationSettings(source=source.format(text=text), num_samples=samples)
+    for ask in (lambda: calibrate(settings, checkpoint), lambda: expected_tokens(settings, checkpoint)):
+        with pytest.raises(DataError, match=message) as refusal:
+            ask()
+        assert refusal.value.hint

@@ -18,7 +18,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
-from marlin_tools.compress.solved import solve
+from marlin_tools.compress.solved import solve_experts
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.team import ALONE
 from marlin_tools.errors import ModelError
@@ -287,7 +287,7 @@ def test_experts_are_handed_out_by_the_dozen(
                 assert [group.names for group in groups] == [group.names for group in batch]
                 return usual
 
-            found = solve(batch, lambda _group, problems=problems: problems[0], ALONE, at_once)
+            found = solve_experts(batch, lambda _group, problems=problems: problems[0], ALONE, at_once)
             assert list(found.rows) == [name for group in batch for name in group.names]
             expected = {
                 name: (each[rows], each.damp) for group, each in zip(batch, usual, strict=True) for name, rows in group.rows()
