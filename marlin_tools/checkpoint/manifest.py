@@ -7,6 +7,7 @@ long it took and how much memory the process had used by its end.
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ def versions() -> dict[str, str]:
 
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of what makes a result a model, by path inside it: all its files but the manifest, and the stored reference."""
-    files = sorted((*directory.glob("*"), *directory.glob("verify/*")))
-    return {file.relative_to(directory).as_posix(): sha256_of(file) for file in files if file.is_file() and file.name != NAME}
+    found = sorted((*directory.glob("*"), *directory.glob("verify/*")))
+    files = [file for file in found if file.is_file() and file.name != NAME]
+    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+        digests = list(threads.map(sha256_of, files))
+    return {file.relative_to(directory).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
 
 
 def write_manifest(
