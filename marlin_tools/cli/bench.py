@@ -1,6 +1,7 @@
 """How fast it is: `bench kernels|model|quantize|finetune`, on random weights of true shapes; nothing is downloaded."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -10,7 +11,7 @@ from marlin_tools.cli import ui
 from marlin_tools.cli.complete import PRESETS, SHAPES, list_of, one_of
 from marlin_tools.cli.options import PLAIN, Device, Json, flag, option
 from marlin_tools.cli.perform import given, words
-from marlin_tools.errors import RecipeError
+from marlin_tools.errors import MarlinToolsError, RecipeError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -150,10 +151,17 @@ def _measure(run: "Callable[[Emit], Any]", table: Callable[[Any], str], output: 
     from marlin_tools.distributed.device import leads
     from marlin_tools.report.benchmarks import write
 
+    new = output if output is not None and not output.exists() else None
     if output is not None:
         folder(output)
-    with ui.Display() as display:
-        measured = run(display)
+    try:
+        with ui.Display() as display:
+            measured = run(display)
+    except MarlinToolsError:
+        if new is not None:
+            with suppress(OSError):
+                new.rmdir()
+        raise
     if not leads():
         return 0
     for path in write(measured, output) if output is not None else ():

@@ -16,7 +16,7 @@ from marlin_tools.checkpoint.output import folder, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ModelError, OutputError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_vocabulary, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
@@ -33,6 +33,8 @@ class Record:
         self.home, self.model, self.settings, self.baseline = home, model, settings, baseline
         if home is not None:
             folder(home, hint="measure a copy of the model, or make its directory writable")
+            if (home / NAME).is_dir():
+                raise OutputError(f"`{home / NAME}` is a directory, and a file is to be written there", hint="move it away")
 
     def found(self, emit: Emit = silent) -> Evaluation | None:
         """An earlier measurement, if nothing that decides it has changed.

@@ -175,6 +175,17 @@ def test_more_tokens_than_positions_are_refused_before_any_work(cli, monkeypatch
     assert cli("bench", "model", "--in", "4090", "--out", "7") == (2, "", complaint)
 
 
+def test_what_is_refused_leaves_no_directory_behind(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "mine").mkdir()
+
+    for place in ("new", "mine"):
+        assert cli("bench", "kernels", "-o", place).code == 2
+
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "mine").is_dir()
+
+
 @pytest.mark.parametrize("what", ("kernels", "model", "quantize"))
 def test_a_place_that_cannot_be_written_is_said_before_any_work(cli, measured, decoded, monkeypatch, tmp_path, what):
     monkeypatch.setattr(bench_quantize, "bench_quantize", None)

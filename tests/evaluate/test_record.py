@@ -12,7 +12,7 @@ import pytest
 
 from marlin_tools.checkpoint.contract import Scored
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import MarlinToolsError, ModelError
+from marlin_tools.errors import MarlinToolsError, ModelError, OutputError
 from marlin_tools.evaluation import record
 from marlin_tools.evaluation.evaluate import EvaluateSettings
 from marlin_tools.evaluation.record import Record, read_record
@@ -83,7 +83,7 @@ def test_what_may_not_be_read_is_not_replaced(measure, tmp_path, monkeypatch):
 def test_a_folder_in_the_place_of_the_record_is_told_before_the_work(measure, tmp_path, monkeypatch):
     (tmp_path / "home" / record.NAME).mkdir(parents=True)
     monkeypatch.setattr(record, "evaluate", lambda *_, **__: pytest.fail("it was measured"))
-    with pytest.raises(ModelError, match=r"evaluation\.json` cannot be read: Is a directory"):
+    with pytest.raises(OutputError, match=r"evaluation\.json` is a directory"):
         measure()
 
 
