@@ -139,8 +139,9 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that this stands for; the product is formed in float32 and rounded once."""
         values = (self.codes.to(torch.int8) - ZERO).to(torch.float32)
-        scales = self.scales.to(torch.float32).repeat_interleave(self.group_size, dim=1)
-        return (values * scales).to(dtype)
+        scales = self.scales.to(torch.float32)[..., None]
+        values.unflatten(1, (scales.shape[1], self.group_size)).mul_(scales)  # in place: the values may be large
+        return values.to(dtype)
 
     def __getitem__(self, rows: slice) -> "QuantizedLinear":
         """Some of its outputs."""

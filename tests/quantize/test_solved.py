@@ -1,7 +1,10 @@
 """Linears that were solved together, taken apart again."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_tools.algorithms.solution import Losses, Solution
 from marlin_tools.compress import solved as module
@@ -40,3 +43,29 @@ def test_without_data_nothing_is_said_of_the_output() -> None:
     ((output, weight),) = linear.errors().values()
     assert output is None
     assert weight == float(known.weight.sum()) / float(known.weight_energy.sum())
+
+
+class Large(TorchDispatchMode):
+    """Keeps the large tensors in float32 that are made within."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self._least, self.made = least, dict[int, torch.Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.numel() >= self._least:
+            self.made[out.untyped_storage().data_ptr()] = out
+        return out
+
+
+def test_values_take_the_memory_of_themselves_and_no_more() -> None:
+    """Those of many linears at once are large where each alone is small."""
+    linear = solution(50).linear
+    with Large(50 * 64) as large:
+        value = linear.dequantize()
+    assert len(large.made) == 1
+    expected = (linear.codes.float() - 8) * linear.scales.float().repeat_interleave(32, dim=1)
+    assert torch.equal(value, expected)
+    across = QuantizedLinear(linear.codes.T.contiguous().T, linear.scales, 32)
+    assert torch.equal(across.dequantize(), expected)
