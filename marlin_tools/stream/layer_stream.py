@@ -55,6 +55,7 @@ class Group:
     names: tuple[str, ...]
     hessian: Hessian | None
     _modules: dict[str, nn.Linear] = field(repr=False)
+    _shared: bool
     tokens: tuple[int, int] | None = None
 
     @property
@@ -84,8 +85,9 @@ class Group:
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on the stream computes with `weight`."""
         linear = self._modules[name]
-        new = torch.empty_like(linear.weight.data).copy_(weight)
-        linear.weight = nn.Parameter(new, requires_grad=False)  # the original keeps the old one
+        if self._shared:  # the original keeps the old one
+            linear.weight = nn.Parameter(torch.empty_like(linear.weight.data), requires_grad=False)
+        linear.weight.data.copy_(weight)
 
 
 class Block:
@@ -211,7 +213,7 @@ class Block:
             for full, name in stored.items()
             if full in self.stream.targets
         }
-        return Group(tuple(modules), None, modules)
+        return Group(tuple(modules), None, modules, self._original is not None)
 
 
 class _Recorder(nn.Module):
