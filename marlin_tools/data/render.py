@@ -72,13 +72,13 @@ class Encoder:
 
     def _through_template(self, document: str | list[Message]) -> str:
         if isinstance(document, str):
-            raise DataError("chat template: there are no conversations", hint="use `--chat-template auto`, or `messages` rows")
+            raise DataError("chat template: there are no conversations", hint="use `chat_template: auto`, or `messages` rows")
         if self.tokenizer.chat_template is None:
-            raise DataError("chat template: the tokenizer has none", hint="use `--chat-template auto` or `off`")
+            raise DataError("chat template: the tokenizer has none", hint="use `chat_template: auto` or `off`")
         roles = ", ".join(turn["role"] for turn in document)
         refused = f"chat template: refuses a conversation with the roles {roles}"
         # A template is a program: besides what it means to refuse, it may divide by zero or add a number to a text.
-        with ErrorTranslation(DataError, refused, "repair the row or the template, or use `--chat-template off`"):
+        with ErrorTranslation(DataError, refused, "repair the row or the template, or use `chat_template: off`"):
             return str(self.tokenizer.apply_chat_template(document, tokenize=False))
 
 

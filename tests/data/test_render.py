@@ -72,10 +72,12 @@ def test_plain_text_is_left_alone(make_tokenizer: Make, mode: Any) -> None:
 
 
 def test_on_insists(make_tokenizer: Make) -> None:
-    with pytest.raises(DataError, match="there are no conversations"):
+    with pytest.raises(DataError, match="there are no conversations") as plain:
         Encoder(make_tokenizer(TEMPLATE), "on")("plain")
-    with pytest.raises(DataError, match="the tokenizer has none"):
+    with pytest.raises(DataError, match="the tokenizer has none") as bare:
         Encoder(make_tokenizer(None), "on")(CHAT)
+    for refusal in (plain, bare):  # a recipe alone can insist: no verb has an option for it
+        assert str(refusal.value.hint).startswith("use `chat_template: auto`")
 
 
 def test_a_conversation_that_the_template_refuses_is_named(make_tokenizer: Make) -> None:
