@@ -6,9 +6,9 @@ Read next: `data/samples.py` for the two shapes of samples and what a seed means
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from marlin_tools.data.render import ChatTemplate, Encoder
 from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, in_turn, pack
@@ -25,6 +25,14 @@ WINDOW = 2048
 """Length of packed windows when nobody names one."""
 
 
+def _one_string(source: object) -> object:
+    """Several sources are often written as a list."""
+    if isinstance(source, list | tuple):
+        said = ",".join(map(str, source))
+        raise ValueError(f"several sources are one string with commas: `{said}`")  # noqa: TRY004 (what pydantic listens to)
+    return source
+
+
 class CalibrationSettings(Settings):
     """What to calibrate on.
 
@@ -38,7 +46,7 @@ class CalibrationSettings(Settings):
     chat_template  "auto" renders conversations if the tokenizer has a template; "on" insists; "off" never does
     """
 
-    source: str = "demo"
+    source: Annotated[str, BeforeValidator(_one_string)] = "demo"
     num_samples: int = Field(default=128, ge=1, le=10**15)
     seqlen: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -91,13 +99,14 @@ def _collect(settings: CalibrationSettings, checkpoint: "Checkpoint", emit: Emit
     encode = Encoder(checkpoint.tokenizer(), settings.chat_template, checkpoint.text_config.get("vocab_size"))
     emit(Event("note", f"calibration text: `{settings.source}`"))
     parts = []
-    for open_corpus, count in shares:
-        corpus = open_corpus()
+    for before, (open_corpus, count) in enumerate(shares):
+        corpus, place = open_corpus(), (before, len(shares))
         if _shape(settings, corpus.shape if len(shares) == 1 else "packed") == "packed":
             length = _length(settings, checkpoint, WINDOW)
-            parts.append(pack(corpus, encode, length, count, settings.seed, fewer=settings.fewer))
+            parts.append(pack(corpus, encode, length, count, settings.seed, fewer=settings.fewer, place=place))
         else:
-            parts.append(choose(corpus, encode, _length(settings, checkpoint, LONGEST_DOCUMENT), count, settings.seed))
+            length = _length(settings, checkpoint, LONGEST_DOCUMENT)
+            parts.append(choose(corpus, encode, length, count, settings.seed, place=place))
     return parts[0] if len(parts) == 1 else in_turn(parts)
 
 

@@ -12,7 +12,7 @@ and length, starts behind them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +27,9 @@ from marlin_tools.errors import DataError
 
 LONGEST_DOCUMENT = 4096
 """The paper's limit; it alone decides which documents are held out, so that all models and settings agree."""
+
+ALONE = (0, 1)
+"""The place of a source: how many stand before it, and how many there are that give as many samples each."""
 
 Item = TypeVar("Item")
 
@@ -62,7 +65,14 @@ def divide(corpus: Corpus, encode: Encoder) -> tuple[list[Tensor], list[Document
 
 
 def pack(
-    corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int | None, seed: int = 0, *, fewer: bool = False
+    corpus: Corpus,
+    encode: Encoder,
+    seqlen: int,
+    num_samples: int | None,
+    seed: int = 0,
+    *,
+    fewer: bool = False,
+    place: tuple[int, int] = ALONE,
 ) -> TokenSet:
     """`num_samples` windows of a corpus, or all of them; if there are `fewer`, these."""
     if corpus.text is not None:
@@ -85,7 +95,7 @@ def pack(
             raise no_text(corpus.name)
         message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {sum(lengths)} tokens, {wanted} asked for"
         if not (fewer and found):
-            raise DataError(message, hint=_remedy(len(found), "a smaller `--seqlen`, or a longer text"))
+            raise DataError(message, hint=_remedy(len(found), place, "a smaller `--seqlen`, or a longer text"))
         notes = (message,)
     drawn = seed != 0 or corpus.held_out > 0
     return TokenSet(
@@ -99,7 +109,9 @@ def pack(
     )
 
 
-def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed: int = 0) -> TokenSet:
+def choose(
+    corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed: int = 0, *, place: tuple[int, int] = ALONE
+) -> TokenSet:
     """`num_samples` documents of a corpus, each a sequence of its own."""
     _, left = divide(corpus, encode)
     numbered = enumerate(map(encode, permuted(left, seed) if seed else left), start=1)
@@ -109,7 +121,7 @@ def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed:
         raise no_text(corpus.name)
     if len(chosen) < num_samples:
         message = f"`{corpus.name}`: {len(chosen)} of {len(left)} documents have 2 to {seqlen} tokens, {num_samples} asked for"
-        raise DataError(message, hint=_remedy(len(chosen), "a larger `--seqlen`, or `shape: packed`"))
+        raise DataError(message, hint=_remedy(len(chosen), place, "a larger `--seqlen`, or `shape: packed`"))
     return TokenSet(
         sequences=tuple(chosen.values()),
         source=corpus.name,
@@ -122,10 +134,14 @@ def choose(corpus: Corpus, encode: Encoder, seqlen: int, num_samples: int, seed:
 
 
 def in_turn(parts: Sequence[TokenSet]) -> TokenSet:
-    """The samples of several sources, one of each after the other, so that any stretch of them has some of all."""
-    turns = zip_longest(*(part.sequences for part in parts))
+    """The samples of several sources, one of each after the other, so that any stretch of them has some of all.
+
+    Those of a source that has less are spread among the others: the last of all samples are often held out to judge by.
+    """
+    spread = [(at + 0.5) / len(part.sequences) for part in parts for at in range(len(part.sequences))]
+    sequences = [sequence for part in parts for sequence in part.sequences]
     return TokenSet(
-        sequences=tuple(sequence for turn in turns for sequence in turn if sequence is not None),
+        sequences=tuple(sequences[at] for at in sorted(range(len(spread)), key=spread.__getitem__)),
         source=", ".join(part.source for part in parts),
         packed=parts[0].packed,
         documents=sum(part.documents for part in parts),
@@ -135,8 +151,10 @@ def in_turn(parts: Sequence[TokenSet]) -> TokenSet:
     )
 
 
-def _remedy(found: int, otherwise: str) -> str:
-    return f"use `--num-samples {found}`, {otherwise}" if found else f"use {otherwise}"
+def _remedy(found: int, place: tuple[int, int], otherwise: str) -> str:
+    """What to ask for: of several sources each gives its share, and the first ones what is left over."""
+    before, sources = place
+    return f"use `--num-samples {found * sources + before}`, {otherwise}" if found else f"use {otherwise}"
 
 
 def _notes(corpus: Corpus, encode: Encoder, *, drawn: bool) -> tuple[str, ...]:

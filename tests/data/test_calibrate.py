@@ -188,6 +188,73 @@ def test_a_source_that_has_less_leaves_the_others_what_they_were_to_give(checkpo
         calibrate(f"{short},{text}", checkpoint, num_samples=40, seqlen=64)
 
 
+def test_a_source_that_has_less_is_spread_among_the_others(checkpoint: Any, text: str, tmp_path: Path) -> None:
+    """What is held out to judge by are the last windows: they have to be of every source."""
+    short = tmp_path / "short.txt"
+    short.write_text(LETTERS.upper() * 10)
+    sequences = calibrate(f"{short},{text}", checkpoint, num_samples=40, seqlen=64, fewer=True).sequences
+    upper = [LETTERS[3].upper() in checkpoint.tokenizer().decode(sequence.tolist()) for sequence in sequences]
+    assert [sum(upper[start : start + 6]) for start in range(0, 24, 6)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_number_that_a_short_source_is_enough_for_is_named(
+    checkpoint: Any, text: str, tmp_path: Path, *, place: int
+) -> None:
+    short, second = tmp_path / "short.txt", tmp_path / "second.txt"
+    short.write_text(LETTERS * 10)
+    second.write_text(Path(text).read_text())
+    names = [text, str(second)]
+    names.insert(place, str(short))
+    for asked in ({"seqlen": 64, "shape": "packed"}, {"seqlen": 26 * 10 + 1, "shape": "documents"}):
+        if asked["shape"] == "documents":
+            short.write_text("\n\n".join([LETTERS] * 4))
+            checkpoint.config["max_position_embeddings"] = 300
+        with pytest.raises(DataError, match=r"short\.txt") as refusal:
+            calibrate(",".join(names), checkpoint, num_samples=30, **asked)
+        most = 4 * 3 + place
+        assert f"`--num-samples {most}`" in str(refusal.value.hint)
+        assert len(calibrate(",".join(names), checkpoint, num_samples=most, **asked).sequences) == most
+        with pytest.raises(DataError, match=r"short\.txt"):
+            calibrate(",".join(names), checkpoint, num_samples=most + 1, **asked)
+
+
+def test_one_file_under_two_names_is_named_twice(
+    checkpoint: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = Path(text).name
+    Path("link").symlink_to(name)
+    for again in (f"./{name}", text, "link", f"~/{name}"):
+        with pytest.raises(DataError, match=f"`{again}` is named twice"):
+            calibrate(f"{name},{again}", checkpoint, num_samples=2)
+
+
+def test_the_home_folder_is_found_also_behind_a_comma(
+    checkpoint: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell replaces `~` at the beginning of a word alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokens = calibrate(f"demo,~/{Path(text).name}", checkpoint, num_samples=2)
+    assert tokens.source == f"demo, {text}"
+
+
+def test_the_names_of_many_files_may_be_longer_than_that_of_one(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"{n}{'long' * 20}.txt" for n in range(4)]
+    for name in names:
+        Path(name).write_text(name[0] + LETTERS)
+    assert len(calibrate(",".join(names), checkpoint, num_samples=4, seqlen=16).sequences) == 4
+
+
+def test_a_list_of_sources_is_told_how_to_write_it() -> None:
+    with pytest.raises(ValidationError, match=r"several sources are one string with commas: `a\.txt,c4`"):
+        CalibrationSettings.model_validate({"source": ["a.txt", "c4"]})
+
+
 def test_documents_of_several_sources(checkpoint: Any, tmp_path: Path) -> None:
     names = []
     for name in ("first", "second"):
