@@ -176,7 +176,8 @@ def _other_text(ours: CalibrationSettings | None, theirs: CalibrationSettings | 
     if ours is None or theirs is None:
         return False
     lengths = {each.seqlen for each in (ours, theirs) if each.seqlen is not None and each.shape != "documents"}
-    named = {each.source for each in (ours, theirs) if set(each_of(each.source)) <= SOURCES.keys()}
+    sources = [tuple(name.strip() for name in each.source.split(",")) for each in (ours, theirs)]
+    named = {names for names in sources if set(names) <= SOURCES.keys()}
     return (ours.num_samples, ours.seed) != (theirs.num_samples, theirs.seed) or len(lengths) > 1 or len(named) > 1
 
 
