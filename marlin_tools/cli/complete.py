@@ -26,8 +26,8 @@ ACTIVATIONS = "16bit fp8".split()
 SOURCES = "demo wikitext2 c4 redpajama pile ultrachat".split()
 BACKENDS = "auto native reference reference-packed torch-int4 vllm".split()
 TASKS = (
-    "ppl:demo ppl:wikitext2 ppl:c4 demo_qa demo_text mmlu arc_challenge arc_easy hellaswag winogrande piqa boolq gsm8k ifeval "
-    "lambada_openai openbookqa truthfulqa_mc2"
+    "ppl:demo ppl:wikitext2 ppl:redpajama demo_qa demo_text mmlu arc_challenge arc_easy hellaswag winogrande piqa boolq gsm8k "
+    "ifeval lambada_openai openbookqa truthfulqa_mc2"
 ).split()
 """Texts, the embedded model's own, and those of lm-eval that papers of this field report."""
 SHAPES = [alias for alias in ALIASES if alias != "demo"]

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 from marlin_tools.cli import complete
+from marlin_tools.data.evaluation import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "numpy", "safetensors", "huggingface_hub", "ruamel")
@@ -39,6 +40,10 @@ def bash(capsys, monkeypatch, tmp_path):
         return _ask(capsys, monkeypatch, _MARLIN_TOOLS_COMPLETE="complete_bash", **asked).split()
 
     return ask
+
+
+def test_texts_that_are_offered_to_judge_by_exist():
+    assert {task.removeprefix("ppl:") for task in complete.TASKS if task.startswith("ppl:")} == NAMED
 
 
 @pytest.mark.parametrize(
