@@ -41,3 +41,11 @@ def expanded(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         return Path(name)
+
+
+def is_file(name: str) -> bool:
+    """Whether there is such a file; what is no name of a file may be longer than one can be."""
+    try:
+        return expanded(name).is_file()
+    except OSError:
+        return False

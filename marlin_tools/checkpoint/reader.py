@@ -241,6 +241,8 @@ def hub_name(ref: str) -> tuple[str, str | None]:
 
 def hub_repository(ref: str) -> tuple[str, str | None]:
     """The same of a name that may be mistyped, held against the hub's rules before the hub is asked."""
+    if expanded(ref).is_file():
+        raise ModelError(f"`{ref}` is a file, not a model", hint="name the directory that holds it")
     if ref.startswith("runs/"):  # where our own results go by default: nobody means the hub
         raise ModelError(f"there is no directory `{ref}`", hint="is the run that makes it finished?")
     if ref.startswith((".", "/", "~")):

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         code = _complain(_system(error))
     except _UsageError as error:
-        code = _complain(_usage(error))
+        code = _complain(_usage(error, arguments))
     if code == 130:
         kept = ": what is finished is kept" if not _RESUMED.isdisjoint(arguments[:1]) else ""
         _complain(MarlinToolsError("interrupted", hint=f"run the same command again{kept}"))
@@ -123,10 +123,22 @@ def _system(error: OSError) -> MarlinToolsError:
     return MarlinToolsError(f"nothing more can be written: {error.strerror}", hint="free some disk, or write somewhere else")
 
 
-def _usage(error: Any) -> MarlinToolsError:
-    """Typer's complaint in our form."""
+def _usage(error: Any, arguments: Sequence[str]) -> MarlinToolsError:
+    """Typer's complaint in our form. Where a value is missing it does not say of which verb."""
     message, _, rest = re.sub(r"\.? (Did you mean |\(Possible options: )", "\n", error.format_message()).partition("\n")
     context = getattr(error, "ctx", None)
-    verb = context.command_path if context else "marlin-tools"
+    verb = context.command_path if context else _verb(arguments)
     hint = f"did you mean {rest.rstrip('?)')}?" if rest else f"`{verb} --help` lists what there is"
     return MarlinToolsError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
+
+
+def _verb(arguments: Sequence[str]) -> str:
+    """The command that a line begins with."""
+    command: Any = typer.main.get_command(app)
+    path = ["marlin-tools"]
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.data.rows import TABLES, Document, Rows, documents, paragraphs, read_rows, read_text, texts
 from marlin_tools.errors import DataError, first_line, near
-from marlin_tools.resources import demo_dir, expanded
+from marlin_tools.resources import demo_dir, expanded, is_file
 
 POOL = 10_000
 """A draw from a streamed dataset is made among its first so many documents, whatever the number drawn."""
@@ -163,22 +163,14 @@ BY_DOCUMENT = frozenset({"redpajama"})
 def each_of(source: str) -> tuple[str, ...]:
     """The sources that are named, with commas between them; a file whose name has a comma is one."""
     names = tuple(part.strip() for part in source.split(","))
-    if len(names) == 1 or _is_there(source):
+    if len(names) == 1 or is_file(source):
         return (source,)
     if not all(names):
         raise DataError(f"`{source}`: a comma with no source beside it", hint="write the names with one comma between two")
-    places = [expanded(name).resolve() if name not in SOURCES and _is_there(name) else name for name in names]
+    places = [expanded(name).resolve() if name not in SOURCES and is_file(name) else name for name in names]
     if twice := next((name for at, name in enumerate(names) if places[at] in places[:at]), None):
         raise DataError(f"`{source}`: `{twice}` is named twice", hint="name every source once: each gives as many samples")
     return names
-
-
-def _is_there(name: str) -> bool:
-    """Whether there is such a file; the names of many together may be longer than a name can be."""
-    try:
-        return expanded(name).exists()
-    except OSError:
-        return False
 
 
 def find_corpus(source: str) -> Callable[[], Corpus]:
@@ -186,8 +178,11 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
 
     Nothing is read yet, so that a plan can ask whether there is such a thing.
     """
+    known = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
     if source in SOURCES:
         return SOURCES[source]
+    if not source.strip():
+        raise DataError("no source is named", hint=known)
     if source.startswith("hf:"):
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", source)
         if match is None:
@@ -200,7 +195,6 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
     if path.exists():
         hint = "name a text file in it" if path.is_dir() else "texts are read twice: write it to a file first"
         raise DataError(f"`{source}` is no regular file", hint=hint)
-    known = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
     is_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
     hint = f"did you mean `hf:{source}`? {known}" if is_hub else near(source, SOURCES, known)
     raise DataError(f"`{source}`: no such file or source", hint=hint)

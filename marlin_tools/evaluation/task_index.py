@@ -30,8 +30,9 @@ from lm_eval.tasks._index import TaskIndex
 from marlin_tools.checkpoint.output import put
 from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.strict_json import read_bounded
+from marlin_tools.data.evaluation import NAMED
 from marlin_tools.errors import DataError, OutputError, RecipeError
-from marlin_tools.resources import cache_dir, demo_dir
+from marlin_tools.resources import cache_dir, demo_dir, is_file
 
 _DECLARED = re.compile(
     r"""^["']?(task|group|tag|include)["']?[ \t]*:[ \t]*(.*)((?:\r?\n[ \t]*-[ \t]+.*)*)""",
@@ -157,7 +158,8 @@ class Tasks:
 
     def _unknown(self, name: str) -> RecipeError:
         known = [each for root in self._roots for each in self._known(root)]
-        near = get_close_matches(name[:100], known, n=3, cutoff=0.5)
+        is_text = name in NAMED or is_file(name)
+        near = [f"ppl:{name}"] if is_text else get_close_matches(name[:100], known, n=3, cutoff=0.5)
         guess = f"did you mean {', '.join(f'`{n}`' for n in near)}?" if near else "`lm-eval ls tasks` lists all;"
         return RecipeError(f"unknown task `{name[:100]}`", hint=f"{guess} tasks of your own need `--include-path DIR`")
 

@@ -104,6 +104,8 @@ def find(ref: str | Path) -> Place:
     if path.is_file():
         return Place(path)
     known = catalog()
+    if str(ref) not in known and (path / "recipe.yaml").is_file():
+        raise RecipeError(f"`{ref}` is a directory", hint=f"name the recipe in it: `{path / 'recipe.yaml'}`")
     if str(ref) not in known:
         hint = near(str(ref), known, "`marlin-tools recipes list` names all of them")
         raise RecipeError(f"`{ref}` is no recipe file and no bundled recipe", hint=hint)

@@ -12,6 +12,14 @@ from marlin_tools.cli import kernels
 CASES = [
     (("quant", "demo"), "error: no such command 'quant'\nhint: did you mean 'quantize'?\n"),
     (("quantize",), "error: missing argument 'MODEL'\nhint: `marlin-tools quantize --help` lists what there is\n"),
+    (("quantize", "demo", "-o"), "error: option '-o' requires an argument\nhint: `marlin-tools quantize --help` lists what "),
+    (("recipes", "show"), "error: missing argument 'NAME'\nhint: `marlin-tools recipes show --help` lists what "),
+    (
+        ("bench", "quantize", "--shape"),
+        "error: option '--shape' requires an argument\nhint: `marlin-tools bench quantize --help` lists what ",
+    ),
+    (("quantize", "demo", "--calib", ""), "error: no source is named\nhint: known sources: demo, wikitext2, "),
+    (("quantize", __file__), f"error: `{__file__}` is a file, not a model\nhint: name the directory that holds it\n"),
     (("quantize", "demo", "--dampp", "1"), "error: no such option: --dampp\nhint: did you mean --damp?\n"),
     (
         ("quantize", "demo", "--seed", "x"),

@@ -275,6 +275,17 @@ def test_names_of_lm_eval_are_read_once(monkeypatch, tmp_path):
     assert "`arc_easy`" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ("demo", "wikitext2", "{file}"))
+def test_a_text_without_its_prefix_is_told(tmp_path, name):
+    (tmp_path / "mine.txt").write_text("some text")
+    name = name.format(file=tmp_path / "mine.txt")
+    with pytest.raises(RecipeError, match="unknown task") as caught:
+        Tasks([name], (), allow_code=False)
+    assert caught.value.hint.startswith(f"did you mean `ppl:{name}`")
+    with pytest.raises(RecipeError, match="unknown task"):
+        Tasks(["name" * 100], (), allow_code=False)
+
+
 def test_tags_and_groups_bring_all_their_tasks():
     found = Tasks(["mmlu"], (), allow_code=False).manager.task_index
 

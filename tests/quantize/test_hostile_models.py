@@ -56,10 +56,14 @@ def change_config(model: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_missing_model(refused: Callable[..., MarlinToolsError], tmp_path: Path) -> None:
+def test_missing_model(refused: Callable[..., MarlinToolsError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("nowhere", ModelError, "`nowhere` is no directory, no hub id")
     refused("./nowhere", ModelError, "there is no directory `./nowhere`")
     refused("../no where", ModelError, "there is no directory `../no where`")
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.gguf", "./a.gguf", str(tmp_path / "a.gguf")):
+        refused(name, ModelError, f"`{name}` is a file, not a model")
     for name in ("-x/y", "x--y/z", "x/y..z", "x/y.git", "\u00fcn\u00ef/x", "a/b/c", "a/" + "b" * 200):
         refused(name, ModelError, "is no directory, no hub id")
     refused("someone/not-in-the-cache", ModelError, "neither a local directory|not in the local cache")

@@ -123,6 +123,13 @@ def test_override(complaints, override, expected):
     assert complaints(GOOD, override)[0].startswith(expected)
 
 
+def test_a_result_in_the_place_of_its_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match="is a directory") as caught:
+        load(tmp_path)
+    assert caught.value.hint == f"name the recipe in it: `{tmp_path / 'recipe.yaml'}`"
+
+
 def test_unreadable_file(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read"):
