@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -123,10 +124,22 @@ def _system(error: OSError) -> MarlinToolsError:
     return MarlinToolsError(f"nothing more can be written: {error.strerror}", hint="free some disk, or write somewhere else")
 
 
+_NUMBER = re.compile(r"[Ii]nvalid value for '(--[\w-]+)': Input should be a valid (integer|number)")
+_NUMBERS = {
+    "integer": ("whole number", "write it out in digits, such as 6000000"),
+    "number": ("number", "write it in digits, such as 0.01"),
+}
+
+
 def _usage(error: Any, arguments: Sequence[str]) -> MarlinToolsError:
     """Typer's complaint in our form. Where a value is missing it does not say of which verb."""
     message, _, rest = re.sub(r"\.? (Did you mean |\(Possible options: )", "\n", error.format_message()).partition("\n")
     context = getattr(error, "ctx", None)
+    if number := _NUMBER.match(message):
+        option = number[1]
+        value = next((value for name, value in pairwise(arguments) if name == option), "")
+        said = next((word for word in arguments if word.startswith(f"{option}=")), f"{option} {value}").rstrip()
+        return MarlinToolsError(f"`{said}`: not a {_NUMBERS[number[2]][0]}", hint=_NUMBERS[number[2]][1])
     verb = context.command_path if context else _verb(arguments)
     hint = f"did you mean {rest.rstrip('?)')}?" if rest else f"`{verb} --help` lists what there is"
     return MarlinToolsError(message[:1].lower() + message[1:].rstrip("."), hint=hint)

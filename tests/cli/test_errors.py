@@ -23,11 +23,10 @@ CASES = [
     (("quantize", "demo", "--dampp", "1"), "error: no such option: --dampp\nhint: did you mean --damp?\n"),
     (
         ("quantize", "demo", "--seed", "x"),
-        (
-            "error: invalid value for '--seed': Input should be a valid integer, unable to parse string as an integer\n"
-            "hint: `marlin-tools quantize --help` lists what there is\n"
-        ),
+        "error: `--seed x`: not a whole number\nhint: write it out in digits, such as 6000000\n",
     ),
+    (("quantize", "demo", "--learn=6M"), "error: `--learn=6M`: not a whole number\nhint: write it out in digits"),
+    (("quantize", "demo", "--damp", "0,01"), "error: `--damp 0,01`: not a number\nhint: write it in digits, such as 0.01\n"),
     (
         ("quantize", "demo", "--preset", "defualt", "--num-samples", "0", "--format", "gptqq"),
         (
