@@ -1,6 +1,6 @@
 """Serve a quantised model in vLLM: it finds our kernels by itself, nothing has to be set. Needs vLLM and a GPU.
 
-    pip install vllm marlin-tools
+    pip install vllm .
     python examples/quantize.py && python examples/in_vllm.py [DIRECTORY]
 
 The same as a server: `vllm serve runs/example`. Ends with code 77 where vLLM is not installed.

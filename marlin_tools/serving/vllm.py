@@ -1,4 +1,4 @@
-"""The plugin that vLLM finds in `vllm.general_plugins`: after `pip install marlin-tools` its INT4 layers run on our kernels.
+"""The plugin that vLLM finds in `vllm.general_plugins`: where we are installed beside it, its INT4 layers run on our kernels.
 
 vLLM calls `register` in each of its processes, perhaps more than once. Nothing that goes wrong here, or later in a layer, may
 stop an engine: `Attempt` ends every exception of ours in one line of the log, and vLLM's own kernel takes over. What the

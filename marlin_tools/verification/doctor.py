@@ -25,7 +25,7 @@ NEEDED = ("transformers", "safetensors", "datasets", "lm-eval", "sentencepiece",
 OPTIONAL = {
     "compressed-tensors": "`pip install compressed-tensors` lets transformers itself load that format",
     "cuda-bindings": "the GPU kernels are compiled and started through it; it is installed with marlin-tools on Linux",
-    "nvidia-cuda-nvrtc": "compiles the kernels; a CUDA build of torch brings it, else: `pip install 'marlin-tools[nvrtc]'`",
+    "nvidia-cuda-nvrtc": "compiles the kernels; a CUDA build of torch brings it, else: `pip install '.[nvrtc]'` in a clone",
 }
 OLDEST_CAPABILITY = (8, 0)
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from marlin_tools.algorithms import PRESETS
+from marlin_tools.backends import BACKENDS
 from marlin_tools.families import known_types
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,3 +135,38 @@ def test_every_type_that_works_is_named_once() -> None:
 
     assert sorted(named) == sorted(set(named))
     assert {name for name in known_types() if not name.endswith("_text")} <= set(named) <= set(known_types())
+
+
+def test_backends_are_those_of_the_program() -> None:
+    verbs = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
+    table = next(table for table in _tables(verbs) if table[0][0] == "backend")
+    said = _source("docs/glossary.md", "backend")["meaning"]
+
+    assert {"`auto`", "`vllm`", *(f"`{name}`" for name in BACKENDS)} == {row[0] for row in table[1:]}
+    assert {"vllm", *BACKENDS} == set(re.findall(r"`([\w-]+)`", said))
+
+
+def test_sources_that_the_page_on_kernels_names_are_there() -> None:
+    """Braces stand for several files; paths begin in `kernels/`, in the package or at the top."""
+    page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w-]+/)+[\w*{},-]+\.(?:cuh?|py|json))`", page))
+    several = {name: re.findall(r"[\w*-]+", braces[1]) for name in named if (braces := re.search(r"{(.*)}", name))}
+    names = (named - set(several)) | {re.sub(r"{.*}", each, name) for name, inside in several.items() for each in inside}
+
+    assert len(names) > 20
+    assert [n for n in sorted(names) if not any(list((ROOT / top).glob(n)) for top in ("kernels", "marlin_tools", "."))] == []
+
+
+def test_nothing_is_installed_by_a_name_that_no_index_knows() -> None:
+    """Whoever takes the name there would have his code run; until there is a release, a clone is installed."""
+    assert "There is no release on a package index yet" in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    folders = ("docs", "marlin_tools", "examples", "recipes", "kernels", "scripts")
+    texts = [*ROOT.glob("*.md"), *(path for top in folders for path in (ROOT / top).rglob("*"))]
+    asked = re.compile(r"\b(?:pip install |install `)[^`\n|]*\bmarlin-tools")
+
+    assert [
+        (path.name, found.group())
+        for path in texts
+        if path.suffix in {".md", ".py", ".j2", ".ipynb"}
+        for found in asked.finditer(path.read_text(encoding="utf-8"))
+    ] == []

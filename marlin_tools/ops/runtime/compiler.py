@@ -133,7 +133,7 @@ def _nvrtc() -> Any:
     except (ImportError, RuntimeError) as error:
         raise DeviceError(
             f"the CUDA run-time compiler cannot be loaded: {error}",
-            hint="a CUDA build of torch brings it; on a CPU machine install `marlin-tools[nvrtc]`",
+            hint="a CUDA build of torch brings it; on a CPU machine `pip install '.[nvrtc]'` in a clone",
         ) from error
     return nvrtc
 
