@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from marlin_tools.data import samples
 from marlin_tools.data.render import Encoder
-from marlin_tools.data.samples import choose, divide, pack, windows
+from marlin_tools.data.samples import choose, divide, in_turn, pack, windows
 from marlin_tools.data.sources import Corpus
+from marlin_tools.data.tokens import Order, TokenSet
 from marlin_tools.errors import DataError
 
 pieces = st.lists(st.lists(st.integers(0, 99), max_size=9), max_size=9)
@@ -177,3 +178,18 @@ def test_documents_of_a_stream_are_drawn_from_its_first(tokenizer: Any) -> None:
 def test_too_few_documents_to_hold_out_are_an_error(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="`mine`: 7 documents of 2 to 4096 tokens, 8 to hold out"):
         divide(Corpus("mine", WORDS, held_out=8), Encoder(tokenizer))
+
+
+@pytest.mark.parametrize(("orders", "expected"), [("ff", "first"), ("fs", "shuffled"), ("sf", "shuffled")])
+def test_several_sources_together_say_what_each_says(orders: str, expected: Order) -> None:
+    """A corpus that holds documents out is drawn from with seed 0 as well; a fact that two sources share is said once."""
+    order: dict[str, Order] = {"f": "first", "s": "shuffled"}
+    parts = [
+        TokenSet((torch.tensor([n]),), f"source {n}", True, n, 7, order[letter], ("no BOS", f"note {n}"))
+        for n, letter in enumerate(orders, start=1)
+    ]
+    both = in_turn(parts)
+
+    assert (expected, 7, 3) == (both.order, both.seed, both.documents)
+    assert ("no BOS", "note 1", "note 2") == both.notes
+    assert "source 1, source 2" == both.source
