@@ -47,9 +47,7 @@ def nearest_storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     magnitude = scale.abs().clamp(min=_SMALLEST)
     if dtype == torch.bfloat16:
         magnitude = magnitude.to(torch.bfloat16).to(torch.float32)
-    rounded = magnitude.to(torch.float16).to(torch.float32)
-    if dtype == torch.bfloat16:  # below 2^-14 float16 is coarser than bfloat16: keep only values that both can hold
-        rounded = rounded.to(torch.bfloat16).to(torch.float16).to(torch.float32)
+    rounded = magnitude.to(torch.float16).to(torch.float32)  # where float16 is coarser, below 2^-14, bfloat16 holds its values
     return torch.where(scale < 0, -rounded, rounded)
 
 

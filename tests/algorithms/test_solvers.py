@@ -1,6 +1,5 @@
 """The sweep, the scale searches, the polish and the drift correction against the dumbest possible oracles."""
 
-import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from marlin_tools.algorithms import GPTQ, PRESETS, RTN, Gram, Hessian
 from marlin_tools.algorithms.hessian import Correction, Drift
 from marlin_tools.algorithms.polish import descend, polish, refit, row_losses
-from marlin_tools.algorithms.scales import decode, encode, storable
+from marlin_tools.algorithms.scales import decode, encode
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.distributed.cholesky import shared_cholesky
 from marlin_tools.distributed.team import Team
@@ -180,17 +179,6 @@ def test_negative_scales_can_be_forbidden(problem: tuple[Tensor, Hessian]) -> No
 
     assert bool((free < 0).any())
     assert bool((forced > 0).all())
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-9, 3e-7, 0.0123, -0.5, 900.0])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_storable_is_exact_in_both_types(value: float, dtype: torch.dtype) -> None:
-    scale = storable(torch.tensor([value]), dtype)
-
-    assert scale.item() != 0
-    assert torch.equal(scale.half().float(), scale)
-    assert torch.equal(scale.to(dtype).float(), scale)
-    assert math.copysign(1, scale.item()) == math.copysign(1, value)
 
 
 def test_a_weight_beyond_float16_is_refused() -> None:
