@@ -117,6 +117,7 @@ def test_sources_and_what_holds_them_stay() -> None:
     refused("models/source", "which the run reads", ("alias",))
     refused("models/source", "which the run reads", (Path("models/source/weights.txt").resolve(),))
     check_output("other", ("models/source",), overwrite=True)
+    check_output("other", ("no\0name",), overwrite=True)  # whoever reads it says so
     os.chdir("models/source/verify")
     refused("../../source", "is, or holds, the working directory")
 

@@ -104,6 +104,9 @@ BROKEN: tuple[tuple[str, Edit, str], ...] = (
     ("gptq", lambda t: t.update(scales=t["scales"][:0]), "0 scales per output do not divide 256 inputs evenly"),
     ("gptq", lambda t: t.update(scales=t["scales"][0]), "`scales` has shape [256], not two dimensions"),
     ("gptq", lambda t: t.update(scales=t["scales"].int()), "`scales` is int32, not a floating-point type"),
+    ("gptq", lambda t: t.update(scales=t["scales"][:, 1:]), "`scales` has shape [2, 255], not [2, 256]"),
+    ("gptq", lambda t: t.update(g_idx=t["g_idx"][1:]), "`g_idx` has shape [255], not [256]"),
+    ("gptq", lambda t: t.update(g_idx=t["g_idx"].long()), "`g_idx` is int64, not int32"),
     ("gptq", lambda t: t.update(qzeros=t["qzeros"][:, 1:]), "`qzeros` has shape [2, 31], not [2, 32]"),
     (
         "gptq",
@@ -162,6 +165,21 @@ def test_unpack_names_what_is_off(draw_linear, name, edit, message):
         FORMATS[name].unpack(tensors, (256, 256))
     assert raised.value.message == message
     assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("gptq", (256, 252), "252 inputs are not a multiple of 8"),
+        ("marlin", (320, 256), "320 outputs are not a multiple of 256"),
+        ("marlin-24", (288, 256), "288 outputs are not a multiple of 64"),
+    ],
+)
+def test_unpack_keeps_the_limits(draw_linear, name, shape, reason):
+    tensors = FORMATS[name].pack(draw_linear(256, 256, 128, sparse=True))
+    with pytest.raises(FormatError) as raised:
+        FORMATS[name].unpack(tensors, shape)
+    assert raised.value.message == f"format `{name}`: {reason}"
 
 
 def test_a_gptq_checkpoint_with_the_zero_points_of_version_2_is_told_so(draw_linear):

@@ -16,7 +16,7 @@ from marlin_tools.compress.export import export
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize
 from marlin_tools.errors import FormatError, MarlinToolsError, RecipeError
 from marlin_tools.formats.stored import StoredLinears
-from marlin_tools.quantized import round_inputs, rounded, rounds_inputs
+from marlin_tools.quantized import round_inputs, rounded, rounding_inputs, rounds_inputs
 from marlin_tools.verification.inspect import inspect
 from marlin_tools.verification.verify import verify
 
@@ -58,6 +58,16 @@ def test_a_linear_rounds_once_and_gradients_pass() -> None:
     torch.testing.assert_close(out, expected)
     out.sum().backward()
     torch.testing.assert_close(linear.weight.sum(dim=0).expand(3, -1), x.grad)
+
+
+def test_linears_round_within_and_read_everything_afterwards() -> None:
+    linear, x = nn.Linear(16, 4), torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    before = linear(x)
+    with rounding_inputs([linear]):
+        assert torch.equal(linear(x), nn.functional.linear(rounded(x), linear.weight, linear.bias))
+        assert rounds_inputs(linear)
+    assert torch.equal(before, linear(x))
+    assert not rounds_inputs(linear)
 
 
 def test_config_json_says_it_as_vllm_reads_it(tiny_llama: Path, run: Run) -> None:
