@@ -1,6 +1,6 @@
-"""Solvers: (weight, Hessian) -> codes and scales. One file per algorithm, one line in `ALGORITHMS`.
+"""Solvers: (weight, Hessian) -> codes and scales. One file per algorithm, one line in `PRESETS`.
 
-`PRESETS` are the settings that people ask for by name.
+These are the settings that people ask for by name.
 """
 
 from typing import Annotated

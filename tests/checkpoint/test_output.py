@@ -262,6 +262,21 @@ def test_an_entry_that_is_none_makes_its_block_anew(text: str) -> None:
         assert journal.finished(0, shard) is None
 
 
+def test_a_block_whose_shard_is_another_or_gone_is_made_anew() -> None:
+    with OutputDirectory("out") as output:
+        journal = Journal(output, RUN)
+        output.write_text("shard", "1")
+        shard = output.work / "shard"
+        entry = journal.record(0, sha256_of(shard), {"linears": [], "seconds": 1.0})
+        assert journal.finished(0, shard) == journal.entry(0) == entry
+        assert journal.finished(1, shard) is None
+        assert Journal(output, RUN).finished(0, shard) == entry  # the same run goes on
+        shard.write_text("2")
+        assert journal.finished(0, shard) is None
+        shard.unlink()
+        assert journal.finished(0, shard) is None
+
+
 def unwritable(path: Path) -> None:
     path.chmod(0o555)
 

@@ -86,6 +86,26 @@ def test_defaults_are_128_windows_of_2048_tokens_of_the_bundled_text(checkpoint:
     assert 2048 == calibrate(str(path), checkpoint, num_samples=1).longest
 
 
+@pytest.mark.parametrize(
+    ("asked", "positions", "expected"),
+    [
+        ({"source": "c4"}, 8192, (128 * 2048, 2048)),
+        ({"source": "c4", "num_samples": 3}, 64, (3 * 64, 64)),
+        ({"source": "c4", "num_samples": 3, "seqlen": 512}, 8192, (3 * 512, 512)),
+        ({"source": "c4", "num_samples": 3, "shape": "documents"}, 8192, (3 * 4096, 4096)),
+        ({"source": "redpajama", "num_samples": 3}, 8192, (3 * 4096, 4096)),
+        ({"source": "redpajama", "num_samples": 3, "seqlen": 512}, 8192, (3 * 512, 512)),
+        ({"source": "redpajama", "num_samples": 3, "shape": "packed"}, 8192, (3 * 2048, 2048)),
+        ({"source": "redpajama,c4", "num_samples": 3}, 8192, (3 * 2048, 2048)),
+    ],
+)
+def test_how_much_text_there_will_be_is_known_before_any_is_opened(
+    checkpoint: Any, asked: dict[str, Any], positions: int, expected: tuple[int, int]
+) -> None:
+    checkpoint.config = {"vocab_size": 257, "max_position_embeddings": positions}
+    assert expected == expected_tokens(CalibrationSettings(**asked), checkpoint)
+
+
 def test_documents_are_asked_for_by_shape(checkpoint: Any, text: str, write_jsonl: Write) -> None:
     rows = str(write_jsonl([{"text": LETTERS[:n]} for n in range(1, 20)]))
 

@@ -64,9 +64,10 @@ def test_pack_keeps_the_limits(draw_linear, name, sizes, reason):
     assert raised.value.hint == "choose another `--format` or `--group-size`, or leave the linear out with `--ignore`"
 
 
-def test_marlin_24_names_the_quad_that_is_not_2_4():
+@pytest.mark.parametrize("nonzero", [(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3), (0, 1, 2, 3)])
+def test_marlin_24_names_the_quad_that_is_not_2_4(nonzero):
     codes = torch.full((64, 32), 8, dtype=torch.uint8)
-    codes[5, 12:15] = 9
+    codes[5, [12 + place for place in nonzero]] = 9
     with pytest.raises(FormatError) as raised:
         FORMATS["marlin-24"].pack(QuantizedLinear(codes, torch.ones(64, 1).half(), 32))
     assert raised.value.message == "format `marlin-24`: output 5 has more than two nonzeros in inputs 12..15"

@@ -167,3 +167,11 @@ def test_the_device_makes_no_difference(draw_linear, name):
     assert {tensor.device.type for tensor in on_device.values()} == {"cuda"}
     assert save(on_device) == save(EVERY[name].pack(linear))
     assert_same(EVERY[name].unpack(on_device, (512, 384)).to("cpu"), linear)
+
+
+def test_another_spelling_of_marlin_24_names_the_same_tensors_otherwise(draw_linear):
+    linear = draw_linear(64, 128, 128, sparse=True)
+    ours, theirs = FORMATS["marlin-24"].pack(linear), GPTQ_MARLIN_24.pack(linear)
+
+    assert ["B_24", "B_meta", "s"] == list(theirs)
+    assert all(torch.equal(bits(mine), bits(other)) for mine, other in zip(ours.values(), theirs.values(), strict=True))

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from marlin_tools.algorithms import PRESETS
+from marlin_tools.algorithms import GPTQ, PRESETS
 from marlin_tools.backends import BACKENDS
 from marlin_tools.families import known_types
 
@@ -125,6 +125,18 @@ def test_the_presets_are_those_of_the_program() -> None:
     )
 
     assert [f"`{name}`" for name in PRESETS] == [row[0] for row in table[1:]]
+    assert table[-1][1].startswith("as `default`, then")
+    assert PRESETS["max"] == PRESETS["default"]
+    for name, scales, order, polish, drift, text in table[1:-1]:
+        preset = PRESETS[name.strip("`")]
+        assert preset.needs_data == (text == "yes")
+        if isinstance(preset, GPTQ):
+            found = {"conditional": "searched as the sweep goes", "diagonal": "searched before"}[preset.scales]
+            assert f"{found}, {'signed' if preset.signed else 'positive'}" == scales
+            assert {"natural": "natural", "energy": "by energy"}[preset.order] == order
+            assert ({0: "no", 1: "one round"}[preset.polish], {0: "no", 0.5: "half"}[preset.drift]) == (polish, drift)
+        else:
+            assert ("absmax", "", "", "") == (scales, order, polish, drift)
 
 
 def test_every_type_that_works_is_named_once() -> None:
