@@ -54,7 +54,7 @@ def means(points: Mapping[Key, float]) -> dict[tuple[str, int], float]:
     return {key: exp(sum(values) / len(values)) for key, values in logs.items()}
 
 
-def slower(baseline: Mapping[str, Any], measured: Mapping[str, Any], point: float = POINT, mean: float = MEAN) -> list[str]:
+def slower(baseline: Mapping[str, Any], measured: Mapping[str, Any], point: float, mean: float) -> list[str]:
     """A line for every point and every mean that lost more than it may."""
     _comparable(baseline, measured)
     before = speedups(baseline)

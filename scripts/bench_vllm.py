@@ -53,7 +53,7 @@ CONFIG = {
 }
 
 
-def write_config(folder: Path, kind: str, shape: str, layers: int | None = None) -> None:
+def write_config(folder: Path, kind: str, shape: str, layers: int | None) -> None:
     """What vLLM has to know of a model whose weights are made up, `layers` blocks of it if not all."""
     config: dict[str, Any] = {**CONFIG, **SHAPES[shape], "num_key_value_heads": KEY_VALUE_HEADS[shape]}
     if layers:

@@ -9,7 +9,6 @@ how much a good method can save.
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,9 +59,9 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head")
 
 
-def round_to_int4(weight: Tensor, group_size: int = 128) -> Tensor:
-    """Nearest of 16 levels, one absmax scale per row and group."""
-    groups = weight.view(weight.shape[0], -1, group_size)
+def round_to_int4(weight: Tensor) -> Tensor:
+    """Nearest of 16 levels, one absmax scale per row and group of 128."""
+    groups = weight.view(weight.shape[0], -1, 128)
     scale = groups.abs().amax(-1, keepdim=True) / 7.5
     return ((groups / scale).round().clamp(-8, 7) * scale).view_as(weight)
 
@@ -114,9 +113,10 @@ def damage_table(model: nn.Module, tokenizer: Any, items: list[dict[str, Any]], 
     return table
 
 
-def read_items(path: Path = DEMO / "tasks" / "demo_qa.jsonl") -> list[dict[str, Any]]:
+def read_items() -> list[dict[str, Any]]:
     """The rows of `demo_qa`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = DEMO / "tasks" / "demo_qa.jsonl"
+    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:

@@ -27,10 +27,10 @@ class Function:
     parameters: int
 
 
-def source_files(root: Path = ROOT) -> Iterator[Path]:
+def source_files() -> Iterator[Path]:
     """All Python and CUDA files of the project, in a fixed order."""
     for folder in FOLDERS:
-        for path in sorted((root / folder).rglob("*")):
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in LINES and "__pycache__" not in path.parts:
                 yield path
 

@@ -18,6 +18,7 @@ from marlin_tools.errors import DeviceError
 Call = Callable[[], object]
 
 _WARM_UP_SECONDS = 0.15
+_EAGER_CALLS = 400
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def copies_past_l2(device: torch.device, weight_bytes: int) -> int:
     return max(2, -(-4 * cache // weight_bytes))
 
 
-def time_calls(contestants: Mapping[str, Sequence[Call]], *, replays: int = 12, calls: int = 48) -> dict[str, Timing]:
+def time_calls(contestants: Mapping[str, Sequence[Call]], *, calls: int, replays: int = 12) -> dict[str, Timing]:
     """Time each contestant's calls, at least `calls` of them per graph."""
     graphs = {name: _capture(sequence, -(-calls // len(sequence))) for name, sequence in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -62,7 +63,7 @@ def time_calls(contestants: Mapping[str, Sequence[Call]], *, replays: int = 12, 
     return {name: Timing(middle, (high - low) / 2) for name, (low, middle, high) in quartiles.items()}
 
 
-def host_microseconds(call: Call, count: int = 2000) -> float:
+def host_microseconds(call: Call) -> float:
     """What one eager call costs the host, if the GPU needs less time for it."""
     call()
     torch.cuda.synchronize()
@@ -70,9 +71,9 @@ def host_microseconds(call: Call, count: int = 2000) -> float:
     for _ in range(5):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        for _ in range(count // 5):
+        for _ in range(_EAGER_CALLS):
             call()
-        costs.append((time.perf_counter() - begin) / (count // 5))
+        costs.append((time.perf_counter() - begin) / _EAGER_CALLS)
     torch.cuda.synchronize()
     return statistics.median(costs) * 1e6
 

@@ -34,7 +34,7 @@ def read_object(path: Path, kind: type[MarlinToolsError] = ModelError, hint: str
     return parse_object(read_bounded(path, kind, hint), str(path), kind, hint)
 
 
-def read_bounded(path: Path, kind: type[MarlinToolsError] = ModelError, hint: str = HINT, limit: int = LARGEST) -> bytes:
+def read_bounded(path: Path, kind: type[MarlinToolsError], hint: str, limit: int = LARGEST) -> bytes:
     """The content of an ordinary file; a pipe would wait for ever, a device never end."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -89,9 +89,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peak
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a square product here and now; takes a fraction of a second."""
-    size = size if device.type == "cpu" else 8192
+    size = 512 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):

@@ -204,7 +204,7 @@ class Inventory:
         return [Target(name, *_matrix(self.checkpoint, ref), ref, layout.share(index, linear)) for name, linear, ref in kept]
 
 
-def check_limits(inventory: Inventory, sizes: Mapping[str, int], format_name: str, *, sparse: bool | None = None) -> None:
+def check_limits(inventory: Inventory, sizes: Mapping[str, int], format_name: str, *, sparse: bool | None) -> None:
     """Hold each linear against the grid and the format; `sparse` says whether they will be, if that is known."""
     limits = FORMATS[format_name].limits
     judged = [(t, limits(t.n, t.k, sizes[t.name], sparse=sparse)) for t in inventory.targets]

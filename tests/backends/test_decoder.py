@@ -28,13 +28,13 @@ def replace(network, weights, dtype=torch.float16):
         network.set_submodule(name, build(weight, linear.bias, linear.weight.device, dtype))
 
 
-def worst_difference(model, batch=2, read=5, steps=4, capacity=16):
+def worst_difference(model, batch=2, read=5, steps=4):
     """Between decoded logits and those of one forward over all tokens, relative to the largest."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, read + steps), generator=torch.Generator().manual_seed(3))
     tokens = tokens.to(model.device)
     with torch.inference_mode():
         expected = model(tokens).logits.float()
-    decoder = Decoder(model, batch, capacity)
+    decoder = Decoder(model, batch, 16)
     worst = 0.0
     for _ in range(2):  # a decoder starts over as often as it is asked to
         logits = [decoder.read(tokens[:, :read])]

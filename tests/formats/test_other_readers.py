@@ -14,11 +14,11 @@ from marlin_tools.quantized import QuantizedLinear
 IGNORE = ["lm_head", "model.layers.1.mlp.down_proj"]
 
 
-def with_plain_scales(linear: QuantizedLinear, *, negative: bool = True) -> QuantizedLinear:
+def with_plain_scales(linear: QuantizedLinear) -> QuantizedLinear:
     """Scales of a size that the other library can divide by: it works from products, we from codes."""
     random = torch.Generator().manual_seed(1)
     scales = torch.rand(linear.scales.shape, generator=random) + 0.01
-    signs = torch.randint(0, 2, scales.shape, generator=random) * 2 - 1 if negative else 1
+    signs = torch.randint(0, 2, scales.shape, generator=random) * 2 - 1
     return QuantizedLinear(linear.codes, (scales * signs).half(), linear.group_size)
 
 
