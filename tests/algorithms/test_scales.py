@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_tools.algorithms.scales import conditional, diagonal, storable
+from marlin_tools.algorithms import GPTQ, PRESETS, Hessian
+from marlin_tools.algorithms.scales import absmax, conditional, diagonal, storable
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 3e-7, 0.0123, -0.5, 900.0])
@@ -84,3 +85,28 @@ def test_a_diagonal_scale_is_the_best_of_both_rounds(*, signed: bool) -> None:
         cost, _ = least(row, fine, weigh, torch.float16)
         assert least(row, [scale], weigh, torch.float16)[0] == pytest.approx(cost, rel=1e-3)
     assert signed == bool((found < 0).any())
+
+
+@pytest.fixture
+def hessian() -> Hessian:
+    x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(8))
+    return Hessian(x.T @ x / len(x), 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "group_size"), [(GPTQ(scales="absmax", polish=0, drift=0), 64), (PRESETS["marlin"], 256)], ids=["64", "column"]
+)
+def test_scales_that_are_not_searched_hold_the_largest_weight(settings: GPTQ, group_size: int, hessian: Hessian) -> None:
+    """That of `absmax`, and of `conditional` with one scale per column."""
+    weight = groups(16 * 4).view(4, 256)
+    found = settings.solve("layer", weight, hessian, group_size, torch.float16).linear.scales
+    assert torch.equal(found.float(), absmax(weight.view(4, -1, group_size), torch.float16))
+
+
+def test_a_scale_that_is_searched_as_the_sweep_goes_does_not_see_what_will_be_zero(hessian: Hessian) -> None:
+    weight, factor = groups(8 * 4).view(4, 128), torch.eye(128)
+    mask = torch.tensor([True, True, False, False]).repeat(4, 64)
+    rule = PRESETS["marlin"].problem("layer", hessian, 128, torch.float16)._rule(torch.zeros(4, 256), mask)  # type: ignore[union-attr]
+    rule.enter(0, weight, factor)
+    assert torch.equal(rule.scales[:, 0], conditional(weight * mask[:, :128], factor, torch.float16))
+    assert not torch.equal(rule.scales[:, 0], conditional(weight, factor, torch.float16))

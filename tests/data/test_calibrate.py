@@ -60,6 +60,8 @@ def test_settings_and_options_mean_the_same(checkpoint: Any, text: str) -> None:
     )
     with pytest.raises(TypeError, match="options belong into the settings: seed"):
         calibrate(settings, checkpoint, seed=4)
+    with pytest.raises(TypeError, match="a source is a name, a file or CalibrationSettings, not int"):
+        calibrate(3, checkpoint)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
