@@ -1,5 +1,6 @@
 """Where a result may go: nothing that no run of ours made is ever replaced, and publishing leaves nothing behind."""
 
+import fcntl
 import json
 import os
 import tempfile
@@ -71,9 +72,11 @@ def test_names_that_are_none(out: str) -> None:
         OutputDirectory(out, overwrite=True).__enter__()
 
 
-@pytest.mark.parametrize("out", ["x" * 250, "x" * 300, "a/" + "x" * 300])
+@pytest.mark.parametrize("out", ["x" * 248, "x" * 300, "a/" + "x" * 300])
 def test_names_that_no_file_system_takes(out: str) -> None:
+    """With `.partial` behind them they have more than 255 bytes."""
     refused(out, "cannot write")
+    make("x" * 247)
 
 
 def test_other_peoples_things_stay() -> None:
@@ -146,6 +149,23 @@ def test_a_partial_that_is_none_of_ours_stays() -> None:
     with pytest.raises(OutputError, match="no unfinished run of ours"):
         make("out")
     assert Path("out.partial/model/thesis.tex").exists()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_run_that_ends_while_we_ask_for_its_lock_is_another_run(monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
+    """What we have locked is then no longer what lies there."""
+    lock = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        Path("out.partial").rename("published")
+        if anew:
+            Path("out.partial").mkdir()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OutputError, match="another run is writing `out`"):
+        OutputDirectory("out").__enter__()
+    assert not list(Path("published").iterdir())
 
 
 def test_a_folder_that_is_filled_during_the_work_stays() -> None:

@@ -203,6 +203,7 @@ def test_shape_of_needs_a_matrix(name):
 # ---- which format a checkpoint has ------------------------------------------------------------------------------------
 
 FLAT = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def grouped(layout: str = "pack-quantized", **weights: object) -> dict[str, object]:
@@ -250,6 +251,22 @@ def test_find_format(config, expected):
             grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}},
             "`config_groups.a.input_activations.type` is None, only 'float' can be read",
             "activations of 16 bits",
+        ),
+        (
+            grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "output_activations": {"num_bits": 8}}}},
+            "`config_groups.a.output_activations` is {'num_bits': 8}, only None can be read",
+            "activations of 16 bits",
+        ),
+        (
+            grouped()
+            | {
+                "config_groups": {
+                    "a": {"weights": {"num_bits": 4}},
+                    "b": {"weights": {"num_bits": 4}, "input_activations": FP8},
+                }
+            },
+            "some `config_groups` have FP8 activations and some have not",
+            "unquantized",
         ),
         (grouped() | {"config_groups": {"W4A16": ["Linear"]}}, "`config_groups.W4A16` has no `weights` scheme", "unquantized"),
         (grouped() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "`sparsity_config` is not supported", "unquantized"),
