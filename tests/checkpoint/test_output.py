@@ -13,7 +13,7 @@ import pytest
 from hostile_files import MANIFEST, write_json
 from marlin_tools.checkpoint.journal import Journal
 from marlin_tools.checkpoint.manifest import holds
-from marlin_tools.checkpoint.output import OutputDirectory, check_output, put, sha256_of
+from marlin_tools.checkpoint.output import OutputDirectory, check_output, folder, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import ModelError, OutputError
 from marlin_tools.resources import cache_dir, expanded
@@ -352,6 +352,28 @@ def test_what_a_killed_process_has_left_of_a_small_file_goes_away() -> None:
     put(Path("note.json"), "ours")
     there = {path.name for path in Path().iterdir()}
     assert there == {"note.json", f"note.json.{os.getppid()}-1.tmp", "other.json.999999999-1.tmp", "note.json.x.tmp"}
+
+
+def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int | str] = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.fstat(file).st_size), sync(file)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (steps.append(to.name), replace(self, to))[1])
+    put(Path("note.json"), "ours")
+    with OutputDirectory("out") as output:
+        output.write_text("weights.txt", "1")
+    assert steps == [4, "note.json", 1, "weights.txt"]
+
+
+def test_small_files_that_cannot_be_written_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    for write in (lambda: put(Path("file/note.json"), "ours"), lambda: folder(Path("file/more"))):
+        with pytest.raises(OutputError, match="cannot write `file/"):
+            write()
+    assert folder(Path("a/b")).is_dir()
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    with pytest.raises(OutputError, match="`a/b` is not writable"):
+        folder(Path("a/b"))
 
 
 def test_a_link_beside_a_small_file_is_not_written_through() -> None:
