@@ -234,77 +234,77 @@ def test_find_format(config, expected):
     assert find_format(config) is expected
 
 
-@pytest.mark.parametrize(
-    ("config", "message", "hint"),
+REFUSED = (
+    ({"quant_method": "gptq", **FLAT, "bits": 8}, "`bits` is 8, only 4 can be read", "symmetric 4-bit"),
+    ({"quant_method": "gptq", **FLAT, "sym": False}, "`sym` is False, only True can be read", "symmetric 4-bit"),
+    (grouped(num_bits=8), "`config_groups.group_0.weights.num_bits` is 8, only 4 can be read", "symmetric 4-bit"),
+    (grouped(type="float"), "`config_groups.group_0.weights.type` is 'float', only 'int' can be read", "symmetric 4-bit"),
+    (grouped(symmetric=False), "`config_groups.group_0.weights.symmetric` is False, only True can be read", "symmetric"),
     (
-        ({"quant_method": "gptq", **FLAT, "bits": 8}, "`bits` is 8, only 4 can be read", "symmetric 4-bit"),
-        ({"quant_method": "gptq", **FLAT, "sym": False}, "`sym` is False, only True can be read", "symmetric 4-bit"),
-        (grouped(num_bits=8), "`config_groups.group_0.weights.num_bits` is 8, only 4 can be read", "symmetric 4-bit"),
-        (grouped(type="float"), "`config_groups.group_0.weights.type` is 'float', only 'int' can be read", "symmetric 4-bit"),
-        (grouped(symmetric=False), "`config_groups.group_0.weights.symmetric` is False, only True can be read", "symmetric"),
-        (
-            grouped(actorder="group"),
-            "`config_groups.group_0.weights.actorder` 'group' permutes the inputs",
-            "`actorder` static",
-        ),
-        (
-            grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}},
-            "`config_groups.a.input_activations.type` is None, only 'float' can be read",
-            "activations of 16 bits",
-        ),
-        (
-            grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "output_activations": {"num_bits": 8}}}},
-            "`config_groups.a.output_activations` is {'num_bits': 8}, only None can be read",
-            "activations of 16 bits",
-        ),
-        (
-            grouped()
-            | {
-                "config_groups": {
-                    "a": {"weights": {"num_bits": 4}},
-                    "b": {"weights": {"num_bits": 4}, "input_activations": FP8},
-                }
-            },
-            "some `config_groups` have FP8 activations and some have not",
-            "unquantized",
-        ),
-        (grouped() | {"config_groups": {"W4A16": ["Linear"]}}, "`config_groups.W4A16` has no `weights` scheme", "unquantized"),
-        (grouped() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "`sparsity_config` is not supported", "unquantized"),
-        (grouped() | {"transform_config": {"u": {}}}, "`transform_config` is not supported", "unquantized model"),
-        (
-            grouped("pack_quantized"),
-            "unknown layout `pack_quantized` of `compressed-tensors`, which stores weights as 4-bit int",
-            "did you mean `pack-quantized`?",
-        ),
-        (
-            grouped("nvfp4", type="float"),
-            "unknown layout `nvfp4` of `compressed-tensors`, which stores weights as 4-bit float",
-            "known: marlin-24, pack-quantized",
-        ),
-        (
-            grouped("float-quantized", num_bits=8, type="float"),
-            "unknown layout `float-quantized` of `compressed-tensors`, which stores weights as 8-bit float",
-            "known: marlin-24, pack-quantized; for all else start from the original model",
-        ),
-        (
-            {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": [{"weights": [[]]}]},
-            "unknown layout `naive-quantized` of `compressed-tensors`",
-            "known: marlin-24, pack-quantized; for all else start from the original model",
-        ),
-        (
-            {"quant_method": "gptq", "checkpoint_format": "bitblas"},
-            "unknown layout `bitblas` of `gptq`",
-            "known: gptq, gptq_v2, marlin",
-        ),
-        (
-            {"quant_method": "compressed_tensors"},
-            "unknown quant_method `compressed_tensors`",
-            "did you mean `compressed-tensors`?",
-        ),
-        ({"quant_method": "awq"}, "unknown quant_method `awq`", "known: compressed-tensors, gptq, marlin"),
-        ({}, "unknown quant_method `None`", "known: compressed-tensors, gptq, marlin"),
+        grouped(actorder="group"),
+        "`config_groups.group_0.weights.actorder` 'group' permutes the inputs",
+        "`actorder` static",
     ),
+    (
+        grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}},
+        "`config_groups.a.input_activations.type` is None, only 'float' can be read",
+        "activations of 16 bits",
+    ),
+    (
+        grouped() | {"config_groups": {"a": {"weights": {"num_bits": 4}, "output_activations": {"num_bits": 8}}}},
+        "`config_groups.a.output_activations` is {'num_bits': 8}, only None can be read",
+        "activations of 16 bits",
+    ),
+    (
+        grouped()
+        | {
+            "config_groups": {
+                "a": {"weights": {"num_bits": 4}},
+                "b": {"weights": {"num_bits": 4}, "input_activations": FP8},
+            }
+        },
+        "some `config_groups` have FP8 activations and some have not",
+        "unquantized",
+    ),
+    (grouped() | {"config_groups": {"W4A16": ["Linear"]}}, "`config_groups.W4A16` has no `weights` scheme", "unquantized"),
+    (grouped() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "`sparsity_config` is not supported", "unquantized"),
+    (grouped() | {"transform_config": {"u": {}}}, "`transform_config` is not supported", "unquantized model"),
+    (
+        grouped("pack_quantized"),
+        "unknown layout `pack_quantized` of `compressed-tensors`, which stores weights as 4-bit int",
+        "did you mean `pack-quantized`?",
+    ),
+    (
+        grouped("nvfp4", type="float"),
+        "unknown layout `nvfp4` of `compressed-tensors`, which stores weights as 4-bit float",
+        "known: marlin-24, pack-quantized",
+    ),
+    (
+        grouped("float-quantized", num_bits=8, type="float"),
+        "unknown layout `float-quantized` of `compressed-tensors`, which stores weights as 8-bit float",
+        "known: marlin-24, pack-quantized; for all else start from the original model",
+    ),
+    (
+        {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": [{"weights": [[]]}]},
+        "unknown layout `naive-quantized` of `compressed-tensors`",
+        "known: marlin-24, pack-quantized; for all else start from the original model",
+    ),
+    (
+        {"quant_method": "gptq", "checkpoint_format": "bitblas"},
+        "unknown layout `bitblas` of `gptq`",
+        "known: gptq, gptq_v2, marlin",
+    ),
+    (
+        {"quant_method": "compressed_tensors"},
+        "unknown quant_method `compressed_tensors`",
+        "did you mean `compressed-tensors`?",
+    ),
+    ({"quant_method": "awq"}, "unknown quant_method `awq`", "known: compressed-tensors, gptq, marlin"),
+    ({}, "unknown quant_method `None`", "known: compressed-tensors, gptq, marlin"),
 )
+
+
+@pytest.mark.parametrize(("config", "message", "hint"), REFUSED)
 def test_find_format_refuses(config, message, hint):
     with pytest.raises(FormatError) as raised:
         find_format(config)
