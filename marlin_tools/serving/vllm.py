@@ -3,6 +3,8 @@
 vLLM calls `register` in each of its processes, perhaps more than once. Nothing that goes wrong here, or later in a layer, may
 stop an engine: `Attempt` ends every exception of ours in one line of the log, and vLLM's own kernel takes over. What the
 kernel does is in `vllm_kernel.py`, which imports vLLM; this module does not.
+
+The interface of vLLM 0.22.1 and 0.33.0 was read; other versions are tried, and left alone if they do not fit.
 """
 
 import logging
@@ -15,9 +17,6 @@ SWITCH = "MARLIN_TOOLS_VLLM"
 """Environment variable; 0 leaves vLLM as it is."""
 
 GROUP, NAME = "vllm.general_plugins", "marlin_tools"
-
-OLDEST, NEWEST = "0.22.1", "0.33.0"
-"""The versions of vLLM whose interface was read; others are tried, and left alone if they do not fit."""
 
 log = logging.getLogger("vllm.marlin_tools")  # below vLLM's logger, so that it is shown as its own lines are
 
