@@ -142,6 +142,8 @@ def _usage(error: Any, arguments: Sequence[str]) -> MarlinToolsError:
         return MarlinToolsError(f"`{said}`: not a {_NUMBERS[number[2]][0]}", hint=_NUMBERS[number[2]][1])
     verb = context.command_path if context else _verb(arguments)
     hint = f"did you mean {rest.rstrip('?)')}?" if rest else f"`{verb} --help` lists what there is"
+    if "unexpected extra argument" in message and "--calib" in arguments:
+        hint = "of several texts, put commas between: `--calib A,B`"
     return MarlinToolsError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
 
 

@@ -25,6 +25,10 @@ CASES = [
         ("quantize", "demo", "--seed", "x"),
         "error: `--seed x`: not a whole number\nhint: write it out in digits, such as 6000000\n",
     ),
+    (
+        ("quantize", "demo", "--calib", "a.txt", "b.txt"),
+        "error: got unexpected extra argument(s) (b.txt)\nhint: of several texts, put commas between: `--calib A,B`\n",
+    ),
     (("quantize", "demo", "--learn=6M"), "error: `--learn=6M`: not a whole number\nhint: write it out in digits"),
     (("quantize", "demo", "--damp", "0,01"), "error: `--damp 0,01`: not a number\nhint: write it in digits, such as 0.01\n"),
     (
