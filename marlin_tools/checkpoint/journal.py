@@ -69,9 +69,9 @@ class Journal:
         content: dict[str, Any] = json.loads((self._output.state / self._name(index)).read_text())
         return content
 
-    def record(self, index: int, sha256: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Block `index` is done, and this is its shard's; from here on a resumed run skips it."""
-        complete = {**entry, "sha256": sha256}
+    def record(self, index: int, shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
+        """Block `index` is done; from here on a resumed run skips it."""
+        complete = {**entry, "sha256": self._output.sha256_of(shard)}
         self._output.write_state(self._name(index), json.dumps(complete))
         return complete
 

@@ -6,7 +6,7 @@ long it took and how much memory the process had used by its end.
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,12 +33,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_hashes(directory: Path) -> dict[str, str]:
+def file_hashes(directory: Path, sha256: Callable[[Path], str] = sha256_of) -> dict[str, str]:
     """sha256 of what makes a result a model, by path inside it: all its files but the manifest, and the stored reference."""
     found = sorted((*directory.glob("*"), *directory.glob("verify/*")))
     files = [file for file in found if file.is_file() and file.name != NAME]
     with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
-        digests = list(threads.map(sha256_of, files))
+        digests = list(threads.map(sha256, files))
     return {file.relative_to(directory).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
 
 
@@ -52,7 +52,7 @@ def write_manifest(
         **facts,
         "versions": versions(),
         "warnings": list(warnings),
-        "files": file_hashes(output.work),
+        "files": file_hashes(output.work, output.sha256_of),
         "times": times,
     }
     output.write_text(NAME, json.dumps(content, indent=1) + "\n")

@@ -181,6 +181,7 @@ class OutputDirectory:
         self.resume = resume
         self.lasting = lasting
         self.sources = tuple(sources)
+        self._hashes: dict[Path, str] = {}
 
     def __enter__(self) -> Self:
         check_output(self.out, self.sources, overwrite=self.overwrite)
@@ -242,14 +243,19 @@ class OutputDirectory:
             if folder.exists():
                 shutil.rmtree(folder)
         self.state.mkdir()
+        self._hashes.clear()
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-        """Write one safetensors file; its sha256, which takes as long as the disk and is found meanwhile."""
-        parts = _safetensors(tensors, metadata or {})
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Write one safetensors file. Its sha256 takes as long as the disk, and is found meanwhile."""
+        parts, final = _safetensors(tensors, metadata or {}), self.work / name
         with ThreadPoolExecutor(max_workers=1) as beside:
             digest = beside.submit(_sha256, parts)
-            self._write(self.work / name, parts)
-            return digest.result()
+            self._write(final, parts)
+            self._hashes[final] = digest.result()
+
+    def sha256_of(self, file: Path) -> str:
+        """Of the content of a file; of tensors that were written here it is known."""
+        return self._hashes.get(file) or sha256_of(file)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one UTF-8 file."""

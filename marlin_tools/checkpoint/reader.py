@@ -35,7 +35,7 @@ from marlin_tools.checkpoint.output import BESIDE, sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import NEEDED, check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError
-from marlin_tools.resources import demo_dir, expanded
+from marlin_tools.resources import demo_dir, expanded, is_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -241,7 +241,7 @@ def hub_name(ref: str) -> tuple[str, str | None]:
 
 def hub_repository(ref: str) -> tuple[str, str | None]:
     """The same of a name that may be mistyped, held against the hub's rules before the hub is asked."""
-    if expanded(ref).is_file():
+    if is_file(ref):
         raise ModelError(f"`{ref}` is a file, not a model", hint="name the directory that holds it")
     if ref.startswith("runs/"):  # where our own results go by default: nobody means the hub
         raise ModelError(f"there is no directory `{ref}`", hint="is the run that makes it finished?")

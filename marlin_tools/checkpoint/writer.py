@@ -41,9 +41,9 @@ class ModelWriter:
         """Where shard `index` lies while the directory is being made."""
         return self.output.work / self.shard_name(index)
 
-    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> str:
-        """Write shard `index` whole; its sha256."""
-        return self.output.write_tensors(self.shard_name(index), tensors)
+    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write shard `index` whole."""
+        self.output.write_tensors(self.shard_name(index), tensors)
 
     def finish(self, source: Checkpoint, quantization_config: dict[str, Any] | None) -> None:
         """Write the index, take over the companions of `source`, and write config.json."""

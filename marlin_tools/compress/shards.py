@@ -72,10 +72,10 @@ class Shards:
                 fetched = self._copies.fetch(stored, ready)
                 stored.clear()
                 joined = self._inventory.joined(index, fetched) if self._joins else self._untouched(index) | fetched
-                digest = self._writer.write_shard(index, joined)
+                self._writer.write_shard(index, joined)
                 before, self._since = self._since, time.perf_counter()
                 facts = {"linears": records, "seconds": round(self._since - before, 3)}
-                self.entries.append(journal.record(index, digest, facts))
+                self.entries.append(journal.record(index, self._writer.shard_path(index), facts))
 
         return write
 

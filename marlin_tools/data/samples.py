@@ -138,10 +138,9 @@ def in_turn(parts: Sequence[TokenSet]) -> TokenSet:
 
     Those of a source that has less are spread among the others: the last of all samples are often held out to judge by.
     """
-    spread = [(at + 0.5) / len(part.sequences) for part in parts for at in range(len(part.sequences))]
-    sequences = [sequence for part in parts for sequence in part.sequences]
+    placed = [((at + 0.5) / len(part.sequences), own) for part in parts for at, own in enumerate(part.sequences)]
     return TokenSet(
-        sequences=tuple(sequences[at] for at in sorted(range(len(spread)), key=spread.__getitem__)),
+        sequences=tuple(own for _, own in sorted(placed, key=lambda each: each[0])),
         source=", ".join(part.source for part in parts),
         packed=parts[0].packed,
         documents=sum(part.documents for part in parts),

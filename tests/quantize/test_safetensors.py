@@ -1,12 +1,13 @@
 """Files of tensors as we write them are those that the library would write, byte for byte."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from marlin_tools.checkpoint.output import OutputDirectory, sha256_of
+from marlin_tools.checkpoint.output import OutputDirectory
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -31,7 +32,15 @@ def test_as_the_library_writes_them(tmp_path: Path) -> None:
 
 def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
     with OutputDirectory(tmp_path / "out") as output:
-        assert output.write_tensors("file.safetensors", tensors()) == sha256_of(output.work / "file.safetensors")
+        file = output.work / "file.safetensors"
+        for written in (tensors(), {"x": torch.ones(3)}):
+            output.write_tensors(file.name, written)
+            content = file.read_bytes()
+            file.write_bytes(b"")  # it is not read again
+            assert output.sha256_of(file) == hashlib.sha256(content).hexdigest()
+        output.clear()
+        output.write_text("other", "text")
+        assert output.sha256_of(output.work / "other") == hashlib.sha256(b"text").hexdigest()
 
 
 def test_metadata_come_in_the_order_of_their_names(tmp_path: Path) -> None:
