@@ -248,10 +248,12 @@ class OutputDirectory:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file. Its sha256 takes as long as the disk, and is found meanwhile."""
         parts, final = _safetensors(tensors, metadata or {}), self.work / name
+        digest = hashlib.sha256()
         with ThreadPoolExecutor(max_workers=1) as beside:
-            digest = beside.submit(_sha256, parts)
+            for part in parts:
+                beside.submit(digest.update, part)
             self._write(final, parts)
-            self._hashes[final] = digest.result()
+        self._hashes[final] = digest.hexdigest()
 
     def sha256_of(self, file: Path) -> str:
         """Of the content of a file; of tensors that were written here it is known."""
@@ -355,13 +357,6 @@ def folder(path: Path, hint: str = ELSEWHERE) -> Path:
     except OSError as error:
         raise explained(error, path, hint) from error
     return path
-
-
-def _sha256(parts: Iterable[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:
