@@ -1,7 +1,7 @@
 """What calibration says about one group of linears: H = mean over tokens of x xᵀ, and the factor that the sweep needs.
 
 Rounding a weight row w to q costs (w - q) H (w - q)ᵀ in squared output error, so H is all that the solver sees of the data.
-Every token weighs the same, whatever sequence it came from.
+Every token counts alike, whatever sequence it came from, unless it is far longer than the others (`stream/token_weights.py`).
 
 The sweep needs one triangular factor, H + damping = R Rᵀ with R *upper* triangular: the Cholesky factor of the index-reversed
 matrix. GPTQ's usual route (Cholesky, inverse, Cholesky of the inverse) ends at U = R⁻¹, so R gives the same codes for a quarter

@@ -29,7 +29,7 @@ from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.inventory import check_quads, check_shapes, take_linears
 from marlin_tools.stream.layer_stream import Block, Group
 
-REVISION = 9
+REVISION = 10
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 

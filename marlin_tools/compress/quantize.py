@@ -43,7 +43,7 @@ from marlin_tools.quantized import ActivationType, is_2_4
 from marlin_tools.stage import Outlook, StagePlan, Work
 from marlin_tools.stream.inventory import Inventory, check_limits, check_quads, check_shapes, largest_group_sizes, take_linears
 
-REVISION = 10
+REVISION = 11
 """Raised when the same inputs would give other codes, so that old unfinished runs are not continued."""
 
 TUNED = 3

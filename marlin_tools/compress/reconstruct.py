@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from marlin_tools.events import Emit, Event
 from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.layer_stream import Block
+from marlin_tools.stream.token_weights import token_weights
 from marlin_tools.training.compressed import CompressedLinear
 
 
@@ -75,7 +76,11 @@ class BlockTraining:
         self._entering, self._targets = entering, block.stream.original
         self._calls = [_widened(call) for call in block.stream.contexts(block.index, entering)]
         self._linears = block.linears()
-        self._energies = [float(t.float().square().sum(dtype=torch.float64)) for t in self._targets]
+        self._weights: list[Tensor] = []
+        self._energies: list[float] = []
+        for target in self._targets:
+            self._weights.append(weights := token_weights(target))
+            self._energies.append(float((target.float() * weights).square().sum(dtype=torch.float64)))
         energy = sum(self._energies)
         self._share = len(entering) / energy if energy else 0.0
 
@@ -113,7 +118,7 @@ class BlockTraining:
         with torch.autocast(h.device.type, torch.bfloat16, enabled=h.is_cuda):
             out = self._block.module(h, **self._calls[i])
         out = out[0] if isinstance(out, tuple) else out
-        return (out.float() - self._targets[i].float()).square().sum()
+        return ((out.float() - self._targets[i].float()) * self._weights[i]).square().sum()
 
 
 def _widened(call: Any) -> Any:

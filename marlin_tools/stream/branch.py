@@ -20,6 +20,7 @@ from marlin_tools.algorithms.hessian import Hessian
 from marlin_tools.families.family import Branch
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.activations import Activations, MemoryBudget
+from marlin_tools.stream.token_weights import token_weights
 from marlin_tools.stream.watch import TextShare, Watch
 
 Wanted = Callable[[tuple[str, ...]], int]
@@ -203,15 +204,16 @@ class BranchWalk:
             x = self._now.advance(x, i)
             if x.nbytes <= left:
                 self._inner[i], left = x, left - x.nbytes
-            owed = None
+            owed = weights = None
             if self._before is not None and self._original is not None and x_0 is not None:
                 x_0 = self._before.advance(x_0, i)
                 out_0, h_0 = self._before.close(x_0), self._original[i]
                 if observed:
                     owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - x
-                self._original[i] = h_0.add_(out_0)
+                self._original[i] = h_0 = h_0.add_(out_0)
+                weights = token_weights(h_0)
             if observed:
-                watch.see(i, x, owed)
+                watch.see(i, x, owed, weights)
         return watch.hessian() if observed else None
 
     def close(self) -> None:

@@ -60,8 +60,11 @@ class Watch:
         self._now: _Seen | None = None
         self._part = -1
 
-    def see(self, chunk: int, x: Tensor, owed: Tensor | None) -> None:
-        """One chunk: the inputs, and by how much inputs or outputs fall short of the original's."""
+    def see(self, chunk: int, x: Tensor, owed: Tensor | None, weights: Tensor | None = None) -> None:
+        """One chunk: the inputs, by how much inputs or outputs fall short of the original's, and by how much tokens count."""
+        if weights is not None:
+            weights = weights.to(x.dtype)
+            x, owed = x * weights, None if owed is None else owed * weights
         with span("hessian"):
             now = self._seen(chunk, x)
             now.gram.add(x)
@@ -71,6 +74,7 @@ class Watch:
             now.cross = now.cross or CrossGram(owed.shape[-1], x.shape[-1], x.device)
             now.cross.add(owed, x)
             if self._closing is not None and self._closing.bias is not None:
+                x = x if weights is None else x * weights  # its outputs are counted by as much as its inputs
                 total = x.flatten(0, -2).sum(dim=0, dtype=torch.float32)
                 now.inputs = total if now.inputs is None else now.inputs + total
 

@@ -1,20 +1,24 @@
 """The stream against whole models run by transformers: same logits, same Hessians, whatever the family."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.reconstruct import BlockTraining
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import ModelError
 from marlin_tools.families import FAMILIES, find_family
 from marlin_tools.quantized import rounded
 from marlin_tools.stream.inventory import take_linears
 from marlin_tools.stream.layer_stream import Group, LayerStream
+from marlin_tools.stream.token_weights import token_weights
 
 FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -151,6 +155,57 @@ def test_drift_is_the_distance_to_the_original_model(tiny_llama: Path) -> None:
             expected = (h0 + before @ weight.T - h - now @ weight.T).T @ now / len(now)
             torch.testing.assert_close(group.hessian.drift.outputs, expected, rtol=1e-3, atol=1e-5)
             continue_with(group, model)
+
+
+@torch.no_grad()
+def test_a_token_that_is_far_longer_than_others_does_not_decide(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """What closing linears are fitted to, and the error that blocks are trained for. Their biases count for as much."""
+    tokens = token_set(60)
+    path = tmp_path / "long"
+    shutil.copytree(tiny_model("llama", attention_bias=True, mlp_bias=True), path)
+    lengthen(path, int(tokens.sequences[0][0]))
+    checkpoint = Checkpoint.open(path)
+    model, original = whole_model(path), whole_model(path)
+    stream = LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu"), with_original=True)
+    for block in stream:
+        assert stream.hidden is not None
+        assert stream.original is not None
+        entering = stream.hidden.copy()
+        for group in block.groups():
+            closes = group.names[0].endswith(("o_proj", "down_proj"))
+            now, before = (inputs_of(m, group.names[0], tokens) for m in (model, original))
+            weights = torch.ones(60, 1)
+            if closes:
+                norm = "input_layernorm" if "self_attn" in group.names[0] else "post_attention_layernorm"
+                layer = group.names[0].rsplit(".", 2)[0]
+                h, h0 = (inputs_of(m, f"{layer}.{norm}", tokens) for m in (model, original))
+                after = h0 + original.get_submodule(group.names[0])(before)
+                weights = token_weights(after)
+                assert float(weights[0]) < 0.1
+                assert torch.equal(torch.ones(59, 1), weights[1:])
+                owed = (after - h - original.get_submodule(group.names[0])(now)) * weights
+            x = now * weights
+            assert group.hessian is not None
+            assert group.hessian.drift is not None
+            torch.testing.assert_close(group.hessian.matrix, x.T @ x / 60, rtol=1e-3, atol=1e-5)
+            if closes:
+                assert group.hessian.drift.outputs is not None
+                torch.testing.assert_close(group.hessian.drift.outputs, owed.T @ x / 60, rtol=1e-3, atol=1e-5)
+            continue_with(group, model)
+        training, target = BlockTraining(block, entering, {}), stream.original[0]
+        weights = token_weights(target)
+        lost = (block.module(entering[0], **stream.contexts(block.index, entering)[0]) - target) * weights
+        assert training.error() == pytest.approx(float(lost.square().sum() / (target * weights).square().sum()), rel=1e-3)
+
+
+def lengthen(path: Path, token: int) -> None:
+    """Make what this token begins as a thousand times as long, and biases, which begin as 0, something."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][token] *= 1000
+    for name in [name for name in tensors if name.endswith("_proj.bias")]:
+        tensors[name].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
