@@ -181,7 +181,9 @@ def _override(document: Document, text: str) -> None:
     path: tuple[str | int, ...] = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
     stages = document.data.get("stages")
     if isinstance(stages, list) and path[0] not in Recipe.model_fields:
-        places = [index for index, stage in enumerate(stages) if isinstance(stage, dict) and stage.get("stage") == path[0]]
-        if places:
-            path = ("stages", places[0], *path[1:])
+        places = {stage.get("stage"): index for index, stage in reversed([*enumerate(stages)]) if isinstance(stage, dict)}
+        if path[0] not in places:
+            known = [*Recipe.model_fields, *(stage for stage in places if isinstance(stage, str))]
+            raise RecipeError(f"{origin}: unknown key `{path[0]}`; {near(str(path[0]), known)}")
+        path = ("stages", places[path[0]], *path[1:])
     document.put(path, recipe_yaml.parse_value(value), origin)

@@ -117,6 +117,7 @@ def test_place(complaints, text, expected):
         ("a..b=1", "`--set a..b=1`: not of the form `a.b=value`"),
         ("model=[", "`[` is no YAML value"),
         ("export.formats=[gptq]", "--set export.formats=[gptq]: unknown key `export`; did you mean `expect`? known: "),
+        ("quantise.damp=1", "--set quantise.damp=1: unknown key `quantise`; did you mean `quantize`? known: "),
     ),
 )
 def test_override(complaints, override, expected):
