@@ -297,7 +297,7 @@ def _errors(harness: Harness, answers: Answers, base: Answers | None, task: str,
     errors = [_leaf_error(answers, base, leaf, key) for leaf in leaves]
     if any(error is None for error in errors):
         return None
-    return math.sqrt(sum((share * error) ** 2 for share, error in zip(shares, errors, strict=True) if error is not None))
+    return math.hypot(*(share * error for share, error in zip(shares, errors, strict=True) if error is not None))
 
 
 def _leaves(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> Iterator[str]:

@@ -66,7 +66,8 @@ class Score:
         """Its standard error, to first order: the error of the difference over what one difference is."""
         if self.recovery is None or self.difference_stderr is None or not self.baseline or not math.isfinite(self.value):
             return None
-        return 100 * self.difference_stderr / abs(self.baseline if self.higher_is_better else self.value**2 / self.baseline)
+        share = self.difference_stderr / abs(self.baseline if self.higher_is_better else self.value)
+        return 100 * share * (1 if self.higher_is_better else abs(self.baseline / self.value))
 
     @property
     def recovered(self) -> str:
@@ -152,11 +153,19 @@ class Evaluation:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; one value has none."""
+    """The mean and its standard error; one value has none. What is beyond a float is infinite, or no number."""
     count = len(values)
-    mean = math.fsum(values) / count
-    spread = math.fsum((value - mean) ** 2 for value in values)
+    mean = _total(values) / count
+    spread = _total([(value - mean) * (value - mean) for value in values])  # a square by `**` raises where it is too large
     return mean, math.sqrt(spread / (count - 1) / count) if count > 1 else None
+
+
+def _total(values: Sequence[float]) -> float:
+    """Exact, as far as a float holds it."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
 
 
 def exponential(value: float) -> float:

@@ -13,7 +13,8 @@ from marlin_tools.backends import load
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, DeviceError
 from marlin_tools.evaluation import perplexity
-from marlin_tools.evaluation.perplexity import trace
+from marlin_tools.evaluation.perplexity import Traces, score_text, trace
+from marlin_tools.evaluation.scores import mean_and_error
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.run.plan import plan
 
@@ -56,6 +57,27 @@ def test_a_score_that_is_no_number_is_a_warning(int4, text, run, tmp_path):
     assert not math.isfinite(result.score(text).value)
     (told,) = [event.text for event in events if event.kind == "warning" and "perplexity is not finite" in event.text]
     assert told in result.notes
+
+
+@pytest.mark.parametrize("ruined", [353, 360, 690, 705])
+def test_a_ruined_model_has_scores_whatever_its_loss(ruined):
+    """Squares of its perplexity are more than a float holds, and from 710 on that is as well."""
+    losses = [ruined - 4.0, ruined + 0.0, ruined + 4.0]
+    perplexity, *_ = score_text("ppl:text", Traces(losses, [3.0, 3.5, 4.0], [2.0] * 3, [0.0] * 3), {})
+
+    assert (math.exp(ruined) if ruined < 700 else math.inf) == perplexity.value
+    assert pytest.approx(0.0, abs=1e-9) == perplexity.recovery
+    assert "0.0 %" == perplexity.row()[-1]
+    if ruined == 353:
+        moved = 4 / math.sqrt(3)  # of the loss, beside which that of the baseline is nothing
+        assert pytest.approx(perplexity.recovery * moved, rel=1e-3) == perplexity.recovery_stderr
+
+
+@pytest.mark.parametrize("values", [[math.inf, -math.inf], [1e308] * 3, [1e200, -1e200, 3.0]])
+def test_errors_beyond_a_float_are_said_to_be_that(values):
+    _, error = mean_and_error(values)
+
+    assert not math.isfinite(error)
 
 
 def test_the_number_carries_how_it_was_measured(model, text, run):
