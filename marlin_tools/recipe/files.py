@@ -178,7 +178,7 @@ def _override(document: Document, text: str) -> None:
     origin = f"--set {text}"
     if not separator or not all(name.split(".")):
         raise RecipeError(f"`{origin}`: not of the form `a.b=value`", hint="for example: --set quantize.damp=0.05")
-    path: tuple[str | int, ...] = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+    path: tuple[str | int, ...] = tuple(map(_key, name.split(".")))
     stages = document.data.get("stages")
     if isinstance(stages, list) and path[0] not in Recipe.model_fields:
         places = {stage.get("stage"): index for index, stage in reversed([*enumerate(stages)]) if isinstance(stage, dict)}
@@ -187,3 +187,8 @@ def _override(document: Document, text: str) -> None:
             raise RecipeError(f"{origin}: unknown key `{path[0]}`; {near(str(path[0]), known)}")
         path = ("stages", places[path[0]], *path[1:])
     document.put(path, recipe_yaml.parse_value(value), origin)
+
+
+def _key(part: str) -> str | int:
+    """A word or a place in a list, of which none has ten digits; Python reads no number of thousands."""
+    return int(part) if part.isdecimal() and len(part) < 10 else part

@@ -143,6 +143,16 @@ def test_factor_predicts_the_loss(problem: tuple[Tensor, Hessian]) -> None:
     torch.testing.assert_close(torch.stack(seen, dim=1).square().sum(dim=1), real, rtol=1e-3, atol=0)
 
 
+def test_what_is_lost_is_a_share_of_what_was_there(problem: tuple[Tensor, Hessian]) -> None:
+    weight, hessian = problem
+    solved = PRESETS["fast"].solve("layer", weight, hessian, G, torch.float16)
+    value, nothing = solved.linear.dequantize(), torch.zeros_like(weight)
+    lost, there = (float(row_losses(weight, each, hessian.matrix).sum()) for each in (value, nothing))
+
+    assert solved.output_error == pytest.approx(lost / there, rel=1e-3)
+    assert solved.weight_error == pytest.approx(float((weight - value).square().sum() / weight.square().sum()), rel=1e-3)
+
+
 def test_every_step_towards_default_lowers_the_error(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
     steps = [
@@ -266,7 +276,7 @@ def test_damping_is_raised_until_the_factorization_succeeds(problem: tuple[Tenso
 
 def test_a_hopeless_hessian_names_the_layer(problem: tuple[Tensor, Hessian]) -> None:
     weight, hessian = problem
-    with pytest.raises(NumericalError, match=r"model\.layers\.3\.mlp\.down_proj"):
+    with pytest.raises(NumericalError, match=r"`model\.layers\.3\.mlp\.down_proj`: .* even with damping 10\n"):
         GPTQ().solve("model.layers.3.mlp.down_proj", weight, Hessian(-hessian.matrix, 10), G, torch.float16)
     broken = hessian.matrix.clone()
     broken[0, 0] = torch.nan

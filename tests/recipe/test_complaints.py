@@ -112,6 +112,7 @@ def test_place(complaints, text, expected):
         ("quantize.damp=true", "4:5: `damp` is no flag, not `true`"),
         ("stages.7.damp=1", "--set stages.7.damp=1: there is no `stages.7`"),
         ("stages.1=x", "--set stages.1=x: "),
+        pytest.param(f"stages.{'9' * 5000}=x", "--set stages.9999", id="long number"),
         ("name.x=1", "--set name.x=1: `name` has no parts that could be set"),
         ("model", "`--set model`: not of the form `a.b=value`"),
         ("a..b=1", "`--set a..b=1`: not of the form `a.b=value`"),

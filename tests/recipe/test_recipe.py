@@ -125,6 +125,19 @@ def test_override_reads_yaml():
     assert "int4-channel" == recipe.scheme
 
 
+@pytest.mark.parametrize(
+    ("overrides", "scheme"),
+    (
+        (["quantize.group_size=64"], "int4-g64"),
+        (["quantize.group_size=auto"], "int4-auto"),
+        (["quantize.activations=fp8"], "int4-g128-fp8"),
+        (["quantize.sparsity='2:4'"], "2of4-int4-g128"),
+    ),
+)
+def test_the_output_is_named_after_how_weights_are_stored(overrides, scheme):
+    assert scheme == load("demo-fast", overrides).scheme
+
+
 def test_override_makes_a_section_that_is_not_there():
     assert 5 == load("demo-rtn", ["calibrate.num_samples=5"]).calibrate.num_samples
 
