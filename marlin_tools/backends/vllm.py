@@ -89,7 +89,7 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
         from lm_eval.models.vllm_causallms import VLLM
 
         self._origin = checkpoint.origin
-        positions = int(checkpoint.text_config.get("max_position_embeddings", _POSITIONS))
+        positions = int(checkpoint.text_config.get("max_position_embeddings") or _POSITIONS)
         options = _options(positions, longest, items=items)
         if items and positions > _POSITIONS:
             emit(Event("note", f"vLLM reads at most {options['max_model_len']} tokens of an item"))

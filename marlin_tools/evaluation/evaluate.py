@@ -188,7 +188,7 @@ def find_tasks(settings: EvaluateSettings) -> "Tasks | None":
 
 
 def _window(settings: EvaluateSettings, checkpoint: Checkpoint) -> int:
-    longest = int(checkpoint.text_config.get("max_position_embeddings", WINDOW))
+    longest = int(checkpoint.text_config.get("max_position_embeddings") or WINDOW)
     seqlen = settings.seqlen or min(WINDOW, longest)
     if seqlen > longest:
         message = f"window length {seqlen} is more than the {longest} positions of the model"

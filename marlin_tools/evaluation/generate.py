@@ -69,7 +69,7 @@ def generate(
         if tokenizer.bos_token_id is None:
             raise DataError("the prompt is empty, and the tokenizer has no BOS token to start from", hint="give a `--prompt`")
         ids = torch.tensor([tokenizer.bos_token_id])
-    room = int(checkpoint.text_config.get("max_position_embeddings", len(ids) + settings.max_new_tokens)) - len(ids)
+    room = int(checkpoint.text_config.get("max_position_embeddings") or len(ids) + settings.max_new_tokens) - len(ids)
     if room < 1:
         raise DataError(
             f"the prompt has {len(ids)} tokens and leaves no room in the model's {len(ids) + room} positions",

@@ -1,5 +1,6 @@
 """Perplexity, divergence and agreement against their plainest forms."""
 
+import json
 import math
 import shutil
 from statistics import fmean, stdev
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlin_tools.backends import load
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.errors import DataError, DeviceError
+from marlin_tools.errors import DataError, DeviceError, ModelError
 from marlin_tools.evaluation import perplexity
 from marlin_tools.evaluation.perplexity import Traces, score_text, trace
 from marlin_tools.evaluation.scores import mean_and_error
@@ -149,6 +150,15 @@ def test_limit_takes_the_first_windows(model, text, run):
     shares = {limit: run(model, text, seqlen=32, limit=limit).score(text).details["sequences"] for limit in (3, 0.25)}
 
     assert {3: 3, 0.25: math.ceil(len(windows(model, text, 32)) / 4)} == shares
+
+
+def test_a_number_of_positions_that_is_null_is_a_plain_error(model, text, run, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "null")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": None}))
+
+    with pytest.raises(ModelError, match="max_position_embeddings"):
+        run(folder, text, seqlen=32)
 
 
 class Cramped(torch.nn.Module):
