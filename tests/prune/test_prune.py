@@ -111,6 +111,14 @@ def test_training_blocks_brings_them_closer(run: Callable[..., Checkpoint], tiny
     assert all(torch.equal(plain.read(name) == 0, trained.read(name) == 0) for name in first)  # later blocks read other things
 
 
+def test_training_that_makes_blocks_worse_changes_nothing(run: Callable[..., Checkpoint], tiny_llama: Path) -> None:
+    plain, trained = (
+        run(tiny_llama, name, preset="sparsegpt", reconstruct=passes, rate=1) for name, passes in (("plain", 0), ("trained", 1))
+    )
+    assert all(before == after for before, after in (record["block_error"] for record in records(trained)))
+    assert all(torch.equal(plain.read(name), trained.read(name)) for name in plain.names())
+
+
 def test_a_block_that_is_left_alone_is_not_trained(run: Callable[..., Checkpoint], tiny_llama: Path) -> None:
     out = run(tiny_llama, preset="sparsegpt", reconstruct=1, ignore=(r"layers\.0\.",))
     assert {record["name"].split(".")[2] for record in records(out)} == {"1"}
