@@ -161,6 +161,11 @@ def test_a_2_4_model_stays_2_4(run: Run, tiny_llama: Path) -> None:
     stored = StoredLinears(out)
     assert all(stored.read(name).is_2_4() for name in stored.names)
     assert all(record["block_error"][1] < record["block_error"][0] for record in records(out))
+    original = Checkpoint.open(tiny_llama)
+    for record in records(out):  # of what is stored, not of what was tuned
+        weight, value = original.read(f"{record['name']}.weight").float(), stored.read(record["name"]).dequantize()
+        lost = float((weight - value).square().sum() / weight.square().sum())
+        assert record["weight_error"] == pytest.approx(lost, rel=1e-4)
 
 
 def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
