@@ -130,10 +130,20 @@ def test_the_original_model_passes_each_block_once(tiny_llama: Path, *, staged: 
             torch.testing.assert_close(stream.original[0], expected[block.index + 1], rtol=1e-4, atol=1e-4)
 
 
+def draw_bias(like: Tensor) -> Tensor:
+    """A new model's are all zero."""
+    return (torch.randn(like.shape, generator=torch.Generator().manual_seed(0)) * 0.1).to(like.dtype)
+
+
+@pytest.mark.parametrize("biased", [False, True])
 @torch.no_grad()
-def test_drift_is_the_distance_to_the_original_model(tiny_llama: Path) -> None:
-    checkpoint, tokens = Checkpoint.open(tiny_llama), token_set(40, 40)
-    model, original = whole_model(tiny_llama), whole_model(tiny_llama)
+def test_drift_is_the_distance_to_the_original_model(tiny_model: Callable[..., Path], *, biased: bool) -> None:
+    path = tiny_model("llama", attention_bias=biased, mlp_bias=biased)
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: draw_bias(tensor) if name.endswith("bias") else tensor for name, tensor in tensors.items()}, file)
+    checkpoint, tokens = Checkpoint.open(path), token_set(40, 40)
+    model, original = whole_model(path), whole_model(path)
     stream = LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu"), with_original=True)
     for block in stream:
         for group in block.groups():
