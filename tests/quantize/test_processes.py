@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from forked import Forked, started
 from marlin_tools.distributed import team as teams
@@ -66,10 +68,15 @@ for preset in presets.split(","):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., Path]) -> Path:
-    """Two small blocks with biases in q, k and v."""
+def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small blocks with biases in q, k and v; one token in sixteen is far longer than the others."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    return tiny_model("qwen2", hidden_size=128, intermediate_size=256, tie_word_embeddings=True, **heads)
+    path = tmp_path_factory.mktemp("long") / "model"
+    shutil.copytree(tiny_model("qwen2", hidden_size=128, intermediate_size=256, tie_word_embeddings=True, **heads), path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][::16] *= 100
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
 
 
 @pytest.fixture(scope="module")
