@@ -43,6 +43,15 @@ def expanded(name: str | Path) -> Path:
         return Path(name)
 
 
+def resolved(name: str | Path) -> Path:
+    """Where that is, without links and `..`; links that lead in a circle stay as they are, and nothing is found there."""
+    path = expanded(name)
+    try:
+        return path.resolve()
+    except RuntimeError:  # of Python 3.11 and 3.12
+        return path.absolute()
+
+
 def is_file(name: str) -> bool:
     """Whether there is such a file; what is no name of a file may be longer than one can be."""
     try:

@@ -26,7 +26,7 @@ from torch import Tensor
 from marlin_tools.checkpoint.headers import DTYPES
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.errors import MarlinToolsError, OutputError
-from marlin_tools.resources import expanded
+from marlin_tools.resources import expanded, resolved
 
 ELSEWHERE = "choose another `-o DIR`"
 
@@ -90,27 +90,25 @@ def _check_writable(path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     if len(os.fsencode(partial.name)) > 255:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-    place = partial if partial.exists() else partial.parent
-    while not place.exists():
+    place = partial
+    while not place.exists() and not place.is_symlink():
         place = place.parent
     for there in (place, path.parent, path):  # a directory that is not writable cannot be moved out of the way, either
-        if there.exists() and not there.is_dir():
+        if (there.exists() or there.is_symlink()) and not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if there.exists() and not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _check_apart(path: Path, sources: Iterable[Path | str]) -> None:
-    resolved = path.resolve()
-    if Path.cwd().is_relative_to(resolved):
+    place = resolved(path)
+    if Path.cwd().is_relative_to(place):
         raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
-    for source in sources:
-        if "\0" in str(source):
-            continue
-        read = expanded(source).resolve()
-        if read.is_relative_to(resolved):
+    for source in (each for each in sources if "\0" not in str(each)):
+        read = resolved(source)
+        if read.is_relative_to(place):
             raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=ELSEWHERE)
-        if resolved.is_relative_to(read) and (read / MANIFEST).is_file():
+        if place.is_relative_to(read) and (read / MANIFEST).is_file():
             raise OutputError(f"`{path}` would lie in the result `{source}`, which is replaced as a whole", hint=ELSEWHERE)
 
 
@@ -339,6 +337,8 @@ def put_page(path: Path, text: str, mark: str) -> None:
     """Write a page where nothing is yet, or a page of this kind, which `mark` tells near its beginning."""
     hint = "choose another `-o FILE`"
     try:
+        if path.is_symlink():
+            raise OutputError(f"`{path}` is a link, and a page replaces what it is named", hint=hint)
         if path.is_dir():
             raise OutputError(f"`{path}` is a directory, and the page is a file", hint=hint)
         if path.exists() and mark.encode() not in path.read_bytes()[:1000]:

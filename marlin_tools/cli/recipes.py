@@ -110,7 +110,7 @@ def recipes_copy(
     if not to:  # as a variable that is not set
         raise OutputError("FILE is empty", hint="name a file or a directory, or leave it out for the one that you are in")
     target = Path(to, f"{name}.yaml") if Path(to).is_dir() else Path(to)
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise OutputError(f"`{target}` exists", hint="choose another name: marlin-tools recipes copy NAME FILE")
     put(target, text)
     return ui.show({"file": str(target)}, str(target), as_json=json)

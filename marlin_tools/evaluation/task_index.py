@@ -32,7 +32,7 @@ from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.strict_json import read_bounded
 from marlin_tools.data.evaluation import NAMED
 from marlin_tools.errors import DataError, OutputError, RecipeError
-from marlin_tools.resources import cache_dir, demo_dir, is_file
+from marlin_tools.resources import cache_dir, demo_dir, is_file, resolved
 
 _DECLARED = re.compile(
     r"""^["']?(task|group|tag|include)["']?[ \t]*:[ \t]*(.*)((?:\r?\n[ \t]*-[ \t]+.*)*)""",
@@ -253,7 +253,7 @@ def _declared(path: Path, included: dict[Path, dict[str, list[str]]]) -> dict[st
         if kind in {"tag", "include"} or ("[" not in inline and not listed.strip()):
             found[kind] = [name for value in values if (name := re.sub(r"\s#.*", "", value).strip(" -\t\r\"'"))]
     for name in found.pop("include", ()):
-        for kind, values in _declared((path.parent / name).resolve(), included).items():
+        for kind, values in _declared(resolved(path.parent / name), included).items():
             found.setdefault(kind, values)
     included[path] = found
     return found
@@ -263,7 +263,7 @@ def _bounded(path: Path) -> Iterator[tuple[Path, str]]:
     """A task file of the user's and those that it includes, each with its text, once it is small enough to be opened."""
     waiting, seen = [path], set()
     while waiting:
-        file = waiting.pop().resolve()
+        file = resolved(waiting.pop())
         if file in seen or OWN in file.parents:
             continue
         seen.add(file)

@@ -16,7 +16,7 @@ from marlin_tools.evaluation.scores import BESIDE_ANOTHER, Score, finite, spell
 from marlin_tools.report.page import duration, page
 from marlin_tools.report.result import Result, gather
 from marlin_tools.report.text import table
-from marlin_tools.resources import expanded
+from marlin_tools.resources import expanded, resolved
 from marlin_tools.verification.inspect import size
 
 TOLD = 10
@@ -128,7 +128,7 @@ class Difference:
 def compare(directories: Sequence[Path]) -> Difference:
     """Read two or more model directories."""
     names = [str(path) for path in directories]
-    if len({expanded(path).resolve() for path in directories}) < max(2, len(names)):
+    if len({resolved(path) for path in directories}) < max(2, len(names)):
         raise RecipeError(
             f"two or more different directories can be compared, not {' and '.join(f'`{name}`' for name in names)}",
             hint="marlin-tools compare DIR DIR",
