@@ -96,6 +96,8 @@ class Checkpoint:
         """Find the model that `ref` names. `accept` sees config.json before any weights are fetched and may raise."""
         if isinstance(ref, Checkpoint):
             return ref
+        if ref == "":  # as a variable that is not set; as a path it would be the working directory
+            raise ModelError("no model is named", hint="a directory, a hub id (owner/name), or an alias such as demo")
         path = expanded(ref)
         if str(ref) == "demo":
             path = demo_dir() / "model"

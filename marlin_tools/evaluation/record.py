@@ -68,7 +68,7 @@ class Record:
         texts = [Path(task.removeprefix("ppl:")) for task in asked.tasks if task.startswith("ppl:")]
         folders = (demo_dir() / "tasks", *asked.include_path)
         device = pick_device(asked.device)
-        beside = [self.model, *([Checkpoint.open(self.baseline)] if self.baseline else [])]
+        beside = [self.model, *([] if self.baseline is None else [Checkpoint.open(self.baseline)])]
         files = [*texts, *(path for each in folders for path in sorted(each.rglob("*"))), *self._data_of_tasks()]
         return fingerprint_of(
             models=[each.fingerprint for each in beside],

@@ -116,7 +116,7 @@ class FinetuneSettings(TrainingSettings, Stage):
 
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse two models that cannot be compared, and one that has nothing to keep."""
-        name = self.teacher or outlook.model.origin
+        name = outlook.model.origin if self.teacher is None else self.teacher
         quantized = outlook.quantized or outlook.model.quantization is not None
         teacher = outlook.find(name)
         check_pair(outlook.model, teacher, self, quantized=quantized)
@@ -140,7 +140,7 @@ class FinetuneSettings(TrainingSettings, Stage):
         """Train the model into the one directory that there is."""
         with work.clock("finetune", work.output, device=self.device):
             tokens = work.tokens(self.reads(work.text))
-            settings = self.model_copy(update={"teacher": self.teacher or work.original})
+            settings = self.model_copy(update={"teacher": work.original if self.teacher is None else self.teacher})
             finetune(work.model, tokens, settings, work.output, emit=work.emit, overwrite=work.overwrite, resume=work.resume)
         return {}
 

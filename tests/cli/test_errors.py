@@ -9,6 +9,8 @@ import pytest
 
 from marlin_tools.cli import kernels
 
+NO_MODEL = "error: no model is named\nhint: a directory, a hub id (owner/name), or an alias such as demo\n"
+
 CASES = [
     (("quant", "demo"), "error: no such command 'quant'\nhint: did you mean 'quantize'?\n"),
     (("quantize",), "error: missing argument 'MODEL'\nhint: `marlin-tools quantize --help` lists what there is\n"),
@@ -19,6 +21,13 @@ CASES = [
         "error: option '--shape' requires an argument\nhint: `marlin-tools bench quantize --help` lists what ",
     ),
     (("quantize", "demo", "--calib", ""), "error: no source is named\nhint: known sources: demo, wikitext2, "),
+    (("quantize", ""), NO_MODEL),
+    (("prune", "", "--dry-run"), NO_MODEL),
+    (("inspect", ""), NO_MODEL),
+    (("generate", "", "--prompt", "x"), NO_MODEL),
+    (("eval", "", "--tasks", "ppl:demo"), NO_MODEL),
+    (("eval", "demo", "--tasks", "ppl:demo", "--baseline", ""), NO_MODEL),
+    (("finetune", "demo", "--teacher", "", "--calib", "demo"), NO_MODEL),
     (("quantize", __file__), f"error: `{__file__}` is a file, not a model\nhint: name the directory that holds it\n"),
     (("quantize", "demo", "--dampp", "1"), "error: no such option: --dampp\nhint: did you mean --damp?\n"),
     (
