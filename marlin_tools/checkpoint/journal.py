@@ -33,12 +33,20 @@ def unfinished(out: Path) -> dict[str, Any]:
     return _read(output.state / _RUN, RunState) if output.work.exists() and output.begun else {}
 
 
-def another_run(partial: Path) -> OutputError:
+def another_run(partial: Path, otherwise: str = "start over with `--no-resume`") -> OutputError:
     """What to raise where an unfinished run is in the way."""
     return OutputError(
         f"`{partial}` holds an unfinished run with another model, calibration or settings",
-        hint="repeat the command that began it, or start over with `--no-resume`",
+        hint=f"repeat the command that began it, or {otherwise}",
     )
+
+
+def begin_anew(output: OutputDirectory) -> None:
+    """Make room for work that is never gone on with; what another run has finished there goes only where that is asked for."""
+    if (output.state / _RUN).exists() and output.begun and not output.overwrite:
+        raise another_run(output.partial, "choose another `-o DIR`; `--overwrite` throws it away")
+    output.clear()
+    output.lasting = False
 
 
 class Journal:

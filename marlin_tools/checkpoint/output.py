@@ -169,7 +169,6 @@ class OutputDirectory:
         *,
         overwrite: bool = False,
         resume: bool = False,
-        lasting: bool = True,
         sources: Iterable[Path | str] = (),
     ) -> None:
         self.out = expanded(out)
@@ -177,7 +176,7 @@ class OutputDirectory:
         self.work, self.state, self.replaced = (self.partial / name for name in ("model", "state", "replaced"))
         self.overwrite = overwrite
         self.resume = resume
-        self.lasting = lasting
+        self.lasting = True
         self.sources = tuple(sources)
         self._hashes: dict[Path, str] = {}
 

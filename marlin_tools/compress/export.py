@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from marlin_tools.checkpoint.headers import read_header
-from marlin_tools.checkpoint.journal import fingerprint_of
+from marlin_tools.checkpoint.journal import begin_anew, fingerprint_of
 from marlin_tools.checkpoint.manifest import holds, read_manifest, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -60,7 +60,8 @@ def export(
         emit(Event("note", f"`{out}` already holds this result; nothing to do"))
         return Checkpoint.open(out)
     facts = work.facts(run)
-    with OutputDirectory(out, overwrite=overwrite, lasting=False, sources=(checkpoint.path,)) as output:
+    with OutputDirectory(out, overwrite=overwrite, resume=True, sources=(checkpoint.path,)) as output:
+        begin_anew(output)
         begin = time.perf_counter()
         work.run(output)
         write_manifest(output, "export", facts, {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)

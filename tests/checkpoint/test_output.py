@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hostile_files import MANIFEST, write_json
-from marlin_tools.checkpoint.journal import Journal
+from marlin_tools.checkpoint.journal import Journal, begin_anew
 from marlin_tools.checkpoint.manifest import holds
 from marlin_tools.checkpoint.output import OutputDirectory, check_output, folder, put
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -192,7 +192,8 @@ def test_what_fails_before_anything_is_finished_leaves_nothing() -> None:
 
 def test_what_fails_and_cannot_be_continued_leaves_nothing_but_what_it_replaces() -> None:
     def fail(*, replaced: bool) -> None:
-        with OutputDirectory("out", overwrite=True, lasting=False) as output:
+        with OutputDirectory("out", overwrite=True) as output:
+            begin_anew(output)
             output.write_text("weights.txt", "new")
             if replaced:
                 output.out.rename(output.replaced)

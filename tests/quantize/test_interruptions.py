@@ -13,6 +13,7 @@ import pytest
 
 from marlin_tools.checkpoint.output import OutputDirectory
 from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.compress.export import export
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.compress.shards import Shards
 from marlin_tools.data.tokens import TokenSet
@@ -204,6 +205,31 @@ def test_another_run_does_not_continue_this_one(small_llama: Path, run: Run, mon
 
     assert "--no-resume" in (refusal.value.hint or "")
     run(small_llama, damp=0.02, resume=False)
+
+
+def test_an_export_does_not_throw_away_what_another_run_has_finished(
+    small_llama: Path, run: Run, whole: Undisturbed, digest: Digest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = run(small_llama, "other", preset="rtn")
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(small_llama)
+    finished = digest(tmp_path / "out.partial" / "model")
+    with pytest.raises(OutputError, match="unfinished run with another") as refusal:
+        export(other, "compressed-tensors", tmp_path / "out")
+
+    assert "--overwrite" in (refusal.value.hint or "")
+    assert finished
+    assert digest(tmp_path / "out.partial" / "model") == finished
+    assert digest(run(small_llama).path) == whole.files
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "write_rest", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(small_llama, "late")
+    export(other, "compressed-tensors", tmp_path / "late", overwrite=True)
+    assert not (tmp_path / "late.partial").exists()
 
 
 def test_two_runs_on_one_output(small_llama: Path, run: Run, tmp_path: Path) -> None:
