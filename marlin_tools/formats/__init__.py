@@ -31,6 +31,8 @@ READABLE: tuple[Format, ...] = (*FORMATS.values(), GPTQ_V2, GPTQ_MARLIN_24)
 
 def get_format(name: str) -> Format:
     """The format that a user names."""
+    if not isinstance(name, str):
+        raise TypeError(f"a format is a name, such as `gptq`, not {type(name).__name__}")
     if name not in FORMATS:
         raise FormatError(f"unknown format `{name}`", hint=near(name, FORMATS))
     return FORMATS[name]
