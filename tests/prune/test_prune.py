@@ -13,11 +13,14 @@ from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
+from marlin_tools.compress.reconstruct import BlockTraining
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import FormatError, ModelError, OutputError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import is_2_4
+from marlin_tools.stream.activations import Activations
+from marlin_tools.stream.layer_stream import Block
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +112,26 @@ def test_training_blocks_brings_them_closer(run: Callable[..., Checkpoint], tiny
         assert is_2_4(trained.read(name))
     first = [name for name in linears(plain) if "layers.0" in name]
     assert all(torch.equal(plain.read(name) == 0, trained.read(name) == 0) for name in first)  # later blocks read other things
+
+
+@torch.no_grad()
+def test_the_next_block_reads_what_the_trained_one_puts_out(
+    run: Callable[..., Checkpoint], tiny_llama: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    read: list[torch.Tensor] = []
+    start = BlockTraining.__init__
+
+    def seen(self: BlockTraining, block: Block, entering: Activations, *rest: Any) -> None:
+        read[:] = [torch.cat(list(entering)).float()]
+        start(self, block, entering, *rest)
+
+    monkeypatch.setattr(BlockTraining, "__init__", seen)
+    out = run(tiny_llama, preset="sparsegpt", reconstruct=4, rate=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(out.path, dtype=torch.float32)
+    states = model(torch.stack(tokens.sequences), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[1], read[0], rtol=0, atol=2e-3)
 
 
 def test_training_that_makes_blocks_worse_changes_nothing(run: Callable[..., Checkpoint], tiny_llama: Path) -> None:

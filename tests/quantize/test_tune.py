@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from marlin_tools.algorithms import GPTQ, Gram
 from marlin_tools.algorithms.masks import magnitude
@@ -18,6 +19,7 @@ from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, OutputError, RecipeError
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.stream.activations import Activations
 from marlin_tools.stream.layer_stream import Block
 
 Run = Callable[..., Checkpoint]
@@ -112,6 +114,27 @@ def test_blocks_end_nearer_to_the_original(run: Run, tiny_llama: Path) -> None:
     assert manifest["tuning"]["iters"] == 12
     with pytest.raises(OutputError, match="not empty"):  # other tuning is another result
         run(tiny_llama, algorithm=coarse, tuning={"iters": 2})
+
+
+def test_the_next_block_reads_what_the_tuned_one_puts_out(
+    run: Run, tiny_llama: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[torch.Tensor] = []
+    start = reconstruct.BlockTraining.__init__
+
+    def seen(self: reconstruct.BlockTraining, block: Block, entering: Activations, *rest: Any) -> None:
+        read[:] = [torch.cat(list(entering)).float()]
+        start(self, block, entering, *rest)
+
+    monkeypatch.setattr(reconstruct.BlockTraining, "__init__", seen)
+    stored = StoredLinears(run(tiny_llama, algorithm=GPTQ(damp=10, scales="absmax", polish=0, drift=0), tuning=FEW))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for name in stored.names:
+        if ".layers.0." in name:
+            model.get_submodule(name).weight.data.copy_(stored.read(name).dequantize())
+    with torch.no_grad():
+        states = model(torch.stack(tokens.sequences), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[1], read[0], rtol=0, atol=2e-3)
 
 
 def test_where_nothing_gets_better_the_result_is_that_of_default(
