@@ -71,6 +71,15 @@ def test_overrides_come_last(table):
     assert [5, 5] == [recipe.calibrate.seed for recipe in load_all(table(), ["calibrate.seed=5"])[1:]]
 
 
+def test_controls_that_are_brought_along_obey_overrides(tmp_path):
+    recipes = load_all("llama2-13b-marlin", ["evaluate.seqlen=512"])
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: demo\ncontrol: demo-fp16\nstages: [{stage: verify}]\n", encoding="utf-8")
+    control, _ = load_all(tmp_path / "x.yaml", ["evaluate.seqlen=256"])
+
+    measured = [stage for each in (*recipes, control) for stage in each.stages if stage.stage == "evaluate"]
+    assert [512, 512, 256] == [stage.seqlen for stage in measured]
+
+
 def test_overrides_of_a_stage_go_to_the_recipes_that_have_it(table):
     a, b, c = load_all(table(), ["quantize.damp=0.5", "quantize.preset=default"])
 
