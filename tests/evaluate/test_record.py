@@ -2,9 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ from marlin_tools.evaluation import record
 from marlin_tools.evaluation.evaluate import EvaluateSettings
 from marlin_tools.evaluation.record import Record, read_record
 from marlin_tools.evaluation.scores import Score
+from marlin_tools.recipe.recipe import Recipe
+from marlin_tools.run.plan import plan
 
 
 @pytest.fixture
@@ -85,6 +88,35 @@ def test_a_folder_in_the_place_of_the_record_is_told_before_the_work(measure, tm
     monkeypatch.setattr(record, "evaluate", lambda *_, **__: pytest.fail("it was measured"))
     with pytest.raises(OutputError, match=r"evaluation\.json` is a directory"):
         measure()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    (
+        ({"tasks": ["ppl:demo"], "seqlen": 100_000}, "window length 100000 is more than"),
+        ({"tasks": ["ppl:nowhere.txt"]}, "`ppl:nowhere.txt`: no such file"),
+        ({"tasks": ["demo_qa"], "backend": "vllm", "activations": "fp8"}, "backend `vllm` rounds activations as config.json"),
+    ),
+)
+def test_what_could_not_be_measured_is_told_before_a_model_is_made(settings, told):
+    stages = [{"stage": "quantize", "preset": "rtn"}, {"stage": "evaluate", **settings}]
+    with pytest.raises(MarlinToolsError) as caught:
+        plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": stages}))
+    assert told in caught.value.message
+
+
+def test_a_number_beyond_a_float_is_taken_over_as_none(measure, monkeypatch):
+    """JSON has no infinity: what is null was infinite or no number, and no longer says which."""
+    plain = measure(limit=1)[0]
+    ruined = Score("ppl:x", "perplexity", math.inf, math.nan, higher_is_better=False).against(4.0, 0.1, math.inf)
+    monkeypatch.setattr(record, "evaluate", lambda *_, **__: replace(plain, scores=(ruined,)))
+    first, (again, fresh) = measure()[0], measure()
+    (found,) = again.scores
+
+    assert not fresh
+    assert math.isnan(found.value)
+    assert found.row()[3:] == ["nan", "4.0000 ± 0.1000", "", "0.0 %"]
+    assert again.describe()["scores"] == first.describe()["scores"]
 
 
 def test_every_key_of_a_score_is_looked_at():
