@@ -1,5 +1,9 @@
 """Linears that were solved together, taken apart again."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin_tools.algorithms.solution import Losses, Solution
 from marlin_tools.compress import solved as module
-from marlin_tools.compress.solved import Solved
+from marlin_tools.compress.solved import Solved, solve_experts
+from marlin_tools.distributed.team import Team
 from marlin_tools.quantized import QuantizedLinear
 
 
-def solution(n: int, k: int = 64) -> Solution:
-    generator = torch.Generator().manual_seed(n)
+def solution(n: int, k: int = 64, seed: int = 0) -> Solution:
+    generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
     scales = torch.rand(n, k // 32, generator=generator).to(torch.float16)
     losses = [torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(4)]
@@ -43,6 +48,44 @@ def test_without_data_nothing_is_said_of_the_output() -> None:
     ((output, weight),) = linear.errors().values()
     assert output is None
     assert weight == float(known.weight.sum()) / float(known.weight_energy.sum())
+
+
+@dataclass(frozen=True)
+class Thread(Team):
+    """Stands for a process of two."""
+
+    size: int = 2
+    told: list[torch.Tensor] = field(default_factory=list)
+    barrier: Barrier = field(default_factory=lambda: Barrier(2, timeout=20))
+
+    def each(self, own: torch.Tensor) -> torch.Tensor:
+        self.told[self.rank] = own
+        self.barrier.wait()
+        whole = torch.cat(self.told)
+        self.barrier.wait()
+        return whole
+
+
+def test_every_expert_has_its_own_rows_whichever_process_solved_it() -> None:
+    """Five of two linears each, so the last is solved by both."""
+    groups: list[Any] = [
+        SimpleNamespace(n=i, rows=lambda i=i: [(f"{i}.gate", slice(0, 8)), (f"{i}.up", slice(8, 20))]) for i in range(5)
+    ]
+    solutions = [replace(solution(20, seed=i), damp=0.1 * i) for i in range(5)]
+    told, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=20)
+
+    def solve(rank: int) -> Solved:
+        team = Thread(rank, told=told, barrier=barrier)
+        return solve_experts(groups, lambda _: pytest.fail("all at once"), team, lambda mine: [solutions[g.n] for g in mine])
+
+    with ThreadPoolExecutor(2) as threads:
+        for found in threads.map(solve, range(2)):
+            linears = dict(found.each())
+            assert set(linears) == {name for group in groups for name, _ in group.rows()}
+            for group, expected in zip(groups, solutions, strict=True):
+                for name, rows in group.rows():
+                    assert torch.equal(linears[name].linear.codes, expected.linear.codes[rows])
+                    assert linears[name].damp == expected.damp
 
 
 class Large(TorchDispatchMode):
