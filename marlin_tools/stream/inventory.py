@@ -214,7 +214,7 @@ def check_limits(inventory: Inventory, sizes: Mapping[str, int], format_name: st
         raise FormatError(
             f"format `{format_name}` cannot hold {'; '.join(refused[:3])}{more}",
             hint="add `--sparsity 2:4`, or use another `--format`"
-            if sparse is False and not any(limits(t.n, t.k, sizes[t.name], sparse=True) for t in inventory.targets)
+            if not any(limits(t.n, t.k, sizes[t.name], sparse=True) for t in inventory.targets)
             else _other_group_size(inventory, format_name, sparse=sparse),
         )
 

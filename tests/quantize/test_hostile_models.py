@@ -328,6 +328,16 @@ def test_shapes_that_do_not_fit_name_the_layers(
         QuantizeSettings(format="marlim")
 
 
+def test_where_only_the_zeros_are_lacking_the_hint_says_so(
+    tiny_model: Callable[..., Path], refused: Callable[..., MarlinToolsError]
+) -> None:
+    message = r"cannot hold `.*q_proj`: .*; `.*k_proj`: .*; `.*v_proj`: weights are not 2:4 sparse and 11 more"
+    error = refused(tiny_model("llama"), FormatError, message, format="marlin-24")
+    assert error.hint == "add `--sparsity 2:4`, or use another `--format`"
+    narrow = tiny_model("llama", intermediate_size=448)
+    assert "--sparsity" not in (refused(narrow, FormatError, "2:4 sparse", format="marlin-24").hint or "")
+
+
 def test_a_quantized_model_is_not_quantized_again(tiny_llama: Path, run: Run, tmp_path: Path) -> None:
     first = run(tiny_llama, "first")
     with pytest.raises(ModelError, match="already quantised") as caught:
