@@ -89,7 +89,7 @@ def test_a_full_disk_is_seen_before_the_first_step(run: Run, tmp_path: Path, mon
     with pytest.raises(StopError):
         run(how={"emit": stop_at(3)})
     state = (tmp_path / "out.partial" / "state" / "training.safetensors").stat().st_size
-    free = SimpleNamespace(free=1.5 * state)  # a state takes the place of another, and the result is small beside both
+    free = SimpleNamespace(free=1.9 * state)  # a state takes the place of another, and the result is small beside both
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     steps: list[int] = []
     count = {"emit": lambda event: steps.append(event.done) if event.text == "steps" else None}
@@ -112,6 +112,15 @@ def test_what_gets_worse_is_not_kept(run: Run, pruned: Path, monkeypatch: pytest
     assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
 
 
+def test_the_best_state_outlives_a_kill(run: Run, pruned: Path) -> None:
+    """Here the first, to which nothing that comes later returns."""
+    with pytest.raises(StopError):
+        run(rate=0.5, how={"emit": stop_at(6)})
+    source, out = Checkpoint.open(pruned), run(rate=0.5)
+    assert json.loads((out.path / "manifest.json").read_text())["best_step"] == 0
+    assert all(torch.equal(out.read(name), source.read(name)) for name in source.names())
+
+
 def test_changed_settings_do_not_continue_another_run(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         run(how={"emit": stop_at(3)})
@@ -128,6 +137,19 @@ def test_a_finished_run_is_not_repeated(run: Run) -> None:
     assert any("nothing to do" in note for note in notes)
     with pytest.raises(OutputError, match="not empty"):
         run(rate=1e-4)
+
+
+@pytest.mark.parametrize("other", ["text", "teacher", "model"])
+def test_what_was_learned_from_something_else_is_another_result(run: Run, pruned: Path, tmp_path: Path, other: str) -> None:
+    """Not taken for finished, though all settings are the same."""
+    run(tokens=4 * 32)
+    shifted = Path(shutil.copytree(pruned, tmp_path / "shifted"))  # of the same shape and with the same zeros
+    for shard in shifted.glob("*.safetensors"):
+        save_file({name: t * 1.5 for name, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    text = TokenSet(tuple(torch.full((15, 32), 9)), "nines", packed=True, documents=1)
+    changed: dict[str, Any] = {"text": text} if other == "text" else {other: shifted if other == "model" else str(shifted)}
+    with pytest.raises(OutputError, match="not empty"):
+        run(tokens=4 * 32, **changed)
 
 
 def test_accumulated_gradients_are_those_of_the_batch(run: Run) -> None:
@@ -164,6 +186,33 @@ def test_the_teacher_can_write_the_text(run: Run, tmp_path: Path) -> None:
     assert json.loads((out.path / "manifest.json").read_text())["calibration"]["source"].startswith("written by")
     assert same_files(out.path, run("again", text=None, sampled=15, seqlen=32).path)
     assert not same_files(out.path, run("other", text=None, sampled=15, seqlen=32, seed=1).path)
+
+
+def test_what_the_teacher_has_written_is_not_written_again(run: Run) -> None:
+    told: list[str] = []
+
+    def stopping(event: Event) -> None:
+        told.append(event.text)
+        stop_at(3)(event)
+
+    with pytest.raises(StopError):
+        run(text=None, sampled=15, seqlen=32, how={"emit": stopping})
+    assert "windows written by the teacher" in told
+    told.clear()
+    run(text=None, sampled=15, seqlen=32, how={"emit": lambda event: told.append(event.text)})
+    assert any(text.startswith("continuing at step") for text in told)
+    assert "windows written by the teacher" not in told
+
+
+def test_a_written_text_goes_on_behind_its_end_and_is_drawn_from_all_words(teacher: Path) -> None:
+    told: Any = SimpleNamespace(config={"bos_token_id": 5}, text_config={"bos_token_id": 5}, origin="somewhere")
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    words = torch.stack(sample(model, told, 70, 2, 0, silent).sequences)  # more than are written at a time
+    assert words.shape == (70, 2)
+    assert len(set(words[:, 1].tolist())) > 40
+    end = torch.nn.Parameter(torch.zeros(512).index_fill_(0, torch.tensor(1), 100.0))
+    model.lm_head.bias = end
+    assert [window.tolist() for window in sample(model, told, 2, 8, 0, silent).sequences] == [[5, *[1] * 7]] * 2
 
 
 @pytest.mark.parametrize(
