@@ -109,7 +109,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model("llama", tie_word_embeddings=True)`: a checkpoint of that `model_type` with seeded random weights.
+    """`tiny_model("llama", tie_word_embeddings=True)`: a checkpoint of that `model_type` with seeded random weights and biases.
 
     The directory is shared by the whole session: read it, or copy it first.
     """
@@ -126,6 +126,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+                for name, parameter in model.named_parameters():
+                    if name.endswith("bias") and not parameter.any():  # who forgets a bias of zeros does nothing wrong
+                        torch.nn.init.normal_(parameter, std=0.1)
             model.save_pretrained(folder)
             write_tokenizer(folder)
             made[key] = folder
