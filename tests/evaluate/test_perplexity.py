@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlin_tools.backends import load
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, DeviceError, ModelError
+from marlin_tools.evaluation import evaluate as stage
 from marlin_tools.evaluation import perplexity
 from marlin_tools.evaluation.perplexity import Traces, score_text, trace
 from marlin_tools.evaluation.scores import mean_and_error
+from marlin_tools.events import silent
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.run.plan import plan
 
@@ -147,9 +150,40 @@ def test_documents_count_alike_whatever_their_length(model):
 
 
 def test_limit_takes_the_first_windows(model, text, run):
-    shares = {limit: run(model, text, seqlen=32, limit=limit).score(text).details["sequences"] for limit in (3, 0.25)}
+    found = {limit: run(model, text, seqlen=32, limit=limit).score(text).details for limit in (3, 1, 0.25)}
+    shares = {limit: details["sequences"] for limit, details in found.items()}
 
-    assert {3: 3, 0.25: math.ceil(len(windows(model, text, 32)) / 4)} == shares
+    assert {3: 3, 1: 1, 0.25: math.ceil(len(windows(model, text, 32)) / 4)} == shares
+    assert "limit 0.25" in found[0.25]["notes"]
+
+
+@pytest.mark.parametrize("free", (1000, 1 << 28, 1 << 31, 5 << 30, 1 << 40))
+def test_what_is_computed_at_a_time_fits_into_half_of_the_free_memory(model, monkeypatch, free):
+    """Logits alone, of 512 words for 512 positions, take no more than that; one item or token is computed anyhow."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for module in (stage, perplexity):
+        monkeypatch.setattr(module, "free_memory", lambda _: free)
+    one, both = (perplexity.tokens_per_batch(network, copies) for copies in (1, 2))
+    items = stage.choose_batch(network, silent)
+
+    assert both == 1 or both < one or both == perplexity.MAX_TOKENS
+    assert one == 1 or 4 * 512 * one + 4 * perplexity._SLICE_BYTES <= free // 2
+    assert items in {1, 2, 4, 8, 16, 32, 64}
+    assert items == 1 or 8 * 512 * 512 * items <= free // 2
+    assert (items > 4) == (free > 1000)  # positions that the model has not take no room
+    assert (free == 1 << 40) == ((64, perplexity.MAX_TOKENS) == (items, both))
+
+
+@pytest.mark.parametrize("choice", ({"limit": 1.5}, {"limit": 0}, {"batch_size": 0}))
+def test_amounts_that_mean_nothing_are_refused(choice):
+    with pytest.raises(ValueError, match=next(iter(choice))):
+        stage.EvaluateSettings(tasks=("ppl:demo",), **choice)
+
+
+@pytest.mark.parametrize(("positions", "asked", "window"), ((8192, None, 4096), (512, None, 512), (8192, 6000, 6000)))
+def test_windows_are_as_long_as_those_that_others_publish_where_they_can_be(tiny_model, positions, asked, window):
+    checkpoint = Checkpoint.open(tiny_model("llama", max_position_embeddings=positions))
+    assert window == stage._window(stage.EvaluateSettings(tasks=("ppl:demo",), seqlen=asked), checkpoint)
 
 
 def test_a_number_of_positions_that_is_null_is_a_plain_error(model, text, run, tmp_path):
