@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.export import export
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.errors import RecipeError
 from marlin_tools.report.difference import as_page, as_text, compare, points
+from marlin_tools.report.result import gather
 
 SCORE = {"task": "ppl:demo", "metric": "kl", "value": 0.5, "details": {"on": "8 documents", "tokens": 2000}}
 NAMES = "stderr higher_is_better baseline baseline_stderr difference difference_stderr part_of".split()
@@ -38,6 +40,11 @@ def test_only_what_differs_is_told(pair):
     assert {"settings.group_size": ["128", "64"]} == found.describe()["settings"]
     first, second = (float(bits) for bits in dict(found.facts)["bits per weight"])
     assert 4.125 < first < second < 4.6  # with the zero points of the format
+
+
+def test_before_it_was_quantised_a_model_was_as_large_as_its_original(pair, tiny_model):
+    size = Checkpoint.open(tiny_model("llama")).nbytes
+    assert [size, size] == [gather(path, None, weights=False).before_bytes for path in pair]
 
 
 def test_losses_stand_beside_each_other_the_most_different_first(pair):

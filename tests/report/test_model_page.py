@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from marlin_tools import report
 from marlin_tools.checkpoint.reader import Checkpoint
@@ -89,6 +90,7 @@ def test_experts_of_a_block_share_a_bar():
     names = {
         "model.layers.0.mlp.experts.0.up": 0.1,
         "model.layers.0.mlp.experts.1.up": 0.3,
+        "model.layers.0.mlp.experts.2.up": 0.2,
         "model.layers.2.mlp.experts.0.up": 0.2,
     }
     entries = [{"name": name, "weight_error": loss} for name, loss in names.items()] + [
@@ -115,6 +117,24 @@ def test_histograms_count_every_code_and_scale(made):
         inside = (scales.abs() >= low * (1 - 1e-6)) & (scales.abs() < low * 2**0.25 * (1 - 1e-6))
         assert float(inside.double().mean()) == pytest.approx(share, abs=2e-3)
     assert float((scales < 0).double().mean()) == pytest.approx(weights.negative)
+
+
+def test_scales_that_are_no_magnitude_are_in_no_bin(made, tmp_path):
+    """Of a ruined model: `verify` says so, and the page is made nonetheless."""
+    ruined = Path(shutil.copytree(made / "compressed-tensors", tmp_path / "ruined"))
+    known = gather(ruined, None).weights
+    file = next(
+        path for path in sorted(ruined.glob("*.safetensors")) if any("weight_scale" in name for name in load_file(path))
+    )
+    tensors = load_file(file)
+    scales = tensors[next(name for name in tensors if "weight_scale" in name)]
+    scales[:, :1] = torch.tensor([[0.0], [float("inf")]]).repeat(len(scales) // 2, 1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = gather(ruined, None).weights
+
+    assert {low for low, _ in weights.scales} <= {low for low, _ in known.scales}
+    assert sum(share for _, share in known.scales) == pytest.approx(1)
+    assert sum(share for _, share in weights.scales) < 1
 
 
 def test_exports_show_the_scores_of_the_same_weights(made):

@@ -16,6 +16,7 @@ from marlin_tools.report.page import page as render
 from marlin_tools.report.result import gather
 from marlin_tools.run.execute import execute
 from marlin_tools.run.plan import plan
+from marlin_tools.verification.verify import Check, Verification
 from report_pages import card_of, changed, read
 
 
@@ -46,6 +47,22 @@ def test_a_score_that_is_not_finite_is_the_worst_wherever_it_stands(made, value,
     assert "nothing is left of the original: ruined, accuracy is not finite, 4 items, 0-shot" in page
     assert "at worst" not in page
     assert "nan %" not in page
+
+
+def test_a_part_of_a_group_is_not_the_worst(made):
+    """One of many parts is, by chance; the group speaks for all of them."""
+    part = replace(scored("part", 0.1), part_of="group")
+    result = gather(made / "marlin", None)
+    evaluation = replace(gather(made / "compressed-tensors", None).evaluation, scores=(part, scored("group", 0.9)))
+
+    assert "group" == replace(result, evaluation=evaluation).headline.task
+
+
+def test_a_check_that_was_not_made_is_told(made):
+    checks = (Check("files", True, "7 tensors"), Check("logits", True, "no stored reference", skipped=True))
+    result = replace(gather(made / "marlin", None), verification=Verification(checks, ()))
+
+    assert ["Check `logits` was skipped: no stored reference"] == [each for each in result.remarks if each.startswith("Check")]
 
 
 def test_numbers_of_a_ruined_model_fit_into_a_table(made):
