@@ -19,6 +19,7 @@ from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.training.finetune import FinetuneSettings
 from marlin_tools.training.loop import Trainer
+from marlin_tools.training.pair import pair
 from marlin_tools.training.scaled import ScaledLinear, TunedLinear, _Product, free_codes
 
 Run = Callable[..., Checkpoint]
@@ -260,6 +261,15 @@ def test_a_teacher_of_another_shape(
     with pytest.raises(ModelError, match=message):
         run(model=quantized(), teacher=str(tiny_model(**other)))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_left_as_it_is_is_still_told(quantized: Make, teacher: Path) -> None:
+    source = Checkpoint.open(quantized(ignore=("down_proj",)))
+    settings = FinetuneSettings(teacher=str(teacher))
+    facts = pair(source, str(teacher), settings).facts
+    assert facts["kept"] == manifest(source)["kept"]
+    assert sorted(facts["kept"]) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert not any("down_proj" in each["name"] for each in facts["linears"])
 
 
 def test_a_teacher_cannot_write_more_than_it_has_positions_for(run: Run, quantized: Make) -> None:
