@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from marlin_tools.backends import load
+from marlin_tools.backends import check_activations, load
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.render import Encoder
@@ -154,6 +154,8 @@ class GenerateStage(GenerateSettings, Stage):
 
     def plan(self, outlook: Outlook) -> StagePlan:
         """The prompt."""
+        if not outlook.quantized:
+            check_activations(outlook.model, self.activations)
         return StagePlan((("prompt", self.prompt),))
 
     def run(self, work: Work) -> dict[str, Any]:

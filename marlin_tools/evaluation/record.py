@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from marlin_tools.backends import check_activations
 from marlin_tools.backends.vllm import identity
 from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
@@ -109,6 +110,8 @@ class EvaluateStage(EvaluateSettings, Stage):
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be measured when the model is made, perhaps hours from now; say what it takes."""
         check_asked(self, outlook.model)
+        if not outlook.quantized:
+            check_activations(outlook.model, self.activations)
         find_tasks(self)
         pick_device(self.device)
         if self.baseline is not None and self.baseline != outlook.source.name and (not outlook.dry or _is_here(self.baseline)):

@@ -13,7 +13,7 @@ import pytest
 
 from marlin_tools.checkpoint.contract import Scored
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import MarlinToolsError, ModelError, OutputError
+from marlin_tools.errors import DataError, MarlinToolsError, ModelError, OutputError, RecipeError
 from marlin_tools.evaluation import record
 from marlin_tools.evaluation.evaluate import EvaluateSettings
 from marlin_tools.evaluation.record import Record, read_record
@@ -90,19 +90,41 @@ def test_a_folder_in_the_place_of_the_record_is_told_before_the_work(measure, tm
         measure()
 
 
+QUANTIZE = {"stage": "quantize", "preset": "rtn"}
+
+
+def planned(*stages):
+    return plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": stages}))
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     (
         ({"tasks": ["ppl:demo"], "seqlen": 100_000}, "window length 100000 is more than"),
         ({"tasks": ["ppl:nowhere.txt"]}, "`ppl:nowhere.txt`: no such file"),
         ({"tasks": ["demo_qa"], "backend": "vllm", "activations": "fp8"}, "backend `vllm` rounds activations as config.json"),
+        ({"tasks": ["demo_qb"]}, "unknown task `demo_qb`"),
+        ({"tasks": ["demo_qa"], "device": "tpu"}, "`tpu`"),
     ),
 )
 def test_what_could_not_be_measured_is_told_before_a_model_is_made(settings, told):
-    stages = [{"stage": "quantize", "preset": "rtn"}, {"stage": "evaluate", **settings}]
     with pytest.raises(MarlinToolsError) as caught:
-        plan(Recipe.model_validate({"name": "x", "model": "demo", "stages": stages}))
+        planned(QUANTIZE, {"stage": "evaluate", **settings})
     assert told in caught.value.message
+
+
+@pytest.mark.parametrize("stage", ({"stage": "evaluate", "tasks": ["ppl:demo"]}, {"stage": "generate", "prompt": "x"}))
+def test_activations_of_linears_that_will_not_be_quantised_are_told_before_they_are_pruned(stage):
+    asked = {**stage, "activations": "fp8"}
+    with pytest.raises(RecipeError, match="holds no quantised linears"):
+        planned({"stage": "prune", "preset": "magnitude"}, asked)
+    assert planned(QUANTIZE, asked)
+
+
+def test_a_baseline_of_other_words_is_told_before_a_model_is_made(model):
+    with pytest.raises(DataError, match="the vocabularies of"):
+        planned(QUANTIZE, {"stage": "evaluate", "tasks": ["ppl:demo"], "baseline": str(model)})
+    assert planned(QUANTIZE, {"stage": "evaluate", "tasks": ["demo_qa"], "baseline": str(model)})  # which no word decides
 
 
 def test_a_number_beyond_a_float_is_taken_over_as_none(measure, monkeypatch):
