@@ -16,8 +16,8 @@ SCORE = {"task": "ppl:demo", "metric": "kl", "value": 0.5, "details": {"on": "8 
 NAMES = "stderr higher_is_better baseline baseline_stderr difference difference_stderr part_of".split()
 
 
-def measured(directory, kl, on="8 documents", how=None, beside=None, **details):
-    score = dict.fromkeys(NAMES) | SCORE | {"value": kl, "details": {"on": on, **details}}
+def measured(directory, value, on="8 documents", how=None, beside=None, metric="kl", **details):
+    score = dict.fromkeys(NAMES) | SCORE | {"metric": metric, "value": value, "details": {"on": on, **details}}
     known = {"origin": "x", "fingerprint": "x", "format": None, "backend": None, "device": "cpu", "computed_in": "float32"}
     how = known | (how or {})
     content = {"fingerprint": "x", "model": how, "baseline": beside and known | beside, "scores": [score], "notes": []}
@@ -95,6 +95,10 @@ def test_distances_to_other_originals_are_other_scores_and_say_why(pair):
     assert ["8 documents, baseline aaaaaaaa", "8 documents, baseline bbbbbbbb"] == [on for _, on, _ in found.scores]
     assert ["owner/a (aaaaaaaa)", "owner/b (bbbbbbbb)"] == dict(found.settings)["measured with.baseline"]
     assert "Distance to the original beside" not in as_page(found)
+    for path, name in zip(pair, ("a", "b"), strict=True):  # a score that no original decides
+        measured(path, 0.5, beside={"origin": f"owner/{name}", "fingerprint": name * 64}, metric="perplexity")
+    assert [[0.5, 0.5]] == [each["values"] for each in compare(pair).describe()["scores"]]
+    measured(pair[0], 0.5, beside={"origin": "owner/a", "fingerprint": "a" * 64})
     measured(pair[1], 0.25, beside={"origin": "elsewhere/a", "fingerprint": "a" * 64})
     assert [[0.5, 0.25]] == [each["values"] for each in compare(pair).describe()["scores"]]
 
