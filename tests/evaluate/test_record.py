@@ -40,8 +40,12 @@ def test_what_was_measured_is_taken_over_until_something_changes(measure, monkey
     assert (True, False) == (fresh, measured)
     assert first.scores == again.scores
     assert measure(limit=2)[1]
+    assert measure(limit=2, seed=1)[1]
+    assert not measure(limit=2, seed=1)[1]
+    monkeypatch.setattr(record, "versions", lambda: {"torch": "another"})
+    assert measure(limit=2, seed=1)[1]
     monkeypatch.setattr(record, "pick_device", lambda _name: SimpleNamespace(type="another"))
-    assert measure(limit=2)[1]
+    assert measure(limit=2, seed=1)[1]
 
 
 @pytest.mark.parametrize(
