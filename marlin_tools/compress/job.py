@@ -187,6 +187,7 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             chunk_tokens=chunk_tokens,
             team=job.team,
         )
+        stream.drift = job.solver.drift > 0
         stream.look_at(REFERENCE_TOKENS, rounded=job.activations == "fp8")
     return stream
 

@@ -49,6 +49,7 @@ class Flow:
     contexts   what the block is called with besides them, chunk by chunk
     room       what stays on the device
     share      whose the chunks are
+    drift      whether groups are to know how far they are from the original
     multiple   what joins the residual stream is multiplied by this
     """
 
@@ -57,6 +58,7 @@ class Flow:
     contexts: Sequence[dict[str, Any]]
     room: MemoryBudget
     share: TextShare
+    drift: bool = False
     multiple: float = 1.0
 
 
@@ -144,6 +146,7 @@ class BranchWalk:
         self._branch, self._flow = branch, flow
         self._room, self._hidden, self._original, self._share = flow.room, flow.hidden, flow.original, flow.share
         self._reads, self._reads_0 = reads or (flow.hidden, flow.original)
+        self._drift = flow.drift and before is not None
         self._joins = branch.post is None and branch.out is None and flow.multiple == 1
         self._now = Path(now, branch, flow)
         self._before = Path(before, branch, flow) if before is not None else None
@@ -177,7 +180,7 @@ class BranchWalk:
             return None
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
-            watch.see(i, x, None if x_0 is None else x_0 - x)
+            watch.see(i, x, self._short(x, x_0))
             if self._room.inputs:
                 self._keep(i, x, x_0)
         return watch.hessian()
@@ -190,14 +193,14 @@ class BranchWalk:
             seen = self._now.inside(x, i, names)
             seen_0 = self._before.inside(x_0, i, names) if self._before is not None and x_0 is not None else None
             for name, watch in watches.items():
-                watch.see(i, seen[name], None if seen_0 is None else seen_0[name] - seen[name])
+                watch.see(i, seen[name], self._short(seen[name], None if seen_0 is None else seen_0[name]))
             if self._room.inputs:
                 self._keep(i, x, x_0)
         return {name: watch.hessian() for name, watch in watches.items()}
 
     def advance(self, *, observed: bool) -> Hessian | None:
         """Compute what the closing linear reads, and move the original model's activations past the branch."""
-        closing = self._now.closing if self._joins and self._before is not None else None
+        closing = self._now.closing if self._joins and self._drift else None
         watch, left = Watch(self._share, closing), self._room.inner
         for i in range(len(self._hidden)):
             x, x_0 = self._entering(i)
@@ -209,9 +212,9 @@ class BranchWalk:
                 x_0 = self._before.advance(x_0, i)
                 out_0, h_0 = self._before.close(x_0), self._original[i]
                 if observed:
-                    owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else x_0 - x
+                    owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else self._short(x, x_0)
                 self._original[i] = h_0 = h_0.add_(out_0)
-                weights = token_weights(h_0)
+                weights = token_weights(h_0) if self._drift else None
             if observed:
                 watch.see(i, x, owed, weights)
         return watch.hessian() if observed else None
@@ -224,6 +227,10 @@ class BranchWalk:
             if x is None:
                 x = self._now.advance(self._now.enter(self._reads[i]), i)
             self._hidden[i] = h.add_(self._now.close(x))
+
+    def _short(self, x: Tensor, x_0: Tensor | None) -> Tensor | None:
+        """By how much inputs fall short of the original's, if that is wanted."""
+        return x_0 - x if self._drift and x_0 is not None else None
 
     def _keep(self, i: int, x: Tensor, x_0: Tensor | None) -> None:
         self._inputs[i] = x

@@ -235,7 +235,8 @@ class LayerStream:
     """Iterate over the decoder blocks of `checkpoint`, feeding them with the team's share of `tokens` (None: weights only).
 
     `targets` are the full names of the linears to hand out (without `.weight`); all others keep their weights. With
-    `with_original` the original model's activations flow alongside, so that the drift between the two can be seen.
+    `with_original` the original model's activations flow alongside, and unless `drift` is set to False, groups are told how far
+    their own have moved away from them.
     """
 
     def __init__(
@@ -275,6 +276,7 @@ class LayerStream:
             self.room = self._room_for(sum(chunk.numel() for chunk in chunks) * (2 if with_original else 1))
             self.hidden = self._embed(chunks)
         self.original = self.hidden.copy() if self.hidden is not None and with_original else None
+        self.drift = with_original
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -308,7 +310,7 @@ class LayerStream:
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
         """What the branches of block `index` have in common."""
         original = self.original if with_original else None
-        return Flow(hidden, original, self.contexts(index, hidden), self.room, self.share, self._multiple)
+        return Flow(hidden, original, self.contexts(index, hidden), self.room, self.share, self.drift, self._multiple)
 
     def stands_beside(self, branch: Branch) -> bool:
         """Whether a branch reads what the one before it read."""

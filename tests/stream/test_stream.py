@@ -208,6 +208,35 @@ def test_a_token_that_is_far_longer_than_others_does_not_decide(tiny_model: Call
         assert training.error() == pytest.approx(float(lost.square().sum() / (target * weights).square().sum()), rel=1e-3)
 
 
+@torch.no_grad()
+def test_whose_drift_nobody_corrects_is_as_if_the_original_were_not_there(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As where published methods are tuned by block."""
+    tokens = token_set(60)
+    path = tmp_path / "long"
+    shutil.copytree(tiny_model("llama"), path)
+    lengthen(path, int(tokens.sequences[0][0]))
+    checkpoint = Checkpoint.open(path)
+    streams = [
+        LayerStream(checkpoint, tokens, targets_of(checkpoint), torch.device("cpu"), with_original=original)
+        for original in (True, False)
+    ]
+    streams[0].drift = False
+    for blocks in zip(*streams, strict=True):
+        for group, plain in zip(*(block.groups() for block in blocks), strict=True):
+            assert group.hessian is not None
+            assert plain.hessian is not None
+            assert group.hessian.drift is None
+            assert torch.equal(plain.hessian.matrix, group.hessian.matrix)
+            for each in (group, plain):
+                for name in each.names:
+                    each.replace(name, (each.weight(name) * 32).round() / 32)
+    assert streams[0].original is not None
+    assert streams[0].hidden is not None
+    assert not torch.equal(streams[0].original[0], streams[0].hidden[0])
+
+
 def lengthen(path: Path, token: int) -> None:
     """Make what this token begins as a thousand times as long, and biases, which begin as 0, something."""
     file = path / "model.safetensors"
