@@ -100,13 +100,6 @@ def test_better_methods_lose_less(run: Callable[..., Checkpoint], tiny_llama: Pa
     assert lost == sorted(lost, reverse=True)
 
 
-@pytest.fixture
-def alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tokens count alike, as where the original does not run alongside."""
-    monkeypatch.setattr("marlin_tools.stream.token_weights.LONGEST", 1e9)
-
-
-@pytest.mark.usefixtures("alike")
 def test_training_blocks_brings_them_closer(run: Callable[..., Checkpoint], tiny_llama: Path) -> None:
     plain, trained = (
         run(tiny_llama, name, preset="sparsegpt", reconstruct=passes, rate=1e-3)
@@ -141,7 +134,6 @@ def test_the_next_block_reads_what_the_trained_one_puts_out(
     torch.testing.assert_close(states[1], read[0], rtol=0, atol=2e-3)
 
 
-@pytest.mark.usefixtures("alike")
 def test_training_that_makes_blocks_worse_changes_nothing(run: Callable[..., Checkpoint], tiny_llama: Path) -> None:
     plain, trained = (
         run(tiny_llama, name, preset="sparsegpt", reconstruct=passes, rate=1) for name, passes in (("plain", 0), ("trained", 1))
