@@ -14,8 +14,9 @@ from typing import Any
 
 from marlin_tools import __version__
 from marlin_tools.checkpoint.contract import Manifest
-from marlin_tools.checkpoint.output import MANIFEST as NAME
-from marlin_tools.checkpoint.output import TOOL, OutputDirectory, clear_published, put, sha256_of
+from marlin_tools.checkpoint.ours import MANIFEST as NAME
+from marlin_tools.checkpoint.ours import TOOL
+from marlin_tools.checkpoint.output import OutputDirectory, clear_published, put, sha256_of
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.errors import ModelError
 

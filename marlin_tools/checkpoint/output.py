@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.checkpoint.headers import DTYPES
-from marlin_tools.checkpoint.strict_json import read_object
+from marlin_tools.checkpoint.ours import BESIDE, listed_in, not_ours
 from marlin_tools.errors import MarlinToolsError, OutputError
 from marlin_tools.resources import expanded, resolved
 
@@ -32,24 +32,19 @@ ELSEWHERE = "choose another `-o DIR`"
 
 _TYPES = {dtype: name for name, dtype in DTYPES.items()}
 
-MANIFEST, TOOL = "manifest.json", "marlin-tools"
-"""What a directory that we wrote is known by: this file, and who it says wrote it."""
-
-BESIDE = frozenset({MANIFEST, "recipe.yaml", "report.html", "README.md", "evaluation.json"})
-"""What a result holds besides the files that its manifest lists."""
-
 
 def check_output(out: Path | str, sources: Iterable[Path | str] = (), *, overwrite: bool = False) -> Path:
     """Refuse a place for a result that cannot be written, or where something lies that no run of ours made.
 
     Decided before the work. Only a directory whose manifest says that we wrote it is ever replaced, never one that is or holds
     a source (a model, baseline, teacher or text of the run) or the working directory, and nothing in it that is not ours.
+    Nothing is put into one.
     """
     path = expanded(out)
     if not path.name or path.name == ".." or "\0" in str(out):
         raise OutputError(f"`{out}` is no name for a result", hint="give it a directory of its own: `-o DIR`")
     try:
-        _check_apart(path, sources)
+        check_apart(path, sources)
         _check_replaceable(path, overwrite=overwrite)
         _check_writable(path)
     except OSError as error:
@@ -79,7 +74,7 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"`{path}` is a file, not a directory", hint=ELSEWHERE)
     if not path.is_dir() or not any(path.iterdir()):
         return
-    if stranger := _not_ours(path):
+    if stranger := not_ours(path):
         raise OutputError(f"`{path}` exists and is not empty, and {stranger}", hint=f"it is never replaced; {ELSEWHERE}")
     if not overwrite:
         raise OutputError(f"`{path}` exists and is not empty", hint="use `--overwrite`, or another `-o DIR`")
@@ -100,37 +95,18 @@ def _check_writable(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def _check_apart(path: Path, sources: Iterable[Path | str]) -> None:
-    place = resolved(path)
-    if Path.cwd().is_relative_to(place):
+def check_apart(path: Path, sources: Iterable[Path | str] = ()) -> None:
+    """Refuse what holds something that is read, and what would lie in a finished result, which could not be replaced then."""
+    place, here = resolved(path), Path.cwd()
+    if here.is_relative_to(place):
         raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
     for source in (each for each in sources if "\0" not in str(each)):
-        read = resolved(source)
-        if read.is_relative_to(place):
+        if resolved(source).is_relative_to(place):
             raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=ELSEWHERE)
-        if place.is_relative_to(read) and (read / MANIFEST).is_file():
-            raise OutputError(f"`{path}` would lie in the result `{source}`, which is replaced as a whole", hint=ELSEWHERE)
-
-
-def _not_ours(directory: Path) -> str | None:
-    """Why a directory is none of our results, or what lies in it that its manifest does not know."""
-    try:
-        content = read_object(directory / MANIFEST, OutputError)
-    except OutputError:
-        return f"has no {MANIFEST} of ours"
-    tool, listed = content.get("tool"), content.get("files")
-    if not isinstance(tool, dict) or tool.get("name") != TOOL or not isinstance(listed, dict):
-        return f"has no {MANIFEST} of ours"
-    folders = {Path(name).parts[0] for name in listed if "/" in name}
-    for entry in sorted(directory.iterdir()):
-        known = entry.name in BESIDE or entry.name.endswith(".tmp") or entry.name in listed or entry.name in folders
-        if not known:
-            return f"`{entry.name}` in it is no part of a result"
-        if entry.name in folders and (
-            more := sorted(e.name for e in entry.iterdir() if f"{entry.name}/{e.name}" not in listed)
-        ):
-            return f"`{entry.name}/{more[0]}` in it is no part of a result"
-    return None
+    for around in place.parents:
+        if listed_in(around) is not None:
+            name = around.relative_to(here) if around != here and around.is_relative_to(here) else around
+            raise OutputError(f"`{path}` would lie in the result `{name}`, which is replaced as a whole", hint=ELSEWHERE)
 
 
 def clear_published(out: Path) -> None:

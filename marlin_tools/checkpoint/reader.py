@@ -31,7 +31,8 @@ from marlin_tools.checkpoint.contract import (
 )
 from marlin_tools.checkpoint.headers import INDEX, TensorInfo, check_inside, is_read, read_headers
 from marlin_tools.checkpoint.offline import give_up_early
-from marlin_tools.checkpoint.output import BESIDE, sha256_of
+from marlin_tools.checkpoint.ours import BESIDE
+from marlin_tools.checkpoint.output import sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import NEEDED, check_tokenizer_files, panics_unprinted
 from marlin_tools.errors import ErrorTranslation, ModelError

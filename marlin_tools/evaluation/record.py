@@ -13,7 +13,7 @@ from marlin_tools.backends.vllm import identity
 from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
-from marlin_tools.checkpoint.output import folder, put, sha256_of
+from marlin_tools.checkpoint.output import check_apart, folder, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -21,7 +21,7 @@ from marlin_tools.errors import ModelError, OutputError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_vocabulary, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.resources import demo_dir, expanded
+from marlin_tools.resources import demo_dir, expanded, resolved
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 NAME = "evaluation.json"
@@ -33,6 +33,8 @@ class Record:
     def __init__(self, home: Path | None, model: Checkpoint, settings: EvaluateSettings, baseline: str | None) -> None:
         self.home, self.model, self.settings, self.baseline = home, model, settings, baseline
         if home is not None:
+            if resolved(home) != resolved(model.path):  # the scores of one model are nothing to find in another one
+                check_apart(home / NAME)
             folder(home, hint="measure a copy of the model, or make its directory writable")
             if (home / NAME).is_dir():
                 raise OutputError(f"`{home / NAME}` is a directory, and a file is to be written there", hint="move it away")

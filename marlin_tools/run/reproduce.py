@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marlin_tools.checkpoint.output import ELSEWHERE, explained, folder
+from marlin_tools.checkpoint.output import ELSEWHERE, check_apart, explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.errors import MarlinToolsError, NumericalError, OutputError, RecipeError
 from marlin_tools.evaluation.evaluate import unavailable
@@ -59,7 +59,9 @@ def reproduce(
     refs, overrides = tuple(map(str, refs)), tuple(overrides)
     recipes = collect(refs, overrides)
     name = ", ".join(Path(ref).stem for ref in refs)
-    home = folder(out or HOME / "+".join(Path(ref).stem for ref in refs)[:100])
+    home = out or HOME / "+".join(Path(ref).stem for ref in refs)[:100]
+    check_apart(home / "report.html")  # a result has its own
+    folder(home)
     outcomes: dict[str, Outcome] = {}
     with _alone(home):
         for recipe in recipes:

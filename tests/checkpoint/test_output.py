@@ -125,22 +125,23 @@ def test_sources_and_what_holds_them_stay() -> None:
     refused("../../source", "is, or holds, the working directory")
 
 
-def test_nothing_is_put_into_a_result_that_is_read() -> None:
+def test_nothing_is_put_into_a_result() -> None:
     make("result")
-    write_json(Path("result/manifest.json"), MANIFEST)
-    Path("model").mkdir()
-    with pytest.raises(OutputError, match="`result/gptq` would lie in the result `result`"):
-        check_output("result/gptq", ["result"])
-    assert check_output("model/int4", ["model"]) == Path("model/int4")  # what others made is not replaced
+    Path("others").mkdir()
+    for out, sources in (("result/gptq", ("result",)), ("result/gptq", ()), ("result/verify/../a/b/gptq", ())):
+        refused(out, f"^`{out}` would lie in the result `result`, which is replaced as a whole", sources)
+    for content in (MANIFEST | {"tool": {"name": "x", "version": "1"}}, {}, []):
+        write_json(Path("others/manifest.json"), content)
+        assert check_output("others/int4", ["others"]) == Path("others/int4")  # what others made is not replaced
+    os.chdir("result/verify")
+    refused("sub", f"^`sub` would lie in the result `{Path('..').resolve()}`, which")
 
 
 def test_a_result_with_another_one_inside_stays_while_that_is_there() -> None:
     make("out")
-    make("out/inner")
+    make("inner")
+    Path("inner").rename("out/inner")
     refused("out", "`inner` in it is no part of a result")
-    make("out/inner", "2", overwrite=True)
-
-    assert ("1", "2") == (Path("out/weights.txt").read_text(), Path("out/inner/weights.txt").read_text())
 
 
 def test_a_partial_that_is_none_of_ours_stays() -> None:
