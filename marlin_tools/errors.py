@@ -82,6 +82,11 @@ class ModelError(MarlinToolsError):
     """A model cannot be found, read or compressed."""
 
 
+def unnamed_model() -> ModelError:
+    """What to raise over a model without a name, as where a variable is not set; as a path it is the working directory."""
+    return ModelError("no model is named", hint="a directory, a hub id (owner/name), or an alias such as demo")
+
+
 class FormatError(MarlinToolsError):
     """A weight format cannot hold these weights, or a checkpoint does not follow its format."""
 

@@ -1,9 +1,12 @@
 """The base of every settings class: frozen, unknown keys are errors, and numbers are finite."""
 
 from collections.abc import Collection
-from typing import Any, get_args
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+
+from marlin_tools.errors import unnamed_model
 
 
 class Settings(BaseModel):
@@ -23,6 +26,23 @@ class Settings(BaseModel):
 
 def _takes_flags(annotation: Any) -> bool:
     return annotation in (bool, Any, object) or any(_takes_flags(each) for each in get_args(annotation))
+
+
+def _model(name: str) -> str:
+    if not name:
+        raise ValueError(f"{(told := unnamed_model()).message}; {told.hint}")
+    return name
+
+
+def _folder(name: object) -> object:
+    if name == "":
+        raise ValueError("no directory is named; `.` is the working directory")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_model)]
+Folder = Annotated[Path, BeforeValidator(_folder)]
+"""Names that may not be empty: as paths they would be the working directory."""
 
 
 def one_of(kind: str, known: Collection[str]) -> AfterValidator:

@@ -9,7 +9,7 @@ import typer
 
 from marlin_tools.cli import ui
 from marlin_tools.cli.complete import PRESETS, SHAPES, list_of, one_of
-from marlin_tools.cli.options import PLAIN, Device, Json, flag, option
+from marlin_tools.cli.options import PLAIN, Device, Json, destination, flag, option
 from marlin_tools.cli.perform import given, words
 from marlin_tools.errors import MarlinToolsError, RecipeError
 
@@ -25,7 +25,7 @@ bench = typer.Typer(help="Time kernels, models, quantisation and training on thi
 Batches = Annotated[str | None, option("--batch", of="M,...", text="Batch sizes, such as 1,2,4,8,16,32,64,128.")]
 Shape = Annotated[str | None, option(of="NAME", text="llama2-7b, llama2-13b, llama2-70b, llama3-8b, ...", words=one_of(SHAPES))]
 SeqLen = Annotated[int | None, option(of="N", text="Tokens of a window.")]
-Output = Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers here.")]
+Output = Annotated[Path | None, destination("DIR", "Write the numbers here.")]
 
 
 @bench.command(name="kernels")
@@ -48,9 +48,7 @@ def bench_kernels(
     tune: Annotated[
         bool, flag("--tune", "Measure every kernel; the choice between them on this machine follows from it.")
     ] = False,
-    output: Annotated[
-        Path | None, option("-o", "--output", of="DIR", text="Write the numbers and their pictures here.")
-    ] = None,
+    output: Annotated[Path | None, destination("DIR", "Write the numbers and their pictures here.")] = None,
     json: Json = False,
 ) -> int:
     """Time our kernels beside cuBLAS, past the L2 cache, results checked."""
@@ -86,7 +84,7 @@ def bench_model(
     schemes: Annotated[
         str | None, option("--schemes", of="S,...", text="fp16, int4, int4-2:4.", words=list_of(("fp16", "int4", "int4-2:4")))
     ] = None,
-    output: Annotated[Path | None, option("-o", "--output", of="DIR", text="Write the numbers and a figure here.")] = None,
+    output: Annotated[Path | None, destination("DIR", "Write the numbers and a figure here.")] = None,
     json: Json = False,
 ) -> int:
     """Time every token of a model with random weights, under CUDA graphs."""

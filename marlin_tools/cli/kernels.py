@@ -8,7 +8,7 @@ import typer
 
 from marlin_tools.cli import ui
 from marlin_tools.cli.complete import list_of, one_of
-from marlin_tools.cli.options import PLAIN, Json, option
+from marlin_tools.cli.options import PLAIN, Json, destination, option
 from marlin_tools.cli.perform import words
 from marlin_tools.errors import DeviceError, OutputError, RecipeError
 
@@ -48,9 +48,7 @@ def build_kernels(
         str,
         option(of="A,...", text=f"Any of {ARCHITECTURES}; all of them if left out.", words=list_of(ARCHITECTURES.split(","))),
     ] = ARCHITECTURES,
-    output: Annotated[
-        Path | None, option("-o", "--output", of="DIR", text="The cache to fill, instead of this user's.")
-    ] = None,
+    output: Annotated[Path | None, destination("DIR", "The cache to fill, instead of this user's.")] = None,
     json: Json = False,
 ) -> int:
     """Compile every kernel now, so that no run has to.

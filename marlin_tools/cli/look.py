@@ -9,7 +9,7 @@ import typer
 
 from marlin_tools.cli import ui
 from marlin_tools.cli.complete import directories as directories_of_results
-from marlin_tools.cli.options import PLAIN, Directory, Json, Model, argument, flag, option
+from marlin_tools.cli.options import PLAIN, Directory, Json, Model, argument, destination, flag, model_directory
 from marlin_tools.cli.perform import perform, recipe_of, short_name
 
 app = typer.Typer(**PLAIN)
@@ -33,11 +33,11 @@ def verify(
 def compare(
     directories: Annotated[
         list[Path],
-        argument("DIR...", "Directories of models, two or more; the first is compared with.", directories_of_results),
+        argument(
+            "DIR...", "Directories of models, two or more; the first is compared with.", directories_of_results, model_directory
+        ),
     ],
-    output: Annotated[
-        Path | None, option("-o", "--output", of="FILE", text="Where the page goes: runs/compare/<names>.html.")
-    ] = None,
+    output: Annotated[Path | None, destination("FILE", "Where the page goes: runs/compare/<names>.html.")] = None,
     json: Json = False,
 ) -> int:
     """Say what differs between results: sizes, scores, losses, settings."""

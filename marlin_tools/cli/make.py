@@ -26,6 +26,7 @@ from marlin_tools.cli.options import (
     Seed,
     SeqLen,
     Strict,
+    destination,
     flag,
     option,
 )
@@ -181,7 +182,7 @@ def finetune(
 def export(
     directory: Directory,
     format: Annotated[str, option(of="F,...", text=FORMATS, words=list_of(LAYOUTS))],
-    output: Annotated[Path, option("-o", "--output", of="DIR", text="Where the result goes.")],
+    output: Annotated[Path, destination("DIR", "Where the result goes.")],
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:

@@ -1,5 +1,6 @@
 """What the options of all verbs have in common: how they are spelt, described and shared."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from marlin_tools.cli import complete
 from marlin_tools.cli.complete import Complete
+from marlin_tools.errors import OutputError, unnamed_model
 
 _SPELLINGS = {
     "nsamples": "num-samples",
@@ -26,14 +28,32 @@ def spelling(name: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
-def argument(metavar: str, text: str, words: Complete | None = None) -> Any:
-    """What stands without a name; `words` is what a shell offers."""
-    return typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=words)
+def argument(metavar: str, text: str, words: Complete | None = None, read: Callable[[str], Any] | None = None) -> Any:
+    """What stands without a name; `words` is what a shell offers, `read` makes it a value."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=words, parser=read)
 
 
-def option(*names: str, of: str, text: str, words: Complete | None = None) -> Any:
+def option(*names: str, of: str, text: str, words: Complete | None = None, read: Callable[[str], Any] | None = None) -> Any:
     """What takes a value; without names, typer makes one from the parameter's."""
-    return typer.Option(*names, metavar=of, help=text, show_default=False, autocompletion=words)
+    return typer.Option(*names, metavar=of, help=text, show_default=False, autocompletion=words, parser=read)
+
+
+def model_directory(name: str) -> Path:
+    """A directory of a model; typer would take no name for the working directory."""
+    if not name:
+        raise unnamed_model()
+    return Path(name)
+
+
+def destination(of: str, text: str) -> Any:
+    """The option that says where something is written."""
+
+    def read(name: str) -> Path:
+        if not name:
+            raise OutputError("`-o` is empty", hint=f"name a place: `-o {of}`")
+        return Path(name)
+
+    return option("-o", "--output", of=of, text=text, read=read)
 
 
 def flag(names: str, text: str) -> Any:
@@ -46,8 +66,8 @@ PLAIN: Any = {"rich_markup_mode": None, "add_completion": False, "pretty_excepti
 """How every command group is made."""
 
 Model = Annotated[str, argument("MODEL", "Directory, hub id, or alias: demo, llama2-7b, ...", complete.models)]
-Directory = Annotated[Path, argument("DIR", "Directory of a quantised model.", complete.directories)]
-Output = Annotated[Path | None, option("-o", "--output", of="DIR", text="Where the result goes: runs/<name>-<scheme>.")]
+Directory = Annotated[Path, argument("DIR", "Directory of a quantised model.", complete.directories, model_directory)]
+Output = Annotated[Path | None, destination("DIR", "Where the result goes: runs/<name>-<scheme>.")]
 Device = Annotated[
     str | None,
     option(of="NAME", text="cpu, cuda or cuda:N; the first GPU if there is one.", words=complete.one_of(complete.DEVICES)),

@@ -7,7 +7,19 @@ import typer
 
 from marlin_tools.cli import ui
 from marlin_tools.cli.complete import recipes as recipe_words
-from marlin_tools.cli.options import PLAIN, DryRun, Json, Output, Overwrite, Resume, Strict, argument, flag, option
+from marlin_tools.cli.options import (
+    PLAIN,
+    DryRun,
+    Json,
+    Output,
+    Overwrite,
+    Resume,
+    Strict,
+    argument,
+    destination,
+    flag,
+    option,
+)
 from marlin_tools.cli.perform import perform
 from marlin_tools.errors import OutputError, RecipeError
 
@@ -42,9 +54,7 @@ def reproduce(
     set_: Annotated[
         list[str] | None, option("--set", of="A.B=C", text="Override a setting of all of them; repeatable.")
     ] = None,
-    output: Annotated[
-        Path | None, option("-o", "--output", of="DIR", text="Where the report goes: runs/reproduce/<name>.")
-    ] = None,
+    output: Annotated[Path | None, destination("DIR", "Where the report goes: runs/reproduce/<name>.")] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,

@@ -33,7 +33,7 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.formats import find_format
 from marlin_tools.formats.config import activations_of
 from marlin_tools.quantized import ActivationType, dtype_name
-from marlin_tools.settings import Settings, one_of
+from marlin_tools.settings import Folder, Settings, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ class EvaluateSettings(Settings):
     limit: float | None = Field(default=None, gt=0)
     batch_size: Literal["auto"] | int = Field(default="auto")
     seqlen: int | None = Field(default=None, ge=2)
-    include_path: tuple[Path, ...] = ()
+    include_path: tuple[Folder, ...] = ()
     allow_task_code: bool = False
     backend: Annotated[str, one_of("backend", ("auto", *BACKENDS, "vllm"))] = "auto"
     activations: ActivationType | None = None

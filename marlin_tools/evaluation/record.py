@@ -22,6 +22,7 @@ from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, chec
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.resources import demo_dir, expanded, resolved
+from marlin_tools.settings import ModelName
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 NAME = "evaluation.json"
@@ -107,7 +108,7 @@ class EvaluateStage(EvaluateSettings, Stage):
     """Measure the model, and `baseline` as well, if one is named."""
 
     stage: Literal["evaluate"] = "evaluate"
-    baseline: str | None = None
+    baseline: ModelName | None = None
 
     def plan(self, outlook: Outlook) -> StagePlan:
         """Refuse what could not be measured when the model is made, perhaps hours from now; say what it takes."""

@@ -29,7 +29,7 @@ from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.evaluation.scores import BESIDE_ANOTHER
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.yaml_reader import Document
-from marlin_tools.settings import Settings
+from marlin_tools.settings import ModelName, Settings
 from marlin_tools.stage import Stage
 from marlin_tools.training.finetune import FinetuneSettings
 from marlin_tools.verification.verify import VerifyStage
@@ -81,7 +81,7 @@ class Recipe(Settings):
     """
 
     name: str = Field(pattern=r"^[\w][\w.+-]*$")
-    model: str
+    model: ModelName
     description: str = ""
     source: str = ""
     deviations: tuple[str, ...] = ()

@@ -45,6 +45,7 @@ from marlin_tools.families.experts import shell
 from marlin_tools.formats.config import activations_of
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.quantized import QuantizedLinear
+from marlin_tools.settings import ModelName
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work, made_with
 from marlin_tools.training.compressed import with_mask_of
 from marlin_tools.training.loop import Trainer, TrainingSettings
@@ -85,7 +86,7 @@ class FinetuneSettings(TrainingSettings, Stage):
     sampled: int = Field(0, ge=0)
     seqlen: int = Field(1024, ge=2)
     device: str = "auto"
-    teacher: str | None = None
+    teacher: ModelName | None = None
     text: CalibrationSettings | None = None
 
     @property

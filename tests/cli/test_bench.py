@@ -151,7 +151,7 @@ def test_model_as_json_and_as_a_table(cli, decoded, tmp_path):
         (("kernels", "list", "--arch", "sm_70"), "error: --arch: no kernels are made for `sm_70`\nhint: there are: sm_80, "),
         (("kernels", "build", "--arch", ","), "error: --arch: no architecture is named\n"),
         (("kernels", "list", "--arch", ""), "error: --arch: no architecture is named\n"),
-        (("kernels", "build", "-o", ""), "error: `.` is no name for a cache\nhint: give it a directory of its own: `-o DIR`"),
+        (("kernels", "build", "-o", ""), "error: `-o` is empty\nhint: name a place: `-o DIR`"),
         (
             ("kernels", "build", "-o", "/dev/null/x"),
             "error: cannot write `/dev/null/x`: Not a directory\nhint: choose another ",

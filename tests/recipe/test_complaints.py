@@ -96,6 +96,10 @@ def test_known_keys_are_those_of_the_model(complaints):
             GOOD.replace("fast", "fats"),
             "5:13: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default, max",
         ),
+        (GOOD.replace("demo", "''"), "2:8: no model is named; a directory, a hub id (owner/name), or an alias such as demo"),
+        (GOOD + "  - {stage: finetune, teacher: ''}\n", "7:32: no model is named; "),
+        (GOOD + "  - {stage: evaluate, tasks: [a], baseline: ''}\n", "7:45: no model is named; "),
+        (GOOD + "  - {stage: evaluate, tasks: [a], include_path: [b, '']}\n", "7:53: no directory is named; "),
         (GOOD.replace("fast", "no"), "5:13: unknown preset `no`; "),  # YAML 1.1 would read False
     ),
 )
