@@ -149,6 +149,8 @@ _SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--devi
 
 def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
     """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
+    if not isinstance(name, str):
+        raise TypeError(f"a backend is a name, such as `auto`, not {type(name).__name__}")
     if name != "auto" and name not in BACKENDS:
         close = get_close_matches(name, BACKENDS, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"known: auto, {', '.join(BACKENDS)}"

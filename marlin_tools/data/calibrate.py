@@ -69,6 +69,8 @@ def calibrate(
         from marlin_tools.checkpoint.reader import Checkpoint
 
         checkpoint = Checkpoint.open(checkpoint)
+    elif not hasattr(checkpoint, "tokenizer"):
+        raise TypeError(f"a model is a name, a directory or a Checkpoint, not {type(checkpoint).__name__}")
     emit(Event("stage", "calibrate"))
     tokens = _collect(source, checkpoint, emit)
     for note in tokens.notes:

@@ -17,6 +17,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except TypeError as error:
+        raise TypeError(f"a device is a name, such as `cpu`, not {type(name).__name__}") from error
     except RuntimeError as error:
         raise DeviceError(f"unknown device `{name}`", hint="use cpu, cuda or cuda:N") from error
     if device.type == "cpu":

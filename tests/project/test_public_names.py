@@ -38,11 +38,15 @@ def test_version_is_a_plain_release():
         lambda _: mt.evaluate("demo", None),
         lambda _: mt.generate("demo", "Hello", {"max_new_tokens": 3}),
         lambda _: mt.calibrate(None, "demo"),
+        lambda _: mt.calibrate("demo", None),
+        lambda _: mt.calibrate("demo", 3),
+        lambda _: mt.load("demo", backend=None),
+        lambda _: mt.load("demo", device=None),
         lambda out: mt.export("demo", ["gptq", "marlin"], out),
         lambda out: mt.export("demo", None, out),
     ],
 )
 def test_misuse_is_a_type_error_that_says_what_is_wanted(wrong, tmp_path):
-    with pytest.raises(TypeError, match=r"settings are `|tokens are a TokenSet|a source is|a format is"):
+    with pytest.raises(TypeError, match=r"settings are `|tokens are a TokenSet|a source is|a model is|an? \w+ is a name, such as"):
         wrong(tmp_path / "out")
     assert not list(tmp_path.iterdir())
