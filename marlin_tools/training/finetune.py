@@ -31,7 +31,7 @@ from marlin_tools.checkpoint.cards import Card
 from marlin_tools.checkpoint.contract import text_config
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
-from marlin_tools.checkpoint.output import OutputDirectory, check_space
+from marlin_tools.checkpoint.output import OutputDirectory, check_space, gigabytes
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter, check_companions
 from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
@@ -48,6 +48,7 @@ from marlin_tools.quantized import QuantizedLinear
 from marlin_tools.settings import ModelName
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work, made_with
 from marlin_tools.training.compressed import with_mask_of
+from marlin_tools.training.disk import needed_gb, trained_bytes
 from marlin_tools.training.loop import Trainer, TrainingSettings
 from marlin_tools.training.pair import Pair, another_teacher, check_mask, check_pair, pair
 from marlin_tools.training.parallel import shard, training_team
@@ -130,7 +131,12 @@ class FinetuneSettings(TrainingSettings, Stage):
             facts.append(("text", f"{text.num_samples} samples of `{text.source}`"))
         if self.sampled:
             facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
-        facts.append(("training", f"{self.fitted(quantized=quantized).tokens:,} tokens, {self.batch} sequences a step"))
+        how = self.fitted(quantized=quantized)
+        facts.append(("training", f"{how.tokens:,} tokens, {self.batch} sequences a step"))
+        if outlook.first and not outlook.quantized and outlook.dry and not isinstance(outlook.model, Card):
+            facts.append(("disk", gigabytes(needed_gb(outlook.model, trained_bytes(outlook.model, how), how))))
+        if outlook.quantized:
+            facts.append(("stored as", f"`{outlook.formats[0]}`, as the model before it has learned, which stays"))
         return StagePlan(tuple(facts))
 
     def foresee(self, work: Work) -> None:
@@ -298,9 +304,9 @@ class _Work:
         )
 
     def _check_space(self, trainer: Trainer) -> None:
-        """Refuse what would end at a full disk. A saved state takes the place of the one before when it is whole."""
-        states = 1 if (self.output.state / _STATE).is_file() else 2
-        check_space(self.output.out, (states * trainer.state_bytes + self.plan.student.nbytes) / 1e9)
+        """Refuse what would end at a full disk."""
+        saved = (self.output.state / _STATE).is_file()
+        check_space(self.output.out, needed_gb(self.plan.student, trainer.trained_bytes, self.settings, saved=saved))
 
     def _go_on(self, trainer: Trainer) -> None:
         """Continue from the last saved state, if there is one."""

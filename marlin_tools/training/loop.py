@@ -292,9 +292,9 @@ class Trainer:
                 yield f"{name}|best", whole(self._best[name]).cpu()
 
     @property
-    def state_bytes(self) -> int:
-        """How large a saved state is: of each parameter its value, two moments, perhaps its mean, and its best value."""
-        return sum((5 if self._mean else 4) * parameter.nbytes for parameter in self._trained.values())
+    def trained_bytes(self) -> int:
+        """Bytes of what learns."""
+        return sum(parameter.nbytes for parameter in self._trained.values())
 
     def facts(self) -> dict[str, Any]:
         """The rest of a saved state."""

@@ -47,6 +47,8 @@ def test_version_is_a_plain_release():
     ],
 )
 def test_misuse_is_a_type_error_that_says_what_is_wanted(wrong, tmp_path):
-    with pytest.raises(TypeError, match=r"settings are `|tokens are a TokenSet|a source is|a model is|an? \w+ is a name, such as"):
+    with pytest.raises(
+        TypeError, match=r"settings are `|tokens are a TokenSet|a source is|a model is|an? \w+ is a name, such as"
+    ):
         wrong(tmp_path / "out")
     assert not list(tmp_path.iterdir())
