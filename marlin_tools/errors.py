@@ -37,6 +37,11 @@ def near(word: str, known: Iterable[str], rest: str | None = None) -> str:
     return (f"did you mean `{close[0]}`? " if close else "") + (f"known: {', '.join(known)}" if rest is None else rest)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 window`, `2 windows`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def first_line(failure: BaseException) -> str:
     """What another library says went wrong, or at least what kind of failure it is."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]

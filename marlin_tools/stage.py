@@ -22,6 +22,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.calibrate import CalibrationSettings, calibrate, expected_tokens
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import forget_peaks, leads, peak_memory, pick_device
+from marlin_tools.errors import counted
 from marlin_tools.events import Emit
 from marlin_tools.settings import Settings
 
@@ -81,7 +82,8 @@ class Outlook:
         """The text that the stage will look at."""
         if self.text is None:
             return ()
-        return (("calibration", f"{self.text.num_samples} samples of `{self.text.source}`, at most {self.tokens[0]} tokens"),)
+        some = f"{counted(self.text.num_samples, 'sample')} of `{self.text.source}`"
+        return (("calibration", f"{some}, at most {self.tokens[0]} tokens"),)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter, check_companions
-from marlin_tools.errors import FormatError, ModelError
+from marlin_tools.errors import FormatError, ModelError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import known_family
 from marlin_tools.families.experts import shell, stored_shapes
@@ -66,7 +66,7 @@ def export(
         work.run(output)
         write_manifest(output, "export", facts, {"seconds": round(time.perf_counter() - begin, 3)}, work.warnings)
         output.publish()
-    emit(Event("result", f"`{out}` holds {len(work.contents.grids)} linears as `{format}`"))
+    emit(Event("result", f"`{out}` holds {counted(len(work.contents.grids), 'linear')} as `{format}`"))
     return Checkpoint.open(out)
 
 
@@ -170,7 +170,7 @@ class _Conversion:
         try:
             self._convert(name)
         except FormatError as error:
-            return error.message
+            return error.message.removeprefix(f"format `{self.target.name}`: ")
         return None
 
     def _refuse(self, reasons: dict[str, str]) -> None:

@@ -27,7 +27,7 @@ from marlin_tools.compress.shards import REFERENCE_TOKENS, Shards
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.distributed.device import computing_on, describe_device, forget_peaks
 from marlin_tools.distributed.team import ALONE, Team
-from marlin_tools.errors import DeviceError
+from marlin_tools.errors import DeviceError, counted
 from marlin_tools.events import Emit, Event
 from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
@@ -243,7 +243,7 @@ def _publish(job: Job, output: OutputDirectory, run: str, entries: list[dict[str
     write_manifest(output, job.stage, facts, times, warnings)
     output.publish()
     emit(Event("note", in_words(comparison)))
-    emit(Event("result", f"{job.stage}: {len(plan.inventory.targets)} linears into `{output.out}`", data=times))
+    emit(Event("result", f"{job.stage}: {counted(len(plan.inventory.targets), 'linear')} into `{output.out}`", data=times))
 
 
 def _warnings(job: Job, linears: list[dict[str, Any]]) -> list[str]:

@@ -34,7 +34,7 @@ from marlin_tools.compress.tune import Tuning, held_out, tune
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team, assembled, expected
-from marlin_tools.errors import DataError, ModelError, RecipeError
+from marlin_tools.errors import DataError, ModelError, RecipeError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.formats import FORMATS, FormatName
@@ -164,7 +164,7 @@ class QuantizeSettings(BlockStage):
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
-            *([("tuning", f"{how.iters} steps for each block")] if how else []),
+            *([("tuning", f"{counted(how.iters, 'step')} for each block")] if how else []),
             *(
                 [("stays dense", f"at most {100 * self.keep_dense:.4g} % of the weights, chosen first")]
                 if self.keep_dense

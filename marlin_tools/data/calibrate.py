@@ -14,7 +14,7 @@ from marlin_tools.data.render import ChatTemplate, Encoder
 from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, in_turn, pack
 from marlin_tools.data.sources import BY_DOCUMENT, Shape, each_of, find_corpus
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.errors import DataError
+from marlin_tools.errors import DataError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.settings import Settings
 
@@ -75,7 +75,7 @@ def calibrate(
     tokens = _collect(source, checkpoint, emit)
     for note in tokens.notes:
         emit(Event("note", note))
-    emit(Event("result", f"{len(tokens.sequences)} sequences, {tokens.tokens} tokens", data=tokens.describe()))
+    emit(Event("result", f"{counted(len(tokens.sequences), 'sequence')}, {tokens.tokens} tokens", data=tokens.describe()))
     return tokens
 
 

@@ -23,7 +23,7 @@ from marlin_tools.data.render import Encoder
 from marlin_tools.data.rows import Document, no_text
 from marlin_tools.data.sources import Corpus
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.errors import DataError
+from marlin_tools.errors import DataError, counted
 
 LONGEST_DOCUMENT = 4096
 """The paper's limit; it alone decides which documents are held out, so that all models and settings agree."""
@@ -93,7 +93,8 @@ def pack(
     if len(found) < wanted:
         if not any(lengths):
             raise no_text(corpus.name)
-        message = f"`{corpus.name}`: {len(found)} windows of {seqlen} tokens in its {sum(lengths)} tokens, {wanted} asked for"
+        there = f"{counted(len(found), 'window')} of {seqlen} tokens"
+        message = f"`{corpus.name}`: {there} in its {sum(lengths)} tokens, {wanted} asked for"
         if not (fewer and found):
             raise DataError(message, hint=_remedy(len(found), place, "a smaller `--seqlen`, or a longer text"))
         notes = (message,)

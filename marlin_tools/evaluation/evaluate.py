@@ -26,7 +26,7 @@ from marlin_tools.data.evaluation import evaluation_documents, find_text
 from marlin_tools.data.render import Encoder, leave_open
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import free_memory
-from marlin_tools.errors import DataError, DeviceError, RecipeError
+from marlin_tools.errors import DataError, DeviceError, RecipeError, counted
 from marlin_tools.evaluation.perplexity import Traces, score_text, tokens_per_batch, trace
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.events import Emit, Event, silent
@@ -147,7 +147,7 @@ def evaluate(
         notes=tuple(dict.fromkeys([*run.code, *notes])),
         seconds=time.perf_counter() - begin,
     )
-    emit(Event("result", f"{len(result.scores)} scores", data=result.describe()))
+    emit(Event("result", counted(len(result.scores), "score"), data=result.describe()))
     return result
 
 
@@ -360,7 +360,7 @@ class _Run:
         count = len(tokens.sequences)
         coarse = {"kl": "a lower bound: the likeliest words of both models, and all others as one"}
         return {
-            "on": f"{count} windows of {tokens.longest} tokens" if tokens.packed else f"{count} documents",
+            "on": f"{counted(count, 'window')} of {tokens.longest} tokens" if tokens.packed else counted(count, "document"),
             "what": "token perplexity: exp(mean over sequences of the mean token loss), float32 loss",
             "tokens": tokens.tokens,
             "sequences": count,

@@ -13,7 +13,7 @@ from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.render import Encoder
 from marlin_tools.data.tokens import check_arguments
-from marlin_tools.errors import DataError
+from marlin_tools.errors import DataError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.quantized import ActivationType
 from marlin_tools.settings import Settings
@@ -95,7 +95,7 @@ def generate(
     parts = written[: len(ids)], written, written[len(ids) :]
     before, whole, alone = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
     text = whole.removeprefix(before) if whole.startswith(before) else alone
-    emit(Event("result", f"{len(written) - len(ids)} tokens", data={"tokens": len(written) - len(ids)}))
+    emit(Event("result", counted(len(written) - len(ids), "token"), data={"tokens": len(written) - len(ids)}))
     return text
 
 

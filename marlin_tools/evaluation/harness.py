@@ -29,7 +29,7 @@ from lm_eval.api.model import LM
 
 from marlin_tools.checkpoint.offline import give_up_early
 from marlin_tools.data.render import leave_open
-from marlin_tools.errors import DataError, DeviceError, first_line
+from marlin_tools.errors import DataError, DeviceError, counted, first_line
 from marlin_tools.evaluation.scores import Score, exponential, mean_and_error
 from marlin_tools.evaluation.task_index import Tasks
 from marlin_tools.events import Emit, Event
@@ -274,7 +274,7 @@ def _measured(results: Mapping[str, Any], task: str) -> dict[str, Any]:
     items, shots = results["results"][task].get("sample_len"), results["n-shot"].get(task)
     answered = any(results["higher_is_better"].get(task, {}).values())  # shots mean nothing to a perplexity
     return {
-        "on": f"{items} items, {shots}-shot" if answered else f"{items} items",
+        "on": counted(items, "item") + (f", {shots}-shot" if answered else ""),
         "items": items,
         "num_fewshot": shots,
         "task_version": results["versions"].get(task),

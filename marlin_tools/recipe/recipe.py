@@ -23,7 +23,7 @@ from marlin_tools.compress.export import ExportStage
 from marlin_tools.compress.prune import PruneSettings
 from marlin_tools.compress.quantize import QuantizeSettings
 from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
-from marlin_tools.errors import ModelError
+from marlin_tools.errors import ModelError, counted
 from marlin_tools.evaluation.generate import GenerateStage
 from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.evaluation.scores import BESIDE_ANOTHER
@@ -198,7 +198,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     elif "num_samples" not in given and all(isinstance(each, FinetuneSettings) for each in recipe.remaking):
         chosen |= _enough_to_learn_from(recipe, given.get("seqlen") or longest_window(recipe.model, TRAINING_LENGTH))
     settings = CalibrationSettings.model_validate({**chosen, **given})
-    shape = f"{settings.num_samples} samples" + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
+    shape = counted(settings.num_samples, "sample") + (f" of {settings.seqlen} tokens" if settings.seqlen else "")
     notes = [f"calibrating on `{settings.source}`, {shape}; choose with `--calib` and `--num-samples`"] if chosen else []
     return recipe.model_copy(update={"calibrate": settings}), notes
 

@@ -11,6 +11,7 @@ import torch
 
 from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
+from marlin_tools.errors import counted
 from marlin_tools.evaluation.record import read_record
 from marlin_tools.evaluation.scores import Evaluation, Score
 from marlin_tools.formats.stored import StoredLinears
@@ -274,13 +275,13 @@ class Result:
     def learning(self) -> list[Bar]:
         """A bar for each time that a finetuned model was held against its teacher."""
         measured: Sequence[tuple[int, float]] = self.manifest.get("held_out_kl", [])
-        return [(kl, f"after {step} steps: {kl:.4f} nats") for step, kl in measured] if len(measured) > 1 else []
+        return [(kl, f"after {counted(step, 'step')}: {kl:.4f} nats") for step, kl in measured] if len(measured) > 1 else []
 
     @property
     def learned(self) -> str:
         """What training left alone, or which state it has kept."""
         zeros = "" if self.quantized else "The zeros stayed where they were. "
-        return f"{zeros}Kept is the best state, that after {self.manifest.get('best_step', 0)} steps."
+        return f"{zeros}Kept is the best state, that after {counted(self.manifest.get('best_step', 0), 'step')}."
 
     @property
     def stages(self) -> dict[str, Mapping[str, float]]:
@@ -316,7 +317,7 @@ class Result:
                 ("solver", ", ".join(f"{key} {value}" for key, value in solver.items() if key != "kind") or "no settings")
             )
         if tokens:
-            shape = f"{tokens['sequences']} sequences, {tokens['tokens']:,} tokens, seed {tokens['seed']}"
+            shape = f"{counted(tokens['sequences'], 'sequence')}, {tokens['tokens']:,} tokens, seed {tokens['seed']}"
             rows.append((self.text_role, f"`{tokens['source']}`: {shape}, fingerprint `{tokens['fingerprint'][:16]}`"))
         if errors := list(dict.fromkeys(tuple(each["block_error"]) for each in self.linears if each.get("block_error"))):
             told = ", ".join(f"{before:.3%} -> {after:.3%}" for before, after in errors)

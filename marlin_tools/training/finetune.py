@@ -38,7 +38,7 @@ from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
 from marlin_tools.data.tokens import TokenSet, check_arguments
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.distributed.team import Team
-from marlin_tools.errors import DataError, DeviceError
+from marlin_tools.errors import DataError, DeviceError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.families.experts import shell
@@ -128,11 +128,11 @@ class FinetuneSettings(TrainingSettings, Stage):
         facts = [("teacher", name)]
         if text := self.reads(outlook.text):
             expected_tokens(text, teacher)  # refuses windows that the model does not have
-            facts.append(("text", f"{text.num_samples} samples of `{text.source}`"))
+            facts.append(("text", f"{counted(text.num_samples, 'sample')} of `{text.source}`"))
         if self.sampled:
-            facts.append(("written by the teacher", f"{self.sampled} windows of {self.seqlen} tokens"))
+            facts.append(("written by the teacher", f"{counted(self.sampled, 'window')} of {self.seqlen} tokens"))
         how = self.fitted(quantized=quantized)
-        facts.append(("training", f"{how.tokens:,} tokens, {self.batch} sequences a step"))
+        facts.append(("training", f"{how.tokens:,} tokens, {counted(self.batch, 'sequence')} a step"))
         if outlook.first and not outlook.quantized and outlook.dry and not isinstance(outlook.model, Card):
             facts.append(("disk", gigabytes(needed_gb(outlook.model, trained_bytes(outlook.model, how), how))))
         if outlook.quantized:
@@ -220,7 +220,7 @@ def _check_sizes(tokens: TokenSet | None, settings: FinetuneSettings) -> None:
         all_of_it = tokens is not None and settings.text is not None and settings.text.fewer
         more = "" if all_of_it else f"`{'--num-samples' if tokens else '--sampled'} {settings.held_out + 1}` or more"
         raise DataError(
-            f"{count} windows of text, of which {settings.held_out} are held out",
+            f"{counted(count, 'window')} of text, of which {settings.held_out} are held out",
             hint="use " + ", ".join(filter(None, (more, "a longer text, or a smaller `--seqlen`" if tokens else ""))),
         )
 
@@ -263,7 +263,8 @@ class _Work:
         train = windows[: len(windows) - self.settings.held_out]
         trainer = Trainer(student, Reader(teacher, original, every), (train, held_out), self.settings, self.team)
         if (rounds := trainer.steps * self.settings.batch / len(train)) >= 1.5:
-            said = f"{len(train)} windows are read {rounds:.1f} times; more text might teach it more"
+            are = "window is" if len(train) == 1 else "windows are"
+            said = f"{len(train)} {are} read {rounds:.1f} times; more text might teach it more"
             self.emit(Event("note", said))
         self._check_space(trainer)
         self._go_on(trainer)
@@ -384,5 +385,6 @@ class _Work:
         self.output.publish()
         if trainer.best_step == 0:
             self.emit(Event("note", "nothing was learned that helps on other text: try more of it, or another `--rate`"))
-        said = f"finetune: held-out KL {first:.4f} -> {best:.4f} after {trainer.best_step} steps, into `{self.output.out}`"
+        after = f"after {counted(trainer.best_step, 'step')}, into `{self.output.out}`"
+        said = f"finetune: held-out KL {first:.4f} -> {best:.4f} {after}"
         self.emit(Event("result", said, data={"seconds": seconds, "held_out_kl": trainer.measured}))

@@ -134,3 +134,18 @@ def test_amounts_that_nobody_has_are_refused(cli, tiny_llama, text):
         done = cli("quantize", tiny_llama, "--calib", text, *words, "-o", "made")
         assert 2 == done.code
         assert f"error: `{' '.join(words)}`: must be less than or equal to " in done.err
+
+
+def test_one_of_a_kind_is_told_as_one(cli, tiny_llama, text):
+    cli("quantize", tiny_llama, "--preset", "rtn", "-o", "made")
+    few = ("--calib", text, "--seqlen", "32", "--device", "cpu", "-o", "learned")
+    once = ("--tokens", "64", "--batch", "1", "--micro", "1")
+    done = cli("finetune", "made", "--teacher", tiny_llama, *few, *once, "--num-samples", "1")
+    assert "  1 sequence, 32 tokens\n" in done.err
+    assert "error: 1 window of text, of which 8 are held out\n" in done.err
+    done = cli("finetune", "made", "--teacher", tiny_llama, *few, *once, "--num-samples", "9")
+    assert 0 == done.code, done.err
+    assert "1 window is read 2.0 times" in done.err
+    done = cli("eval", "made", "--tasks", f"ppl:{text}", "--seqlen", "32", "--limit", "1", "--device", "cpu")
+    assert "  1 score\n" in done.err
+    assert "1 window of 32 tokens" in done.out
