@@ -13,7 +13,7 @@ from marlin_tools.backends.vllm import identity
 from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
-from marlin_tools.checkpoint.output import check_apart, folder, put, sha256_of
+from marlin_tools.checkpoint.output import check_apart, folder, gigabytes, put, sha256_of
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
@@ -123,8 +123,8 @@ class EvaluateStage(EvaluateSettings, Stage):
                 check_vocabulary(outlook.model, original)
         facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
         if outlook.dry:
-            size = outlook.model.nbytes / 1e9
-            facts.append(("memory", f"{size:.1f} GB of weights for each model, if they run in 16 bits"))
+            size = gigabytes(outlook.model.nbytes / 1e9)
+            facts.append(("memory", f"{size} of weights for each model, if they run in 16 bits"))
         return StagePlan(tuple(facts))
 
     def run(self, work: Work) -> dict[str, Any]:

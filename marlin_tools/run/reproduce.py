@@ -46,6 +46,13 @@ def collect(refs: Iterable[str | Path], overrides: Iterable[str] = ()) -> list[R
     return list(found.values())
 
 
+def home_of(refs: Iterable[str | Path], out: Path | None) -> Path:
+    """Where the report and the logs go: in no result, which has a report of its own."""
+    home = out or HOME / "+".join(Path(ref).stem for ref in refs)[:100]
+    check_apart(home / "report.html")
+    return home
+
+
 def reproduce(
     refs: Iterable[str | Path],
     out: Path | None = None,
@@ -59,9 +66,7 @@ def reproduce(
     refs, overrides = tuple(map(str, refs)), tuple(overrides)
     recipes = collect(refs, overrides)
     name = ", ".join(Path(ref).stem for ref in refs)
-    home = out or HOME / "+".join(Path(ref).stem for ref in refs)[:100]
-    check_apart(home / "report.html")  # a result has its own
-    folder(home)
+    home = folder(home_of(refs, out))
     outcomes: dict[str, Outcome] = {}
     with _alone(home):
         for recipe in recipes:

@@ -41,8 +41,10 @@ def test_scores_and_reports_of_others_refuse_too(cli, quantize):
         told = cli("run", "scores.yaml", "-o", out)
         assert 2 == told.code
         assert told.err.endswith(RULE.format(f"{out}/evaluation.json", "c/ct"))
-        told = cli("reproduce", "scores.yaml", "-o", out)
-        assert (2, RULE.format(f"{out}/report.html", "c/ct")) == (told.code, told.err)
+        for more in ((), ("--dry-run",)):
+            told = cli("reproduce", "scores.yaml", "-o", out, *more)
+            assert (2, RULE.format(f"{out}/report.html", "c/ct")) == (told.code, told.err)
+    assert "MB of weights for each model" in cli("run", "scores.yaml", "--dry-run").out
     assert before == sorted(Path("c").rglob("*"))
 
 
