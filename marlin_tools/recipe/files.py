@@ -181,11 +181,11 @@ def _override(document: Document, text: str) -> None:
     path: tuple[str | int, ...] = tuple(map(_key, name.split(".")))
     stages = document.data.get("stages")
     if isinstance(stages, list) and path[0] not in Recipe.model_fields:
-        places = {stage.get("stage"): index for index, stage in reversed([*enumerate(stages)]) if isinstance(stage, dict)}
-        if path[0] not in places:
-            known = [*Recipe.model_fields, *(stage for stage in places if isinstance(stage, str))]
+        names = [stage.get("stage") if isinstance(stage, dict) else None for stage in stages]
+        if path[0] not in names:
+            known = [*Recipe.model_fields, *dict.fromkeys(name for name in names if isinstance(name, str))]
             raise RecipeError(f"{origin}: unknown key `{path[0]}`; {near(str(path[0]), known)}")
-        path = ("stages", places[path[0]], *path[1:])
+        path = ("stages", names.index(path[0]), *path[1:])
     document.put(path, recipe_yaml.parse_value(value), origin)
 
 

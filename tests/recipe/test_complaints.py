@@ -129,6 +129,11 @@ def test_override(complaints, override, expected):
     assert complaints(GOOD, override)[0].startswith(expected)
 
 
+def test_override_beside_a_stage_whose_name_is_no_word(complaints):
+    text = GOOD + "  - {stage: [a]}\n"
+    assert complaints(text, "quantise.damp=1")[0].startswith("--set quantise.damp=1: unknown key `quantise`; ")
+
+
 def test_a_result_in_the_place_of_its_recipe(tmp_path):
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(RecipeError, match="is a directory") as caught:
