@@ -95,7 +95,7 @@ def _check_writable(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_apart(path: Path, sources: Iterable[Path | str] = ()) -> None:
+def check_apart(path: Path, sources: Iterable[Path | str] = (), hint: str = ELSEWHERE) -> None:
     """Refuse what holds something that is read, and what would lie in a finished result, which could not be replaced then."""
     place, here = resolved(path), Path.cwd()
     if here.is_relative_to(place):
@@ -106,7 +106,7 @@ def check_apart(path: Path, sources: Iterable[Path | str] = ()) -> None:
     for around in place.parents:
         if listed_in(around) is not None:
             name = around.relative_to(here) if around != here and around.is_relative_to(here) else around
-            raise OutputError(f"`{path}` would lie in the result `{name}`, which is replaced as a whole", hint=ELSEWHERE)
+            raise OutputError(f"`{path}` would lie in the result `{name}`, which is replaced as a whole", hint=hint)
 
 
 def clear_published(out: Path) -> None:
@@ -318,6 +318,7 @@ def put_page(path: Path, text: str, mark: str) -> None:
             raise OutputError(f"`{path}` is a directory, and the page is a file", hint=hint)
         if path.exists() and mark.encode() not in path.read_bytes()[:1000]:
             raise OutputError(f"`{path}` exists and is no such page of ours", hint=f"it is never replaced; {hint}")
+        check_apart(path, hint=hint)
     except OSError as error:
         raise explained(error, path, hint) from error
     put(path, text, hint)

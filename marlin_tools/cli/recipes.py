@@ -114,7 +114,7 @@ def recipes_copy(
     name: Name, to: Annotated[str, argument("FILE", "Where to; a directory keeps the name.")] = ".", json: Json = False
 ) -> int:
     """Copy a recipe, to be changed."""
-    from marlin_tools.checkpoint.output import put
+    from marlin_tools.checkpoint.output import check_apart, put
     from marlin_tools.recipe import files as recipe_files
 
     text = recipe_files.show(name)
@@ -123,6 +123,7 @@ def recipes_copy(
     target = Path(to, f"{name}.yaml") if Path(to).is_dir() else Path(to)
     if target.exists() or target.is_symlink():
         raise OutputError(f"`{target}` exists", hint="choose another name: marlin-tools recipes copy NAME FILE")
+    check_apart(target, hint="name another FILE")
     put(target, text)
     return ui.show({"file": str(target)}, str(target), as_json=json)
 

@@ -48,6 +48,15 @@ def test_scores_and_reports_of_others_refuse_too(cli, quantize):
     assert before == sorted(Path("c").rglob("*"))
 
 
+def test_pages_and_recipes_refuse_too(cli, quantize, tiny_llama):
+    before = sorted(Path("c").rglob("*"))
+    told = cli("compare", tiny_llama, "c/ct", "-o", "c/ct/page.html")
+    assert (2, "", RULE.format("c/ct/page.html", "c/ct").replace("DIR", "FILE")) == told
+    told = cli("recipes", "copy", "demo", "c/ct")
+    assert (2, "", RULE.format("c/ct/demo.yaml", "c/ct").replace("choose another `-o DIR`", "name another FILE")) == told
+    assert before == sorted(Path("c").rglob("*"))
+
+
 def test_models_beside_each_other_go_into_one_directory(quantize):
     assert 0 == quantize("-o", "c/several", "--format", "compressed-tensors,gptq").code
     again = quantize("-o", "c/several", "--format", "compressed-tensors,gptq,marlin")
