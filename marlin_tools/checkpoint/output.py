@@ -99,10 +99,10 @@ def check_apart(path: Path, sources: Iterable[Path | str] = (), hint: str = ELSE
     """Refuse what holds something that is read, and what would lie in a finished result, which could not be replaced then."""
     place, here = resolved(path), Path.cwd()
     if here.is_relative_to(place):
-        raise OutputError(f"`{path}` is, or holds, the working directory", hint=ELSEWHERE)
+        raise OutputError(f"`{path}` is, or holds, the working directory", hint=hint)
     for source in (each for each in sources if "\0" not in str(each)):
         if resolved(source).is_relative_to(place):
-            raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=ELSEWHERE)
+            raise OutputError(f"`{path}` is, or holds, `{source}`, which the run reads", hint=hint)
     for around in place.parents:
         if listed_in(around) is not None:
             name = around.relative_to(here) if around != here and around.is_relative_to(here) else around

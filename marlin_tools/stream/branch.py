@@ -214,7 +214,7 @@ class BranchWalk:
                 if observed:
                     owed = (h_0 - self._hidden[i]).add_(out_0) if closing is not None else self._short(x, x_0)
                 self._original[i] = h_0 = h_0.add_(out_0)
-                weights = token_weights(h_0) if self._drift else None
+                weights = token_weights(h_0) if observed and self._drift else None
             if observed:
                 watch.see(i, x, owed, weights)
         return watch.hessian() if observed else None
