@@ -59,7 +59,7 @@ from marlin_tools.training.student import Reader, Student, recompute
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REVISION = 9
+REVISION = 10
 """Raised when the same inputs would give other weights, so that old unfinished runs are not continued."""
 
 _SMALLER = (

@@ -2,7 +2,8 @@
 
     KL          mean over tokens of Σ p_teacher (log p_teacher - log p_student), over the whole vocabulary
     CE          mean of -log p_student of the token that really follows
-    SquareHead  mean over some hidden states of |h_student - h_teacher|² / |h_teacher|², arXiv 2310.06927
+    SquareHead  mean over some hidden states of |h_student - h_teacher|² / |h_teacher|², arXiv 2310.06927; tokens that are far
+                longer than the others count for less (`stream/token_weights.py`)
 
 The logits of a batch would be larger than everything else together, so `head_losses` never has more than a few thousand tokens
 of them: for each chunk `ops/model/compare.py` computes both losses and their gradient, on a GPU in one kernel. What goes back
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from marlin_tools.ops.model.compare import compare
+from marlin_tools.stream.token_weights import token_weights
 
 CHUNK = 8192
 """Tokens whose logits exist at a time."""
@@ -79,7 +81,9 @@ def head_losses(
 
 def square_head(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """SquareHead, the mean over the pairs of hidden states given."""
-    losses = [
-        (s.float() - t.float()).square().mean() / t.float().square().mean() for s, t in zip(student, teacher, strict=True)
-    ]
+    losses = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        weights = token_weights(theirs)
+        away, whole = (ours.float() - theirs.float()) * weights, theirs.float() * weights
+        losses.append(away.square().mean() / whole.square().mean())
     return torch.stack(losses).mean()

@@ -51,3 +51,13 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
 def test_square_head_is_relative_to_the_teacher() -> None:
     states = [torch.randn(2, 5, H), 100 * torch.randn(2, 5, H)]
     torch.testing.assert_close(square_head([1.1 * s for s in states], states), torch.tensor(0.01))
+
+
+def test_square_head_is_not_about_one_token_that_is_far_longer_than_the_others() -> None:
+    theirs = torch.randn(1, 9, H)
+    theirs = theirs / theirs.norm(dim=-1, keepdim=True)
+    theirs[0, 0] *= 1000
+    ours = theirs.clone()
+    ours[0, 1:] *= 1.1
+    found = square_head([ours], [theirs])  # nine tokens count for 16, eight of them are a tenth off
+    torch.testing.assert_close(found, torch.tensor(0.01 * 8 / (8 + 4.0**2)))
