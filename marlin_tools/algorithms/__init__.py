@@ -21,7 +21,7 @@ PRESETS: dict[str, RTN | GPTQ] = {
     "marlin": GPTQ(damp=0.1, noise=0, order="natural", scales="conditional", signed=False, polish=0, sequential=False, drift=0),
     "fast": GPTQ(polish=0, drift=0),
     "default": GPTQ(),
-    "max": GPTQ(),  # and each block is tuned afterwards, see `compress/quantize.py`
+    "max": GPTQ(drift=0.75, guided=True),  # and each block is tuned afterwards, see `compress/quantize.py`
 }
 
 Preset = Annotated[str, one_of("preset", PRESETS)]

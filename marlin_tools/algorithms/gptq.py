@@ -18,7 +18,7 @@ from marlin_tools.algorithms.polish import polish
 from marlin_tools.algorithms.pruning import MaskSolver
 from marlin_tools.algorithms.quantizer import Quantizer
 from marlin_tools.algorithms.scales import absmax, conditional, decode, diagonal, encode, too_large
-from marlin_tools.algorithms.solution import SLAB, Solution
+from marlin_tools.algorithms.solution import SLAB, Rows, Solution
 from marlin_tools.algorithms.sweep import sweep
 from marlin_tools.errors import RecipeError
 from marlin_tools.ops.solver.kernels import BLOCK, Grid
@@ -38,6 +38,8 @@ class GPTQ(Quantizer):
     sequential   later groups of a block are calibrated on the quantised outputs of earlier ones
     drift        aim at weights that undo this share of what earlier rounding has done to the activations; the original
                  model then runs alongside, which costs a second forward
+    guided       rows make up for each other by what their outputs are worth to the model (`coupled.py`), which is found out
+                 by a forward and a backward of the original on some of the text, before all else
     """
 
     kind: Literal["gptq"] = "gptq"
@@ -49,6 +51,7 @@ class GPTQ(Quantizer):
     polish: int = Field(1, ge=0, le=100)
     sequential: bool = True
     drift: float = Field(0.5, ge=0, le=1)
+    guided: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "GPTQ":
@@ -137,13 +140,17 @@ class GPTQProblem:
     slab: int = SLAB
     looks: bool = True
 
-    def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
+    def aim(self, weight_nk: Tensor, rows: Rows) -> Tensor:
+        """The float32 weight that these rows aim at by themselves: as they are, or what undoes some of the drift."""
+        if self.correction is None:
+            return weight_nk.float()
+        with span("correct"):
+            return self.correction.aim(weight_nk, rows)
+
+    def solve(self, weight_nk: Tensor, rows: Rows, aim_nk: Tensor | None = None) -> Solution:
         """Rows never talk to each other: any of them can be solved alone."""
         order, factor = self.order, self.factor
-        original = weight = weight_nk.float()
-        if self.correction is not None:
-            with span("correct"):
-                weight = self.correction.aim(weight_nk, rows)
+        weight = self.aim(weight_nk, rows) if aim_nk is None else aim_nk
         aim, mask = weight, None
         if self.mask_solver is not None:
             placed = self.mask_solver.place(weight, rows)
@@ -160,7 +167,7 @@ class GPTQProblem:
         if self.looks and not bool(torch.isfinite(scales).all()):
             raise too_large()
         with span("judge"):
-            return Solution.quantized(original, weight, codes, scales, self.hessian, factor.damp)
+            return Solution.quantized(weight_nk.float(), weight, codes, scales, self.hessian, factor.damp)
 
     def _rule(self, weight: Tensor, mask: Tensor | None) -> "_FixedGrid":
         """The rule for the sweep; `mask` as in the stored order of columns."""

@@ -243,7 +243,7 @@ class Correction:
             inputs = drift.inputs
             self._of_inputs = sharing.each_row(len(inputs), lambda rows: self._divided(inputs[rows]))
 
-    def aim(self, weight_nk: Tensor, rows: slice) -> Tensor:
+    def aim(self, weight_nk: Tensor, rows: slice | Tensor) -> Tensor:
         """The float32 weight to aim at, for these rows of the group; `weight` is what they are."""
         if self._of_inputs is not None:
             change_nk = product(Parts.of(weight_nk), self._of_inputs)

@@ -19,7 +19,7 @@ from torch import Tensor
 from marlin_tools.algorithms.alternation import Alternation
 from marlin_tools.algorithms.hessian import Correction, Factor, Hessian
 from marlin_tools.algorithms.masks import magnitude, two_largest, wanda
-from marlin_tools.algorithms.solution import Losses, Solution, finite, solve_all
+from marlin_tools.algorithms.solution import Losses, Rows, Solution, finite, solve_all
 from marlin_tools.algorithms.support import fit, reselect
 from marlin_tools.algorithms.sweep import by_blocks, sweep
 from marlin_tools.ops.solver import kernels as solver
@@ -55,6 +55,7 @@ class Pruner(Settings):
     reselect     turns of choosing every quad's positions again, each followed by a fit
     sequential   later groups of a block are calibrated on the pruned outputs of earlier ones
     drift        aim at weights that undo this share of what earlier pruning has done to the activations
+    guided       rows make up for each other by what their outputs are worth to the model (`coupled.py`)
     """
 
     mask: Literal["sparsegpt", "wanda", "magnitude", "alternation"] = "sparsegpt"
@@ -64,11 +65,12 @@ class Pruner(Settings):
     reselect: int = Field(2, ge=0, le=100)
     sequential: bool = True
     drift: float = Field(0.5, ge=0, le=1)
+    guided: bool = False
 
     @property
     def needs_data(self) -> bool:
         """Whether the stream has to be fed with calibration tokens."""
-        return self.mask != "magnitude" or self.fit or self.reselect > 0 or self.drift > 0
+        return self.mask != "magnitude" or self.fit or self.reselect > 0 or self.drift > 0 or self.guided
 
     @property
     def staged(self) -> bool:
@@ -108,14 +110,16 @@ class PruningProblem:
     dtype: torch.dtype
     slab: int = _SLAB
 
-    def solve(self, weight_nk: Tensor, rows: slice) -> Solution:
+    def aim(self, weight_nk: Tensor, rows: Rows) -> Tensor:
+        """The float32 weight that these rows aim at by themselves: as they are, or what undoes some of the drift."""
+        return weight_nk.float() if self.correction is None else self.correction.aim(weight_nk, rows)
+
+    def solve(self, weight_nk: Tensor, rows: Rows, aim_nk: Tensor | None = None) -> Solution:
         """Rows never talk to each other: any of them can be pruned alone."""
-        original = target = weight_nk.float()
-        if self.correction is not None:
-            target = self.correction.aim(weight_nk, rows)
+        target = self.aim(weight_nk, rows) if aim_nk is None else aim_nk
         value = self.mask_solver.place(target, rows).value
         damp = self.mask_solver.factor.damp if self.mask_solver.factor else None
-        return Solution(value.to(self.dtype), Losses.of(original, target, value, self.hessian), damp)
+        return Solution(value.to(self.dtype), Losses.of(weight_nk.float(), target, value, self.hessian), damp)
 
 
 class MaskSolver:
@@ -132,7 +136,7 @@ class MaskSolver:
         assert self.factor is not None, "pruning without data"
         return self.factor
 
-    def place(self, target_nk: Tensor, rows: slice | None = None) -> SparseWeight:
+    def place(self, target_nk: Tensor, rows: Rows | None = None) -> SparseWeight:
         """The sparse weight for these rows (all, if not said) that is nearest to `target_nk` in what it puts out."""
         fixed_nk = self._fixed_nk if rows is None or self._fixed_nk is None else self._fixed_nk[rows]
         if fixed_nk is None:
@@ -226,7 +230,7 @@ PRUNERS: dict[str, Pruner] = {
     "wanda": Pruner(mask="wanda", noise=0, fit=False, reselect=0, drift=0),
     "sparsegpt": Pruner(noise=0, fit=False, reselect=0, sequential=False, drift=0),
     "default": Pruner(),
-    "max": Pruner(mask="alternation", reselect=1),
+    "max": Pruner(mask="alternation", reselect=1, drift=0.75, guided=True),
 }
 """The settings that people ask for by name; `sparsegpt` is the published method."""
 

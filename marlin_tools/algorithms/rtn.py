@@ -29,6 +29,11 @@ class RTN(Quantizer):
         return 0.0
 
     @property
+    def guided(self) -> bool:
+        """Whether rows make up for each other."""
+        return False
+
+    @property
     def staged(self) -> bool:
         """Whether later groups of a block see the quantised outputs of earlier ones."""
         return True

@@ -24,6 +24,10 @@ def slabs(rows: slice, k: int, *, on_gpu: bool, size: int = SLAB) -> list[slice]
     return [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
 
+Rows = slice | Tensor
+"""Rows of a group: neighbours, or their numbers."""
+
+
 @dataclass(frozen=True)
 class Losses:
     """What the new weight loses, row by row.

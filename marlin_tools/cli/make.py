@@ -49,7 +49,7 @@ def quantize(
     preset: Annotated[
         str, option(of="NAME", text="default, max (tuned), fast, marlin (the paper's recipe) or rtn.", words=one_of(PRESETS))
     ] = "default",
-    tune: Annotated[int | None, option(of="N", text="Steps of tuning for each block; helps 2:4.")] = None,
+    tune: Annotated[int | None, option(of="N", text="Steps of tuning for each block, 0 for none; helps 2:4.")] = None,
     learn: Annotated[
         int | None, option(of="TOKENS", text="Then `finetune`: learn from the original on so many, into DIR/finetuned/.")
     ] = None,

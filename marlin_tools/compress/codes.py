@@ -69,7 +69,7 @@ def method_of(
 
     experts = _at_once(solver, plan) if device.type == "cuda" and pruner is None else None
     chunk = STEP_TOKENS[device.type] if refine else CHUNK_TOKENS
-    return Method(problem, experts, before, solver.staged, note, refine, choice, chunk)
+    return Method(problem, experts, before, solver.staged, note, refine, choice, chunk=chunk)
 
 
 def _size_of(group: Group, plan: Preparation) -> int:

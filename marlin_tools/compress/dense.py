@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
@@ -143,7 +143,7 @@ class DenseChoice:
             return
         saved = output.state / _STATE
         if not team.decide(choice=saved.is_file()):
-            seen = _first(tokens)
+            seen = tokens.first(LOOKED_AT, 8)  # eight processes may share it
             units = list(_measured(stream_of(seen), self._ways, team, emit))
             if team.leads:
                 facts = {"tokens": seen.tokens, "units": [asdict(unit) for unit in units]}
@@ -163,16 +163,6 @@ class DenseChoice:
         team.tell(flags, 0)
         self.names = frozenset(target.name for target, flag in zip(targets, flags.tolist(), strict=True) if flag)
         self.facts = self.facts or {"share": self.share}
-
-
-def _first(tokens: TokenSet) -> TokenSet:
-    """The first windows: as many as are looked at, and at least as many as processes could share."""
-    count = total = 0
-    for sequence in tokens.sequences:
-        if total >= LOOKED_AT and count >= 8:
-            break
-        count, total = count + 1, total + len(sequence)
-    return replace(tokens, sequences=tokens.sequences[:count], apart=0)
 
 
 def _measured(stream: LayerStream, ways: tuple[Solve, Solve], team: Team, emit: Emit) -> Iterator[Unit]:

@@ -21,6 +21,7 @@ from marlin_tools.algorithms.solution import SLAB
 from marlin_tools.checkpoint.output import check_space, gigabytes
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import Work, least_seconds, works
+from marlin_tools.compress.guide import LOOKED_AT, WIDEST
 from marlin_tools.distributed.device import matmul_rate, peak_memory
 from marlin_tools.distributed.team import ALONE, PARTS, SLABS, Team, expected
 from marlin_tools.errors import DeviceError
@@ -60,6 +61,8 @@ _PINNED = 1.1
 _TUNED_WEIGHT = 44
 """Bytes for each weight of a block that is tuned, all in float32: its place, offset, gradient, two moments, the best offset so
 far, and what stays of its way to a value until the gradient is known."""
+_WORTH = 32
+"""Bytes for each element of G, the worth of a linear's outputs, while it is factorised: G in its order, in float64, R."""
 _INVERSES = 7
 """Matrices of the size of a Hessian that alternating directions add."""
 _ALLOCATOR = {"cpu": 1.2, "cuda": 1.05}
@@ -144,7 +147,8 @@ def forecast_quantize(
     also     tuning of each block, in one process; or a choice, before all else, of what stays dense. Both keep what a block
              reads and puts out beside
     """
-    timed = isinstance(solver, GPTQ) and pruner is None and also is None and all(t.share == 1 for t in inventory.targets)
+    known = isinstance(solver, GPTQ) and not solver.guided and pruner is None and also is None
+    timed = known and all(t.share == 1 for t in inventory.targets)
     team = ALONE if also == "tuning" else expected()
     more: dict[str, Any] = {"trained": also is not None, "tuned": also == "tuning", "pruner": pruner, "team": team}
     return _forecast(checkpoint, inventory, solver, _Load(*text, 0.52, "quantised", timed=timed, **more), device)
@@ -213,7 +217,7 @@ def _forecast(
         device=device,
         host_gb=process + (_PINNED * 2 * largest / 1e9 if on_gpu else working),
         gpu_gb=working if on_gpu else None,
-        disk_gb=(checkpoint.nbytes - 2 * stored + stored * load.bytes_per_weight) / 1e9,
+        disk_gb=(checkpoint.nbytes - 2 * stored + stored * load.bytes_per_weight + _guide_bytes(blocks, solver, device)) / 1e9,
         seconds=_seconds(blocks, solver, load, device, checkpoint.nbytes) if load.timed else None,
         linears=len(inventory.targets),
         kept=len(inventory.kept),
@@ -248,10 +252,21 @@ def _working_bytes(work: Work, solver: RTN | GPTQ | Pruner, device: torch.device
         solved += _mask_bytes(group, load.pruner, on_gpu=on_gpu) if group and load.pruner is not None else 0
         summed = sums * 4 * k * (k + bool(solver.drift) * (group[0].n if len(group) == 1 else k))
         most = max(most, residual + kept + max(solved, summed), residual + kept + summed + 6 * chunk * k)
-    if load.tuned:
+    if solver.guided:
+        outputs = [t.n for group in work.groups for t in group if t.share == 1 and t.n <= WIDEST]
+        weights += 4 * sum(n * n for n in outputs) + _WORTH * max(outputs, default=0) ** 2
+    if load.tuned or solver.guided:
         passed = sum(group[0].k + sum(t.n for t in group) for group in work.groups if group)
-        most = max(most, residual + _TUNED_WEIGHT * work.solved + 8 * chunk // element * passed)
+        most = max(most, residual + load.tuned * _TUNED_WEIGHT * work.solved + 8 * chunk // element * passed)
     return weights + most
+
+
+def _guide_bytes(blocks: Sequence[tuple[Work, int]], solver: RTN | GPTQ | Pruner, device: torch.device) -> int:
+    """On the disk while it lasts: what each block reads of the text that is read ahead, or a gradient in its place."""
+    if not solver.guided:
+        return 0
+    element = 2 if device.type == "cuda" else 4
+    return sum(count * min(work.tokens, LOOKED_AT + work.longest) * work.hidden * element for work, count in blocks)
 
 
 def _waiting(work: Work, k: int, device: torch.device, team: Team) -> int:

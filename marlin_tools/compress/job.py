@@ -20,7 +20,6 @@ from marlin_tools.checkpoint.output import OutputDirectory, check_output
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter, check_companions
-from marlin_tools.compress.dense import DenseChoice
 from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
 from marlin_tools.compress.shards import REFERENCE_TOKENS, Shards
@@ -159,9 +158,9 @@ def compress(
         tokens, stream = method.chunk, None
         while True:
             try:
-                if method.dense is not None:
-                    _choose_dense(job, method.dense, tokens, output, emit)
+                _look_ahead(job, method, tokens, output, emit)
                 stream = _stream(job, tokens)
+                stream.look_at(REFERENCE_TOKENS, rounded=job.activations == "fp8")
                 shards.start()
                 compress_blocks(stream, method, store, shards, team, emit)
                 break
@@ -188,19 +187,21 @@ def _stream(job: Job, chunk_tokens: int) -> LayerStream:
             team=job.team,
         )
         stream.drift = job.solver.drift > 0
-        stream.look_at(REFERENCE_TOKENS, rounded=job.activations == "fp8")
     return stream
 
 
-def _choose_dense(job: Job, choice: DenseChoice, chunk_tokens: int, output: OutputDirectory, emit: Emit) -> None:
-    """Let it be made, if it is not: in a pass of its own, without the original beside, which is what flows there."""
+def _look_ahead(job: Job, method: Method, chunk_tokens: int, output: OutputDirectory, emit: Emit) -> None:
+    """What has to be known before the first block, if it is not: in passes of their own, in which the original flows alone."""
 
     def stream_of(text: TokenSet) -> LayerStream:
         return _stream(replace(job, tokens=text, original=False), chunk_tokens)
 
-    assert job.tokens is not None, "nothing to measure with"
-    choice.make(job.tokens, stream_of, output, job.team, emit)
-    job.facts["kept_dense"] = choice.facts
+    if method.dense and job.tokens:
+        method.dense.make(job.tokens, stream_of, output, job.team, emit)
+        job.facts["kept_dense"] = method.dense.facts
+    if method.guide and job.tokens:
+        method.guide.make(job.tokens, stream_of, output)
+        job.facts["guide"] = method.guide.facts
 
 
 def _fewer(job: Job, tokens: int, error: torch.OutOfMemoryError, emit: Emit) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from marlin_tools.algorithms.solution import Solution, check_finite
 from marlin_tools.compress.dense import DenseChoice
+from marlin_tools.compress.guide import Guide
 from marlin_tools.compress.naming import naming
 from marlin_tools.compress.shards import Shards
 from marlin_tools.compress.solved import Solve, SolveAll, Solved, own_rows, solve_experts
@@ -39,6 +40,7 @@ class Method:
     note      what the record of a linear says besides
     refine    what is left to do once all groups of a block are solved
     dense     the choice of linears that stay dense, to be made before the first block
+    guide     tells the rows of a group of each other; to be made before the first block, too
     chunk     tokens that go through a block at a time
     """
 
@@ -49,6 +51,7 @@ class Method:
     note: Callable[[str, Solution], dict[str, Any]] = lambda _name, _solution: {}
     refine: Refine | None = None
     dense: DenseChoice | None = None
+    guide: Guide | None = None
     chunk: int = CHUNK_TOKENS
 
 
@@ -84,6 +87,8 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 emit(Event("progress", "blocks", block.index + 1, len(stream)))
                 continue
             entering = stream.hidden.copy() if method.refine and stream.hidden is not None else None
+            if method.guide:
+                method.guide.look(block)
             solved: list[Solved] = []
             facts: dict[str, dict[str, Any]] = {}
             for batch in block.batches(staged=method.staged):
@@ -94,6 +99,8 @@ def compress_blocks(stream: LayerStream, method: Method, store: Store, shards: S
                 with naming(batch):
                     if batch[0].tokens is None:
                         problem, weight = method.problem(batch[0]), batch[0].stacked()
+                        if method.guide:
+                            problem = method.guide.couple(problem, batch[0])
                         parts = []
                         for rows in own_rows(problem, weight, team):
                             parts.append(problem.solve(weight[rows], rows))  # noqa: PERF401 (a comprehension is one more frame)

@@ -15,6 +15,7 @@ from marlin_tools.algorithms import Problem, Solution
 from marlin_tools.algorithms.pruning import PRUNERS, Pruner, PrunerName
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.forecast import forecast_prune
+from marlin_tools.compress.guide import Guide, what_is_read
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Method
 from marlin_tools.compress.reconstruct import Reconstruction, reconstruct
@@ -82,6 +83,7 @@ class PruneSettings(BlockStage):
         facts = [
             ("preset", self.preset if self.algorithm is None else self.algorithm.mask),
             *outlook.calibration(),
+            *([("guide", what_is_read(outlook.tokens[0]))] if self.solver.guided else []),
             *prepared.forecast.lines(),
             *((f"kept `{name}`", reason) for name, reason in prepared.inventory.kept.items()),
         ]
@@ -130,7 +132,7 @@ def prune(
         "settings": settings.model_dump(exclude={"stage", "preset", "algorithm", "damp"}),
     }
     seen, device, how = tokens if solver.needs_data else None, pick_device(settings.device), settings.reconstruction
-    original = solver.drift > 0 or how is not None
+    original = solver.drift > 0 or solver.guided or how is not None
     facts = {"sparsity": "2:4"}
     job = Job("prune", plan, seen, solver, settings, identity, facts, None, device, original)
 
@@ -138,7 +140,8 @@ def prune(
         dtype = plan.inventory.dtype(group.names[0])
         return solver.problem(group.names[0], group.hessian, dtype)
 
-    method = Method(problem, staged=solver.staged, refine=_training(how, emit) if how else None)
+    guide = Guide(plan.inventory, emit) if solver.guided else None
+    method = Method(problem, staged=solver.staged, refine=_training(how, emit) if how else None, guide=guide)
     return compress(job, method, DenseStore(plan.inventory), out, emit, overwrite=overwrite, resume=resume)
 
 

@@ -27,6 +27,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.codes import method_of
 from marlin_tools.compress.dense import Share, check_dense, check_room
 from marlin_tools.compress.forecast import forecast_quantize
+from marlin_tools.compress.guide import Guide, what_is_read
 from marlin_tools.compress.job import BlockStage, Job, Preparation, compress
 from marlin_tools.compress.loop import Refine
 from marlin_tools.compress.stores import CodeStore
@@ -108,7 +109,7 @@ class QuantizeSettings(BlockStage):
     def tuned(self, tokens: int) -> Tuning | None:
         """How each block is trained on so much text once it is solved, if it is."""
         how = self.tuning or (Tuning.of_max(tokens) if self.preset == "max" and not self.algorithm else None)
-        return how and how.fitted(sparse=self.sparsity is not None)
+        return how.fitted(sparse=self.sparsity is not None) if how and how.iters else None
 
     @property
     def pruner(self) -> Pruner:
@@ -164,6 +165,7 @@ class QuantizeSettings(BlockStage):
             ("preset", self.preset if self.algorithm is None else self.algorithm.kind),
             *outlook.calibration(),
             *([("activations", "FP8, e4m3 with a scale for each token")] if self.activations == "fp8" else []),
+            *([("guide", what_is_read(outlook.tokens[0]))] if self.solver.guided else []),
             *([("tuning", f"{counted(how.iters, 'step')} for each block")] if how else []),
             *(
                 [("stays dense", f"at most {100 * self.keep_dense:.4g} % of the weights, chosen first")]
@@ -208,6 +210,8 @@ def prepare_quantize(
     if settings.tuned(tokens):
         _check_tuning(settings.solver, tokens, longest)
         also = "tuning"
+    if settings.solver.guided and expected().cuts:
+        raise RecipeError("rows that make up for each other are solved in one process", hint="start it without `torchrun`")
     pruner = settings.pruner if sparse else None
     forecast = forecast_quantize(checkpoint, inventory, settings.solver, (seen, longest), device, pruner=pruner, also=also)
     return Preparation(checkpoint, inventory, forecast, group_sizes)
@@ -264,12 +268,14 @@ def quantize(
         if how and seen:
             seen = replace(seen, apart=held_out(len(seen.sequences)))
             facts["tuning"] = how.model_dump() | _hashed(seen)
-        original = solver.drift > 0 or how is not None
+        original = solver.drift > 0 or solver.guided or how is not None
         job = Job(
             "quantize", plan, seen, solver, settings, identity, facts, config, device, original, team, settings.activations
         )
         refine = _tuning(how, plan.checkpoint.dtype, emit) if how else None
         method = method_of(solver, pruner, settings.keep_dense, plan, device, team=team, refine=refine)
+        if solver.guided:
+            method = replace(method, guide=Guide(plan.inventory, emit))
         return compress(job, method, store, out, emit, overwrite=overwrite, resume=resume)
 
 

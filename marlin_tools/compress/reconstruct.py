@@ -74,7 +74,7 @@ class BlockTraining:
         self.prefix = block.prefix
         self._block, self._stand_ins = block, stand_ins
         self._entering, self._targets = entering, block.stream.original
-        self._calls = [_widened(call) for call in block.stream.contexts(block.index, entering)]
+        self._calls = [widened(call) for call in block.stream.contexts(block.index, entering)]
         self._linears = block.linears()
         self._weights: list[Tensor] = []
         self._energies: list[float] = []
@@ -114,17 +114,23 @@ class BlockTraining:
 
     def _lost(self, i: int) -> Tensor:
         """Squared error of one chunk."""
-        h = self._entering[i].float()
-        with torch.autocast(h.device.type, torch.bfloat16, enabled=h.is_cuda):
-            out = self._block.module(h, **self._calls[i])
-        out = out[0] if isinstance(out, tuple) else out
-        return ((out.float() - self._targets[i].float()) * self._weights[i]).square().sum()
+        out = put_out(self._block, self._entering[i].float(), self._calls[i])
+        return ((out - self._targets[i].float()) * self._weights[i]).square().sum()
 
 
-def _widened(call: Any) -> Any:
-    """The same call with its floating-point tensors in float32."""
+def put_out(block: Block, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+    """What a block makes of this, both in float32, with a way back for gradients; linears multiply in 16 bits on a GPU."""
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.is_cuda):
+        out = block.module(hidden, **call)
+    out = out[0] if isinstance(out, tuple) else out
+    assert isinstance(out, Tensor)
+    return out.float()
+
+
+def widened(call: Any) -> Any:
+    """What a block is called with, its floating-point tensors in float32."""
     if isinstance(call, dict):
-        return {key: _widened(value) for key, value in call.items()}
+        return {key: widened(value) for key, value in call.items()}
     if isinstance(call, (tuple, list)):
-        return type(call)(_widened(value) for value in call)
+        return type(call)(widened(value) for value in call)
     return call.float() if isinstance(call, Tensor) and call.is_floating_point() else call

@@ -42,13 +42,13 @@ _LOOKS = 10
 class Tuning(Settings):
     """How blocks are tuned.
 
-    iters       steps for each block, each on one chunk of about 8192 tokens, or 1024 on a CPU
+    iters       steps for each block, each on one chunk of about 8192 tokens, or 1024 on a CPU; none if it is 0
     lr          highest learning rate of the offsets, in codes; it falls to 0 in a straight line. By default 0.005, with a
                 `sparsity` 0.02: what is kept of 2:4 linears has more to make up for
     minmax_lr   that of the factors of scales
     """
 
-    iters: int = Field(200, ge=1, le=100_000)
+    iters: int = Field(200, ge=0, le=100_000)
     lr: float | None = Field(None, ge=0, le=1)
     minmax_lr: float = Field(0.005, ge=0, le=1)
 

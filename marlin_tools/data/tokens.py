@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import safe_open
@@ -76,6 +76,15 @@ class TokenSet:
     def longest(self) -> int:
         """Length of the longest sequence."""
         return max(self._lengths)
+
+    def first(self, tokens: int, sequences: int = 1) -> Self:
+        """The first sequences: as many as hold so many tokens, and so many at least, if there are."""
+        count = total = 0
+        for sequence in self.sequences:
+            if total >= tokens and count >= sequences:
+                break
+            count, total = count + 1, total + len(sequence)
+        return replace(self, sequences=self.sequences[:count], apart=0)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records."""

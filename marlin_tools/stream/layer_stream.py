@@ -13,7 +13,7 @@ nothing of it is rebuilt here, so every family that transformers can run comes o
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from marlin_tools.families.layout import Layout
 from marlin_tools.quantized import rounding_inputs
 from marlin_tools.stream.activations import Activations, MemoryBudget
 from marlin_tools.stream.branch import BranchWalk, Flow, Observation
+from marlin_tools.stream.head import OutputHead
 from marlin_tools.stream.read_ahead import ReadAhead, WeightRequest
 from marlin_tools.stream.routed import RoutedWalk
 from marlin_tools.stream.shortcuts import shorten_norms, shorten_rotations
@@ -290,21 +291,25 @@ class LayerStream:
         if self.hidden is not None and (rounded or turns_by_length(self._text)):
             self._beside = self._embed([self.first_tokens[None, :count]]), rounded
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
-        with ReadAhead(self._wanted(), self.checkpoint, self.device, self.dtype) as weights:
-            for index, module in enumerate(self._blocks):
-                fill(module, next(weights))
+        return self.walk(range(len(self)))
+
+    @torch.no_grad()
+    def walk(self, order: Sequence[int]) -> Iterator[Block]:
+        """The blocks in another order, for those who move activations past them in their own way."""
+        with ReadAhead(self._wanted(order), self.checkpoint, self.device, self.dtype) as weights:
+            for index in order:
+                fill(module := self._blocks[index], next(weights))
                 compute_buffers(self._decoder, module, self.device)
                 yield (block := Block(self, index, module))
                 if self._beside is not None:
                     block.pass_beside(self._beside[0], rounded=self._beside[1])
                 module.to("meta")
 
-    def _wanted(self) -> Iterator[dict[str, WeightRequest]]:
+    def _wanted(self, order: Sequence[int]) -> Iterator[dict[str, WeightRequest]]:
         """The weights of block after block: full names and shapes."""
-        for index, module in enumerate(self._blocks):
-            weights = weights_of(module, self.dtype)
+        for index in order:
+            weights = weights_of(self._blocks[index], self.dtype)
             yield {name: WeightRequest(self.layout.weight(index, name), *each) for name, each in weights.items()}
 
     def flow(self, index: int, hidden: Activations, *, with_original: bool) -> Flow:
@@ -342,17 +347,17 @@ class LayerStream:
         """After the last block: the first `count` tokens of the first sequence and their logits (float32), for later checks."""
         if self.hidden is None:
             raise ValueError("the stream carries no activations")
+        seen = self._beside[0] if self._beside else self.hidden
+        return self.first_tokens[:count], self.head()(seen[0][0, :count]).cpu()
+
+    def head(self) -> OutputHead:
+        """What follows the last block, with its weights."""
         norm = getattr(self._decoder, self.family.norm)
         materialize(norm, f"{self._stored}.{self.family.norm}.", self.checkpoint, self.device, self.dtype)
         head, bias = (f"{self.family.head}.{kind}" for kind in ("weight", "bias"))
         weight = self.checkpoint.read(head if head in self.checkpoint else self._embedding_name).to(self.device, self.dtype)
-        seen = self._beside[0] if self._beside else self.hidden
-        logits = (norm(seen[0][0, :count]) @ weight.T).float()
-        if self.model.get_output_embeddings().bias is not None:
-            logits += self.checkpoint.read(bias).to(logits)
-        factor, cap = self.family.head_numbers(self.model.config)
-        logits = logits * factor
-        return self.first_tokens[:count], (torch.tanh(logits / cap) * cap if cap else logits).cpu()
+        added = self.checkpoint.read(bias) if self.model.get_output_embeddings().bias is not None else None
+        return OutputHead(norm, weight, added, *self.family.head_numbers(self.model.config))
 
     @property
     def _stored(self) -> str:

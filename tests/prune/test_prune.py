@@ -258,3 +258,15 @@ def test_every_family_is_pruned_and_trained(
     out = run(tiny_model(model_type), reconstruct=1, preset="sparsegpt")
     for name in linears(out):
         assert is_2_4(out.read(name))
+
+
+def test_rows_make_up_for_each_other(run: Callable[..., Checkpoint], tiny_llama: Path, tokens: TokenSet) -> None:
+    """With `max`; attention's rows and those that close a branch, not gate and up."""
+    alone = run(tiny_llama, "alone", algorithm=PRUNERS["max"].model_copy(update={"guided": False}))
+    guided = run(tiny_llama, "guided", preset="max")
+    same = {name for name in linears(guided) if torch.equal(guided.read(name), alone.read(name))}
+
+    assert json.loads((guided.path / "manifest.json").read_text())["guide"] == {"tokens": tokens.tokens, "seed": 0}
+    assert "guide" not in json.loads((alone.path / "manifest.json").read_text())
+    assert not {name for name in same if not name.endswith(("gate_proj.weight", "up_proj.weight"))}
+    assert all(is_2_4(guided.read(name)) for name in linears(guided))

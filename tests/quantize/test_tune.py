@@ -220,13 +220,14 @@ def test_a_killed_run_ends_in_the_same_bytes(run: Run, tiny_llama: Path, monkeyp
     assert shards(whole) == shards(again)
 
 
-def test_max_is_default_and_tuned(run: Run, tiny_llama: Path, tokens: TokenSet) -> None:
+def test_max_is_tuned_and_guided(run: Run, tiny_llama: Path, tokens: TokenSet) -> None:
     steps = max(1, tokens.tokens // 640)
     out = run(tiny_llama, "max", preset="max")
-    same = run(tiny_llama, "same", preset="default", tuning={"iters": steps})
+    same = run(tiny_llama, "same", algorithm=GPTQ(drift=0.75, guided=True), tuning={"iters": steps})
     assert shards(out) == shards(same)
     assert all("block_error" in record for record in records(out))
     assert json.loads((out.path / "manifest.json").read_text())["tuning"]["iters"] == steps
+    assert QuantizeSettings(preset="max", tuning=Tuning(iters=0)).tuned(10**9) is None
     assert QuantizeSettings(preset="max", tuning=Tuning(iters=3)).tuned(10**9) == Tuning(iters=3, lr=0.005)
     assert QuantizeSettings(preset="max").tuned(64 * 1024) == Tuning(iters=102, lr=0.005)
     assert QuantizeSettings(preset="max").tuned(128 * 2048) == Tuning(iters=400, lr=0.005)
