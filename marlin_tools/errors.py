@@ -87,9 +87,10 @@ class ModelError(MarlinToolsError):
     """A model cannot be found, read or compressed."""
 
 
-def unnamed_model() -> ModelError:
-    """What to raise over a model without a name, as where a variable is not set; as a path it is the working directory."""
-    return ModelError("no model is named", hint="a directory, a hub id (owner/name), or an alias such as demo")
+def check_named(model: str) -> None:
+    """Refuse a model without a name, as where a variable is not set; as a path it is the working directory."""
+    if not model.strip():
+        raise ModelError("no model is named", hint="a directory, a hub id (owner/name), or an alias such as demo")
 
 
 class FormatError(MarlinToolsError):

@@ -1,12 +1,18 @@
 """The base of every settings class: frozen, unknown keys are errors, and numbers are finite."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from marlin_tools.errors import unnamed_model
+from marlin_tools.errors import MarlinToolsError, check_named
+
+
+def complaint(path: tuple[str | int, ...], rule: str, value: object = None) -> InitErrorDetails:
+    """What is wrong with a value inside, for the `ValidationError` of who looks at several at once."""
+    return InitErrorDetails(type=PydanticCustomError("value_error", "{rule}", {"rule": rule}), loc=path, input=value)
 
 
 class Settings(BaseModel):
@@ -17,10 +23,13 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_flag_as_a_number(cls, data: object) -> object:
-        """Python counts with true and false, and so would pydantic."""
+        """Python counts with true and false, and so would pydantic. The complaint is about the value, not all of them."""
+        wrong = []
         for name, value in data.items() if isinstance(data, dict) else ():
             if isinstance(value, bool) and (field := cls.model_fields.get(name)) and not _takes_flags(field.annotation):
-                raise ValueError(f"`{name}` is no flag, not `{str(value).lower()}`")
+                wrong.append(complaint((name,), f"`{name}` is no flag, not `{str(value).lower()}`", value))
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
         return data
 
 
@@ -28,10 +37,17 @@ def _takes_flags(annotation: Any) -> bool:
     return annotation in (bool, Any, object) or any(_takes_flags(each) for each in get_args(annotation))
 
 
-def _model(name: str) -> str:
-    if not name:
-        raise ValueError(f"{(told := unnamed_model()).message}; {told.hint}")
-    return name
+def checked(check: Callable[[str], object]) -> AfterValidator:
+    """To annotate a setting with that `check` refuses, as elsewhere, with an error of ours; here that is a complaint."""
+
+    def validate(value: str) -> str:
+        try:
+            check(value)
+        except MarlinToolsError as error:
+            raise ValueError("; ".join(filter(None, (error.message, error.hint)))) from error
+        return value
+
+    return AfterValidator(validate)
 
 
 def _folder(name: object) -> object:
@@ -40,7 +56,7 @@ def _folder(name: object) -> object:
     return name
 
 
-ModelName = Annotated[str, AfterValidator(_model)]
+ModelName = Annotated[str, checked(check_named)]
 Folder = Annotated[Path, BeforeValidator(_folder)]
 """Names that may not be empty: as paths they would be the working directory."""
 

@@ -147,8 +147,8 @@ def check_activations(checkpoint: Checkpoint, activations: ActivationType | None
 _SMALLER = "use `--backend reference-packed`, a GPU with more memory, or `--device cpu`"
 
 
-def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
-    """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
+def check_backend(name: str) -> None:
+    """Refuse what is none of `BACKENDS`, nor `auto`."""
     if not isinstance(name, str):
         raise TypeError(f"a backend is a name, such as `auto`, not {type(name).__name__}")
     if name != "auto" and name not in BACKENDS:
@@ -157,6 +157,11 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
         if name == "vllm":
             hint = "only `marlin-tools eval` runs through vLLM; to serve, `vllm serve DIR`"
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
+
+
+def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
+    """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
+    check_backend(name)
     free = free_memory(device)
     tried, crowded = [], False
     quantized = sum(grid_of(linears, name).n * grid_of(linears, name).k for name in linears.names) if linears else 0

@@ -20,7 +20,7 @@ from marlin_tools.bench import timing
 from marlin_tools.bench.kernels import random_weight
 from marlin_tools.checkpoint.cards import shapes_of
 from marlin_tools.checkpoint.reader import ALIASES
-from marlin_tools.distributed.device import describe_device
+from marlin_tools.distributed.device import DeviceName, describe_device
 from marlin_tools.errors import ModelError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
@@ -48,7 +48,7 @@ class BenchModelSettings(Settings):
     tokens_out: int = Field(default=64, ge=2)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     schemes: tuple[Annotated[str, one_of("scheme", SCHEMES)], ...] = Field(default=SCHEMES, min_length=1)
-    device: str = "cuda"
+    device: DeviceName = "cuda"
 
 
 @dataclass(frozen=True)

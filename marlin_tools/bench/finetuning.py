@@ -24,7 +24,7 @@ from torch import nn
 from marlin_tools.algorithms.masks import magnitude
 from marlin_tools.bench.decoding import empty_model, fill_randomly
 from marlin_tools.checkpoint.cards import shapes_of
-from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
+from marlin_tools.distributed.device import DeviceName, describe_device, matmul_rate, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DeviceError, ModelError
 from marlin_tools.events import Emit, Event, silent
@@ -62,7 +62,7 @@ class BenchFinetuneSettings(Settings):
     micro: int = Field(default=4, ge=1)
     steps: int = Field(default=5, ge=1)
     recompute: bool = False
-    device: str = "auto"
+    device: DeviceName = "auto"
 
     @property
     def tokens(self) -> int:

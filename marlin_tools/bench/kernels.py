@@ -23,6 +23,7 @@ from torch import Tensor
 
 from marlin_tools.bench import timing
 from marlin_tools.checkpoint.output import folder, put
+from marlin_tools.distributed.device import DeviceName
 from marlin_tools.errors import DeviceError
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.ops.linear import dispatch, fp8_reference, reference, sparse_dispatch, sparse_reference, w4a8, w4a16, w24a16
@@ -70,7 +71,7 @@ class BenchSettings(Settings):
     dtype: Literal["float16", "bfloat16"] = "float16"
     group_size: Literal[128, 64, 32, -1] = Field(default=128, description="128, 64, 32, or -1 for one scale per output")
     peers: bool = True
-    device: str = "cuda"
+    device: DeviceName = "cuda"
 
 
 @dataclass(frozen=True)

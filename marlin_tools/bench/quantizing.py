@@ -24,7 +24,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.floor import least_seconds, works
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.device import describe_device, matmul_rate, pick_device
+from marlin_tools.distributed.device import DeviceName, describe_device, matmul_rate, pick_device
 from marlin_tools.distributed.team import assembled
 from marlin_tools.errors import ModelError
 from marlin_tools.events import Emit, Event, silent
@@ -50,7 +50,7 @@ class BenchQuantizeSettings(Settings):
     sparsity: Literal["2:4"] | None = None
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=1)
-    device: str = "auto"
+    device: DeviceName = "auto"
 
     @property
     def stage(self) -> QuantizeSettings:

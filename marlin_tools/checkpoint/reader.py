@@ -35,7 +35,7 @@ from marlin_tools.checkpoint.ours import BESIDE
 from marlin_tools.checkpoint.output import sha256_of
 from marlin_tools.checkpoint.strict_json import read_object
 from marlin_tools.checkpoint.tokenizer_files import NEEDED, check_tokenizer_files, panics_unprinted
-from marlin_tools.errors import ErrorTranslation, ModelError, unnamed_model
+from marlin_tools.errors import ErrorTranslation, ModelError, check_named
 from marlin_tools.resources import demo_dir, expanded, is_file
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class Checkpoint:
         """Find the model that `ref` names. `accept` sees config.json before any weights are fetched and may raise."""
         if isinstance(ref, Checkpoint):
             return ref
-        if ref == "":
-            raise unnamed_model()
+        check_named(str(ref))
         path = expanded(ref)
         if str(ref) == "demo":
             path = demo_dir() / "model"

@@ -8,7 +8,7 @@ import typer
 
 from marlin_tools.cli import complete
 from marlin_tools.cli.complete import Complete
-from marlin_tools.errors import OutputError, unnamed_model
+from marlin_tools.errors import OutputError, check_named
 
 _SPELLINGS = {
     "nsamples": "num-samples",
@@ -40,8 +40,7 @@ def option(*names: str, of: str, text: str, words: Complete | None = None, read:
 
 def model_directory(name: str) -> Path:
     """A directory of a model; typer would take no name for the working directory."""
-    if not name:
-        raise unnamed_model()
+    check_named(name)
     return Path(name)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_tools.cli import ui
-from marlin_tools.errors import unnamed_model
+from marlin_tools.errors import check_named
 
 if TYPE_CHECKING:
     from marlin_tools.recipe.recipe import Recipe
@@ -32,8 +32,7 @@ def recipe_of(
     """The recipe that these options describe; a complaint about a value begins with its option, by `flags` if named there."""
     from marlin_tools.recipe.recipe import build
 
-    if not model:
-        raise unnamed_model()
+    check_named(model)
     origins: dict[tuple[str | int, ...], str] = {(): "command line"}
     sections = [*((("stages", i), stage) for i, stage in enumerate(stages)), (("calibrate",), calibrate or {})]
     sections += [((*place, "text"), section["text"]) for place, section in sections if "text" in section]

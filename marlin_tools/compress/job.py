@@ -7,8 +7,9 @@ import time
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,6 +18,7 @@ from marlin_tools.algorithms import GPTQ, RTN, Pruner
 from marlin_tools.checkpoint.journal import Journal, fingerprint_of
 from marlin_tools.checkpoint.manifest import history, holds, write_manifest
 from marlin_tools.checkpoint.output import OutputDirectory, check_output
+from marlin_tools.checkpoint.patterns import compiled
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.skeleton import check_finite
 from marlin_tools.checkpoint.writer import ModelWriter, check_companions
@@ -24,12 +26,12 @@ from marlin_tools.compress.forecast import Forecast, in_words
 from marlin_tools.compress.loop import Method, Store, compress_blocks
 from marlin_tools.compress.shards import REFERENCE_TOKENS, Shards
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.distributed.device import computing_on, describe_device, forget_peaks
+from marlin_tools.distributed.device import DeviceName, computing_on, describe_device, forget_peaks
 from marlin_tools.distributed.team import ALONE, Team
 from marlin_tools.errors import DeviceError, counted
 from marlin_tools.events import Emit, Event
 from marlin_tools.quantized import ActivationType
-from marlin_tools.settings import Settings
+from marlin_tools.settings import Settings, checked
 from marlin_tools.stage import Stage, made_with
 from marlin_tools.stopwatch import span
 from marlin_tools.stream.inventory import Inventory
@@ -52,8 +54,8 @@ class BlockStage(Stage):
 
     preset: str = "default"
     damp: float | None = Field(None, gt=0, le=10)
-    ignore: tuple[str, ...] = ()
-    device: str = "auto"
+    ignore: tuple[Annotated[str, checked(partial(compiled, source="the pattern"))], ...] = ()
+    device: DeviceName = "auto"
 
     @property
     @abstractmethod

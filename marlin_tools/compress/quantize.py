@@ -60,10 +60,10 @@ _ELSEWHERE = {"stage", "preset", "algorithm", "tuning", "damp", "negative_scales
 def _known_size(size: object) -> object:
     """A whole number, also as people type it, or `auto`."""
     if isinstance(size, str) and re.fullmatch(r"-?\d{1,9}", size):
-        return int(size)
-    if size == AUTO or type(size) is int:
+        size = int(size)
+    if size == AUTO or (type(size) is int and (size == -1 or size > 0)):
         return size
-    raise ValueError("it is 128, 64, 32, -1 (one scale per output) or `auto`")
+    raise ValueError("a group size is 128, 64, 32, -1 (one scale per output) or `auto`")
 
 
 AUTO: Final = "auto"

@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field
 
 from marlin_tools.data.render import ChatTemplate, Encoder
 from marlin_tools.data.samples import LONGEST_DOCUMENT, choose, in_turn, pack
-from marlin_tools.data.sources import BY_DOCUMENT, Shape, each_of, find_corpus
+from marlin_tools.data.sources import BY_DOCUMENT, Shape, check_sources, each_of, find_corpus
 from marlin_tools.data.tokens import TokenSet
 from marlin_tools.errors import DataError, counted
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.settings import Settings
+from marlin_tools.settings import Settings, checked
 
 if TYPE_CHECKING:
     from marlin_tools.checkpoint.reader import Checkpoint
@@ -46,7 +46,7 @@ class CalibrationSettings(Settings):
     chat_template  "auto" renders conversations if the tokenizer has a template; "on" insists; "off" never does
     """
 
-    source: Annotated[str, BeforeValidator(_one_string)] = "demo"
+    source: Annotated[str, checked(check_sources), BeforeValidator(_one_string)] = "demo"
     num_samples: int = Field(default=128, ge=1, le=10**15)
     seqlen: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -60,6 +60,7 @@ def calibrate(
 ) -> TokenSet:
     """Token sequences for one model. `source` is a name with fields of `CalibrationSettings` as `options`, or all settings."""
     if isinstance(source, str | Path):
+        check_sources(str(source))  # of ours is the error that whoever has typed it reads
         source = CalibrationSettings(source=str(source), **options)
     elif not isinstance(source, CalibrationSettings):
         raise TypeError(f"a source is a name, a file or CalibrationSettings, not {type(source).__name__}")

@@ -160,6 +160,18 @@ BY_DOCUMENT = frozenset({"redpajama"})
 """Sources whose samples are single documents when nobody says otherwise."""
 
 
+_KNOWN = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
+
+
+def check_sources(source: str) -> None:
+    """Refuse what can name no sources, whatever there is on this machine."""
+    for name in each_of(source):
+        if not name.strip():
+            raise DataError("no source is named", hint=_KNOWN)
+        if name.startswith("hf:"):
+            _dataset(name)
+
+
 def each_of(source: str) -> tuple[str, ...]:
     """The sources that are named, with commas between them; a file whose name has a comma is one."""
     names = tuple(part.strip() for part in source.split(","))
@@ -178,17 +190,10 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
 
     Nothing is read yet, so that a plan can ask whether there is such a thing.
     """
-    known = f"known sources: {', '.join(SOURCES)}, a file, `hf:owner/name`"
     if source in SOURCES:
         return SOURCES[source]
-    if not source.strip():
-        raise DataError("no source is named", hint=known)
     if source.startswith("hf:"):
-        match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", source)
-        if match is None:
-            hint = "write `hf:owner/name`, `hf:owner/name:config@split`"
-            raise DataError(f"`{source}`: not a dataset of the hub", hint=hint)
-        return HubDataset(match[1], match[2], match[3] or "train").corpus
+        return _dataset(source).corpus
     path = expanded(source)
     if path.is_file():
         return partial(local_file, path)
@@ -196,5 +201,13 @@ def find_corpus(source: str) -> Callable[[], Corpus]:
         hint = "name a text file in it" if path.is_dir() else "texts are read twice: write it to a file first"
         raise DataError(f"`{source}` is no regular file", hint=hint)
     is_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
-    hint = f"did you mean `hf:{source}`? {known}" if is_hub else near(source, SOURCES, known)
+    hint = f"did you mean `hf:{source}`? {_KNOWN}" if is_hub else near(source, SOURCES, _KNOWN)
     raise DataError(f"`{source}`: no such file or source", hint=hint)
+
+
+def _dataset(source: str) -> HubDataset:
+    """What `hf:owner/name[:config][@split]` names."""
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", source)
+    if match is None:
+        raise DataError(f"`{source}`: not a dataset of the hub", hint="write `hf:owner/name`, `hf:owner/name:config@split`")
+    return HubDataset(match[1], match[2], match[3] or "train")

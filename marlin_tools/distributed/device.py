@@ -1,30 +1,39 @@
 """Which device computes, and what it really used."""
 
 import os
+import re
 import resource
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from marlin_tools.errors import DeviceError
+from marlin_tools.settings import checked
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no device on any machine."""
+    if not isinstance(name, str):
+        raise TypeError(f"a device is a name, such as `cpu`, not {type(name).__name__}")
+    if not re.fullmatch(r"auto|(cpu|cuda)(:[0-9]{1,2})?", name):
+        raise DeviceError(f"unknown device `{name}`", hint="use auto, cpu, cuda or cuda:N")
+
+
+DeviceName = Annotated[str, checked(check_device)]
+"""For settings: whether there is such a device, the run knows."""
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one; anything else must exist. Of several processes each has a GPU of its own."""
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except TypeError as error:
-        raise TypeError(f"a device is a name, such as `cpu`, not {type(name).__name__}") from error
-    except RuntimeError as error:
-        raise DeviceError(f"unknown device `{name}`", hint="use cpu, cuda or cuda:N") from error
+    device = torch.device(name)
     if device.type == "cpu":
         return device
-    if device.type != "cuda":
-        raise DeviceError(f"device `{name}` is not supported", hint="use cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise DeviceError(f"device `{name}` does not exist: {count} CUDA devices are visible", hint="see `marlin-tools doctor`")

@@ -25,7 +25,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.evaluation import evaluation_documents, find_text
 from marlin_tools.data.render import Encoder, leave_open
 from marlin_tools.data.tokens import TokenSet, check_arguments
-from marlin_tools.distributed.device import free_memory
+from marlin_tools.distributed.device import DeviceName, free_memory
 from marlin_tools.errors import DataError, DeviceError, RecipeError, counted
 from marlin_tools.evaluation.perplexity import Traces, score_text, tokens_per_batch, trace
 from marlin_tools.evaluation.scores import Evaluation, Score
@@ -75,7 +75,7 @@ class EvaluateSettings(Settings):
     allow_task_code: bool = False
     backend: Annotated[str, one_of("backend", ("auto", *BACKENDS, "vllm"))] = "auto"
     activations: ActivationType | None = None
-    device: str = "auto"
+    device: DeviceName = "auto"
     seed: int = Field(default=1234, ge=0, lt=2**32)
 
     @field_validator("tasks")

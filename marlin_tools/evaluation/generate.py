@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from marlin_tools.backends import check_activations, load
+from marlin_tools.backends import check_activations, check_backend, load
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.render import Encoder
 from marlin_tools.data.tokens import check_arguments
+from marlin_tools.distributed.device import DeviceName
 from marlin_tools.errors import DataError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.quantized import ActivationType
-from marlin_tools.settings import Settings
+from marlin_tools.settings import Settings, checked
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class GenerateSettings(Settings):
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    backend: str = "auto"
+    backend: Annotated[str, checked(check_backend)] = "auto"
     activations: ActivationType | None = None
-    device: str = "auto"
+    device: DeviceName = "auto"
 
     @field_validator("temperature")
     @classmethod

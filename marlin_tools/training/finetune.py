@@ -36,7 +36,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.writer import ModelWriter, check_companions
 from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
 from marlin_tools.data.tokens import TokenSet, check_arguments
-from marlin_tools.distributed.device import describe_device, pick_device
+from marlin_tools.distributed.device import DeviceName, describe_device, pick_device
 from marlin_tools.distributed.team import Team
 from marlin_tools.errors import DataError, DeviceError, counted
 from marlin_tools.events import Emit, Event, silent
@@ -86,7 +86,7 @@ class FinetuneSettings(TrainingSettings, Stage):
     stage: Literal["finetune"] = "finetune"
     sampled: int = Field(0, ge=0)
     seqlen: int = Field(1024, ge=2)
-    device: str = "auto"
+    device: DeviceName = "auto"
     teacher: ModelName | None = None
     text: CalibrationSettings | None = None
 

@@ -277,6 +277,24 @@ def test_a_list_of_sources_is_told_how_to_write_it() -> None:
         CalibrationSettings.model_validate({"source": ["a.txt", "c4"]})
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "no source is named; known sources: demo, "),
+        (" ", "no source is named"),
+        ("demo,", "no source beside it"),
+        (",", "no source beside it"),
+        ("demo,demo", "named twice"),
+        ("demo,hf:c4", "not a dataset of the hub"),
+    ],
+)
+def test_what_names_no_sources_is_refused_by_the_settings(checkpoint: Any, source: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        CalibrationSettings(source=source)
+    with pytest.raises(DataError, match=message.partition(";")[0]):
+        calibrate(source, checkpoint)
+
+
 def test_documents_of_several_sources(checkpoint: Any, tmp_path: Path) -> None:
     names = []
     for name in ("first", "second"):
@@ -294,9 +312,6 @@ def test_documents_of_several_sources(checkpoint: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "samples", "message"),
     [
-        ("demo,", 4, "no source beside it"),
-        (",", 4, "no source beside it"),
-        ("demo,demo", 4, "named twice"),
         ("demo,dmo", 4, "no such file or source"),
         ("demo,{text}", 1, "2 sources cannot share 1 sample"),
     ],

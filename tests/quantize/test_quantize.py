@@ -200,7 +200,7 @@ def test_auto_regards_every_format(tiny_model: Callable[..., Path], formats: tup
             settings.sized(inventory, *formats[1:])
 
 
-@pytest.mark.parametrize("size", ["abc", 1.5, True, None, "128.0"])
+@pytest.mark.parametrize("size", ["abc", 1.5, True, None, "128.0", 0, "0", -2])
 def test_what_is_no_group_size(size: object) -> None:
-    with pytest.raises(ValueError, match="`group_size` is no flag" if size is True else "it is 128, 64, 32"):
+    with pytest.raises(ValueError, match="`group_size` is no flag" if size is True else "a group size is 128, 64, 32"):
         QuantizeSettings.model_validate({"group_size": size})
