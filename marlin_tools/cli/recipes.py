@@ -134,6 +134,7 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
     from marlin_tools.recipe import files as recipe_files
 
     problems: list[str] = []
+    hint = "`marlin-tools recipes schema` describes every key"
     fine: list[str] = []
     for file in files:
         try:
@@ -141,8 +142,9 @@ def recipes_validate(files: Annotated[list[str], argument("FILE...", "Recipe fil
             fine.append(f"{file}: ok" + (f", {count} recipes" if count > 1 else ""))
         except RecipeError as error:
             problems += error.lines
+            hint = error.hint or hint
     if problems:
-        raise RecipeError.of(problems, hint="`marlin-tools recipes schema` describes every key")
+        raise RecipeError.of(problems, hint=hint)
     return ui.show({"ok": files}, "\n".join(fine), as_json=json)
 
 

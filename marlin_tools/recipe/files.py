@@ -3,6 +3,7 @@
 A row of a table is a recipe like any other: `marlin-tools run ROW` runs it, `recipes show ROW` prints it written out.
 """
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +32,8 @@ def load(ref: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     table, documents = _documents(place.path)
     if table is not None and place.row is None:
         hint = (
-            f"run one of its rows ({', '.join(row.name for row in table.rows)}), or all of them: marlin-tools reproduce {ref}"
+            f"run one of its rows ({', '.join(row.name for row in table.rows)}), "
+            f"or all of them: marlin-tools reproduce {shlex.quote(str(ref))}"
         )
         raise RecipeError(f"`{ref}` is a table of {len(documents)} recipes", hint=hint)
     return _recipe(documents[place.row], overrides)
@@ -69,33 +71,61 @@ def _fitting(document: Document, overrides: Iterable[str]) -> list[str]:
 
 
 def _with_controls(place: Place, overrides: tuple[str, ...]) -> dict[str, Recipe]:
-    """By name, in the order in which they have to run."""
+    """By name, in the order in which they have to run; reports all that is wrong with controls at once."""
     _, documents = _documents(place.path)
     found: dict[str, Recipe] = {}
+    wrong: list[RecipeError] = []
     for row in [place.row] if place.row else documents:
-        recipe = _recipe(documents[row], _fitting(documents[row], overrides))
-        if recipe.control is not None and recipe.control not in found:
-            above = Place(place.path, recipe.control) if recipe.control in documents else _control(recipe)
-            found |= _with_controls(above, overrides)
-        found.setdefault(recipe.name, recipe)
+        document = documents[row]
+        recipe = _recipe(document, _fitting(document, overrides))
+        try:
+            if recipe.control is not None:
+                told = f"{document.origin(('control',), key=True)}: recipe `{recipe.name}`: its control `{recipe.control}`"
+                above = Place(place.path, recipe.control) if recipe.control in documents else _bundled(recipe.control, told)
+                brought = [found[recipe.control]] if recipe.control in found else _with_controls(above, overrides).values()
+                for each in brought:
+                    add(found, each, told)
+                _check_measures([*brought][-1], told)
+            add(found, recipe, f"{document.origin(('name',), key=True)}: recipe `{recipe.name}`")
+        except RecipeError as error:
+            wrong.append(error)
+    if wrong:
+        raise RecipeError.of([line for error in wrong for line in error.lines], hint=wrong[0].hint)
     return found
 
 
-def _control(recipe: Recipe) -> Place:
-    """Where the bundled recipe stands that has to hold first."""
+def _check_measures(control: Recipe, told: str) -> None:
+    """Refuse a control that would run and never hold."""
+    if not control.tasks:
+        raise RecipeError(f"{told} measures nothing, so it never holds", hint="give it a stage `evaluate`")
+
+
+def _bundled(control: str, told: str) -> Place:
+    """Where the bundled recipe stands that has to hold first; `told` begins what is said if there is none."""
     known = catalog()
-    if recipe.control not in known:
-        hint = near(str(recipe.control), known)
+    if control not in known:
+        rest = near(control, known, "`marlin-tools recipes list` names all of them")
+        raise RecipeError(f"{told} is no row beside it and no bundled recipe; {rest}")
+    place = known[control]
+    if rows := [name for name, each in known.items() if each.row and each.path == place.path and not place.row]:
+        raise RecipeError(f"{told} is a table; name one of its rows: {', '.join(rows)}")
+    return place
+
+
+def add(found: dict[str, Recipe], recipe: Recipe, told: str = "") -> None:
+    """One more, under its name; `told` begins what is said if another is called so, whose result would be taken for its own."""
+    if found.setdefault(recipe.name, recipe) != recipe:
         raise RecipeError(
-            f"recipe `{recipe.name}`: its control `{recipe.control}` is no row beside it and no bundled recipe", hint=hint
+            f"{told}: two different recipes are called `{recipe.name}`".removeprefix(": "),
+            hint="rename yours, or reproduce them one by one",
         )
-    return known[recipe.control]
 
 
 def check(ref: str | Path) -> int:
     """Read a file or a bundled recipe and everything in it; how many recipes that are, or all that is wrong with them."""
-    table, documents = _documents(find(ref).path)
-    return len(load_all(ref) if table else [_recipe(each, ()) for each in documents.values()])
+    path = find(ref).path
+    _with_controls(Place(path), ())
+    return len(_documents(path)[1])
 
 
 def find(ref: str | Path) -> Place:

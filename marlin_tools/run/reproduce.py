@@ -18,12 +18,12 @@ from typing import Any
 
 from marlin_tools.checkpoint.output import ELSEWHERE, check_apart, explained, folder
 from marlin_tools.checkpoint.reader import Checkpoint
-from marlin_tools.errors import MarlinToolsError, NumericalError, OutputError, RecipeError
+from marlin_tools.errors import MarlinToolsError, NumericalError, OutputError
 from marlin_tools.evaluation.evaluate import unavailable
 from marlin_tools.evaluation.record import EvaluateStage
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
-from marlin_tools.recipe.files import load_all
+from marlin_tools.recipe.files import add, load_all
 from marlin_tools.recipe.recipe import Recipe
 from marlin_tools.run.execute import RunResult, execute
 from marlin_tools.run.plan import RUNS, plan
@@ -39,10 +39,7 @@ def collect(refs: Iterable[str | Path], overrides: Iterable[str] = ()) -> list[R
     overrides = tuple(overrides)
     found: dict[str, Recipe] = {}
     for recipe in (each for ref in refs for each in load_all(ref, overrides)):
-        if found.setdefault(recipe.name, recipe) != recipe:
-            raise RecipeError(
-                f"two different recipes are called `{recipe.name}`", hint="rename one, or reproduce them one by one"
-            )
+        add(found, recipe)
     return list(found.values())
 
 

@@ -99,13 +99,76 @@ def test_controls_come_before_what_they_control_and_have_none(name):
     recipes = load_all(name)
     names = [recipe.name for recipe in recipes]
 
-    assert len(names) == len(set(names)) == check(name)
+    assert len(names) == len(set(names))
+    assert len(tables()[name].rows) == check(name)
     for recipe in recipes:
         if recipe.quantize:
             assert names.index(recipe.control) < names.index(recipe.name)
             assert recipes[names.index(recipe.control)].model == recipe.model
         else:
             assert recipe.control is None
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    (
+        ("''", "its control `` is no row beside it and no bundled recipe; `marlin-tools recipes list` names all of them"),
+        ("' '", "its control ` ` is no row beside it and no bundled recipe; "),
+        ("demo-fp61", "its control `demo-fp61` is no row beside it and no bundled recipe; did you mean `demo-fp16`? "),
+        ("./demo.yaml", "its control `./demo.yaml` is no row beside it and no bundled recipe; "),
+        ("demo-presets", "its control `demo-presets` is a table; name one of its rows: demo-fp16, demo-rtn, demo-"),
+        ("x", "is its own control"),
+    ),
+)
+def test_a_control_that_is_none_is_refused_in_a_file_of_its_own(tmp_path, control, expected):
+    text = f"name: x\nmodel: demo\ncontrol: {control}\nstages: [{{stage: verify}}]\n"
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    for refuse in (check, load_all):
+        with pytest.raises(RecipeError) as error:
+            refuse(tmp_path / "x.yaml")
+        assert error.value.message.startswith(f"{tmp_path / 'x.yaml'}:3:1: recipe `x`")
+        assert expected in error.value.message
+
+
+def test_a_control_that_measures_nothing_never_holds(table):
+    text = TABLE.replace("    stages: [*evaluate]\n    expect: [{", "    stages: [{stage: verify}]\n    # [{")
+    with pytest.raises(RecipeError, match="22:5: recipe `b`: its control `a` measures nothing, so it never holds"):
+        check(table(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    (
+        ({"name: c, control: b": "name: demo-fp16, control: demo-rtn"}, "25:18: recipe `demo-fp16`"),  # its own control's
+        ({"name: a\n": "name: demo-fp16\n", "control: a": "control: demo-rtn"}, "22:5: recipe `b`: its control `demo-rtn`"),
+    ),
+)
+def test_no_row_is_replaced_by_a_bundled_recipe_of_its_name(table, changes, expected):
+    text = TABLE
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    for refuse in (check, load_all):
+        with pytest.raises(RecipeError) as error:
+            refuse(table(text))
+        assert f"mine.yaml:{expected}: two different recipes are called `demo-fp16`" in error.value.message
+
+
+def test_rows_come_before_bundled_recipes_of_their_name(table):
+    a, b, _ = load_all(table(TABLE.replace("name: a\n", "name: demo-fp16\n").replace("control: a", "control: demo-fp16")))
+
+    assert "as it is" == a.description
+    assert b.control == a.name
+
+
+def test_a_name_for_all_rows_is_refused(table):
+    with pytest.raises(RecipeError, match="--set name=x: recipe `x`: two different recipes are called `x`"):
+        load_all(table(TABLE.replace("control: a", "").replace("control: b, ", "")), ["name=x"])
+
+
+def test_all_controls_are_looked_at(table):
+    with pytest.raises(RecipeError) as error:
+        check(table(TABLE.replace("control: a", "control: demo-max1").replace("control: b", "control: demo-presets")))
+    assert ["22", "25"] == [line.split("mine.yaml:")[1].partition(":")[0] for line in error.value.lines]
 
 
 def test_a_file_may_have_a_bundled_control(tmp_path):
