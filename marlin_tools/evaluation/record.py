@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from marlin_tools.backends import check_activations
 from marlin_tools.backends.vllm import identity
+from marlin_tools.checkpoint.cards import sketch
 from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
@@ -21,7 +22,7 @@ from marlin_tools.errors import ModelError, OutputError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_vocabulary, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.resources import demo_dir, expanded, resolved
+from marlin_tools.resources import demo_dir, resolved
 from marlin_tools.settings import ModelName
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
@@ -117,8 +118,8 @@ class EvaluateStage(EvaluateSettings, Stage):
             check_activations(outlook.model, self.activations)
         find_tasks(self)
         pick_device(self.device)
-        if self.baseline is not None and self.baseline != outlook.source.name and (not outlook.dry or _is_here(self.baseline)):
-            original = Checkpoint.open(self.baseline)
+        if self.baseline is not None and self.baseline != outlook.source.name:
+            original = sketch(self.baseline, None) if outlook.dry else Checkpoint.open(self.baseline)
             if self.texts:
                 check_vocabulary(outlook.model, original)
         facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
@@ -138,8 +139,3 @@ class EvaluateStage(EvaluateSettings, Stage):
             with work.clock("evaluate", *([checkpoint.path] if own else []), device=self.device, always=True):
                 found = record.measure(work.emit)
         return {"evaluation": found}
-
-
-def _is_here(model: str) -> bool:
-    """Whether it can be opened without a download."""
-    return model == "demo" or expanded(model).is_dir()

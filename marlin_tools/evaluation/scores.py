@@ -11,6 +11,9 @@ FIRM = {"items": 100, "tokens": 1000}
 BESIDE_ANOTHER = ("kl", "top1")
 """Metrics that compare a model with its baseline."""
 
+OF_TEXTS = ("perplexity", *BESIDE_ANOTHER)
+"""All that is measured on a text; what a task of questions has, lm-eval knows."""
+
 PLAIN = 1e9
 """Numbers from here on are written with a power of ten: a ruined model has some with hundreds of digits."""
 

@@ -13,10 +13,11 @@ made it, so there is a single way in which anything is run. A stage is the setti
 Read next: `files.py`, which finds and reads them; `run/`, which plans and executes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from marlin_tools.checkpoint.cards import sketch
 from marlin_tools.compress.export import ExportStage
@@ -26,10 +27,10 @@ from marlin_tools.data.calibrate import CalibrationSettings, expected_tokens
 from marlin_tools.errors import ModelError, counted
 from marlin_tools.evaluation.generate import GenerateStage
 from marlin_tools.evaluation.record import EvaluateStage
-from marlin_tools.evaluation.scores import BESIDE_ANOTHER
+from marlin_tools.evaluation.scores import BESIDE_ANOTHER, OF_TEXTS
 from marlin_tools.recipe import yaml_reader as recipe_yaml
 from marlin_tools.recipe.yaml_reader import Document
-from marlin_tools.settings import ModelName, Settings
+from marlin_tools.settings import ModelName, Settings, complaint
 from marlin_tools.stage import Stage
 from marlin_tools.training.finetune import FinetuneSettings
 from marlin_tools.verification.verify import VerifyStage
@@ -93,20 +94,37 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _one_model_each(self) -> Self:
         _check_order(self.remaking)
+        _check_quantized(self.stages)
         if sum(isinstance(stage, EvaluateStage) for stage in self.stages) > 1:
             raise ValueError("a recipe evaluates once, all tasks together: `evaluate` may stand in `stages` once")
         for name in self.formats:
             if self.formats.count(name) > 1:
                 raise ValueError(f"format `{name}` would be written twice")
-        for expected in self.expect:
-            if expected.task not in self.tasks:
-                measured = ", ".join(self.tasks) or "nothing"
-                raise ValueError(f"`expect` names task `{expected.task}`, which no stage measures; measured: {measured}")
-            if expected.metric in BESIDE_ANOTHER and not any(isinstance(s, EvaluateStage) and s.baseline for s in self.stages):
-                raise ValueError(
-                    f"`expect` names metric `{expected.metric}`, and `evaluate` has no `baseline` to measure it by"
-                )
+        if wrong := list(self._never_measured()):
+            raise ValidationError.from_exception_data(type(self).__name__, wrong)
         return self
+
+    def _never_measured(self) -> Iterator[InitErrorDetails]:
+        """Expected numbers with which nothing could be compared when all stages are done."""
+        measured = ", ".join(self.tasks) or "nothing"
+        beside = any(isinstance(stage, EvaluateStage) and stage.baseline for stage in self.stages)
+        for number, (task, metric) in enumerate((each.task, each.metric) for each in self.expect):
+            place, rule = ("expect", number, "metric"), ""
+            if task not in self.tasks:
+                told = f"`expect` names task `{task}`, which no stage measures; measured: {measured}"
+                yield complaint(("expect", number, "task"), told)
+            elif metric is None:
+                continue
+            elif not metric.strip():
+                rule = "no metric is named; leave `metric` out for the first one of the task"
+            elif task.startswith("ppl:") and metric not in OF_TEXTS:
+                rule = f"`expect` names metric `{metric}`, which no text has; known: {', '.join(OF_TEXTS)}"
+            elif metric in BESIDE_ANOTHER and not task.startswith("ppl:"):
+                rule = f"`expect` names metric `{metric}`, which only texts have (`ppl:...`), and not `{task}`"
+            elif metric in BESIDE_ANOTHER and not beside:
+                rule = f"`expect` names metric `{metric}`, and `evaluate` has no `baseline` to measure it by"
+            if rule:
+                yield complaint(place, rule, metric)
 
     @property
     def quantize(self) -> QuantizeSettings | None:
@@ -175,6 +193,20 @@ def _check_order(remaking: tuple[Stage, ...]) -> None:
         raise ValueError(f"`quantize` after `{names[first - 1]}` would lose the zeros: give it `sparsity: keep`")
 
 
+ABOUT_CODES = (ExportStage, VerifyStage)
+"""Stages that a model which is not quantised is nothing for."""
+
+
+def _check_quantized(stages: tuple[Stage, ...]) -> None:
+    """What is about codes comes after `quantize`; without that, codes can only be those of the model that the recipe names."""
+    names = [stage.stage for stage in stages]
+    for number, stage in enumerate(stages):
+        before = names[:number]
+        if isinstance(stage, ABOUT_CODES) and "quantize" not in before and ("quantize" in names or "prune" in before):
+            where = "put it after `quantize`" if "quantize" in names else "nothing quantises it"
+            raise ValueError(f"`{stage.stage}` comes where the model is not quantised: {where}")
+
+
 def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Choose the calibration that nobody chose, and say so.
 
@@ -182,9 +214,9 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     stage = recipe.quantize
     if not any(each.needs_data for each in recipe.remaking):
-        unused = recipe.calibrate is not None and recipe.remaking
         names = " and ".join(each.choice for each in recipe.remaking)
-        notes = [f"{names} looks at no data: calibration settings have no effect"] if unused else []
+        told = f"{names} looks at no data" if names else "no stage looks at calibration text"
+        notes = [f"{told}: calibration settings have no effect"] if recipe.calibrate is not None else []
         return recipe.model_copy(update={"calibrate": None}), notes
     given = recipe.calibrate.model_dump(exclude_unset=True) if recipe.calibrate else {}
     if "source" in given:

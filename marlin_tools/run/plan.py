@@ -14,11 +14,14 @@ from typing import Any
 from marlin_tools.checkpoint.cards import Card, sketch
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
 from marlin_tools.compress.job import Preparation
+from marlin_tools.errors import ModelError
 from marlin_tools.families import find_family
-from marlin_tools.recipe.recipe import Recipe, settle
+from marlin_tools.recipe.recipe import ABOUT_CODES, Recipe, settle
+from marlin_tools.resources import expanded
 from marlin_tools.stage import Facts, Outlook, Source, Stage
 from marlin_tools.training.finetune import FinetuneSettings
 from marlin_tools.verification.engines import judge_engines
+from marlin_tools.verification.verify import check_quantized
 
 RUNS = Path("runs")
 
@@ -76,6 +79,8 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     first, quantized = True, False
     for stage in recipe.stages:
         outputs = {name: homes[name] for name in stage.makes}
+        if isinstance(stage, ABOUT_CODES) and not quantized:
+            _check_quantized(original)
         known = stage.plan(Outlook(original, find, recipe.calibrate, recipe.formats, first, quantized, dry))
         engines = tuple(_engines(recipe, original, known.prepared)) if stage is recipe.quantize else ()
         steps.append(Step(stage, source, outputs, known.facts + engines, known.prepared if source is original else None))
@@ -83,6 +88,15 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
             source = Source(next(iter(outputs.values())))
         first, quantized = first and not stage.remakes, quantized or stage is recipe.quantize
     return Plan(recipe, tuple(steps), (*_about(recipe.model, original), *notes), home=None if recipe.made else out)
+
+
+def _check_quantized(source: Source) -> None:
+    """Refuse a model without codes before other stages have worked on it; what is wrong with a damaged one, `verify` says."""
+    try:
+        check_quantized(source.checkpoint)
+    except ModelError:
+        if not expanded(source.name).is_dir():
+            raise
 
 
 def _scheme(recipe: Recipe, source: Source) -> str:

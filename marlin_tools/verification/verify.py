@@ -7,6 +7,7 @@ finds something names the tensor. A bad checkpoint fails checks; only what is no
 Read next: `checks.py` for what lies on disk, `trial.py` for what the model computes, `engines.py` for who loads it.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -76,6 +77,15 @@ def verify(directory: str | Path | Checkpoint, *, device: str = "cpu", emit: Emi
     return found
 
 
+def check_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a model without codes."""
+    if checkpoint.quantization is None:
+        raise FormatError(
+            f"`{checkpoint.origin}` is not quantised",
+            hint=f"`marlin-tools inspect {shlex.quote(checkpoint.origin)}` describes any model",
+        )
+
+
 def _checks(directory: str | Path | Checkpoint, device: str) -> Iterator[Check]:
     """All checks in order; those that would only repeat that something before them is unreadable are left out."""
     try:
@@ -85,10 +95,7 @@ def _checks(directory: str | Path | Checkpoint, device: str) -> Iterator[Check]:
             raise
         yield Check("files", ok=False, detail=error.message)
         return
-    if checkpoint.quantization is None:
-        raise FormatError(
-            f"`{checkpoint.origin}` is not quantised", hint=f"`marlin-tools inspect {checkpoint.origin}` describes any model"
-        )
+    check_quantized(checkpoint)
     yield check_files(checkpoint)
     config = check_config(checkpoint)
     yield config

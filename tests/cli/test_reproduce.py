@@ -99,11 +99,22 @@ def test_data_that_cannot_be_had_is_not_run_and_never_passes(cli, mine):
     assert ["ppl:demo"] == recipes[1]["evaluation"]["settings"]["tasks"]
 
 
-def test_a_metric_that_nobody_measured_is_not_run(cli, mine):
-    outcome = cli("reproduce", mine(metric="acc"), "--json")
+def test_a_metric_that_nobody_measured_is_not_run(cli, mine, tmp_path):
+    """Which ones a task of questions has, lm-eval knows."""
+    file = tmp_path / mine(tasks='"ppl:demo", demo_qa', metric="brier")
+    file.write_text(file.read_text(encoding="utf-8").replace('"ppl:demo", metric', "demo_qa, metric"), encoding="utf-8")
+    outcome = cli("reproduce", file, "--json")
 
     assert 2 == outcome.code
-    assert "no metric `acc` was measured" == json.loads(outcome.out)["recipes"][1]["findings"][1]["reason"]
+    assert "no metric `brier` was measured" == json.loads(outcome.out)["recipes"][1]["findings"][1]["reason"]
+
+
+def test_a_metric_that_no_text_has_is_refused_before_any_work(cli, mine):
+    outcome = cli("reproduce", mine(metric="acc"))
+
+    assert (2, "") == outcome[:2]
+    assert "`expect` names metric `acc`, which no text has" in outcome.err
+    assert not Path("runs").exists()
 
 
 def test_a_metric_that_needs_a_baseline_is_refused_without_one(cli, mine):
@@ -209,6 +220,15 @@ def test_dry_run_plans_all_rows_and_writes_nothing(cli):
     assert 6 == outcome.out.count("` is `meta-llama/Llama-2-")
     assert 6 == len(json.loads(cli("reproduce", "llama2-paper", "--dry-run", "--json").out))
     assert not Path("runs").exists()
+
+
+def test_dry_run_refuses_a_baseline_that_the_run_refuses(cli, mine, tmp_path):
+    file = tmp_path / mine()
+    file.write_text(file.read_text(encoding="utf-8").replace("limit: 4", "limit: 4, baseline: nonsense"), encoding="utf-8")
+    outcome = cli("reproduce", file, "--dry-run")
+
+    assert (2, "") == outcome[:2]
+    assert outcome.err.startswith("error: `nonsense` is no directory, no hub id (owner/name) and no alias\n")
 
 
 @pytest.mark.parametrize("place", ("file", "file/below"))

@@ -39,6 +39,7 @@ EXPECTED = [
     "14:21: unknown key `deep` in `verify`; known: stage",
     "15:1: unknown key `stagess`; did you mean `stages`? known: name, model, description, source, deviations, calibrate, ",
 ]
+MEASURED = "name: a\nmodel: demo\nstages:\n  - stage: evaluate\n    tasks:\n      - a\n      - ppl:b\n"
 GOOD = "name: a\nmodel: demo\nstages:\n  - stage: quantize\n    preset: fast\n  - stage: verify\n"
 
 
@@ -89,17 +90,42 @@ def test_known_keys_are_those_of_the_model(complaints):
         ),
         (
             GOOD + "expect: [{task: mmlu, value: 1}]\n",
-            "1:1: `expect` names task `mmlu`, which no stage measures; measured: nothing",
+            "7:17: `expect` names task `mmlu`, which no stage measures; measured: nothing",
+        ),
+        (MEASURED + "expect: [{task: a, value: 1, metric: ' '}]\n", "8:38: no metric is named; leave `metric` out for "),
+        (MEASURED + "expect: [{task: a, value: 1, metric: kl}]\n", "8:38: `expect` names metric `kl`, which only texts have"),
+        (
+            MEASURED + "expect: [{task: 'ppl:b', value: 1, metric: perplexty}]\n",
+            "8:44: `expect` names metric `perplexty`, which no text has; did you mean `perplexity`? known: perplexity, kl, ",
+        ),
+        (
+            MEASURED + "expect: [{task: 'ppl:b', value: 1, metric: top1}]\n",
+            "8:44: `expect` names metric `top1`, and `evaluate` has no `baseline` to measure it by",
         ),
         (GOOD + "expect: [{task: mmlu, value: x}]\n", "7:30: `value: x`: must be a valid number"),
         (
             GOOD.replace("fast", "fats"),
             "5:13: unknown preset `fats`; did you mean `fast`? known: rtn, marlin, fast, default, max",
         ),
-        (GOOD.replace("demo", "''"), "2:8: no model is named; a directory, a hub id (owner/name), or an alias such as demo"),
+        (GOOD.replace("demo", "' '"), "2:8: no model is named; a directory, a hub id (owner/name), or an alias such as demo"),
         (GOOD + "  - {stage: finetune, teacher: ''}\n", "7:32: no model is named; "),
         (GOOD + "  - {stage: evaluate, tasks: [a], baseline: ''}\n", "7:45: no model is named; "),
         (GOOD + "  - {stage: evaluate, tasks: [a], include_path: [b, '']}\n", "7:53: no directory is named; "),
+        (GOOD + "calibrate: {source: ' '}\n", "7:21: no source is named; known sources: demo, "),
+        (GOOD + "calibrate: {source: 'demo,'}\n", "7:21: `demo,`: a comma with no source beside it; write "),
+        (GOOD + "calibrate: {source: 'demo,hf:c4'}\n", "7:21: `hf:c4`: not a dataset of the hub; write `hf:owner/name`, "),
+        (GOOD.replace("fast", "fast\n    device: ''"), "6:13: unknown device ``; use auto, cpu, cuda or cuda:N"),
+        (GOOD + "  - {stage: evaluate, tasks: [a], device: cuda:}\n", "7:43: unknown device `cuda:`; use auto, cpu, "),
+        (GOOD + "  - {stage: generate, prompt: a, device: cpux}\n", "7:42: unknown device `cpux`; use auto, cpu, "),
+        (GOOD + "  - {stage: finetune, device: mps}\n", "7:31: unknown device `mps`; use auto, cpu, cuda or cuda:N"),
+        (GOOD + "  - {stage: generate, prompt: a, backend: nativ}\n", "7:43: unknown backend `nativ`; did you mean `native`?"),
+        (GOOD.replace("fast", "fast\n    ignore: [a, '(']"), "6:17: the pattern `(` is no regular expression: missing ), "),
+        (GOOD.replace("fast", "fast\n    group_size: 0"), "6:17: a group size is 128, 64, 32, -1 (one scale per output) or "),
+        ("stages: [{stage: verify}, {stage: quantize}]\n" + GOOD[:20], "1:1: `verify` comes where the model is not quantised"),
+        ("stages: [{stage: prune}, {stage: verify}]\n" + GOOD[:20], "1:1: `verify` comes where the model is not quantised: "),
+        ("stages: [{stage: prune}, {stage: export, formats: [gptq]}]\n" + GOOD[:20], "1:1: `export` comes where the model is "),
+        (GOOD + "expect: [{task: mmlu, value: null}]\n", "7:30: `value: null`: must be a valid number"),
+        (GOOD + "  - {stage: null}\n", "7:13: unknown stage `null`; known: "),
         (GOOD.replace("fast", "no"), "5:13: unknown preset `no`; "),  # YAML 1.1 would read False
     ),
 )
@@ -113,7 +139,7 @@ def test_place(complaints, text, expected):
         ("quantize.dampp=1", "--set quantize.dampp=1: unknown key `dampp` in `quantize`; did you mean `damp`? known: "),
         ("quantize.damp=-1", "--set quantize.damp=-1: `damp: -1`: must be greater than 0"),
         ("stages.0.damp=x", "--set stages.0.damp=x: `damp: x`: must be a valid number"),
-        ("quantize.damp=true", "4:5: `damp` is no flag, not `true`"),
+        ("quantize.damp=true", "--set quantize.damp=true: `damp` is no flag, not `true`"),
         ("stages.7.damp=1", "--set stages.7.damp=1: there is no `stages.7`"),
         ("stages.1=x", "--set stages.1=x: "),
         pytest.param(f"stages.{'9' * 5000}=x", "--set stages.9999", id="long number"),

@@ -11,7 +11,7 @@ from marlin_tools.checkpoint.cards import CARDS, Card, sketch
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
-from marlin_tools.errors import FormatError, ModelError, RecipeError
+from marlin_tools.errors import DataError, FormatError, ModelError, RecipeError
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import catalog, load, tables
 from marlin_tools.recipe.recipe import Recipe
@@ -119,6 +119,31 @@ def test_a_model_that_nobody_knows(tmp_path):
     assert "meta-llama/Llama-2-7b-hf" in error.value.hint
     with pytest.raises(ModelError, match="is no directory, no hub id"):
         sketch("nonsense", find_family)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_baseline_that_is_no_model(dry):
+    stages = [{"stage": "quantize", "preset": "rtn"}, {"stage": "evaluate", "tasks": ["ppl:demo"], "baseline": "nonsense"}]
+    with pytest.raises(ModelError, match="`nonsense` is no directory, no hub id"):
+        plan(Recipe(name="a", model="demo", stages=stages), dry=dry)
+
+
+def test_a_baseline_of_other_words_is_refused_from_its_shapes():
+    stages = [{"stage": "quantize", "preset": "rtn"}, {"stage": "evaluate", "tasks": ["ppl:demo"], "baseline": "llama3.2-1b"}]
+    with pytest.raises(DataError, match=r"the vocabularies of `demo` .* and `llama3.2-1b` \(128256 words\) differ"):
+        plan(Recipe(name="a", model="demo", stages=stages), dry=True)
+
+
+@pytest.mark.parametrize("stage", [{"stage": "verify"}, {"stage": "export", "formats": ["gptq"]}])
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_is_about_codes_wants_a_model_with_codes(tiny_llama, tmp_path, stage, dry):
+    """Also behind stages that take hours."""
+    stages = [{"stage": "evaluate", "tasks": ["ppl:demo"]}, stage]
+    with pytest.raises(FormatError, match="`demo` is not quantised"):
+        plan(Recipe(name="a", model="demo", stages=stages), dry=dry)
+    quantize(tiny_llama, None, QuantizeSettings(preset="rtn", device="cpu"), tmp_path / "int4")
+    planned = plan(Recipe(name="a", model=str(tmp_path / "int4"), stages=[stage]), dry=dry)
+    assert [stage["stage"]] == [step.stage.stage for step in planned.steps]
 
 
 def test_what_is_on_this_machine_is_opened(tiny_llama):

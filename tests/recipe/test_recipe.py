@@ -188,6 +188,12 @@ def test_rounding_needs_no_calibration():
     assert ["preset `rtn` looks at no data: calibration settings have no effect"] == notes
 
 
+def test_a_text_that_no_stage_reads_is_told():
+    stages = [{"stage": "evaluate", "tasks": ["ppl:demo"]}]
+    _, notes = settle(Recipe.model_validate({"name": "x", "model": "demo", "stages": stages, "calibrate": {"source": "c4"}}))
+    assert ["no stage looks at calibration text: calibration settings have no effect"] == notes
+
+
 def test_schema_describes_every_key():
     document = json.loads(json.dumps(json_schema(Recipe)))
 
