@@ -1,5 +1,6 @@
 """The quantised linears of a checkpoint, whatever format they are stored in."""
 
+import shlex
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -18,7 +19,7 @@ class StoredLinears:
         if checkpoint.quantization is None:
             raise FormatError(
                 f"`{checkpoint.origin}` is not quantised: config.json has no quantization_config",
-                hint=f"run `marlin-tools quantize {checkpoint.origin}` first",
+                hint=f"run `marlin-tools quantize {shlex.quote(checkpoint.origin)}` first",
             )
         self.checkpoint = checkpoint
         self.format = find_format(checkpoint.quantization)

@@ -4,6 +4,7 @@ Knows nothing of recipes: any pydantic model can be read with it. A value has an
 `--set` that put it there, or the command-line option that it came from; every complaint begins with the origin.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -268,7 +269,8 @@ def _complaint(error: dict[str, Any], document: Document, schema: dict[str, Any]
         key, tag = error["ctx"]["discriminator"].strip("'"), error["ctx"].get("tag")
         if tag is None:
             return f"{document.origin(path)}: `{key}` is missing; ", f"known: {', '.join(known)}"
-        return f"{document.origin((*path, key))}: unknown {key} `{tag}`; ", near(tag, known)
+        shown = _written(error["input"][key]) if isinstance(error["input"], dict) else tag
+        return f"{document.origin((*path, key))}: unknown {key} `{shown}`; ", near(tag, known)
     rule = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         rule, separator, names = rule.partition("; known: ")
@@ -282,8 +284,13 @@ def _complaint(error: dict[str, Any], document: Document, schema: dict[str, Any]
     value = error["input"]
     if is_option and isinstance(value, float) and value.is_integer():
         value = int(value)  # as it was typed: `--limit 0` arrives as 0.0
-    shown = f"`{origin} {value}`" if is_option else f"{origin}: `{name}: {value}`"
+    shown = f"`{origin} {value}`" if is_option else f"{origin}: `{name}: {_written(value)}`"
     return f"{shown}: ", rule[:1].lower() + rule[1:]
+
+
+def _written(value: Any) -> str:
+    """A value as YAML has it, on one line; text without its quotes."""
+    return str(value) if isinstance(value, str | float) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _follow(loc: Path, data: Any, schema: dict[str, Any]) -> tuple[Path, str, list[str]]:

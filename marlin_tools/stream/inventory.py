@@ -4,6 +4,7 @@ Everything that could stop a run after hours is refused here in a second, naming
 """
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ def _converted(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> str:
         find_format(quantization)
     except FormatError as error:
         return f"start from the original model ({error.message})"
-    return f"`marlin-tools export {checkpoint.origin} --format NAME` converts it; start from an original model"
+    return f"`marlin-tools export {shlex.quote(checkpoint.origin)} --format NAME` converts it; start from an original model"
 
 
 def take_linears(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> Inventory:

@@ -13,7 +13,7 @@ from marlin_tools.checkpoint.manifest import read_manifest
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.compress.quantize import QuantizeSettings, prepare_quantize, quantize
 from marlin_tools.data.tokens import TokenSet
-from marlin_tools.errors import FormatError, RecipeError
+from marlin_tools.errors import FormatError, ModelError, RecipeError
 from marlin_tools.events import Event
 from marlin_tools.formats.stored import StoredLinears
 from marlin_tools.stream.inventory import take_linears
@@ -198,6 +198,13 @@ def test_auto_regards_every_format(tiny_model: Callable[..., Path], formats: tup
     else:
         with pytest.raises(FormatError, match=expected):
             settings.sized(inventory, *formats[1:])
+
+
+def test_a_hint_can_be_pasted_into_a_shell(tiny_llama: Path, tmp_path: Path) -> None:
+    made = quantize(tiny_llama, None, QuantizeSettings(preset="rtn", device="cpu"), tmp_path / "a b")
+    with pytest.raises(ModelError, match="is already quantised") as caught:
+        take_linears(made, ())
+    assert f"`marlin-tools export '{tmp_path}/a b' --format NAME` converts it" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("size", ["abc", 1.5, True, None, "128.0", 0, "0", -2])
