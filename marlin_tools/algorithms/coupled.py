@@ -97,7 +97,7 @@ class Coupled:
             target_nk = own_nk = aim_nk[rows]
             if start:
                 owed_nk = product(upper[:start, part].T.contiguous(), error_nk[:start])
-                target_nk = own_nk - torch.linalg.solve_triangular(upper[part, part].T, owed_nk, upper=False)
+                target_nk = own_nk - torch.linalg.solve_triangular(upper[part, part].T, owed_nk, upper=False).contiguous()
             solution = self.inner.solve(weight_nk[rows], rows + first, target_nk)
             error_nk[part] = solution.value(torch.float32) - own_nk
             solved.append((rows + first, solution))
