@@ -159,9 +159,19 @@ def check_backend(name: str) -> None:
         raise RecipeError(f"unknown backend `{name}`", hint=hint)
 
 
+def check_place(name: str, device: torch.device) -> None:
+    """Refuse a backend that runs no model there."""
+    if name in BACKENDS and device.type not in (own := BACKENDS[name].devices):
+        raise DeviceError(
+            f"backend `{name}` does not run on {device.type}",
+            hint=f"leave `--backend` out, or name a device of its own: {', '.join(sorted(own))}",
+        )
+
+
 def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears | None, device: torch.device) -> tuple[str, str]:
     """The backend for a model that has no weights yet, and why; DeviceError if none has room on the device."""
     check_backend(name)
+    check_place(name, device)
     free = free_memory(device)
     tried, crowded = [], False
     quantized = sum(grid_of(linears, name).n * grid_of(linears, name).k for name in linears.names) if linears else 0
@@ -178,10 +188,7 @@ def choose_backend(name: str, model: "PreTrainedModel", linears: StoredLinears |
         else:
             chosen = "; ".join([*tried, "the first that can"]) if tried else "the default"
             return candidate, f"{backend.what}; {'asked for' if name != 'auto' else chosen}"
-    elsewhere = name != "auto" and device.type not in BACKENDS[name].devices
     hint = _SMALLER if crowded else "use `--backend reference-packed`, which runs anything"
-    if elsewhere:
-        hint = f"leave `--backend` out, or name a device of its own: {', '.join(sorted(BACKENDS[name].devices))}"
     raise DeviceError("; ".join(tried), hint=hint)
 
 

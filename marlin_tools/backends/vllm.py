@@ -80,10 +80,7 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
     """
 
     def __init__(self, checkpoint: Checkpoint, longest: int, *, items: bool, batch: str | int, seed: int, emit: Emit) -> None:
-        if find_spec("vllm") is None:
-            raise DeviceError("backend `vllm`: vLLM is not installed", hint="`pip install vllm` beside marlin-tools")
-        if not torch.cuda.is_available():
-            raise DeviceError("backend `vllm` needs a GPU", hint="use `--backend reference` on a CPU")
+        check_here()
         for variable, value in _USUAL.items():
             os.environ.setdefault(variable, value)
         from lm_eval.models.vllm_causallms import VLLM
@@ -135,6 +132,14 @@ class VllmEngine(AbstractContextManager["VllmEngine"]):
             found += [reading(each, answer.prompt_logprobs) for each, answer in zip(ids, answers, strict=True)]
             emit(Event("progress", name, len(found), len(sequences)))
         return found
+
+
+def check_here() -> None:
+    """Refuse a machine on which vLLM computes nothing."""
+    if find_spec("vllm") is None:
+        raise DeviceError("backend `vllm`: vLLM is not installed", hint="`pip install vllm` beside marlin-tools")
+    if not torch.cuda.is_available():
+        raise DeviceError("backend `vllm` needs a GPU", hint="use `--backend reference` on a CPU")
 
 
 def identity() -> dict[str, str | None]:

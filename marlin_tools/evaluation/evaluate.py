@@ -196,11 +196,16 @@ def _window(settings: EvaluateSettings, checkpoint: Checkpoint) -> int:
     return seqlen
 
 
+def check_data(checkpoint: Checkpoint, settings: EvaluateSettings, emit: Emit = silent) -> None:
+    """Refuse tasks and texts that cannot be had, or not be read by this model, which may be quantised later."""
+    _Run(settings.model_copy(update={"activations": None}), checkpoint, None, emit)
+
+
 def unavailable(model: str | Path | Checkpoint, settings: EvaluateSettings, emit: Emit = silent) -> dict[str, str]:
     """The tasks whose data cannot be had here, and why; looks at one after the other only if they do not all work together."""
     checkpoint = Checkpoint.open(model)
     try:
-        _Run(settings, checkpoint, None, emit)
+        check_data(checkpoint, settings, emit)
     except DataError as error:
         if len(tasks := dict.fromkeys(settings.tasks)) == 1:
             return {settings.tasks[0]: error.message}

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from marlin_tools.backends import check_activations, check_backend, load
+from marlin_tools.backends import check_activations, check_backend, check_place, load
 from marlin_tools.backends.decoder import Decoder, refusal
 from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.data.render import Encoder
 from marlin_tools.data.tokens import check_arguments
-from marlin_tools.distributed.device import DeviceName
+from marlin_tools.distributed.device import DeviceName, pick_device
 from marlin_tools.errors import DataError, counted
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.quantized import ActivationType
@@ -157,6 +157,7 @@ class GenerateStage(GenerateSettings, Stage):
         """The prompt."""
         if not outlook.quantized:
             check_activations(outlook.model, self.activations)
+        check_place(self.backend, pick_device(self.device))
         return StagePlan((("prompt", self.prompt),))
 
     def run(self, work: Work) -> dict[str, Any]:

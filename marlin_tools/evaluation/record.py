@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from marlin_tools.backends import check_activations
-from marlin_tools.backends.vllm import identity
+from marlin_tools.backends import check_activations, check_place
+from marlin_tools.backends.vllm import check_here, identity
 from marlin_tools.checkpoint.cards import sketch
 from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
@@ -19,7 +19,7 @@ from marlin_tools.checkpoint.reader import Checkpoint
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import ModelError, OutputError
-from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_vocabulary, evaluate, find_tasks
+from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_data, check_vocabulary, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
 from marlin_tools.resources import demo_dir, resolved
@@ -117,7 +117,9 @@ class EvaluateStage(EvaluateSettings, Stage):
         if not outlook.quantized:
             check_activations(outlook.model, self.activations)
         find_tasks(self)
-        pick_device(self.device)
+        check_place(self.backend, pick_device(self.device))
+        if self.backend == "vllm" and not outlook.dry:
+            check_here()
         if self.baseline is not None and self.baseline != outlook.source.name:
             original = sketch(self.baseline, None) if outlook.dry else Checkpoint.open(self.baseline)
             if self.texts:
@@ -127,6 +129,10 @@ class EvaluateStage(EvaluateSettings, Stage):
             size = gigabytes(outlook.model.nbytes / 1e9)
             facts.append(("memory", f"{size} of weights for each model, if they run in 16 bits"))
         return StagePlan(tuple(facts))
+
+    def foresee(self, work: Work) -> None:
+        """Tasks and texts that cannot be had."""
+        check_data(work.model, self)
 
     def run(self, work: Work) -> dict[str, Any]:
         """Measure, or take over an earlier measurement of the same weights on the same text."""

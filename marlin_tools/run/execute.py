@@ -4,6 +4,7 @@
 makes it again. Pages for people are not made here: `report.write_pages` makes them of a `RunResult`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def execute(
         for step in planned.steps[first:]:
             _refuse_others(step, recipe, resume=resume)
     texts: dict[str, TokenSet] = {}
-    for step in planned.steps[first + 1 :]:
-        step.stage.foresee(Work(planned.steps[first].source, {}, recipe.model, recipe.calibrate, hear, texts=texts))
+    for number, step in enumerate(planned.steps[first + 1 :], first + 1):
+        if again or _works_before(planned.steps[first:number]):
+            step.stage.foresee(Work(planned.steps[first].source, {}, recipe.model, recipe.calibrate, hear, texts=texts))
     for index, step in enumerate(planned.steps):
         if index < first:
             _check_kept(step, recipe)
@@ -105,6 +107,12 @@ def execute(
         result.warnings += (read_manifest(path) or {}).get("warnings", [])
     result.warnings = list(dict.fromkeys(result.warnings))
     return result
+
+
+def _works_before(steps: Sequence[Step]) -> bool:
+    """Whether these stages take their time, rather than find what they would make."""
+    made = [path for step in steps for path in step.outputs.values()]
+    return not made or not all(path.is_dir() for path in made)
 
 
 def _check_processes(planned: Plan) -> None:

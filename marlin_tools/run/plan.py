@@ -14,6 +14,7 @@ from typing import Any
 from marlin_tools.checkpoint.cards import Card, sketch
 from marlin_tools.checkpoint.reader import Checkpoint, hub_name
 from marlin_tools.compress.job import Preparation
+from marlin_tools.distributed.device import pick_device
 from marlin_tools.errors import ModelError
 from marlin_tools.families import find_family
 from marlin_tools.recipe.recipe import ABOUT_CODES, Recipe, settle
@@ -79,6 +80,7 @@ def plan(recipe: Recipe, out: Path | None = None, *, dry: bool = False) -> Plan:
     first, quantized = True, False
     for stage in recipe.stages:
         outputs = {name: homes[name] for name in stage.makes}
+        pick_device(getattr(stage, "device", "auto"))
         if isinstance(stage, ABOUT_CODES) and not quantized:
             _check_quantized(original)
         known = stage.plan(Outlook(original, find, recipe.calibrate, recipe.formats, first, quantized, dry))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from marlin_tools.errors import DeviceError, NumericalError, OutputError
+from marlin_tools.evaluation import record
 from marlin_tools.events import Event, silent
 from marlin_tools.recipe.files import load
 from marlin_tools.run import reproduce
@@ -97,6 +98,30 @@ def test_data_that_cannot_be_had_is_not_run_and_never_passes(cli, mine):
     assert "mine-rtn: `ppl:wikitext2` was not run: " in outcome.out
     assert ["PASS", "reported", "not run"] == [finding["verdict"] for finding in recipes[1]["findings"]]
     assert ["ppl:demo"] == recipes[1]["evaluation"]["settings"]["tasks"]
+
+
+def test_data_that_cannot_be_had_stops_a_run_before_a_model_is_made_for_it(cli):
+    made = cli("run", "demo-rtn", "--set", "evaluate.tasks=['ppl:demo', 'ppl:wikitext2']")
+
+    assert 2 == made.code
+    assert "cannot be read from the hub" in made.err
+    assert not Path("runs").exists()
+
+
+def test_a_result_that_is_there_is_not_looked_beyond(cli, mine, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(record, "check_data", lambda *_: seen.append(1))
+    assert [0, 0, 0] == [cli("run", "demo-rtn", "--set", "evaluate.limit=2", *more).code for more in ((), (), ("--overwrite",))]
+    assert [1, 1] == seen
+
+
+def test_activations_are_those_of_the_model_that_will_be_there(cli, mine, tmp_path):
+    file = tmp_path / mine()
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("rtn}, *evaluate", "rtn}, {<<: *evaluate, activations: 16bit}"), encoding="utf-8")
+    outcome = cli("reproduce", file)
+
+    assert 0 == outcome.code, outcome.out
 
 
 def test_a_metric_that_nobody_measured_is_not_run(cli, mine, tmp_path):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from marlin_tools.backends import vllm
 from marlin_tools.checkpoint import cards
 from marlin_tools.checkpoint.cards import CARDS, Card, sketch
 from marlin_tools.checkpoint.reader import ALIASES, Checkpoint
 from marlin_tools.compress.prune import PruneSettings, prune
 from marlin_tools.compress.quantize import QuantizeSettings, quantize
-from marlin_tools.errors import DataError, FormatError, ModelError, RecipeError
+from marlin_tools.errors import DataError, DeviceError, FormatError, ModelError, RecipeError
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import catalog, load, tables
 from marlin_tools.recipe.recipe import Recipe
@@ -144,6 +145,22 @@ def test_what_is_about_codes_wants_a_model_with_codes(tiny_llama, tmp_path, stag
     quantize(tiny_llama, None, QuantizeSettings(preset="rtn", device="cpu"), tmp_path / "int4")
     planned = plan(Recipe(name="a", model=str(tmp_path / "int4"), stages=[stage]), dry=dry)
     assert [stage["stage"]] == [step.stage.stage for step in planned.steps]
+
+
+@pytest.mark.parametrize(
+    ("stage", "refused"),
+    [
+        ({"stage": "finetune", "device": "cuda:77"}, "device `cuda:77` does not exist"),
+        ({"stage": "generate", "prompt": "a", "device": "cuda:77"}, "device `cuda:77` does not exist"),
+        ({"stage": "generate", "prompt": "a", "device": "cpu", "backend": "native"}, "`native` does not run on cpu"),
+        ({"stage": "evaluate", "tasks": ["ppl:demo"], "device": "cpu", "backend": "native"}, "`native` does not run on cpu"),
+        ({"stage": "evaluate", "tasks": ["ppl:demo"], "backend": "vllm"}, "backend `vllm`"),
+    ],
+)
+def test_a_place_that_cannot_compute_is_refused_before_stages_before_it_work(monkeypatch, stage, refused):
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match=refused):
+        plan(Recipe(name="a", model="demo", stages=[{"stage": "quantize", "preset": "rtn", "device": "cpu"}, stage]))
 
 
 def test_what_is_on_this_machine_is_opened(tiny_llama):
