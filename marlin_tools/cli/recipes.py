@@ -65,13 +65,12 @@ def reproduce(
     """
     from marlin_tools import report
     from marlin_tools.report.comparison import as_text, write_comparison
-    from marlin_tools.run.plan import plan
-    from marlin_tools.run.reproduce import collect, home_of
+    from marlin_tools.run.reproduce import collect, home_of, rehearse
     from marlin_tools.run.reproduce import reproduce as compare
 
     if dry_run:
         home_of(refs, output)
-        planned = [plan(recipe, dry=True) for recipe in collect(refs, set_ or ())]
+        planned = rehearse(collect(refs, set_ or ()))
         steps = {each.recipe.name: each.describe() for each in planned}
         texts = [f"{each.recipe.name}\n{report.plan(each.describe(), each.notes)}" for each in planned]
         return ui.show(steps, "\n\n".join(texts), as_json=json)

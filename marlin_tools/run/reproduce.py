@@ -25,8 +25,8 @@ from marlin_tools.events import Emit, Event, silent
 from marlin_tools.families import find_family
 from marlin_tools.recipe.files import add, load_all
 from marlin_tools.recipe.recipe import Recipe
-from marlin_tools.run.execute import RunResult, execute
-from marlin_tools.run.plan import RUNS, plan
+from marlin_tools.run.execute import RunResult, check_outputs, execute
+from marlin_tools.run.plan import RUNS, Plan, plan
 from marlin_tools.run.verdict import Comparison, Outcome, findings
 
 HOME = RUNS / "reproduce"
@@ -41,6 +41,19 @@ def collect(refs: Iterable[str | Path], overrides: Iterable[str] = ()) -> list[R
     for recipe in (each for ref in refs for each in load_all(ref, overrides)):
         add(found, recipe)
     return list(found.values())
+
+
+def rehearse(recipes: Iterable[Recipe]) -> list[Plan]:
+    """What each will do; refuses what would stop one of them. Nothing is written."""
+    planned = [plan(recipe, _home(recipe), dry=True) for recipe in recipes]
+    for each in planned:
+        check_outputs(each)
+    return planned
+
+
+def _home(recipe: Recipe) -> Path | None:
+    """Where a recipe that makes no model puts what it measures; models have their usual places."""
+    return None if recipe.made else RUNS / recipe.name
 
 
 def home_of(refs: Iterable[str | Path], out: Path | None) -> Path:
@@ -120,7 +133,7 @@ def _attempt(
         possible = _without(recipe, missing)
         if not possible.tasks and recipe.tasks:
             return _outcome(recipe, "; ".join(missing.values()), missing)
-        result = execute(plan(possible, None if possible.formats else RUNS / possible.name), emit, overwrite=overwrite)
+        result = execute(plan(possible, _home(possible)), emit, overwrite=overwrite)
         finished(result)
     except MarlinToolsError as error:
         hint = error.hint and _DIR.sub("give the recipe another `name`", error.hint)  # `-o` is where the report goes

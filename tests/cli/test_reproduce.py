@@ -247,6 +247,24 @@ def test_dry_run_plans_all_rows_and_writes_nothing(cli):
     assert not Path("runs").exists()
 
 
+def test_dry_run_refuses_a_place_that_the_run_refuses(cli, mine):
+    Path("runs").mkdir()
+    Path("runs/mine-rtn-int4-g128").touch()
+    outcome = cli("reproduce", mine(), "--dry-run")
+
+    assert (2, "") == outcome[:2]
+    assert outcome.err.startswith("error: `runs/mine-rtn-int4-g128` is a file, not a directory\n")
+
+
+def test_a_pruned_model_lies_where_run_puts_it(cli, tmp_path):
+    text = "name: mine\nmodel: demo\nstages: [{stage: prune, preset: magnitude}]\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    planned = [json.loads(cli(verb, "mine.yaml", "--dry-run", "--json").out) for verb in ("run", "reproduce")]
+    assert planned[0]["steps"] == planned[1]["mine"]
+    assert 0 == cli("reproduce", "mine.yaml").code
+    assert (Path(planned[0]["steps"][0]["outputs"][0]) / "config.json").is_file()
+
+
 def test_dry_run_refuses_a_baseline_that_the_run_refuses(cli, mine, tmp_path):
     file = tmp_path / mine()
     file.write_text(file.read_text(encoding="utf-8").replace("limit: 4", "limit: 4, baseline: nonsense"), encoding="utf-8")
