@@ -18,8 +18,6 @@ FEW = ("--preset", "fast", "--num-samples", "4", "--seqlen", "64", "-o", "int4")
         ("c4,pile", "pile,c4", True),
         ("c4,pile", "c4", True),
         ("c4,pile", "c4,mine.txt", False),  # what a file holds is not known by its name
-        ("c4,pile", "mine,,yours.txt", False),  # a file with commas in its name that is there no more
-        ("mine,mine", "c4", False),
     ),
 )
 def test_what_is_certainly_another_text(ours: str, theirs: str, *, other: bool) -> None:
