@@ -10,19 +10,19 @@ from typing import Any, Literal
 
 from marlin_tools.backends import check_activations, check_place
 from marlin_tools.backends.vllm import check_here, identity
-from marlin_tools.checkpoint.cards import sketch
+from marlin_tools.checkpoint.cards import CARDS, sketch
 from marlin_tools.checkpoint.contract import Evaluated
 from marlin_tools.checkpoint.journal import fingerprint_of
 from marlin_tools.checkpoint.manifest import read_manifest, versions
 from marlin_tools.checkpoint.output import check_apart, folder, gigabytes, put, sha256_of
-from marlin_tools.checkpoint.reader import Checkpoint
+from marlin_tools.checkpoint.reader import Checkpoint, hub_repository
 from marlin_tools.checkpoint.strict_json import conforms, read_object
 from marlin_tools.distributed.device import describe_device, pick_device
 from marlin_tools.errors import ModelError, OutputError
 from marlin_tools.evaluation.evaluate import EvaluateSettings, check_asked, check_data, check_vocabulary, evaluate, find_tasks
 from marlin_tools.evaluation.scores import Evaluation
 from marlin_tools.events import Emit, Event, silent
-from marlin_tools.resources import demo_dir, resolved
+from marlin_tools.resources import demo_dir, expanded, resolved
 from marlin_tools.settings import ModelName
 from marlin_tools.stage import Outlook, Stage, StagePlan, Work
 
@@ -121,8 +121,8 @@ class EvaluateStage(EvaluateSettings, Stage):
         if self.backend == "vllm" and not outlook.dry:
             check_here()
         if self.baseline is not None and self.baseline != outlook.source.name:
-            original = sketch(self.baseline, None) if outlook.dry else Checkpoint.open(self.baseline)
-            if self.texts:
+            original = _shapes(self.baseline) if outlook.dry else Checkpoint.open(self.baseline)
+            if self.texts and original is not None:
                 check_vocabulary(outlook.model, original)
         facts = [("tasks", ", ".join(self.tasks)), ("baseline", self.baseline or "none")]
         if outlook.dry:
@@ -145,3 +145,9 @@ class EvaluateStage(EvaluateSettings, Stage):
             with work.clock("evaluate", *([checkpoint.path] if own else []), device=self.device, always=True):
                 found = record.measure(work.emit)
         return {"evaluation": found}
+
+
+def _shapes(model: str) -> Checkpoint | None:
+    """What is known of a model without a question to the hub; refuses what is no name of one."""
+    here = model == "demo" or expanded(model).is_dir() or hub_repository(model)[0] in CARDS
+    return sketch(model, None) if here else None

@@ -108,7 +108,7 @@ def planned(*stages):
         ({"tasks": ["ppl:nowhere.txt"]}, "`ppl:nowhere.txt`: no such file"),
         ({"tasks": ["demo_qa"], "backend": "vllm", "activations": "fp8"}, "backend `vllm` rounds activations as config.json"),
         ({"tasks": ["demo_qb"]}, "unknown task `demo_qb`"),
-        ({"tasks": ["demo_qa"], "device": "tpu"}, "`tpu`"),
+        ({"tasks": ["demo_qa"], "device": "cuda:77"}, "`cuda:77` does not exist"),
     ),
 )
 def test_what_could_not_be_measured_is_told_before_a_model_is_made(settings, told):
