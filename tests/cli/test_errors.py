@@ -66,7 +66,7 @@ CASES = [
         ("run", "demo", "--from", "nostage", "--dry-run"),
         "error: `--from nostage`: the recipe has no such stage\nhint: its stages: quantize, export, evaluate, verify",
     ),
-    (("quantize", "demo", "--tune", "0"), "error: `--tune 0`: must be greater than or equal to 1\n"),
+    (("quantize", "demo", "--tune", "-1"), "error: `--tune -1`: must be greater than or equal to 0\n"),
     (("quantize", "demo", "--damp", "-1"), "error: `--damp -1`: must be greater than 0\n"),
     (
         ("quantize", "demo", "--calib", "redpyjama"),
